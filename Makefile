@@ -1,0 +1,31 @@
+# make demo   sets up, trains a small classifier on real digits, tunes it for a shifted camera (some minutes)
+# make test   sets up, runs the tests
+# make check  sets up, runs what continuous integration checks besides the tests: ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+# The stamp is newer than pyproject.toml when everything that it asks for is installed.
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/bnpatch demo --output demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The torch side: the layer and the surgery that puts it into a model."""

@@ -1,0 +1,269 @@
+"""Find the normalization layers of a torch model and swap them, each site or none with a reason.
+
+A layer is judged by its exact class: a subclass may do anything in its forward, so one that is not
+in the tables below is left alone. Classes are named, not imported, so that timm and torchvision are
+loaded only by those who use them.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnpatch.errors import BnpatchError
+from bnpatch.nn.norm import ExampleWeighedNorm, check_alpha
+
+_TORCH = "torch.nn.modules"
+
+#: Classes that normalize by running moments at inference; the value: do they in training too?
+CONVERTIBLE: Mapping[str, bool] = {
+    f"{_TORCH}.batchnorm.BatchNorm1d": False,
+    f"{_TORCH}.batchnorm.BatchNorm2d": False,
+    f"{_TORCH}.batchnorm.BatchNorm3d": False,
+    f"{_TORCH}.batchnorm.SyncBatchNorm": False,
+    "timm.layers.norm_act.BatchNormAct2d": False,
+    "timm.layers.norm_act.SyncBatchNormAct": False,
+    "timm.layers.split_batchnorm.SplitBatchNorm2d": False,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": True,
+    "torchvision.ops.misc.FrozenBatchNorm2d": True,
+}
+
+_NEEDS_CALIBRATION = "has no running moments; it would need them calibrated on data"
+_OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
+
+#: Classes that are recognised and left alone, with the reason.
+LEFT_ALONE: Mapping[str, str] = {
+    **{
+        name: _NEEDS_CALIBRATION
+        for name in (
+            f"{_TORCH}.normalization.GroupNorm",
+            "timm.layers.norm.GroupNorm",
+            "timm.layers.norm.GroupNorm1",
+            "timm.layers.norm_act.GroupNormAct",
+            "timm.layers.norm_act.GroupNorm1Act",
+            "timm.models.metaformer.GroupNorm1NoBias",
+        )
+    },
+    **{
+        f"{_TORCH}.instancenorm.InstanceNorm{d}d": "Instance Norm normalizes by the example alone, on purpose"
+        for d in (1, 2, 3)
+    },
+    **{
+        f"{_TORCH}.batchnorm.LazyBatchNorm{d}d": "not initialised yet: run one batch through the model first"
+        for d in (1, 2, 3)
+    },
+    "timm.layers.inplace_abn.InplaceAbn": "its fused kernel rewrites its own weights",
+    "timm.layers.inplace_abn.InplaceAbnSync": "its fused kernel rewrites its own weights",
+    "timm.layers.layer_scale.LayerScale": _OTHER_KIND,
+    "timm.layers.layer_scale.LayerScale2d": _OTHER_KIND,
+    "timm.layers.std_conv.ScaledStdConv2d": "standardizes its weights, not its input",
+    "timm.layers.std_conv.ScaledStdConv2dSame": "standardizes its weights, not its input",
+    "timm.layers.std_conv.StdConv2d": "standardizes its weights, not its input",
+    "timm.layers.std_conv.StdConv2dSame": "standardizes its weights, not its input",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a model normalizes by running moments.
+
+    Attributes:
+        name: dotted name of the module in the model; the empty string is the model itself.
+        kind: class name of the layer, as it was before any patch.
+        module: the layer, as it is now.
+        aliases: further dotted names of the same module.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module = field(repr=False)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def num_channels(self) -> int:
+        """C, the number of channels that the layer normalizes."""
+        return int(self.module.running_mean.numel())  # type: ignore[operator, union-attr]
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the example: 0 where the site isn't patched."""
+        return float(self.module.alpha) if isinstance(self.module, ExampleWeighedNorm) else 0.0
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A normalization layer that bnpatch does not rewrite, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All normalization layers of a model, in the order of its modules."""
+
+    sites: tuple[Site, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+def survey(model: nn.Module) -> Survey:
+    """List the sites of a model, and the normalization layers that are no sites, with reasons.
+
+    Looks only; works on patched models as well.
+    """
+    sites, left_alone = [], []
+    inside: list[str] = []  # sites whose own submodules (auxiliary norms, activations) are theirs
+    for module, (name, *aliases) in _modules_by_name(model):
+        kind = _origin_class(module).__name__
+        reason = _why_not(module)
+        if reason is None and any(name.startswith(f"{site}." if site else "") for site in inside):
+            reason = "belongs to another norm, which does not use it at inference"
+        if reason is None:
+            sites.append(Site(name, kind, module, tuple(aliases)))
+            inside.append(name)
+        elif reason:
+            left_alone.append(LeftAlone(name, kind, reason))
+    return Survey(tuple(sites), tuple(left_alone))
+
+
+def patch(
+    model: nn.Module,
+    alpha: float | Mapping[str, float] = 0.0,
+    *,
+    where: Callable[[Site], bool] = lambda site: True,
+    weigh_single_values: bool = False,
+) -> nn.Module:
+    """Rewrite the normalization layers of a model, in place, so that an example weighs in at inference.
+
+    Weights, hooks, submodules, state-dict keys and flags stay as they are, and so does training. At
+    ``alpha = 0`` the model computes what it did, bit for bit. Patching a patched model sets new weights.
+
+    Args:
+        model: any module; it may itself be a norm.
+        alpha: the weight of the example, in [0, 1], for all sites; or by name of site, the others
+            keeping what they have.
+        where: which sites to patch.
+        weigh_single_values: weigh also inputs with one value per example and channel (see
+            :class:`~bnpatch.nn.norm.ExampleWeighedNorm`).
+
+    Returns:
+        The model; another object only where the model itself is a norm.
+
+    Raises:
+        BnpatchError: there is no site to patch, or ``alpha`` names one that doesn't exist.
+        ValueError: an alpha is not in [0, 1].
+    """
+    found = survey(model)
+    sites = [site for site in found.sites if where(site)]
+    if not sites:
+        raise BnpatchError(*_nothing_to_patch(found))
+    alphas = _alphas_by_name(alpha, sites)
+    swaps: dict[int, nn.Module] = {}
+    for site in sites:
+        if isinstance(site.module, ExampleWeighedNorm):
+            layer = site.module
+            layer.alpha = alphas.get(site.name, layer.alpha)
+            layer.weigh_single_values = weigh_single_values
+        else:
+            swaps[id(site.module)] = ExampleWeighedNorm.take_over(
+                site.module,
+                alphas.get(site.name, 0.0),
+                always_inference=CONVERTIBLE[_qualified_name(type(site.module))],
+                weigh_single_values=weigh_single_values,
+            )
+    return _swap(model, swaps)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`, in place: every layer gets its own class back; returns the root."""
+    return _swap(
+        model, {id(m): m.give_back() for m in model.modules() if isinstance(m, ExampleWeighedNorm)}
+    )
+
+
+def _swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]
+    return swaps.get(id(model), model)
+
+
+def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Every module once, with all the names it goes by."""
+    names: dict[int, list[str]] = {}
+    modules = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    return ((modules[key], names[key]) for key in names)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """None for a site; the reason for a norm that is left alone; the empty string for what is no norm."""
+    if isinstance(module, ExampleWeighedNorm):
+        return None
+    name = _qualified_name(type(module))
+    if name in LEFT_ALONE:
+        return LEFT_ALONE[name]
+    if name not in CONVERTIBLE:
+        return _why_not_unknown(module)
+    if module.running_mean is None or module.running_var is None:
+        return _NEEDS_CALIBRATION
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, by a hooks library perhaps"
+    return None
+
+
+def _why_not_unknown(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        is_norm = "norm" in module.original_name.lower()
+        return "compiled by TorchScript: patch the Python model before scripting it" if is_norm else ""
+    if isinstance(module, _BatchNorm):
+        return "a subclass of Batch Norm that bnpatch does not know; its forward may differ"
+    is_norm = re.search(r"norm|affine", type(module).__name__, re.IGNORECASE)
+    is_leaf = not any(True for child in module.children() for _ in child.parameters())
+    return _OTHER_KIND if is_norm and is_leaf else ""
+
+
+def _alphas_by_name(alpha: float | Mapping[str, float], sites: list[Site]) -> dict[str, float]:
+    if not isinstance(alpha, Mapping):
+        return {site.name: check_alpha(float(alpha)) for site in sites}
+    names = {name: site.name for site in sites for name in (site.name, *site.aliases)}
+    if unknown := [name for name in alpha if name not in names]:
+        raise BnpatchError(
+            f"the model has no site {unknown[0]!r}", f"its sites are {_enumerate([s.name for s in sites])}"
+        )
+    return {names[name]: check_alpha(float(value)) for name, value in alpha.items()}
+
+
+def _nothing_to_patch(found: Survey) -> tuple[str, str]:
+    if found.sites:
+        return "no site of the model was chosen", "the filter refused all of them"
+    if not found.left_alone:
+        return (
+            "the model has no normalization layer that bnpatch could patch",
+            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before",
+        )
+    kinds = {left.kind: left.reason for left in found.left_alone}
+    kind, reason = next(iter(kinds.items()))
+    return (
+        f"none of the model's {len(found.left_alone)} norms can be patched",
+        f"they are left alone: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
+    )
+
+
+def _enumerate(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _origin_class(module: nn.Module) -> type[nn.Module]:
+    return module.origin_class if isinstance(module, ExampleWeighedNorm) else type(module)
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,36 @@
+"""The oracle: Eq. 3 of the paper by its definition, on real samples, in float64.
+
+No formula of bnpatch appears here. The mixture is written out as a weighted sample: every value of the
+example's channel group carries the weight alpha / count, and the running distribution is stood in for
+by two equally likely points, mean - std and mean + std, which have its mean and its variance. Mean and
+variance are then those of a weighted sample, taken in two passes.
+"""
+
+import numpy as np
+
+
+def weighted_moments(values, weights):
+    mean = np.sum(weights * values) / np.sum(weights)
+    return mean, np.sum(weights * (values - mean) ** 2) / np.sum(weights)
+
+
+def weighed_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1):
+    x, running_mean, running_var, weight, bias = (
+        np.asarray(a, np.float64) for a in (x, running_mean, running_var, weight, bias)
+    )
+    y = np.empty_like(x)
+    for n in range(x.shape[0]):
+        for first in range(0, x.shape[1], channels_per_group):
+            group = slice(first, first + channels_per_group)
+            own = x[n, group].ravel()
+            std = np.sqrt(running_var[group])
+            points = np.concatenate([running_mean[group] - std, running_mean[group] + std])
+            values = np.concatenate([own, points])
+            weights = np.concatenate(
+                [np.full(own.size, alpha / own.size), np.full(points.size, (1 - alpha) / points.size)]
+            )
+            mean, var = weighted_moments(values, weights)
+            spatial = (-1,) + (1,) * (x.ndim - 2)
+            normalized = (x[n, group] - mean) / np.sqrt(var + eps)
+            y[n, group] = normalized * weight[group].reshape(spatial) + bias[group].reshape(spatial)
+    return y

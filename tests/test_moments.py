@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnpatch.moments import Moments, mix, pool
+from tests.reference import weighted_moments
+
+values = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8).map(np.array)
+
+
+def of(sample, axis=None):
+    return Moments(np.mean(sample, axis, keepdims=True), np.var(sample, axis, keepdims=True))
+
+
+@given(values, values, st.floats(0, 1))
+def test_mix_is_the_weighted_sample(example, running, alpha):
+    weights = np.concatenate(
+        [np.full(example.size, alpha / example.size), np.full(running.size, (1 - alpha) / running.size)]
+    )
+    mean, var = weighted_moments(np.concatenate([example, running]), weights)
+    mixed = mix(alpha, of(example), of(running))
+    # Values reach 1e3, so variances reach 1e6: 1e-9 is fifteen digits of that.
+    np.testing.assert_allclose(mixed.mean.item(), mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(mixed.var.item(), var, rtol=1e-12, atol=1e-9)
+    assert mixed.var.item() >= 0
+
+
+def test_mix_of_plain_numbers_has_the_variance_between_the_means():
+    mixed = mix(0.3, Moments(5.0, 4.0), Moments(0.0, 1.0))
+    assert mixed.mean == pytest.approx(1.5)
+    assert mixed.var == pytest.approx(0.3 * 4 + 0.7 * 1 + 0.3 * 0.7 * 25)  # 7.15; without the last term 1.9
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_mix_at_the_ends_is_exact(alpha):
+    example, running = Moments(0.1, 0.7), Moments(0.3, 0.9)
+    mixed = mix(alpha, example, running)
+    expected = example if alpha else running
+    assert mixed.var == expected.var
+    assert mixed.mean == pytest.approx(expected.mean, abs=1e-17)
+
+
+def test_mix_keeps_digits_where_squares_would_cancel():
+    mean, std = np.float32(1e3), np.float32(0.1)
+    mixed = mix(np.float32(0.5), Moments(mean, std**2), Moments(mean, std**2))
+    np.testing.assert_allclose(mixed.var, std**2, rtol=1e-6)  # float32 rounding
+    assert mean * mean + std * std - mean * mean != pytest.approx(std**2, rel=0.1)  # what it avoids
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
+def test_pool_is_the_union_of_equal_parts(parts, size, seed):
+    sample = np.random.default_rng(seed).normal(3, 2, (parts, size))
+    pooled = pool(of(sample, axis=1), axes=0)
+    np.testing.assert_allclose(pooled.mean.item(), sample.mean(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(pooled.var.item(), sample.var(), rtol=1e-10, atol=1e-12)
+
+
+def test_pool_keeps_the_axes():
+    moments = Moments(np.zeros((2, 3, 4)), np.ones((2, 3, 4)))
+    assert pool(moments, axes=(0, 2)).mean.shape == (1, 3, 1)
