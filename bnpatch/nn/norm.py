@@ -7,6 +7,7 @@ the learned scale and shift, and to alpha:
 - channels last: one ``addcmul``, since that view would copy.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class ExampleWeighedNorm(nn.Module):
             return True
         if x.ndim < 2 or x.shape[1] != self.running_mean.numel() or not x.numel():
             return True  # the original class has the right error, or the right empty answer
-        return x[0, 0].numel() == 1 and not self.weigh_single_values
+        return _has_single_values(x) and not self.weigh_single_values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
@@ -212,13 +213,16 @@ def example_moments(x: Tensor) -> Moments[Tensor]:
     is about 1e-7 * (mean / std)^2 in float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if _has_single_values(x):
+        mean = x.flatten(1).to(dtype)
+        return Moments(mean, torch.zeros_like(mean))
     if _is_channels_last(x):
         # A sum over the middle axis of (N, S, C) reads memory in order.
         rows = x.movedim(1, -1).flatten(1, -2).to(dtype)
         mean = rows.sum(1) / rows.shape[1]
         mean_square = (rows * rows).sum(1) / rows.shape[1]
     else:
-        values = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+        values = x.flatten(2)
         mean = values.mean(2, dtype=dtype)
         mean_square = torch.linalg.vector_norm(values, dim=2, dtype=dtype).square() / values.shape[2]
     return Moments(mean, (mean_square - mean * mean).clamp_min(0))
@@ -246,6 +250,10 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # eps = 0 and var = 1: batch_norm is left with the multiplication and the addition.
     y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=0.0)
     return y.reshape(x.shape)
+
+
+def _has_single_values(x: Tensor) -> bool:
+    return math.prod(x.shape[2:]) == 1
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -1,0 +1,71 @@
+"""Identity at alpha = 0 is exact on real architectures, and alpha = 0.1 does something."""
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from bnpatch.errors import BnpatchError
+from bnpatch.nn.surgery import patch, survey
+from tests.nn.test_surgery import images, settle
+
+TIMM_TEST_MODELS = timm.list_models("test_*")
+
+# One small member of each family.
+TIMM_FAMILIES = """
+    cspresnet50 densenet121 dla46_c dpn48b efficientformer_l1 efficientvit_b0
+    efficientvit_m0 ese_vovnet19b_slim fastvit_t8 fbnetc_100 gcresnet33ts ghostnet_050 hardcorenas_a
+    hgnetv2_b0 hrnet_w18_small inception_resnet_v2 inception_v3 inception_v4 lcnet_035 levit_128s
+    mixnet_s mnasnet_small mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0
+    mobilevit_xxs regnetx_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resnest14d resnet10t
+    resnetv2_18 rexnet_100 selecsls42 semnasnet_075 shvit_s1 skresnet18 spnasnet_100 starnet_s1
+    tf_efficientnet_lite0 tiny_vit_5m_224 tinynet_e vgg11_bn visformer_tiny xception41
+""".split()
+
+TORCHVISION_FAMILIES = """
+    densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
+    mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5 vgg11_bn
+    wide_resnet50_2
+""".split()
+
+TORCHVISION_WITHOUT_BN = ["alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "vgg11", "vit_b_32"]
+
+
+def check(model, x):
+    kinds = {left.kind for left in survey(model).left_alone}
+    if not survey(model).sites:
+        with pytest.raises(BnpatchError, match="norm"):
+            patch(model)
+        return 0
+    assert not [kind for kind in kinds if kind.startswith("BatchNorm")]
+    with torch.inference_mode():
+        before = model(x)
+        assert torch.equal(patch(model)(x), before)
+        after = patch(model, 0.1)(x)
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)
+    return len(survey(model).sites)
+
+
+@pytest.mark.parametrize("name", TIMM_TEST_MODELS + TIMM_FAMILIES)
+def test_timm(name):
+    model = settle(timm.create_model(name))
+    cfg = model.pretrained_cfg
+    size = cfg["input_size"][-1] if cfg.get("fixed_input_size") or name.startswith("test_") else 96
+    num_sites = check(model, images(2, 3, size, size))
+    assert num_sites or name in TIMM_TEST_MODELS
+
+
+@pytest.mark.parametrize("name", TORCHVISION_FAMILIES)
+def test_torchvision(name):
+    kwargs = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = settle(torchvision.models.get_model(name, **kwargs))
+    size = {"maxvit_t": 224, "inception_v3": 96}.get(name, 64)
+    assert check(model, images(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", TORCHVISION_WITHOUT_BN)
+def test_torchvision_without_batch_norm(name):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    assert check(model, None) == 0
