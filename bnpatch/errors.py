@@ -19,5 +19,9 @@ class BnpatchError(Exception):
         return " ".join(text.split())  # one line, whatever was quoted in it
 
 
+class InvalidAlphaError(BnpatchError, ValueError):
+    """A weight outside [0, 1]."""
+
+
 class BnpatchWarning(UserWarning):
     """Something looks wrong, but the work can go on."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnpatch.errors import InvalidAlphaError
 from bnpatch.moments import Moments, mix, pool
 
 # What the layer adds to the state of the module that it takes over.
@@ -158,9 +159,9 @@ class ExampleWeighedNorm(nn.Module):
 
 
 def check_alpha(alpha: float) -> float:
-    """Return ``alpha``, or raise ValueError where it is not in [0, 1]."""
+    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1]."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha = {alpha} is not a weight; it must lie in [0, 1]")
+        raise InvalidAlphaError(f"alpha = {alpha} is not a weight", "it must lie in [0, 1]")
     return alpha
 
 
@@ -231,18 +232,17 @@ def example_moments(x: Tensor) -> Moments[Tensor]:
 def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
     """Pool (..., C) over groups of consecutive channels, and hand each channel its group's moments."""
     shape = moments.mean.shape
-    groups = Moments(*(m.unflatten(-1, (-1, channels_per_group)) for m in (moments.mean, moments.var)))
+    per_group = (*shape[:-1], -1, channels_per_group)
+    groups = Moments(moments.mean.reshape(per_group), moments.var.reshape(per_group))
     pooled = pool(groups, axes=-1)
-    return Moments(
-        *(m.expand_as(g).reshape(shape) for m, g in ((pooled.mean, groups.mean), (pooled.var, groups.var)))
-    )
+    return Moments(*(m.expand_as(groups.mean).reshape(shape) for m in (pooled.mean, pooled.var)))
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift`` with (N, C) coefficients, computed in their dtype, returned in that of x."""
     if _is_channels_last(x):
-        spatial = (1,) * (x.ndim - 2)
-        scale, shift = (v.unflatten(1, (-1, *spatial)) if spatial else v for v in (scale, shift))
+        shape = (*scale.shape, *(1,) * (x.ndim - 2))
+        scale, shift = scale.reshape(shape), shift.reshape(shape)
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
     n_times_c = scale.numel()
     rows = x.reshape(1, n_times_c, *x.shape[2:])

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,27 +33,22 @@ CONVERTIBLE: Mapping[str, bool] = {
 _NEEDS_CALIBRATION = "has no running moments; it would need them calibrated on data"
 _OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
 
+_GROUP_NORMS = (
+    f"{_TORCH}.normalization.GroupNorm",
+    "timm.layers.norm.GroupNorm",
+    "timm.layers.norm.GroupNorm1",
+    "timm.layers.norm_act.GroupNormAct",
+    "timm.layers.norm_act.GroupNorm1Act",
+    "timm.models.metaformer.GroupNorm1NoBias",
+)
+_INSTANCE_NORMS = tuple(f"{_TORCH}.instancenorm.InstanceNorm{d}d" for d in (1, 2, 3))
+_LAZY_NORMS = tuple(f"{_TORCH}.batchnorm.LazyBatchNorm{d}d" for d in (1, 2, 3))
+
 #: Classes that are recognised and left alone, with the reason.
 LEFT_ALONE: Mapping[str, str] = {
-    **{
-        name: _NEEDS_CALIBRATION
-        for name in (
-            f"{_TORCH}.normalization.GroupNorm",
-            "timm.layers.norm.GroupNorm",
-            "timm.layers.norm.GroupNorm1",
-            "timm.layers.norm_act.GroupNormAct",
-            "timm.layers.norm_act.GroupNorm1Act",
-            "timm.models.metaformer.GroupNorm1NoBias",
-        )
-    },
-    **{
-        f"{_TORCH}.instancenorm.InstanceNorm{d}d": "Instance Norm normalizes by the example alone, on purpose"
-        for d in (1, 2, 3)
-    },
-    **{
-        f"{_TORCH}.batchnorm.LazyBatchNorm{d}d": "not initialised yet: run one batch through the model first"
-        for d in (1, 2, 3)
-    },
+    **dict.fromkeys(_GROUP_NORMS, _NEEDS_CALIBRATION),
+    **dict.fromkeys(_INSTANCE_NORMS, "Instance Norm normalizes by the example alone, on purpose"),
+    **dict.fromkeys(_LAZY_NORMS, "not initialised yet: run one batch through the model first"),
     "timm.layers.inplace_abn.InplaceAbn": "its fused kernel rewrites its own weights",
     "timm.layers.inplace_abn.InplaceAbnSync": "its fused kernel rewrites its own weights",
     "timm.layers.layer_scale.LayerScale": _OTHER_KIND,
@@ -85,7 +79,7 @@ class Site:
     @property
     def num_channels(self) -> int:
         """C, the number of channels that the layer normalizes."""
-        return int(self.module.running_mean.numel())  # type: ignore[operator, union-attr]
+        return int(self.module.running_mean.numel())  # type: ignore[operator]
 
     @property
     def alpha(self) -> float:
@@ -155,7 +149,7 @@ def patch(
 
     Raises:
         BnpatchError: there is no site to patch, or ``alpha`` names one that doesn't exist.
-        ValueError: an alpha is not in [0, 1].
+        InvalidAlphaError: an alpha is not in [0, 1].
     """
     found = survey(model)
     sites = [site for site in found.sites if where(site)]
@@ -178,11 +172,18 @@ def patch(
     return _swap(model, swaps)
 
 
-def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`, in place: every layer gets its own class back; returns the root."""
-    return _swap(
-        model, {id(m): m.give_back() for m in model.modules() if isinstance(m, ExampleWeighedNorm)}
-    )
+def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: True) -> nn.Module:
+    """Undo :func:`patch`, in place: every layer gets its own class back.
+
+    Args:
+        model: any module.
+        where: which sites to give back.
+
+    Returns:
+        The model; another object only where the model itself is a norm.
+    """
+    layers = [s.module for s in survey(model).sites if isinstance(s.module, ExampleWeighedNorm) and where(s)]
+    return _swap(model, {id(layer): layer.give_back() for layer in layers})
 
 
 def _swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
@@ -220,9 +221,9 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 def _why_not_unknown(module: nn.Module) -> str:
-    if isinstance(module, torch.jit.ScriptModule):
-        is_norm = "norm" in module.original_name.lower()
-        return "compiled by TorchScript: patch the Python model before scripting it" if is_norm else ""
+    if script_name := getattr(module, "original_name", None):  # TorchScript hides the Python class
+        scripted_norm = "norm" in str(script_name).lower()
+        return "compiled by TorchScript: patch the Python model before scripting it" if scripted_norm else ""
     if isinstance(module, _BatchNorm):
         return "a subclass of Batch Norm that bnpatch does not know; its forward may differ"
     is_norm = re.search(r"norm|affine", type(module).__name__, re.IGNORECASE)

@@ -13,10 +13,10 @@ TIMM_TEST_MODELS = timm.list_models("test_*")
 
 # One small member of each family.
 TIMM_FAMILIES = """
-    cspresnet50 densenet121 dla46_c dpn48b efficientformer_l1 efficientvit_b0
-    efficientvit_m0 ese_vovnet19b_slim fastvit_t8 fbnetc_100 gcresnet33ts ghostnet_050 hardcorenas_a
-    hgnetv2_b0 hrnet_w18_small inception_resnet_v2 inception_v3 inception_v4 lcnet_035 levit_128s
-    mixnet_s mnasnet_small mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0
+    cspresnet50 densenet121 dla46_c dpn48b efficientformer_l1 efficientvit_b0 efficientvit_m0
+    ese_vovnet19b_slim fastvit_t8 fbnetc_100 gcresnet33ts ghostnet_050 hardcorenas_a hgnetv2_b0
+    hrnet_w18_small inception_resnet_v2 inception_v3 inception_v4 lcnet_035 levit_128s mixnet_s
+    mnasnet_small mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small mobileone_s0
     mobilevit_xxs regnetx_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resnest14d resnet10t
     resnetv2_18 rexnet_100 selecsls42 semnasnet_075 shvit_s1 skresnet18 spnasnet_100 starnet_s1
     tf_efficientnet_lite0 tiny_vit_5m_224 tinynet_e vgg11_bn visformer_tiny xception41

@@ -138,7 +138,10 @@ LEFT_ALONE = {
     "does not know": [lambda: UnknownBatchNorm(8)],
     "replaced on the instance": [hooked],
     "TorchScript": [lambda: torch.jit.script(nn.BatchNorm2d(8))],
-    "weights, not its input": [lambda: timm.layers.StdConv2d(3, 8, 1), lambda: timm.layers.ScaledStdConv2d(3, 8, 1)],
+    "weights, not its input": [
+        lambda: timm.layers.StdConv2d(3, 8, 1),
+        lambda: timm.layers.ScaledStdConv2d(3, 8, 1),
+    ],
 }
 
 
@@ -223,7 +226,9 @@ def test_by_name_leaves_the_others_as_they_are():
 
 
 def test_where_chooses_sites():
-    model = patch(nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(4)), 0.5, where=lambda s: s.num_channels == 4)
+    model = patch(
+        nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(4)), 0.5, where=lambda s: s.num_channels == 4
+    )
     assert [type(m) for m in model] == [nn.BatchNorm2d, ExampleWeighedNorm]
 
 

@@ -1,0 +1,152 @@
+"""Run a model over examples and score each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnpatch.data import Examples, Indices
+from bnpatch.errors import BnpatchError
+from bnpatch.metrics import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    TOP5,
+    Estimate,
+    Metric,
+    Values,
+    mean_estimate,
+    paired_difference,
+    score,
+)
+from bnpatch.model import Patchable
+
+STANDARD_METRICS = (ACCURACY, TOP5, CROSS_ENTROPY)
+
+
+class OutputsNotFiniteError(BnpatchError):
+    """The model returned infinities or NaN."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the examples that could be read, in the order of ``indices``.
+
+    Attributes:
+        indices: which examples, of shape (N,).
+        values: by name of metric, the scores of shape (N,).
+    """
+
+    indices: Indices
+    values: dict[str, Values]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def mean(self, metric: Metric) -> float:
+        """The mean of a metric over the examples."""
+        return float(np.mean(self.values[metric.name]))
+
+    def estimate(self, metric: Metric) -> Estimate:
+        """The mean of a metric with its 95% confidence interval."""
+        return mean_estimate(self.values[metric.name])
+
+
+def evaluate(
+    model: Patchable,
+    examples: Examples,
+    metrics: Sequence[Metric] = STANDARD_METRICS,
+    *,
+    indices: Indices | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """Score examples, with the weights that the model has now.
+
+    Args:
+        model: in evaluation mode while this runs.
+        examples: from :func:`bnpatch.open_examples`.
+        metrics: what to compute.
+        indices: which examples; None for all.
+        batch_size: examples at a time; it changes nothing but the speed.
+        on_batch: called with the number of examples done, for progress.
+
+    Raises:
+        OutputsNotFiniteError: an output is infinite or not a number.
+        BnpatchError: the model doesn't take the examples, or none can be read.
+    """
+    seen: list[Indices] = []
+    scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
+    finite: list[Tensor] = []
+    for batch in examples.batches(batch_size, indices):
+        outputs = model.predict(batch.x)
+        targets = batch.targets.to(outputs.device, non_blocking=True)
+        # Nothing here waits for the device: the scores stay there until the end.
+        finite.append(torch.isfinite(outputs).flatten(1).all(1))
+        for metric in metrics:
+            scores[metric.name].append(score(metric, outputs, targets))
+        seen.append(batch.indices)
+        on_batch(len(batch.indices))
+    if not seen:
+        raise BnpatchError("no example could be read", "look at the files")
+    order = np.concatenate(seen)
+    if not (ok := torch.cat(finite).cpu().numpy()).all():
+        raise OutputsNotFiniteError(
+            f"{model.name} returns infinities or NaN for {examples.source.name(int(order[~ok][0]))}",
+            "check the weights and the preprocessing, or leave out --amp",
+        )
+    return Scores(order, {name: torch.cat(parts).cpu().double().numpy() for name, parts in scores.items()})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric on the same examples without and with a patch.
+
+    ``change`` is of the same examples, pair by pair, which is sharper than the other two intervals suggest.
+    """
+
+    metric: Metric
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """Either gain, loss, or no significant change, where the interval of the change contains 0."""
+        if not self.change.excludes_zero:
+            return "no significant change"
+        return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
+
+
+def compare(
+    model: Patchable,
+    examples: Examples,
+    alphas: Mapping[str, float],
+    metrics: Sequence[Metric] = STANDARD_METRICS,
+    **options: Any,
+) -> list[Comparison]:
+    """Score examples with the model as it was made, then with a weight per site.
+
+    Args:
+        model: its weights are those of ``alphas`` when this returns.
+        examples: what to score.
+        alphas: weights by name of site.
+        metrics: what to compute.
+        options: for :func:`evaluate`.
+    """
+    model.set_alphas(dict.fromkeys(alphas, 0.0))
+    before = after = evaluate(model, examples, metrics, **options)
+    model.set_alphas(alphas)
+    if any(alphas.values()):
+        after = evaluate(model, examples, metrics, **options)
+    return [
+        Comparison(
+            metric,
+            before.estimate(metric),
+            after.estimate(metric),
+            paired_difference(before.values[metric.name], after.values[metric.name]),
+        )
+        for metric in metrics
+    ]

@@ -1,0 +1,259 @@
+"""A model that can be patched and asked for predictions, whatever it is made of."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bnpatch import recipe as recipes
+from bnpatch.architecture import Architecture
+from bnpatch.errors import BnpatchError
+from bnpatch.files import atomic_path
+from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.surgery import Survey, patch, survey, unpatch
+from bnpatch.preprocessing import Preprocessing
+from bnpatch.recipe import Recipe, SiteRecipe
+
+
+class Patchable(Protocol):
+    """What the search, the evaluation and the data need of a model."""
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    class_order: str
+
+    def survey(self) -> Survey:
+        """The sites, and the norms that are left alone."""
+
+    def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
+        """Set the weight of the example, for all sites or by name."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Outputs for a batch: bytes are images, floats are inputs as they are."""
+
+    def num_outputs(self) -> int:
+        """K, the number of classes."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of the parameters of each site, by name."""
+
+    def borrowed(self) -> Any:
+        """A context in which the model may be changed: it is as before when the context ends."""
+
+
+@dataclass
+class TorchModel:
+    """A torch module with what is needed to feed it.
+
+    Attributes:
+        module: the model; patched in place.
+        name: what it is called in tables and files.
+        preprocessing: how images become inputs.
+        class_names: names of the outputs in their order, where known.
+        class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural".
+        arch: how to build it again; None where only the module itself can be stored.
+        device: where it computes.
+        amp: compute in the device's half precision where autocast thinks it safe.
+        notes: what a person should know about how it was loaded.
+    """
+
+    module: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    class_order: str = "natural"
+    arch: Architecture | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    amp: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.module.to(self.device)
+        self._num_outputs: int | None = None
+        # As for bytes: normalization happens on the device, in one subtraction and one division.
+        self._mean, self._std = (
+            (255 * torch.tensor(v, dtype=torch.float32)).view(1, -1, 1, 1).to(self.device)
+            for v in (self.preprocessing.mean, self.preprocessing.std)
+        )
+
+    def survey(self) -> Survey:
+        """See :func:`bnpatch.survey`."""
+        return survey(self.module)
+
+    def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
+        """See :func:`bnpatch.patch`."""
+        self.module = patch(self.module, alpha)
+
+    def alphas(self) -> dict[str, float]:
+        """The weight of the example by name of site; 0 where a site isn't patched."""
+        return {site.name: site.alpha for site in self.survey().sites}
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor) -> Tensor:
+        """Run a batch.
+
+        Args:
+            x: images as bytes (N, C, H, W), resized and cropped; or floating-point inputs (N, ...).
+
+        Returns:
+            Outputs (N, K), or of whatever shape the model has, on its device.
+
+        Raises:
+            BnpatchError: the model does not take this input, or returns something without an output tensor.
+        """
+        x = x.to(self.device, non_blocking=True)
+        if not x.is_floating_point():
+            x = (x.float() - self._mean) / self._std
+        x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
+        with torch.autocast(self.device.type, enabled=self.amp):
+            try:
+                y = self.module(x)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise BnpatchError(
+                        f"{self.device} has not enough memory for a batch of {len(x)}", "lower --batch-size"
+                    ) from error
+                raise BnpatchError(
+                    f"{self.name} does not take an input of shape {tuple(x.shape)}: {error}",
+                    "set --img-size, or look at the data",
+                ) from error
+        return _output_tensor(y)
+
+    def num_outputs(self) -> int:
+        """K, the number of classes, found by running one blank image.
+
+        Raises:
+            BnpatchError: the output for one image isn't one number per class.
+        """
+        if self._num_outputs is None:
+            y = self._run_blank_image()
+            if y.ndim != 2:
+                raise BnpatchError(
+                    f"{self.name} returns {tuple(y.shape)} for one image, not one number per class",
+                    "tune it from Python with a metric of your own",
+                )
+            self._num_outputs = y.shape[1]
+        return self._num_outputs
+
+    def _run_blank_image(self) -> Tensor:
+        with self.borrowed():
+            return self.predict(torch.zeros(1, *self.preprocessing.input_size))
+
+    def site_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Spatial shape of each site's input by name, found by running one blank image.
+
+        A site that the image doesn't reach is missing.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def note(name: str) -> Any:
+            return lambda module, args: shapes.setdefault(name, tuple(args[0].shape[2:]))
+
+        handles = [site.module.register_forward_pre_hook(note(site.name)) for site in self.survey().sites]
+        try:
+            self._run_blank_image()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return shapes
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of the parameters of each site, by name; patching does not change it."""
+        return {site.name: _fingerprint(site.module) for site in self.survey().sites}
+
+    def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
+        """The weights that the model has now, as a recipe."""
+        hashes = self.fingerprints()
+        sites = (SiteRecipe(s.name, s.kind, s.alpha, hashes[s.name]) for s in self.survey().sites)
+        return Recipe(tuple(sites), dict(provenance or {}))
+
+    def apply(self, recipe: Recipe) -> None:
+        """Patch the model with a recipe.
+
+        Raises:
+            BnpatchError: the recipe was made for another model; names the first site that differs.
+        """
+        recipe.check_fits(self.fingerprints())
+        self.set_alphas(recipe.alphas)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """In evaluation mode while the context lasts; then every mode and every alpha is as before."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        alphas = {
+            site.name: site.module.alpha
+            for site in self.survey().sites
+            if isinstance(site.module, ExampleWeighedNorm)
+        }
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module = unpatch(self.module, where=lambda site: site.name not in alphas)
+            for site in self.survey().sites:
+                if site.name in alphas and isinstance(site.module, ExampleWeighedNorm):
+                    site.module.alpha = alphas[site.name]
+            for module, mode in modes:
+                module.training = mode
+
+    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
+        """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take as it is.
+
+        Where the architecture has no name, the module itself is pickled; such a file loads with
+        ``--unsafe-load`` only.
+        """
+        content: dict[str, Any] = {
+            "class_names": list(self.class_names) if self.class_names else None,
+            "bnpatch": {"recipe": recipe.to_json(), "preprocessing": self.preprocessing.to_json()},
+        }
+        if self.arch is None:
+            content["model"] = self.module
+        else:
+            content["arch"] = str(self.arch)
+            content["state_dict"] = self.module.state_dict()
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Resolve a device name; "auto" is the accelerator if there is one.
+
+    Raises:
+        BnpatchError: no such device here.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BnpatchError(
+            f"there is no device {name!r} here", "leave out --device to have one chosen"
+        ) from error
+    return device
+
+
+def _output_tensor(y: Any) -> Tensor:
+    """The tensor among what a model returns; (N, K, 1, 1) is (N, K)."""
+    if isinstance(y, Mapping):
+        y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))
+    elif isinstance(y, (tuple, list)) and y:
+        y = y[0]
+    elif not isinstance(y, Tensor):
+        y = getattr(y, "logits", y)
+    if not isinstance(y, Tensor):
+        raise BnpatchError(f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor")
+    return y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
+
+
+def _fingerprint(norm: Any) -> str:
+    mean, var = norm.running_mean, norm.running_var
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    return recipes.fingerprint(t.detach().float().cpu().numpy() for t in (weight, bias, mean, var))

@@ -1,0 +1,132 @@
+"""From an image to what a model was trained on, and where that knowledge comes from."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import nn
+
+from bnpatch.errors import BnpatchError
+
+Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resize, crop, scale to [0, 1], subtract the mean, divide by std.
+
+    Attributes:
+        input_size: (channels, height, width) of the input.
+        mean: per channel, for values in [0, 1].
+        std: per channel, for values in [0, 1].
+        interpolation: of the resize, by timm's names.
+        crop_pct: side of the crop over the side that the image is resized to.
+        crop_mode: timm's crop mode: center, squash or border.
+        source: where these values come from, for people.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        channels = self.input_size[0]
+        for name in ("mean", "std"):
+            values = tuple(float(v) for v in getattr(self, name))
+            if len(values) != channels:  # e.g. ImageNet's three, for a grayscale model: their average
+                values = (sum(values) / len(values),) * channels
+            object.__setattr__(self, name, values)
+        if not all(v > 0 for v in self.std):
+            raise BnpatchError(f"std = {self.std} is not positive", "give --std as for images in [0, 1]")
+
+    @classmethod
+    def of_timm(
+        cls, module: nn.Module, source: str, stored: Mapping[str, Any] | None = None
+    ) -> "Preprocessing":
+        """What timm resolves from a model's pretrained_cfg and from what a checkpoint stored."""
+        from timm.data import resolve_model_data_config
+
+        cfg = resolve_model_data_config(
+            module, args={k: v for k, v in (stored or {}).items() if v is not None}
+        )
+        return cls(**cfg, source=source)
+
+    @classmethod
+    def of_torchvision(cls, weights: Any, channels: int = 3) -> "Preprocessing":
+        """The transforms that belong to a member of a torchvision weights enum."""
+        preset = weights.transforms()
+        crop, resize = preset.crop_size[0], preset.resize_size[0]
+        return cls(
+            input_size=(channels, crop, crop),
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            interpolation=preset.interpolation.value,
+            # timm resizes to floor(crop / crop_pct): the half keeps that clear of rounding.
+            crop_pct=crop / (resize + 0.5),
+            source=f"torchvision's {weights}",
+        )
+
+    def override(self, channels: int | None = None, **values: Any) -> "Preprocessing":
+        """The same with the values that are not None replaced; ``img_size`` is a side in pixels."""
+        values = {name: value for name, value in values.items() if value is not None}
+        if not values and channels in (None, self.input_size[0]):
+            return self
+        source = f"{self.source}, but {', '.join(values)} as asked" if values else self.source
+        side = values.pop("img_size", None)
+        size = (channels or self.input_size[0], side or self.input_size[1], side or self.input_size[2])
+        return replace(self, **values, input_size=size, source=source)
+
+    @property
+    def image_mode(self) -> str:
+        """The mode that PIL converts images to: L for one channel, RGB for three.
+
+        Raises:
+            BnpatchError: the model takes another number of channels.
+        """
+        modes = {1: "L", 3: "RGB"}
+        if self.input_size[0] not in modes:
+            raise BnpatchError(
+                f"the model takes {self.input_size[0]} channels, image files give 1 or 3",
+                "give the inputs as float arrays in an .npz file",
+            )
+        return modes[self.input_size[0]]
+
+    def transform(self) -> Transform:
+        """The part that is done once per image: a PIL image to a uint8 array (channels, height, width)."""
+        from timm.data import create_transform
+
+        made: Transform = create_transform(
+            input_size=self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            use_prefetcher=True,  # leaves bytes, a quarter of the memory: the model's device does the rest
+        )
+        return made
+
+    def __str__(self) -> str:
+        _, height, width = self.input_size
+        resized = math.floor(min(height, width) / self.crop_pct)
+        numbers = "; ".join(
+            f"{name} {', '.join(f'{v:.3g}' for v in getattr(self, name))}" for name in ("mean", "std")
+        )
+        return f"{width} x {height} out of {resized} ({self.interpolation}, {self.crop_mode}); {numbers}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint or a recipe."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: str) -> "Preprocessing":
+        """Read what :meth:`to_json` made."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{**plain, "source": source})

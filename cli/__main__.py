@@ -1,0 +1,5 @@
+"""``python -m bnpatch_cli``."""
+
+from . import main
+
+main()

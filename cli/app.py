@@ -1,0 +1,86 @@
+"""The application: its commands, and how errors reach the user."""
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from bnpatch import __version__
+from bnpatch.errors import BnpatchError, BnpatchWarning
+
+from . import demo, evaluate, inspect, tune
+
+app = typer.Typer(
+    name="bnpatch",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("inspect")(inspect.inspect)
+app.command("tune-alpha")(tune.tune_alpha)
+app.command("evaluate")(evaluate.evaluate)
+app.command("demo")(demo.demo)
+
+
+@app.callback()
+def bnpatch(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks and the warnings of libraries.")] = False,
+) -> None:
+    """Fix the normalization layers of vision models that are already trained.
+
+    Each example gets a weight alpha in the statistics that normalize it; alpha is tuned on a
+    validation set. No retraining.
+
+    [bold]MODEL[/bold] is a checkpoint file (.pt, .pth, .pth.tar, .ckpt, .safetensors), or a name:
+    timm:resnet50.a1_in1k, torchvision:resnet50, hf-hub:org/name.
+
+    Example: [bold]bnpatch tune-alpha model.pt --data val/[/bold]
+    """
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if not debug:
+        warnings.simplefilter("ignore")
+    warnings.simplefilter("always", BnpatchWarning)
+    warnings.showwarning = _show_warning
+
+
+def run() -> None:
+    """Run a command; exit 0 when done, 1 when a check failed, 2 for bad usage or bad input."""
+    debug = "--debug" in sys.argv
+    try:
+        app(prog_name="bnpatch")
+    except BnpatchError as error:
+        _fail(str(error), debug)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        _fail(
+            f"{type(error).__name__}: {first_line}; this is a defect of bnpatch, please report what "
+            "bnpatch --debug shows",
+            debug,
+        )
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        raise
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    ours = issubclass(category, BnpatchWarning)
+    typer.echo(f"warning: {message}" if ours else f"{category.__name__}: {message}", err=True)

@@ -1,0 +1,113 @@
+"""``bnpatch evaluate``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+
+
+def evaluate(
+    model: opt.Model,
+    data: opt.Data,
+    recipe: Annotated[Path | None, typer.Option(help="Compare the model as it is with this recipe.")] = None,
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = None,
+    class_map: opt.ClassMap = None,
+    cache_gb: opt.CacheGb = 4.0,
+    strict: opt.Strict = False,
+    limit: opt.Limit = None,
+    data_root: opt.DataRoot = None,
+    split: opt.Split = "validation",
+    arch: opt.Arch = None,
+    use_ema: opt.UseEma = False,
+    unsafe_load: opt.UnsafeLoad = False,
+    device: opt.Device = None,
+    amp: opt.Amp = False,
+    img_size: opt.ImgSize = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+) -> None:
+    """Score a model on a data set, as it is or with a recipe.
+
+    Examples:
+    bnpatch evaluate bnpatch-out/patched.pt --data val/
+
+    bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
+    """
+    from bnpatch import Recipe, open_examples
+    from bnpatch.evaluation import STANDARD_METRICS, compare
+    from bnpatch.evaluation import evaluate as score
+
+    from .render import comparison_table, interval, progress_bar, table
+
+    loaded = opt.open_model(
+        model,
+        arch,
+        use_ema,
+        unsafe_load,
+        device,
+        amp,
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    chosen = Recipe.load(recipe) if recipe is not None else None
+    if chosen is not None:
+        chosen.check_fits(loaded.fingerprints())
+    examples = open_examples(
+        data,
+        loaded,
+        class_map=class_map,
+        data_root=data_root,
+        split_name=split,
+        limit=limit,
+        seed=seed,
+        num_workers=workers,
+        cache_gb=cache_gb if chosen is not None else 0,  # one pass needs no memory of it
+        strict=strict,
+        pin_memory=loaded.device.type == "cuda",
+    )
+    total, done = len(examples) * (2 if chosen is not None else 1), 0
+    with progress_bar() as progress:
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += number
+            progress("evaluating", done, total)
+
+        run: dict[str, Any] = {"batch_size": batch_size, "on_batch": count}
+        comparisons = compare(loaded, examples, chosen.alphas, **run) if chosen is not None else []
+        scores = score(loaded, examples, **run) if chosen is None else None
+    skipped = f", {len(examples.skipped)} unreadable and left out" if examples.skipped else ""
+    opt.say(f"examples       {len(examples)}{skipped}")
+    content: dict[str, Any] = {
+        "model": loaded.name,
+        "examples": len(examples),
+        "skipped": len(examples.skipped),
+    }
+    if scores is not None:
+        results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
+        content["scores"] = {metric.name: asdict(estimate) for metric, estimate in results.items()}
+        if not as_json:
+            rows = [[m.name, m.format(e.value), interval(m, e)] for m, e in results.items()]
+            table(["metric", "mean", "95% interval"], rows)
+    else:
+        content["comparisons"] = {
+            c.metric.name: {name: asdict(getattr(c, name)) for name in ("before", "after", "change")}
+            | {"verdict": c.verdict}
+            for c in comparisons
+        }
+        if not as_json:
+            comparison_table(comparisons)
+    if as_json:
+        typer.echo(json.dumps(content))

@@ -1,0 +1,73 @@
+"""``bnpatch inspect``."""
+
+import json
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+
+
+def inspect(
+    model: opt.Model,
+    as_json: opt.Json = False,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    arch: opt.Arch = None,
+    use_ema: opt.UseEma = False,
+    unsafe_load: opt.UnsafeLoad = False,
+    img_size: opt.ImgSize = None,
+) -> None:
+    """Show what bnpatch would rewrite in a model, what it would leave alone, and why.
+
+    Examples:
+    bnpatch inspect model.pt
+
+    bnpatch inspect timm:efficientnet_b0 --sites
+    """
+    from .render import table
+
+    loaded = opt.open_model(model, arch, use_ema, unsafe_load, device="cpu", img_size=img_size)
+    found, shapes = loaded.survey(), loaded.site_shapes()
+
+    def resolution(name: str) -> str:
+        shape = shapes.get(name)
+        return "not reached" if shape is None else " x ".join(map(str, shape)) or "one value"
+
+    if as_json:
+        content = {
+            "model": loaded.name,
+            "architecture": str(loaded.arch) if loaded.arch else None,
+            "notes": loaded.notes,
+            "preprocessing": loaded.preprocessing.to_json(),
+            "outputs": loaded.num_outputs(),
+            "sites": [
+                {
+                    "name": s.name,
+                    "aliases": s.aliases,
+                    "kind": s.kind,
+                    "channels": s.num_channels,
+                    "resolution": shapes.get(s.name),
+                    "alpha": s.alpha,
+                }
+                for s in found.sites
+            ],
+            "left_alone": [vars(left) for left in found.left_alone],
+        }
+        typer.echo(json.dumps(content))
+        return
+    opt.say(f"outputs        {loaded.num_outputs()}\n")
+    typer.echo(f"{len(found.sites)} sites to weigh examples at")
+    single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
+    if sites:
+        rows = [[s.name, s.kind, s.num_channels, resolution(s.name), f"{s.alpha:g}"] for s in found.sites]
+        table(["site", "kind", "channels", "map", "alpha"], rows)
+    elif found.sites:
+        groups = Counter((s.kind, resolution(s.name)) for s in found.sites)
+        table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
+    if single:
+        typer.echo(f"{len(single)} of them see one value per channel and stay plain: {single[0]}, ...")
+    if found.left_alone:
+        typer.echo(f"\n{len(found.left_alone)} norms are left alone")
+        reasons = Counter((left.kind, left.reason) for left in found.left_alone)
+        table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])

@@ -1,0 +1,68 @@
+"""Tables and progress for people."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bnpatch.evaluation import Comparison
+from bnpatch.metrics import Estimate, Metric
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows; the first column is left-aligned, numbers are right-aligned."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    # Piped output must not be cut to a terminal's width that isn't there.
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=160)
+    console.print(made)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> None:
+    """Before, after, and the paired change with its interval."""
+    table(
+        ["held-out", "as it is", "patched", "change", "95% interval", ""],
+        [
+            [
+                c.metric.name,
+                c.metric.format(c.before.value),
+                c.metric.format(c.after.value),
+                c.metric.format(c.change.value, signed=True),
+                interval(c.metric, c.change, signed=True),
+                c.verdict,
+            ]
+            for c in comparisons
+        ],
+    )
+
+
+def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
+    """An interval for people."""
+    return f"[{metric.format(estimate.low, signed)}, {metric.format(estimate.high, signed)}]"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with the time left, for ``progress(label, done, total)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("examples, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading data", total=None)
+
+        def progress(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield progress

@@ -1,0 +1,146 @@
+"""``bnpatch tune-alpha``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    from bnpatch.search import TuneResult
+
+
+def tune_alpha(
+    model: opt.Model,
+    data: opt.Data,
+    metric: Annotated[str, typer.Option(help="accuracy, cross-entropy or top5.")] = "accuracy",
+    trials: Annotated[int, typer.Option(help="Weights to try, alpha = 0 included.")] = 15,
+    timeout: Annotated[float | None, typer.Option(help="Try no more after so many seconds.")] = None,
+    holdout: Annotated[
+        float, typer.Option(help="Part of the data that gives the verdict, unseen by the search.")
+    ] = 0.5,
+    test_data: Annotated[
+        str | None, typer.Option(help="Other data for the verdict; --data is all for tuning.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bnpatch-out"
+    ),
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = None,
+    class_map: opt.ClassMap = None,
+    cache_gb: opt.CacheGb = 4.0,
+    strict: opt.Strict = False,
+    limit: opt.Limit = None,
+    data_root: opt.DataRoot = None,
+    split: opt.Split = "validation",
+    arch: opt.Arch = None,
+    use_ema: opt.UseEma = False,
+    unsafe_load: opt.UnsafeLoad = False,
+    device: opt.Device = None,
+    amp: opt.Amp = False,
+    img_size: opt.ImgSize = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+) -> None:
+    """Find the weight of the example that suits a model and data best.
+
+    Writes recipe.json, patched.pt, alpha-curve.png and trials.csv into the output folder. The verdict
+    is given on examples that the search did not see.
+
+    Examples:
+    bnpatch tune-alpha model.pt --data val/
+
+    bnpatch tune-alpha timm:resnet50.a1_in1k --data imagenet/val --metric cross-entropy --limit 5000
+
+    bnpatch tune-alpha resnet18-f37072fd.pth --data field-images/ --class-map classes.txt -o out/
+    """
+    from bnpatch import tune_alpha
+    from bnpatch.files import check_writable
+    from bnpatch.report import write_results, write_trials
+
+    from .render import progress_bar
+
+    check_writable(output)  # now, not after the search
+    loaded = opt.open_model(
+        model,
+        arch,
+        use_ema,
+        unsafe_load,
+        device,
+        amp,
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    done = []
+    with progress_bar() as progress:
+
+        def keep(trial: Any, is_best: bool) -> None:
+            done.append(trial)
+            write_trials(done, output / "trials.csv")
+
+        result = tune_alpha(
+            loaded,
+            data,
+            metric=metric,
+            trials=trials,
+            timeout=timeout,
+            holdout=holdout,
+            test_data=test_data,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            on_trial=keep,
+            num_workers=workers,
+            class_map=class_map,
+            cache_gb=cache_gb,
+            strict=strict,
+            limit=limit,
+            data_root=data_root,
+            split_name=split,
+            pin_memory=loaded.device.type == "cuda",
+        )
+    result.recipe.provenance["command"] = " ".join(sys.argv[1:])
+    files = write_results(result, loaded, output)
+    if as_json:
+        content = {"alpha": result.alpha, "files": [str(f) for f in files], **result.recipe.provenance}
+        typer.echo(json.dumps(content))
+    else:
+        _show(result, files)
+
+
+def _show(result: "TuneResult", files: list[Path]) -> None:
+    from .render import comparison_table
+
+    skipped = f", {result.skipped} unreadable and left out" if result.skipped else ""
+    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} held out{skipped}")
+    if result.interrupted:
+        opt.say(f"interrupted    the best of {len(result.trials)} finished trials is kept")
+    opt.say(f"trials         {len(result.trials)} in {result.seconds:.1f} s")
+    typer.echo("")
+    comparison_table(result.comparisons)
+    typer.echo(f"\n{verdict(result)}\n")
+    typer.echo(f"wrote {', '.join(str(f) for f in files)}")
+
+
+def verdict(result: "TuneResult") -> str:
+    """One sentence that a user can act on."""
+    tuned = result.comparisons[0]
+    change = tuned.metric.format(tuned.change.value, signed=True)
+    best = f"alpha = {result.alpha:.4g}"
+    if result.alpha == 0:
+        return f"{best} is best: keep the model as it is."
+    if tuned.verdict == "gain":
+        return f"{best}: {change} in {tuned.metric.name} on examples that the search did not see."
+    if tuned.verdict == "loss":
+        return f"{best} did best in tuning but loses on unseen examples: keep the model as it is."
+    return f"no significant gain ({best} did best in tuning): keep the model as it is."
