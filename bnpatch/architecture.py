@@ -87,7 +87,7 @@ def parse_name(name: str) -> tuple[str | None, str]:
     if rest not in known:
         close = get_close_matches(rest, known, n=3)
         remedy = f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
-        raise BnpatchError(f"{' and '.join(libraries)} have no architecture {rest!r}", remedy)
+        raise BnpatchError(f"there is no architecture {rest!r} in {' or '.join(libraries)}", remedy)
     return library or None, rest
 
 

@@ -208,7 +208,11 @@ def _strip_prefixes(state_dict: Mapping[str, Any]) -> StateDict:
     }
     while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    # torchvision's published DenseNets still have the names of 2017.
+    return {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
+        for key, value in state.items()
+    }
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

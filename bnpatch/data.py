@@ -147,10 +147,6 @@ class Examples:
         if self.strict:
             raise BnpatchError(f"cannot read {name}: {problem}", "remove it, or leave out --strict")
         self.skipped[index] = problem
-        if len(self.skipped) == len(self):
-            raise BnpatchError(
-                f"none of the {len(self)} images can be read, {name} for one: {problem}", "look at the files"
-            )
 
     def _batch(self, items: list[tuple[int, Tensor]]) -> Batch:
         indices = np.array([index for index, _ in items])

@@ -90,7 +90,11 @@ def evaluate(
         seen.append(batch.indices)
         on_batch(len(batch.indices))
     if not seen:
-        raise BnpatchError("no example could be read", "look at the files")
+        index, problem = next(iter(examples.skipped.items()), (0, "there are none"))
+        raise BnpatchError(
+            f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
+            "look at the files",
+        )
     order = np.concatenate(seen)
     if not (ok := torch.cat(finite).cpu().numpy()).all():
         raise OutputsNotFiniteError(

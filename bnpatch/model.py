@@ -113,7 +113,7 @@ class TorchModel:
         with torch.autocast(self.device.type, enabled=self.amp):
             try:
                 y = self.module(x)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise BnpatchError(
                         f"{self.device} has not enough memory for a batch of {len(x)}", "lower --batch-size"
@@ -151,10 +151,13 @@ class TorchModel:
         """
         shapes: dict[str, tuple[int, ...]] = {}
 
-        def note(name: str) -> Any:
-            return lambda module, args: shapes.setdefault(name, tuple(args[0].shape[2:]))
+        def noting(name: str) -> Any:
+            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                shapes.setdefault(name, tuple(args[0].shape[2:]))
 
-        handles = [site.module.register_forward_pre_hook(note(site.name)) for site in self.survey().sites]
+            return note
+
+        handles = [site.module.register_forward_pre_hook(noting(site.name)) for site in self.survey().sites]
         try:
             self._run_blank_image()
         finally:

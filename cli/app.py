@@ -26,12 +26,20 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def bnpatch(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks and the warnings of libraries.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Fix the normalization layers of vision models that are already trained.
 
@@ -43,9 +51,6 @@ def bnpatch(
 
     Example: [bold]bnpatch tune-alpha model.pt --data val/[/bold]
     """
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
     if not debug:
         warnings.simplefilter("ignore")
     warnings.simplefilter("always", BnpatchWarning)

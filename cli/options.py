@@ -15,7 +15,9 @@ _DATA = "Data"
 Model = Annotated[
     str,
     typer.Argument(
-        help="A checkpoint file, or timm:NAME, torchvision:NAME, hf-hub:ORG/NAME.", show_default=False
+        metavar="MODEL",
+        help="A checkpoint file, or timm:NAME, torchvision:NAME, hf-hub:ORG/NAME.",
+        show_default=False,
     ),
 ]
 Arch = Annotated[

@@ -8,6 +8,7 @@ loaded only by those who use them.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -204,7 +205,7 @@ def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     return ((modules[key], names[key]) for key in names)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: Any) -> str | None:
     """None for a site; the reason for a norm that is left alone; the empty string for what is no norm."""
     if isinstance(module, ExampleWeighedNorm):
         return None

@@ -1,0 +1,49 @@
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+DIGITS = 600  # of each half: enough to see an effect, few enough to be quick
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Handwritten digits and a small trained ResNet: (images, labels) to train on, and others."""
+    from bnpatch_cli.demo import _digits
+
+    images, labels = _digits()
+    return (images[:DIGITS], labels[:DIGITS]), (images[-DIGITS:], labels[-DIGITS:])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(digits, tmp_path_factory):
+    """A trained checkpoint, in the layout of timm's training script."""
+    from bnpatch_cli.demo import _train
+
+    path = tmp_path_factory.mktemp("digits") / "model.pt"
+    _train(*digits[0], epochs=8, seed=0, path=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clean(digits):
+    """The other digits as they are: (images, labels)."""
+    return digits[1]
+
+
+@pytest.fixture(scope="session")
+def foggy(digits):
+    """The other digits with little contrast: (images, labels)."""
+    images, labels = digits[1]
+    return (127.5 + 0.6 * (images.astype(float) - 127.5)).round().astype("uint8"), labels
+
+
+@pytest.fixture(scope="session")
+def folder(foggy, tmp_path_factory):
+    """Some foggy digits as PNG files in a folder per class."""
+    from bnpatch_cli.demo import _write_folders
+
+    path = tmp_path_factory.mktemp("val")
+    _write_folders(foggy[0][:120], foggy[1][:120], path)
+    return path

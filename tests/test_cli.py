@@ -1,0 +1,295 @@
+"""The command line as a user meets it: what it prints where, what it writes, how it ends."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from bnpatch_cli import main
+from PIL import Image
+
+import bnpatch
+from bnpatch.recipe import Recipe
+from tests.test_data import BROKEN, break_images
+
+QUICK = ["--trials", "3", "-j", "0"]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["bnpatch", *map(str, args)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def one_line(err):
+    """The error, which must be the only thing that says error, and without a traceback."""
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.rstrip().endswith(line)
+    return line.removeprefix("error: ")
+
+
+def test_tune_alpha_writes_what_it_promises(cli, checkpoint, folder, tmp_path):
+    code, out, err = cli("tune-alpha", checkpoint, "--data", folder, "--trials", 8, "-j", 0)
+    assert code == 0
+    assert re.search(
+        r"accuracy +\d+\.\d\d% +\d+\.\d\d% +[+-]\d+\.\d\d +\[[+-]\d+\.\d\d, [+-]\d+\.\d\d\] +gain", out
+    )
+    assert "on examples that the search did not see" in out
+    assert "from the checkpoint's training arguments" in err
+    assert "60 to tune on, 60 held out" in err
+
+    results = tmp_path / "bnpatch-out"
+    assert {p.name for p in results.iterdir()} == {
+        "recipe.json",
+        "patched.pt",
+        "alpha-curve.png",
+        "trials.csv",
+    }
+    recipe = Recipe.load(results / "recipe.json")
+    (alpha,) = set(recipe.alphas.values())
+    assert recipe.provenance["command"] == f"tune-alpha {checkpoint} --data {folder} --trials 8 -j 0"
+    trials = list(csv.DictReader((results / "trials.csv").open()))
+    assert float(trials[0]["alpha"]) == 0
+    assert len(trials) == 8
+    assert float(max(trials, key=lambda t: float(t["accuracy"]))["alpha"]) == pytest.approx(alpha)
+    assert Image.open(results / "alpha-curve.png").size[0] > 600
+    assert set(bnpatch.load(results / "patched.pt").alphas().values()) == {alpha}
+
+
+def test_the_patched_checkpoint_scores_as_the_recipe_does(cli, checkpoint, folder):
+    assert cli("tune-alpha", checkpoint, "--data", folder, *QUICK)[0] == 0
+    _, patched, _ = cli("evaluate", "bnpatch-out/patched.pt", "--data", folder, "--json")
+    _, compared, _ = cli(
+        "evaluate", checkpoint, "--data", folder, "--recipe", "bnpatch-out/recipe.json", "--json"
+    )
+    for name, score in json.loads(patched)["scores"].items():
+        assert score == json.loads(compared)["comparisons"][name]["after"]
+    code, out, _ = cli("evaluate", checkpoint, "--data", folder)
+    assert code == 0
+    assert re.search(r"accuracy +\d+\.\d\d% +\[\d+\.\d\d%, \d+\.\d\d%\]", out)
+
+
+def test_json_is_alone_on_stdout(cli, checkpoint, folder):
+    code, out, err = cli("tune-alpha", checkpoint, "--data", folder, "--json", *QUICK)
+    content = json.loads(out)
+    assert code == 0
+    assert content["held_out"]["accuracy"]["before"]["value"] > 0
+    assert content["data"]["held_out_examples"] == 60
+    assert "model" in err
+    code, out, _ = cli("inspect", checkpoint, "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert [site["alpha"] for site in content["sites"]] == [0.0] * len(content["sites"])
+    assert content["outputs"] == 10
+
+
+def test_inspect(cli, checkpoint, tmp_path):
+    code, out, _ = cli("inspect", checkpoint)
+    sites = bnpatch.load(checkpoint).survey().sites
+    assert code == 0
+    assert f"{len(sites)} sites to weigh examples at" in out
+    code, out, _ = cli("inspect", checkpoint, "--sites")
+    assert all(site.name in out for site in sites)
+    torch.save(timm.create_model("test_efficientnet_gn").state_dict(), tmp_path / "gn.pt")
+    code, out, _ = cli("inspect", "gn.pt")
+    assert code == 0
+    assert "0 sites" in out
+    assert "GroupNormAct" in out
+    assert "calibrated" in out
+
+
+def test_no_gain_is_exit_code_0_and_plain(cli, checkpoint, clean, tmp_path):
+    np.savez(tmp_path / "clean.npz", x=clean[0], y=clean[1])
+    code, out, _ = cli("tune-alpha", checkpoint, "--data", "clean.npz", *QUICK)
+    assert code == 0
+    assert "keep the model as it is" in out
+
+
+def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "val")
+    break_images(tmp_path / "val")
+    code, _, err = cli("tune-alpha", checkpoint, "--data", "val", *QUICK)
+    assert code == 0
+    assert f"{len(BROKEN)} unreadable and left out" in err
+    code, _, err = cli("tune-alpha", checkpoint, "--data", "val", "--strict", *QUICK)
+    assert code == 2
+    assert "cannot read 0/" in one_line(err)
+
+
+def write_net_without_norm(path):
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+
+
+def write_nan(path):
+    state = timm.create_model("test_resnet").state_dict()
+    state["fc.bias" if "fc.bias" in state else next(iter(state))][0] = float("nan")
+    torch.save(state, path)
+
+
+MODELS = {
+    "missing.pt": (None, "cannot read missing.pt: no such file"),
+    "empty.pt": (lambda path: path.touch(), "empty.pt is empty"),
+    "folder.pt": (lambda path: path.mkdir(), "folder.pt is a folder"),
+    "truncated.pt": ("truncated", "truncated.pt is damaged or not a checkpoint"),
+    "strange.pt": (lambda path: torch.save({"w": torch.zeros(3)}, path), "strange.pt fit no architecture"),
+    "vit.pt": (write_net_without_norm, "norms can be patched; they are left alone: LayerNorm"),
+    "nan.pt": (write_nan, "are not finite"),
+    "pickled.pt": (lambda path: torch.save(torch.nn.BatchNorm2d(3), path), "add --unsafe-load if you trust"),
+    "model.onnx": (lambda path: path.touch(), "this version can't patch .onnx files"),
+    "timm:resnt50": (None, "did you mean"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_models(cli, name, folder, checkpoint, tmp_path):
+    make, message = MODELS[name]
+    if make == "truncated":
+        (tmp_path / name).write_bytes(checkpoint.read_bytes()[:-1000])
+    elif make:
+        make(tmp_path / name)
+    code, out, err = cli("tune-alpha", name, "--data", folder)
+    assert code == 2
+    assert message in one_line(err)
+    assert out == ""
+    assert not list(tmp_path.glob("bnpatch-out/*"))
+
+
+def write_other_classes(path):
+    for name in "abc":
+        (path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(path / name / "a.png")
+
+
+def write_one_class(path):
+    (path / "3").mkdir(parents=True)
+    for index in range(4):
+        Image.new("L", (8, 8), index).save(path / "3" / f"{index}.png")
+
+
+def write_only_broken(path):
+    for name in "01":
+        (path / name).mkdir(parents=True)
+        for index in range(3):
+            (path / name / f"{index}.png").write_bytes(b"nothing")
+
+
+DATA = {
+    "missing": (None, "there is no missing"),
+    "empty": (lambda path: path.mkdir(), "empty has no images"),
+    "mismatch": (write_other_classes, "has 3 class folders, the model has 10 outputs"),
+    "one": (write_one_class, "all examples are of one class"),
+    "broken": (write_only_broken, "none of the images can be read, 0/0.png for one: UnidentifiedImageError"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data(cli, name, checkpoint, tmp_path):
+    make, message = DATA[name]
+    if make:
+        make(tmp_path / name)
+    code, out, err = cli("tune-alpha", checkpoint, "--data", name)
+    assert code == 2
+    assert message in one_line(err)
+    assert out == ""
+    assert not list(tmp_path.glob("bnpatch-out/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "torchvision:resnet18"], "the weights do not fit torchvision:resnet18"),
+        (["--arch", "resnt18"], "no architecture 'resnt18'"),
+        (["--metric", "f1"], "no metric 'f1'"),
+        (["--trials", "0"], "0 trials find nothing"),
+        (["--holdout", "1"], "not a fraction"),
+        (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
+        (["--std", "0"], "is not positive"),
+        (["--device", "tpu9"], "no device 'tpu9'"),
+        (["--class-map", "nope.txt"], "cannot read the class map nope.txt"),
+        (["--use-ema"], "no averaged weights"),
+        (["--test-data", "nope"], "there is no nope"),
+        (["-o", "/dev/null/out"], "cannot write /dev/null/out"),
+    ],
+)
+def test_bad_options(cli, checkpoint, folder, options, message):
+    code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *options)
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_bad_usage_is_exit_code_2(cli, checkpoint):
+    for args in (["tune-alpha"], ["tune-alpha", checkpoint], ["nope"], ["evaluate", checkpoint, "--data"]):
+        assert cli(*args)[0] == 2
+
+
+def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *QUICK)
+    assert code == 2
+    assert "patched.pt: no space left on device" in one_line(err)
+    assert {p.name for p in (tmp_path / "bnpatch-out").iterdir()} == {"recipe.json", "trials.csv"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a recipe"),
+        ("other", "the recipe is for another model"),
+        ("alpha", "an alpha must lie in [0, 1]"),
+        (None, "cannot read recipe.json"),
+    ],
+)
+def test_bad_recipes(cli, checkpoint, folder, tmp_path, content, message):
+    recipe = bnpatch.load(checkpoint).recipe()
+    if content == "other":
+        recipe = bnpatch.load(timm.create_model("test_resnet")).recipe()
+    text = json.dumps(recipe.to_json())
+    if content == "alpha":
+        text = text.replace('"alpha": 0.0', '"alpha": 1.5')
+    if content is not None:
+        (tmp_path / "recipe.json").write_text("{" if content == "{" else text)
+    code, _, err = cli("evaluate", checkpoint, "--data", folder, "--recipe", "recipe.json")
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_a_defect_of_our_own_is_one_line_too(cli, checkpoint, folder, monkeypatch):
+    monkeypatch.setattr(bnpatch.TorchModel, "survey", lambda self: 1 / 0)
+    code, _, err = cli("tune-alpha", checkpoint, "--data", folder)
+    assert code == 2
+    assert "ZeroDivisionError: division by zero; this is a defect of bnpatch" in one_line(err)
+
+
+def test_help_has_examples_and_is_quick(cli):
+    for command in ("tune-alpha", "evaluate", "inspect"):
+        code, out, _ = cli(command, "--help")
+        assert code == 0
+        assert f"bnpatch {command} " in out
+    assert cli("--version")[1].strip() == bnpatch.__version__
+
+
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "bnpatch_cli", "--debug", "inspect", "nope.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,79 @@
+"""Imports go strictly downward: each module may import only from floors below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bnpatch
+
+ROOT = Path(bnpatch.__file__).parent
+FLOORS = {
+    "errors": 0,
+    "moments": 0,
+    "files": 1,
+    "metrics": 1,
+    "preprocessing": 1,
+    "data": 1,
+    "classes": 1,
+    "checkpoint": 1,
+    "architecture": 1,
+    "nn.norm": 1,
+    "recipe": 2,
+    "nn.surgery": 2,
+    "model": 3,
+    "sources": 4,
+    "loading": 4,
+    "evaluation": 4,
+    "search": 5,
+    "report": 6,
+    "": 7,
+    "nn": 7,
+}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def imports(path):
+    """Modules of bnpatch that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "bnpatch":
+            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnpatch."):
+            yield node.module.removeprefix("bnpatch.")
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("bnpatch.") for a in node.names if a.name.startswith("bnpatch."))
+
+
+def test_every_module_has_a_floor():
+    assert {name for name, _ in modules()} == set(FLOORS)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=[name or "bnpatch" for name, _ in modules()])
+def test_imports_go_strictly_downward(name, path):
+    upward = [other for other in imports(path) if FLOORS[other] >= FLOORS[name]]
+    assert not upward
+
+
+def test_the_package_offers_what_its_index_says():
+    for name in bnpatch.__all__:
+        assert getattr(bnpatch, name).__name__ == name
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    typed = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
+    assert typed == set(bnpatch.__all__)
+    with pytest.raises(AttributeError, match="nope"):
+        bnpatch.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import bnpatch", "import bnpatch_cli.app"])
+def test_starting_is_quick(statement):
+    heavy = "torch", "timm", "optuna", "matplotlib", "scipy", "numpy"
+    code = f"import sys; {statement}; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

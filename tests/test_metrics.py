@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from bnpatch.errors import BnpatchError
+from bnpatch.metrics import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    METRICS,
+    TOP5,
+    Metric,
+    as_metric,
+    mean_estimate,
+    paired_difference,
+    score,
+)
+
+LOGITS = torch.tensor([[2.0, 1, 0, -1, -2, -3], [0.0, 1, 2, 3, 4, 5]])
+
+
+def test_scores_of_known_logits():
+    targets = torch.tensor([0, 0])
+    assert score(ACCURACY, LOGITS, targets).tolist() == [1, 0]
+    assert score(TOP5, LOGITS, targets).tolist() == [1, 0]
+    expected = -torch.log_softmax(LOGITS, 1)[:, 0]
+    torch.testing.assert_close(score(CROSS_ENTROPY, LOGITS, targets), expected)
+
+
+def test_top5_of_three_classes_is_always_right():
+    assert score(TOP5, torch.randn(4, 3), torch.tensor([0, 1, 2, 0])).tolist() == [1, 1, 1, 1]
+
+
+def test_half_precision_cross_entropy_is_taken_in_float32():
+    logits = torch.full((1, 1000), 10.0, dtype=torch.float16)
+    torch.testing.assert_close(
+        score(CROSS_ENTROPY, logits, torch.tensor([3])).item(), np.log(1000), rtol=1e-6, atol=0
+    )
+
+
+def test_as_metric():
+    assert as_metric("accuracy") is ACCURACY
+    assert as_metric(lambda outputs, targets: -outputs).higher_is_better
+    with pytest.raises(BnpatchError, match="no metric 'acc'; choose one of accuracy, cross-entropy, top5"):
+        as_metric("acc")
+
+
+@pytest.mark.parametrize("returned", [lambda o, t: o, lambda o, t: o.mean(), lambda o, t: 3.0])
+def test_a_metric_must_give_one_number_per_example(returned):
+    with pytest.raises(BnpatchError, match="one number per example"):
+        score(Metric("mine", returned), torch.zeros(4, 2), torch.zeros(4))
+
+
+def test_wilson_interval_against_a_published_value():
+    # 81 of 263: [0.2553, 0.3662] (Newcombe 1998, Table I, method 3)
+    estimate = mean_estimate(np.array([1.0] * 81 + [0.0] * (263 - 81)))
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (0.2553, 0.3662)
+
+
+def test_student_interval_is_scipys():
+    values = np.random.default_rng(0).normal(3, 2, 40)
+    estimate = mean_estimate(values)
+    low, high = stats.t.interval(0.95, 39, values.mean(), stats.sem(values))
+    np.testing.assert_allclose([estimate.low, estimate.high], [low, high], rtol=1e-12)
+
+
+def test_a_rate_at_the_end_has_an_interval():
+    estimate = mean_estimate(np.ones(100))
+    assert estimate.value == 1
+    assert 0.95 < estimate.low < 0.97
+    assert estimate.high == pytest.approx(1)
+
+
+def flips(up, down, same):
+    before = np.array([0.0] * up + [1.0] * down + [1.0] * same)
+    after = np.array([1.0] * up + [0.0] * down + [1.0] * same)
+    return paired_difference(before, after)
+
+
+def test_few_flips_are_no_evidence():
+    assert not flips(up=4, down=0, same=996).excludes_zero  # McNemar's exact test: p = 0.125
+    assert flips(up=7, down=0, same=993).excludes_zero  # p = 0.016
+    assert flips(up=0, down=0, same=1000).value == 0
+    assert not flips(up=0, down=0, same=1000).excludes_zero
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.02, 0.02), (0.004, 0.004), (0.10, 0.05)])
+def test_paired_interval_covers_the_truth(up, down):
+    rng = np.random.default_rng(0)
+    n, runs, inside = 300, 1000, 0
+    for _ in range(runs):
+        change = rng.choice([1, -1, 0], n, p=[up, down, 1 - up - down])
+        before = np.where(change == 1, 0.0, 1.0)
+        estimate = paired_difference(before, before + change)
+        inside += estimate.low <= up - down <= estimate.high
+    assert inside / runs > 0.94  # 95% less three standard errors of the simulation, 0.7 points each
+
+
+def test_a_paired_interval_is_sharper_than_two():
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 10, 500)
+    change = paired_difference(before, before + rng.normal(0.5, 0.1, 500))
+    assert change.excludes_zero
+    assert change.high - change.low < 0.05
+
+
+def test_one_example_says_nothing():
+    assert not paired_difference(np.array([1.5]), np.array([0.1])).excludes_zero
+
+
+def test_formats():
+    assert ACCURACY.format(0.8123) == "81.23%"
+    assert ACCURACY.format(0.0123, signed=True) == "+1.23"
+    assert CROSS_ENTROPY.format(-0.5, signed=True) == "-0.5000"
+    assert METRICS["cross-entropy"].better(0.1, 0.2)
+    assert METRICS["accuracy"].better(0.2, 0.1)
