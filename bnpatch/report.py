@@ -72,7 +72,7 @@ def plot_curve(result: TuneResult, path: str | os.PathLike[str]) -> None:
             shown = f"{value:.2f}%" if metric.is_rate else f"{value:.4f}"
             colour = "#c0392b" if name == "identity" else "#1f7a4d"
             label = f"{name}, alpha = {alpha:.3g}: {shown}"
-            axis.plot(alpha, value, style, color=colour, markersize=8, label=label, zorder=3)
+            axis.plot(alpha, value, style, color=colour, markersize=8, label=label, zorder=3, clip_on=False)
         axis.set_ylabel(f"{metric.name}{' (%)' if metric.is_rate else ''}")
         axis.grid(alpha=0.25)
         axis.legend(loc="best", frameon=False, fontsize=9)
