@@ -14,9 +14,10 @@ from bnpatch.architecture import Architecture
 from bnpatch.errors import BnpatchError
 from bnpatch.files import atomic_path
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import Survey, patch, survey, unpatch
+from bnpatch.nn.surgery import Site, patch, survey, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
+from bnpatch.sites import AnySite, Survey
 
 
 class Patchable(Protocol):
@@ -27,7 +28,7 @@ class Patchable(Protocol):
     class_names: tuple[str, ...] | None
     class_order: str
 
-    def survey(self) -> Survey:
+    def survey(self) -> Survey[AnySite]:
         """The sites, and the norms that are left alone."""
 
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
@@ -81,7 +82,7 @@ class TorchModel:
             for v in (self.preprocessing.mean, self.preprocessing.std)
         )
 
-    def survey(self) -> Survey:
+    def survey(self) -> Survey[Site]:
         """See :func:`bnpatch.survey`."""
         return survey(self.module)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.errors import BnpatchError
 from bnpatch.nn.norm import ExampleWeighedNorm, check_alpha
+from bnpatch.sites import LeftAlone, Survey
 
 _TORCH = "torch.nn.modules"
 
@@ -88,24 +89,7 @@ class Site:
         return float(self.module.alpha) if isinstance(self.module, ExampleWeighedNorm) else 0.0
 
 
-@dataclass(frozen=True)
-class LeftAlone:
-    """A normalization layer that bnpatch does not rewrite, and why."""
-
-    name: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Survey:
-    """All normalization layers of a model, in the order of its modules."""
-
-    sites: tuple[Site, ...]
-    left_alone: tuple[LeftAlone, ...]
-
-
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module) -> Survey[Site]:
     """List the sites of a model, and the normalization layers that are no sites, with reasons.
 
     Looks only; works on patched models as well.
@@ -243,7 +227,7 @@ def _alphas_by_name(alpha: float | Mapping[str, float], sites: list[Site]) -> di
     return {names[name]: check_alpha(float(value)) for name, value in alpha.items()}
 
 
-def _nothing_to_patch(found: Survey) -> tuple[str, str]:
+def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:
     if found.sites:
         return "no site of the model was chosen", "the filter refused all of them"
     if not found.left_alone:

@@ -1,0 +1,40 @@
+"""What a survey of a model finds, whatever the model is made of."""
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+
+class AnySite(Protocol):
+    """A place where a model normalizes by running moments."""
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the module, the same in torch and in an export of it."""
+
+    @property
+    def kind(self) -> str:
+        """Class name of the layer, or type of the operator."""
+
+    @property
+    def num_channels(self) -> int:
+        """C, the number of channels that are normalized."""
+
+
+SiteT_co = TypeVar("SiteT_co", bound=AnySite, covariant=True)
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A normalization layer that bnpatch does not rewrite, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey(Generic[SiteT_co]):
+    """All normalization layers of a model, in its order."""
+
+    sites: tuple[SiteT_co, ...]
+    left_alone: tuple[LeftAlone, ...]
