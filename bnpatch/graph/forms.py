@@ -48,7 +48,7 @@ def best_form(site: Site, running: Moments[Array]) -> Form:
 
 
 def append_site(
-    tape: Tape, site: Site, running: Moments[Array], alpha: float | ir.Value, form: Form
+    tape: Tape, site: Site, running: Moments[Array], alpha: float | ir.Value, form: Form | None = None
 ) -> ir.Value:
     """Append what replaces a site: normalization by the mixture of example and running moments.
 
@@ -57,7 +57,7 @@ def append_site(
         site: where.
         running: running mean and variance of shape (C,).
         alpha: weight of the example, a number in [0, 1] or a scalar in the graph.
-        form: see the module.
+        form: see the module; :func:`best_form` by default.
 
     Returns:
         The result, of the shape and type of the input of the site.
@@ -68,7 +68,7 @@ def append_site(
     )
     running = _pooled_per_channel(running, site.channels_per_group)
     eps: float | Array = site.eps
-    if form == "normalized":
+    if (form or best_form(site, running)) == "normalized":
         x = Value(tape, _batch_norm(tape, site, running), site.dtype)
         total = running.var + site.eps
         running, eps = Moments(np.zeros(site.channels), running.var / total), site.eps / total

@@ -38,15 +38,17 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     file = Path(os.path.abspath(path))
     proto = _read(file)
     _check_opset(file, proto)
-    if not _has_external_data(proto):
-        _check(file, proto)
     try:
         model = ir.from_proto(proto)
+        has_external_data = any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model))
     except Exception as error:  # whatever a damaged file makes the library trip over
         raise _not_valid(file, error) from error
-    _open_external_data(file, model)
-    if _has_external_data(proto):
-        _check(file, str(file))
+    if has_external_data:
+        _open_external_data(file, model)
+    try:  # by its path, the checker finds the external data
+        onnx.checker.check_model(str(file) if has_external_data else proto)
+    except Exception as error:  # ValidationError, and what the checker itself trips over
+        raise _not_valid(file, error) from error
     return inline_norms(model)
 
 
@@ -170,21 +172,9 @@ def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
         )
 
 
-def _check(file: Path, what: onnx.ModelProto | str) -> None:
-    try:
-        onnx.checker.check_model(what)
-    except Exception as error:  # ValidationError, and what the checker itself trips over
-        raise _not_valid(file, error) from error
-
-
 def _not_valid(file: Path, error: Exception) -> BnpatchError:
     first_line = str(error).strip().split("\n")[0][:200]
     return BnpatchError(f"{file} is not a valid ONNX model: {first_line}", "export it again")
-
-
-def _has_external_data(proto: onnx.ModelProto) -> bool:
-    tensors = onnx.external_data_helper._get_all_tensors(proto)
-    return any(onnx.external_data_helper.uses_external_data(tensor) for tensor in tensors)
 
 
 def _open_external_data(file: Path, model: ir.Model) -> None:
@@ -208,6 +198,10 @@ def _open_external_data(file: Path, model: ir.Model) -> None:
             ) from error
         if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > available:
             raise BnpatchError(f"{name} is too short", "fetch it again")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for key, attribute in node.attributes.items():  # saving would leave these where they are
+            if isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[key] = ir.AttrTensor(key, ir.Tensor(attribute.value.numpy()))
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -216,7 +210,8 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
-    for root in (model.graph, *model.functions.values()):
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
         for node in ir.traversal.RecursiveGraphIterator(root):
             for attribute in node.attributes.values():
                 if attribute.is_ref():

@@ -15,9 +15,12 @@ import onnx_ir as ir
 from bnpatch.errors import BnpatchError
 from bnpatch.graph.constants import Array
 from bnpatch.graph.expr import Tape
-from bnpatch.graph.forms import Form, append_site, best_form
+from bnpatch.graph.forms import append_site
 from bnpatch.graph.match import MARK, LeftAlone, Site, survey
 from bnpatch.moments import Moments
+
+#: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
+Append = Callable[[Tape, Site, Moments[Array], float | ir.Value], ir.Value]
 
 AlphaInputs = Literal["global", "per-site"]
 
@@ -49,7 +52,7 @@ def rewrite(
     running: Mapping[str, Moments[Array]] | None = None,
     alpha_inputs: AlphaInputs | None = None,
     weigh_single_values: bool = False,
-    choose_form: Callable[[Site, Moments[Array]], Form] = best_form,
+    append: Append = append_site,
 ) -> Rewritten:
     """Rewrite the sites that ``alphas`` names, in place.
 
@@ -64,7 +67,7 @@ def rewrite(
             input for each; the inputs are float32 scalars with ``alphas`` as defaults.
         weigh_single_values: rewrite also sites whose input is known to have a single value per example
             and channel, which are left alone by default.
-        choose_form: the arrangement of operators for a site.
+        append: appends the nodes that replace a site.
 
     Raises:
         BnpatchError: a name is no site, or a site has no running moments and none are given.
@@ -96,8 +99,7 @@ def rewrite(
         assert site_moments is not None  # checked above
         tape = Tape(f"{site.name}{MARK.rstrip('/')}", opset, taken)
         alpha = inputs.get(site.name, by_site[site.name])
-        form = choose_form(site, site_moments)
-        _replace(site, tape, append_site(tape, site, site_moments, alpha, form))
+        _replace(site, tape, append(tape, site, site_moments, alpha))
     left = tuple(
         LeftAlone(site.name, site.kind, reasons[site.name]) for site in found.sites if reasons[site.name]
     )
@@ -182,10 +184,10 @@ def _replace(site: Site, tape: Tape, result: ir.Value) -> None:
     """Put the nodes on the tape in the place of those of the site; the output keeps its name."""
     graph, output = site.node.graph, site.output
     assert graph is not None  # matched
-    for node in tape.nodes:  # a name that tools may know stays with the operator that it was given to
-        if site.kind == "BatchNormalization" and node.op_type == site.kind:
-            node.name, node.doc_string = site.node.name, site.node.doc_string
-            node.metadata_props.update(site.node.metadata_props)
+    same = (node for node in tape.nodes if node.op_type == site.node.op_type == "BatchNormalization")
+    if heir := next(same, None):  # a name that tools may know stays with the operator that it was given to
+        heir.name, heir.doc_string = site.node.name, site.node.doc_string
+        heir.metadata_props.update(site.node.metadata_props)
     graph.insert_after(site.node, tape.nodes)
     name, result.type, result.shape = output.name, output.type, output.shape
     result.doc_string = output.doc_string
