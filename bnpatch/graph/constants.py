@@ -52,6 +52,8 @@ def _evaluate(value: ir.Value, depth: int) -> Array | None:
             return _as_array(ir.convenience.get_const_tensor(value))
         except (ValueError, TypeError):  # a Constant with no attribute, or with several
             return None
+    if node.op_type == "Shape":
+        return _static_shape(node)
     function = _OPERATORS.get(node.op_type)
     if function is None:
         return None
@@ -72,6 +74,18 @@ def _as_array(tensor: ir.TensorProtocol | None) -> Array | None:
     if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > _MOST_ELEMENTS:
         return None
     return np.asarray(tensor.numpy())
+
+
+def _static_shape(node: ir.Node) -> Array | None:
+    """The part of a shape that a Shape node takes, where the graph says it in numbers."""
+    shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+    if shape is None:
+        return None
+    bounds = [node.attributes[name].value if name in node.attributes else None for name in ("start", "end")]
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    sizes = list(shape)[slice(*bounds)]
+    return np.array(sizes) if all(isinstance(size, int) and size >= 0 for size in sizes) else None
 
 
 def _expand(node: ir.Node, operands: list[Array]) -> Array:

@@ -8,9 +8,11 @@ Writing: into a temporary folder beside the target, then renamed. Nobody ever se
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -39,14 +41,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     proto = _read(file)
     _check_opset(file, proto)
     try:
+        _check_text(proto)
         model = ir.from_proto(proto)
-        has_external_data = any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model))
+        external = [tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
     except Exception as error:  # whatever a damaged file makes the library trip over
         raise _not_valid(file, error) from error
-    if has_external_data:
-        _open_external_data(file, model)
+    _open_external_data(file, model, external)
     try:  # by its path, the checker finds the external data
-        onnx.checker.check_model(str(file) if has_external_data else proto)
+        onnx.checker.check_model(str(file) if external else proto)
+        for tensor in _tensors(model):
+            tensor.numpy()  # the checker does not see that there are fewer numbers than the shape says
     except Exception as error:  # ValidationError, and what the checker itself trips over
         raise _not_valid(file, error) from error
     return inline_norms(model)
@@ -172,15 +176,33 @@ def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
         )
 
 
+def _check_text(message: Any) -> None:
+    """Raise ValueError where a name is not UTF-8: protobuf reads that, and then cannot write it."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_MESSAGE:
+            for part in values:
+                _check_text(part)
+        elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
+            raise ValueError(f"its field {field.name!r} is not UTF-8 text")
+
+
 def _not_valid(file: Path, error: Exception) -> BnpatchError:
-    first_line = str(error).strip().split("\n")[0][:200]
-    return BnpatchError(f"{file} is not a valid ONNX model: {first_line}", "export it again")
+    return BnpatchError(f"{file} is not a valid ONNX model: {_first_line(error)}", _remedy(error))
 
 
-def _open_external_data(file: Path, model: ir.Model) -> None:
-    for tensor in _tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
+def _remedy(error: Exception) -> str:
+    if re.search(r"sym(bolic )?link|hard link", str(error)):  # a cache that links to its blobs, most likely
+        return "copy the model and its data as plain files into one folder (cp -L)"
+    return "fetch or export it again"
+
+
+def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTensor]) -> None:
+    for tensor in tensors:
         tensor.base_dir = file.parent
         name = f"the external data {str(tensor.location)!r} of {file}"
         try:

@@ -24,9 +24,12 @@ def infer_types(model: ir.Model) -> dict[int, TensorType]:
     The model itself stays as it is: inference runs on a copy, whose values are in the same order.
     """
     copy = model.clone()
+    copies = list(
+        _values(copy.graph)
+    )  # listed before: when it fails, the pass leaves inputs of its own behind
     ShapeInferencePass(check_type=False, strict_mode=False)(copy)
     types = {}
-    for mine, inferred in zip(_values(model.graph), _values(copy.graph), strict=True):
+    for mine, inferred in zip(_values(model.graph), copies, strict=True):
         dims = () if inferred.shape is None else tuple(_dim(size) for size in inferred.shape)
         types[id(mine)] = TensorType(inferred.dtype, dims)
     return types
