@@ -129,6 +129,10 @@ class Value:
         axes = (axes,) if isinstance(axes, int) else axes
         return Value(self.tape, self.tape.reduce_mean(self.value, axes), self.dtype)
 
+    def global_average_pool(self) -> "Value":
+        """The mean over all axes but the first two, which stay with size 1."""
+        return self._op("GlobalAveragePool", self)
+
     def sqrt(self) -> "Value":
         """The square root, element by element."""
         return self._op("Sqrt", self)

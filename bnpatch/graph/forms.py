@@ -68,21 +68,23 @@ def append_site(
     )
     running = _pooled_per_channel(running, site.channels_per_group)
     eps: float | Array = site.eps
-    if (form or best_form(site, running)) == "normalized":
+    form = form or best_form(site, running)
+    if form == "normalized":
         x = Value(tape, _batch_norm(tape, site, running), site.dtype)
         total = running.var + site.eps
         running, eps = Moments(np.zeros(site.channels), running.var / total), site.eps / total
     else:
         x = Value(tape, site.input, site.dtype).cast(compute)
-    return _weighed_norm(x, site, running, eps, weight).cast(site.dtype).value
+    return _weighed_norm(x, site, running, eps, weight, form).cast(site.dtype).value
 
 
 def _weighed_norm(
-    x: Value, site: Site, running: Moments[Array], eps: float | Array, alpha: float | Value
+    x: Value, site: Site, running: Moments[Array], eps: float | Array, alpha: float | Value, form: Form
 ) -> Value:
     """Eq. 3 of the paper on graph values; running moments and eps per channel, alike within a group."""
     spatial = (1,) * (len(site.dims) - 2)
-    example = example_moments(x, len(site.dims))
+    blocked = form == "normalized" and site.dtype == ir.DataType.FLOAT and len(site.dims) == 4
+    example = example_moments(x, len(site.dims), blocked)
     per_group = site.channels_per_group > 1
     columns = (-1, site.channels_per_group) if per_group else (-1, *spatial)
     if per_group:
@@ -104,17 +106,23 @@ def _weighed_norm(
     return x * scale + shift
 
 
-def example_moments(x: Value, rank: int) -> Moments[Any]:
+def example_moments(x: Value, rank: int, blocked: bool = False) -> Moments[Any]:
     """Moments of each channel of each example, (N, C, *spatial) to (N, C, 1, ..., 1).
 
     The variance is ``E[x^2] - mean^2``, clamped at 0: the relative error is about 1e-7 * (mean / std)^2
-    in float32. The same-shape product and ReduceMean are faster than ReduceSumSquare in onnxruntime.
+    in float32. A same-shape product and a mean are faster than ReduceSumSquare in onnxruntime.
+
+    Args:
+        x: the values, (N, C, *spatial).
+        rank: number of dimensions.
+        blocked: ``x`` comes from a 2d convolution in float32, which onnxruntime's CPU provider leaves in
+            its blocked layout; GlobalAveragePool reads that, ReduceMean does not.
     """
     if rank == 2:
         return Moments(x, 0.0)
     axes = tuple(range(2, rank))
-    mean = x.mean(axes)
-    return Moments(mean, ((x * x).mean(axes) - mean * mean).clamp_min_0())
+    mean, mean_square = (v.global_average_pool() if blocked else v.mean(axes) for v in (x, x * x))
+    return Moments(mean, (mean_square - mean * mean).clamp_min_0())
 
 
 def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Moments[Array]:

@@ -105,7 +105,7 @@ def save(
         The absolute path of the file.
 
     Raises:
-        BnpatchError: the folder does not exist or cannot be written.
+        BnpatchError: the folder does not exist or cannot be written, or the model cannot.
     """
     file = Path(os.path.abspath(path))
     data_name = f"{file.name}.data"
@@ -123,6 +123,10 @@ def save(
     except OSError as error:
         raise BnpatchError(
             f"{file} cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+    except Exception as error:  # a part of a damaged model that was read, but cannot be written
+        raise BnpatchError(
+            f"{file} cannot be written: {_first_line(error)}", "the original file is damaged: fetch it again"
         ) from error
     return file
 
