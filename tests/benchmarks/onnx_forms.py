@@ -93,20 +93,8 @@ def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
     return append
 
 
-def fewest_operators(tape: Tape, site: Site, running, alpha) -> ir.Value:
-    """Section 4's w, arranged for the fewest operators on (N, C): eight, where ``mix`` takes twelve."""
-    u = normalized(tape, site, scale=alpha**0.5)
-    total = running.var + site.eps
-    rest = ((1 - alpha) * running.var + site.eps) / total
-    weight, bias, rest = columns(site, site.weight / alpha**0.5, site.bias, rest)
-    mean = u.global_average_pool()
-    part = mean * alpha
-    scale = weight / ((u * u).global_average_pool() - part * mean + rest).sqrt()
-    return (u * scale + (bias - part * scale)).value
-
-
-def normalized(tape: Tape, site: Site, scale: float = 1.0) -> Value:
-    scales, zeros = (tape.constant(np.full(site.channels, v), site.dtype) for v in (scale, 0.0))
+def normalized(tape: Tape, site: Site) -> Value:
+    scales, zeros = (tape.constant(np.full(site.channels, v), site.dtype) for v in (1.0, 0.0))
     mean, var = site.node.inputs[3:5]
     return Value(
         tape,
@@ -128,7 +116,7 @@ CANDIDATES: dict[str, Append] = {
     "textbook": textbook,
     "direct": partial(append_site, form="direct"),
     "normalized": partial(append_site, form="normalized"),
-    "fewest operators": fewest_operators,
+    "folded": partial(append_site, form="folded"),
     "ReduceSumSquare": on_normalized(sum_square, mul_add),
     "ReduceMean": on_normalized(reduce_mean, mul_add),
     "BatchNorm view": on_normalized(blocked_moments, batch_norm_view),
