@@ -13,7 +13,7 @@ from bnpatch.graph.match import survey
 from bnpatch.graph.rewrite import rewrite
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import weighed_norm
-from tests.graph.build import bn_model, check, example, from_proto, helper, model, parameters, run
+from tests.graph.build import batch_norm, bn_model, check, example, from_proto, helper, model, parameters, run
 from tests.reference import weighed_norm as oracle
 
 SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
@@ -123,17 +123,11 @@ def test_the_term_between_the_means_is_there():
     arrays = {"bn.weight": ones, "bn.bias": zeros, "bn.running_mean": zeros, "bn.running_var": ones}
     values = np.random.default_rng(0).normal(size=(1, 1, 40, 40))
     x = (5 + 2 * (values - values.mean()) / values.std()).astype(np.float32)
-    base = model([bn_node()], arrays, x=("n", 1, 40, 40))
+    base = model([batch_norm()], arrays, x=("n", 1, 40, 40))
     for form in FORMS.values():
         y = run(patched(base, 0.3, form), x)
         assert y.std() == pytest.approx(2 / np.sqrt(7.15), rel=1e-4)  # float32 and eps
         assert y.std() != pytest.approx(2 / np.sqrt(1.9), rel=0.3)
-
-
-def bn_node():
-    from tests.graph.build import batch_norm
-
-    return batch_norm()
 
 
 def test_no_example_depends_on_the_rest_of_the_batch():
@@ -157,7 +151,7 @@ def test_normalized_moments_keep_digits_that_direct_ones_lose():
     arrays = parameters()
     arrays["bn.running_mean"] = np.full(6, 1000, np.float32)
     arrays["bn.running_var"] = np.ones(6, np.float32)
-    proto = model([bn_node()], arrays, x=("n", 6, 32, 32))
+    proto = model([batch_norm()], arrays, x=("n", 6, 32, 32))
     reference = oracle(
         x, *(arrays[f"bn.{n}"] for n in ("running_mean", "running_var", "weight", "bias")), 1e-5, 1.0
     )

@@ -80,17 +80,17 @@ def use(file, data):
     save(model, file.with_suffix(".out"))
 
 
-def small(_):
+def small():
     return [
         m.SerializeToString() for m in (bn_model(conv=True), in_if(batch_norm(), parameters()), in_function())
     ]
 
 
-def light(_):
+def light():
     return [(LIGHT / f"light_{name}.onnx").read_bytes() for name in ("resnet50", "shufflenet")]
 
 
-def timm_exports(_):
+def timm_exports():
     import timm
     import torch
 
@@ -108,7 +108,7 @@ def timm_exports(_):
 
 @pytest.mark.parametrize("sources", [small, light, timm_exports])
 def test_only_our_own_errors(sources, tmp_path):
-    originals = sources(None)
+    originals = sources()
     for data in originals:
         use(tmp_path / "m.onnx", data)  # undamaged, it works
     rng = random.Random(0)
