@@ -1,0 +1,1 @@
+"""ONNX graphs: read, find the sites, rewrite them, write; on onnx-ir, without torch."""
