@@ -25,10 +25,12 @@ _WHERE = {
     "Metric": "metrics",
     "Moments": "moments",
     "Recipe": "recipe",
+    "OnnxModel": "onnx_model",
     "TorchModel": "model",
     "TuneResult": "search",
     "apply": "loading",
     "evaluate": "evaluation",
+    "export_onnx": "export",
     "load": "loading",
     "mix": "moments",
     "open_examples": "sources",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate
+    from bnpatch.export import export_onnx as export_onnx
     from bnpatch.loading import apply as apply
     from bnpatch.loading import load as load
     from bnpatch.metrics import Metric as Metric
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from bnpatch.nn.surgery import patch as patch
     from bnpatch.nn.surgery import survey as survey
     from bnpatch.nn.surgery import unpatch as unpatch
+    from bnpatch.onnx_model import OnnxModel as OnnxModel
     from bnpatch.recipe import Recipe as Recipe
     from bnpatch.search import TuneResult as TuneResult
     from bnpatch.search import tune_alpha as tune_alpha

@@ -9,6 +9,9 @@ class BnpatchError(Exception):
         remedy: what to do about it.
     """
 
+    #: What the command line exits with: 2 for bad input, 1 where a check that was asked for failed.
+    exit_code = 2
+
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem, remedy)
         self.problem = problem
@@ -23,5 +26,18 @@ class InvalidAlphaError(BnpatchError, ValueError):
     """A weight outside [0, 1]."""
 
 
+def check_alpha(alpha: float, where: str = "") -> float:
+    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1]."""
+    if not 0 <= alpha <= 1:
+        place = f" at {where!r}" if where else ""
+        raise InvalidAlphaError(f"alpha = {alpha}{place} is not a weight", "it must lie in [0, 1]")
+    return alpha
+
+
 class BnpatchWarning(UserWarning):
     """Something looks wrong, but the work can go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,9 +13,10 @@ from torch import nn
 from bnpatch import architecture
 from bnpatch.architecture import Architecture
 from bnpatch.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, first_line
 from bnpatch.model import TorchModel, pick_device
 from bnpatch.nn.surgery import survey
+from bnpatch.onnx_model import OnnxModel, load_onnx
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe
 
@@ -28,19 +29,21 @@ def load(
     arch: str | None = None,
     use_ema: bool = False,
     unsafe_load: bool = False,
+    output: str | None = None,
     device: str | None = None,
     amp: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
-) -> TorchModel:
+) -> TorchModel | OnnxModel:
     """Load a model, ready to predict.
 
     Args:
-        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, a folder as
-            the hub keeps models in (``config.json`` and weights), or a torch module.
+        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, an ONNX file,
+            a folder as the hub keeps models in (``config.json`` and weights), or a torch module.
         arch: architecture of a checkpoint file, ``library:name`` or a name; without it, the file
             says it or its tensors tell.
         use_ema: take a checkpoint's averaged weights.
         unsafe_load: allow pickled modules, which can run any code that their author wants.
+        output: which output of an ONNX file to read; the first by default.
         device: where to compute; None for the accelerator if there is one (a module stays where it is).
         amp: compute in half precision where autocast thinks it safe.
         preprocessing: what to use instead of the model's own: img_size, mean, std, interpolation,
@@ -49,6 +52,8 @@ def load(
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.
     """
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix == ".onnx":
+        return load_onnx(model, output=output, device=_onnx_device(device), preprocessing=preprocessing)
     if isinstance(model, nn.Module):
         loaded = _of_module(model)
         device = device or next((p.device.type for p in model.parameters()), "cpu")
@@ -83,8 +88,8 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
     if (path / _HUB_CONFIG).is_file():
         return _load_timm("local-dir", model)
-    if path.suffix in (".onnx", ".pt2"):
-        raise BnpatchError(f"{path}: this version can't patch {path.suffix} files", "give the checkpoint")
+    if path.suffix == ".pt2":
+        raise BnpatchError(f"{path}: this version can't patch .pt2 files", "give the checkpoint")
     if path.suffix not in SUFFIXES and not path.exists():
         raise BnpatchError(f"there is no file {model}", f"give a file or {_suggestion(model)}")
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)
@@ -105,7 +110,7 @@ def _load_timm(source: str, name: str) -> TorchModel:
         module: Any = timm.create_model(full, pretrained=True)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise BnpatchError(
-            f"cannot load {full}: {_first_line(error)}",
+            f"cannot load {full}: {first_line(error)}",
             "check the name and the connection, or download the weights and give the file",
         ) from error
     cfg = module.pretrained_cfg
@@ -129,7 +134,7 @@ def _load_torchvision(name: str) -> TorchModel:
         module = torchvision.models.get_model(name, weights=weights)
     except Exception as error:
         raise BnpatchError(
-            f"cannot download {weights}: {_first_line(error)}",
+            f"cannot download {weights}: {first_line(error)}",
             "check the connection, or download the weights and give the file",
         ) from error
     return TorchModel(
@@ -256,6 +261,16 @@ def _of_module(module: nn.Module, name: str = "") -> TorchModel:
     return TorchModel(module, name=label, preprocessing=preprocessing, device=_device_of(module))
 
 
+def _onnx_device(name: str | None) -> torch.device:
+    """Onnxruntime's own devices; the GPU is taken where its provider is there."""
+    import onnxruntime
+
+    if name is not None:
+        return torch.device(name) if name.split(":")[0] in ("cpu", "cuda") else pick_device(name)
+    has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and torch.cuda.is_available()
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
 def _device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
@@ -275,7 +290,3 @@ def _check_finite(model: TorchModel) -> None:
                     f"{model.name}: {name} of site {site.name!r} is not finite",
                     "take a checkpoint from before training diverged",
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnpatch import recipe as recipes
 from bnpatch.architecture import Architecture
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, first_line
 from bnpatch.files import atomic_path
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.surgery import Site, patch, survey, unpatch
@@ -27,9 +27,17 @@ class Patchable(Protocol):
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     class_order: str
+    device: torch.device
+
+    @property
+    def arch(self) -> Architecture | None:
+        """How to build the model again, where that has a name."""
 
     def survey(self) -> Survey[AnySite]:
         """The sites, and the norms that are left alone."""
+
+    def alphas(self) -> dict[str, float]:
+        """The weight of the example by name of site."""
 
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
         """Set the weight of the example, for all sites or by name."""
@@ -40,10 +48,13 @@ class Patchable(Protocol):
     def num_outputs(self) -> int:
         """K, the number of classes."""
 
+    def recipe(self) -> Recipe:
+        """The weights that the model has now."""
+
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name."""
 
-    def borrowed(self) -> Any:
+    def borrowed(self) -> AbstractContextManager[None]:
         """A context in which the model may be changed: it is as before when the context ends."""
 
 
@@ -120,7 +131,7 @@ class TorchModel:
                         f"{self.device} has not enough memory for a batch of {len(x)}", "lower --batch-size"
                     ) from error
                 raise BnpatchError(
-                    f"{self.name} does not take an input of shape {tuple(x.shape)}: {error}",
+                    f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
         return _output_tensor(y)

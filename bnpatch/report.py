@@ -5,13 +5,17 @@ import io
 import os
 from pathlib import Path
 
+from bnpatch.export import export_onnx
 from bnpatch.files import atomic_path, write_text
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.model import TorchModel
+from bnpatch.onnx_model import OnnxModel
 from bnpatch.search import Trial, TuneResult
 
 
-def write_results(result: TuneResult, model: TorchModel, folder: str | os.PathLike[str]) -> list[Path]:
+def write_results(
+    result: TuneResult, model: TorchModel | OnnxModel, folder: str | os.PathLike[str]
+) -> list[Path]:
     """Write all results of a search into a folder, each file atomically.
 
     Args:
@@ -20,17 +24,25 @@ def write_results(result: TuneResult, model: TorchModel, folder: str | os.PathLi
         folder: made if it isn't there.
 
     Returns:
-        The files: ``recipe.json``, ``patched.pt``, ``alpha-curve.png``, ``trials.csv``.
+        The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png``, ``trials.csv``.
 
     Raises:
         BnpatchError: a file can't be written.
     """
     folder = Path(folder)
-    names = ("recipe.json", "patched.pt", "alpha-curve.png", "trials.csv")
+    names = (
+        "recipe.json",
+        f"patched{'.onnx' if isinstance(model, OnnxModel) else '.pt'}",
+        "alpha-curve.png",
+        "trials.csv",
+    )
     recipe, patched, curve, trials = (folder / name for name in names)
     result.recipe.save(recipe)
     model.apply(result.recipe)
-    model.save(patched, result.recipe)
+    if isinstance(model, OnnxModel):
+        export_onnx(model, patched)
+    else:
+        model.save(patched, result.recipe)
     plot_curve(result, curve)
     write_trials(result.trials, trials)
     return [recipe, patched, curve, trials]

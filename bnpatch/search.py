@@ -28,7 +28,7 @@ from bnpatch.evaluation import (
 )
 from bnpatch.loading import load
 from bnpatch.metrics import ACCURACY, Metric, ScoreFunction, as_metric
-from bnpatch.model import TorchModel
+from bnpatch.model import Patchable
 from bnpatch.recipe import Recipe
 from bnpatch.sources import open_examples
 
@@ -81,7 +81,7 @@ class TuneResult:
 
 
 def tune_alpha(
-    model: str | os.PathLike[str] | nn.Module | TorchModel,
+    model: str | os.PathLike[str] | nn.Module | Patchable,
     data: Any,
     *,
     metric: str | Metric | ScoreFunction = "accuracy",
@@ -120,7 +120,7 @@ def tune_alpha(
     chosen = as_metric(metric)
     _check_settings(trials, holdout)
     started = time.monotonic()
-    patchable = model if isinstance(model, TorchModel) else load(model)
+    patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not patchable.survey().sites:
         patchable.set_alphas(0.0)  # raises, with the reasons
 
@@ -185,7 +185,7 @@ class _Search:
 
     def __init__(
         self,
-        model: TorchModel,
+        model: Patchable,
         examples: Examples,
         indices: Indices,
         metric: Metric,
@@ -301,7 +301,7 @@ def _warn_at_chance(scores: Scores, targets: np.ndarray[Any, Any]) -> None:
 
 
 def _provenance(
-    result: TuneResult, model: TorchModel, examples: Examples, data: Any, test_data: Any, seed: int
+    result: TuneResult, model: Patchable, examples: Examples, data: Any, test_data: Any, seed: int
 ) -> dict[str, Any]:
     def named(source: Any) -> str | None:
         return str(source) if isinstance(source, (str, os.PathLike)) else None

@@ -10,7 +10,7 @@ import typer
 from bnpatch import __version__
 from bnpatch.errors import BnpatchError, BnpatchWarning
 
-from . import demo, evaluate, inspect, tune
+from . import demo, evaluate, export, inspect, tune
 
 app = typer.Typer(
     name="bnpatch",
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("tune-alpha")(tune.tune_alpha)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("demo")(demo.demo)
 
 
@@ -46,7 +47,7 @@ def bnpatch(
     Each example gets a weight alpha in the statistics that normalize it; alpha is tuned on a
     validation set. No retraining.
 
-    [bold]MODEL[/bold] is a checkpoint file (.pt, .pth, .pth.tar, .ckpt, .safetensors), or a name:
+    [bold]MODEL[/bold] is a checkpoint file (.pt, .pth, .pth.tar, .ckpt, .safetensors), .onnx, or a name:
     timm:resnet50.a1_in1k, torchvision:resnet50, hf-hub:org/name.
 
     Example: [bold]bnpatch tune-alpha model.pt --data val/[/bold]
@@ -63,7 +64,7 @@ def run() -> None:
     try:
         app(prog_name="bnpatch")
     except BnpatchError as error:
-        _fail(str(error), debug)
+        _fail(str(error), debug, error.exit_code)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -79,11 +80,11 @@ def run() -> None:
         )
 
 
-def _fail(message: str, debug: bool) -> None:
+def _fail(message: str, debug: bool, code: int = 2) -> None:
     if debug:
         raise
     typer.echo(f"error: {message}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

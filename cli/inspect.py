@@ -16,6 +16,7 @@ def inspect(
     arch: opt.Arch = None,
     use_ema: opt.UseEma = False,
     unsafe_load: opt.UnsafeLoad = False,
+    output_name: opt.OutputName = None,
     img_size: opt.ImgSize = None,
 ) -> None:
     """Show what bnpatch would rewrite in a model, what it would leave alone, and why.
@@ -27,8 +28,10 @@ def inspect(
     """
     from .render import table
 
-    loaded = opt.open_model(model, arch, use_ema, unsafe_load, device="cpu", img_size=img_size)
-    found, shapes = loaded.survey(), loaded.site_shapes()
+    loaded = opt.open_model(
+        model, arch, use_ema, unsafe_load, device="cpu", output=output_name, img_size=img_size
+    )
+    found, shapes, alphas = loaded.survey(), loaded.site_shapes(), loaded.alphas()
 
     def resolution(name: str) -> str:
         shape = shapes.get(name)
@@ -44,11 +47,10 @@ def inspect(
             "sites": [
                 {
                     "name": s.name,
-                    "aliases": s.aliases,
                     "kind": s.kind,
                     "channels": s.num_channels,
                     "resolution": shapes.get(s.name),
-                    "alpha": s.alpha,
+                    "alpha": alphas[s.name],
                 }
                 for s in found.sites
             ],
@@ -60,7 +62,9 @@ def inspect(
     typer.echo(f"{len(found.sites)} sites to weigh examples at")
     single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
     if sites:
-        rows = [[s.name, s.kind, s.num_channels, resolution(s.name), f"{s.alpha:g}"] for s in found.sites]
+        rows = [
+            [s.name, s.kind, s.num_channels, resolution(s.name), f"{alphas[s.name]:g}"] for s in found.sites
+        ]
         table(["site", "kind", "channels", "map", "alpha"], rows)
     elif found.sites:
         groups = Counter((s.kind, resolution(s.name)) for s in found.sites)

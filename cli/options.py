@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from bnpatch.model import TorchModel
+    from bnpatch.onnx_model import OnnxModel
 
 _IMAGES = "How images become inputs (default: the model's own)"
 _LOADING = "Loading"
@@ -46,6 +47,11 @@ Device = Annotated[
 Amp = Annotated[
     bool,
     typer.Option("--amp", help="Compute in half precision where that is safe.", rich_help_panel=_LOADING),
+]
+
+OutputName = Annotated[
+    str | None,
+    typer.Option("--output-name", help="Which output of an ONNX file to read.", rich_help_panel=_LOADING),
 ]
 
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels.", rich_help_panel=_IMAGES)]
@@ -103,8 +109,9 @@ def open_model(
     unsafe_load: bool,
     device: str | None,
     amp: bool = False,
+    output: str | None = None,
     **preprocessing: Any,
-) -> "TorchModel":
+) -> "TorchModel | OnnxModel":
     """Load the model that the options describe, and say what there is to know about it."""
     from bnpatch import load
 
@@ -116,6 +123,7 @@ def open_model(
         arch=arch,
         use_ema=use_ema,
         unsafe_load=unsafe_load,
+        output=output,
         device=device,
         amp=amp,
         preprocessing=preprocessing,

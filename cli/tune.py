@@ -41,6 +41,7 @@ def tune_alpha(
     arch: opt.Arch = None,
     use_ema: opt.UseEma = False,
     unsafe_load: opt.UnsafeLoad = False,
+    output_name: opt.OutputName = None,
     device: opt.Device = None,
     amp: opt.Amp = False,
     img_size: opt.ImgSize = None,
@@ -51,13 +52,15 @@ def tune_alpha(
 ) -> None:
     """Find the weight of the example that suits a model and data best.
 
-    Writes recipe.json, patched.pt, alpha-curve.png and trials.csv into the output folder. The verdict
-    is given on examples that the search did not see.
+    Writes recipe.json, patched.pt (or patched.onnx), alpha-curve.png and trials.csv into the output
+    folder. The verdict is given on examples that the search did not see.
 
     Examples:
     bnpatch tune-alpha model.pt --data val/
 
     bnpatch tune-alpha timm:resnet50.a1_in1k --data imagenet/val --metric cross-entropy --limit 5000
+
+    bnpatch tune-alpha model.onnx --data val/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
 
     bnpatch tune-alpha resnet18-f37072fd.pth --data field-images/ --class-map classes.txt -o out/
     """
@@ -75,6 +78,7 @@ def tune_alpha(
         unsafe_load,
         device,
         amp,
+        output_name,
         img_size=img_size,
         mean=mean,
         std=std,

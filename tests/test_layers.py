@@ -13,6 +13,16 @@ ROOT = Path(bnpatch.__file__).parent
 FLOORS = {
     "errors": 0,
     "moments": 0,
+    "sites": 0,
+    "graph.constants": 0,
+    "graph.expr": 0,
+    "graph.shapes": 0,
+    "graph.group_norm": 1,
+    "graph.folded": 1,
+    "graph.read": 1,
+    "graph.match": 2,
+    "graph.forms": 3,
+    "graph.rewrite": 4,
     "files": 1,
     "metrics": 1,
     "preprocessing": 1,
@@ -24,13 +34,16 @@ FLOORS = {
     "recipe": 2,
     "nn.surgery": 2,
     "model": 3,
-    "sources": 4,
-    "loading": 4,
-    "evaluation": 4,
-    "search": 5,
-    "report": 6,
-    "": 7,
-    "nn": 7,
+    "onnx_model": 5,
+    "sources": 6,
+    "loading": 6,
+    "evaluation": 6,
+    "search": 7,
+    "export": 7,
+    "report": 8,
+    "": 9,
+    "nn": 9,
+    "graph": 9,
 }
 
 
@@ -46,7 +59,9 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.module == "bnpatch":
             yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnpatch."):
-            yield node.module.removeprefix("bnpatch.")
+            module = node.module.removeprefix("bnpatch.")
+            inner = [f"{module}.{alias.name}" for alias in node.names if f"{module}.{alias.name}" in FLOORS]
+            yield from inner or [module]
         elif isinstance(node, ast.Import):
             yield from (a.name.removeprefix("bnpatch.") for a in node.names if a.name.startswith("bnpatch."))
 

@@ -97,7 +97,7 @@ def append_site(
     if form == "normalized":
         x = Value(tape, _batch_norm(tape, site, running), site.dtype)
         total = running.var + site.eps
-        running, eps = Moments(np.zeros(site.channels), running.var / total), site.eps / total
+        running, eps = Moments(np.zeros(site.num_channels), running.var / total), site.eps / total
     else:
         x = Value(tape, site.input, site.dtype).cast(compute)
     return _weighed_norm(x, site, running, eps, weight, form).cast(site.dtype).value
@@ -126,11 +126,11 @@ def _weighed_norm(
     per_group = site.channels_per_group > 1
     columns = (-1, site.channels_per_group) if per_group else (-1, *spatial)
     if per_group:
-        groups = (0, site.channels // site.channels_per_group, site.channels_per_group)
+        groups = (0, site.num_channels // site.channels_per_group, site.channels_per_group)
         parts = (m.reshape(groups) if isinstance(m, Value) else m for m in (example.mean, example.var))
         example = pool(Moments(*parts), axes=2)
     means, variances, weights, biases, epsilons = (
-        np.broadcast_to(v, site.channels).reshape(columns)
+        np.broadcast_to(v, site.num_channels).reshape(columns)
         for v in (running.mean, running.var, site.weight, site.bias, eps)
     )
     if per_group:
@@ -140,7 +140,7 @@ def _weighed_norm(
     scale: Value = weights / (moments.var + epsilons).sqrt()
     shift: Value = biases - moments.mean * scale
     if per_group:
-        scale, shift = (v.reshape((0, site.channels, *spatial)) for v in (scale, shift))
+        scale, shift = (v.reshape((0, site.num_channels, *spatial)) for v in (scale, shift))
     return x * scale + shift
 
 
@@ -184,7 +184,7 @@ def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Mom
 
 def _batch_norm(tape: Tape, site: Site, running: Moments[Array], scale: float = 1.0) -> ir.Value:
     """A BatchNormalization by the running moments alone: the site's own node, with bias 0."""
-    scales, zeros = (tape.constant(np.full(site.channels, v), site.dtype) for v in (scale, 0.0))
+    scales, zeros = (tape.constant(np.full(site.num_channels, v), site.dtype) for v in (scale, 0.0))
     moments: list[ir.Value] = []
     for own, mine, array in zip(
         site.node.inputs[3:5] or (None, None),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from bnpatch.graph.constants import Array, constant_of, names_of
 from bnpatch.graph.group_norm import find_exported_group_norm
 from bnpatch.graph.shapes import Dims, TensorType, infer_types
+from bnpatch.sites import LeftAlone, Survey
 
 #: What the names of all nodes and values that a rewrite adds have in them.
 MARK = "/bnpatch/"
@@ -74,7 +75,7 @@ class Site:
         return self.node.outputs[0]
 
     @property
-    def channels(self) -> int:
+    def num_channels(self) -> int:
         """C, the number of channels."""
         return int(self.weight.size)
 
@@ -94,24 +95,7 @@ class Site:
         return all(size == 1 for size in self.dims[2:])
 
 
-@dataclass(frozen=True)
-class LeftAlone:
-    """A normalization layer that bnpatch does not rewrite, and why."""
-
-    name: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Survey:
-    """All normalization layers of a model, in the order of its nodes."""
-
-    sites: tuple[Site, ...]
-    left_alone: tuple[LeftAlone, ...]
-
-
-def survey(model: ir.Model) -> Survey:
+def survey(model: ir.Model) -> Survey[Site]:
     """List the sites of a model, and the normalization layers that are no sites, with reasons.
 
     Looks only: the model is not changed. Subgraphs (If, Loop, Scan) are searched; nodes in model-local

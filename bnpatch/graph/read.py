@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, first_line
 
 #: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
 EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # 64 MiB for everything that is no tensor
@@ -126,7 +126,7 @@ def save(
         ) from error
     except Exception as error:  # a part of a damaged model that was read, but cannot be written
         raise BnpatchError(
-            f"{file} cannot be written: {_first_line(error)}", "the original file is damaged: fetch it again"
+            f"{file} cannot be written: {first_line(error)}", "the original file is damaged: fetch it again"
         ) from error
     return file
 
@@ -192,11 +192,7 @@ def _check_text(message: Any) -> None:
 
 
 def _not_valid(file: Path, error: Exception) -> BnpatchError:
-    return BnpatchError(f"{file} is not a valid ONNX model: {_first_line(error)}", _remedy(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+    return BnpatchError(f"{file} is not a valid ONNX model: {first_line(error)}", _remedy(error))
 
 
 def _remedy(error: Exception) -> str:
@@ -217,7 +213,7 @@ def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTe
         except Exception as error:
             links = "symlink" in str(error) or "hard link" in str(error)
             raise BnpatchError(
-                f"{name} cannot be used: {str(error).splitlines()[0]}",
+                f"{name} cannot be used: {first_line(error)}",
                 "copy the model and its data as plain files into one folder (cp -L)"
                 if links
                 else "fetch it again",

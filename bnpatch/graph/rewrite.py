@@ -12,12 +12,13 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, check_alpha
 from bnpatch.graph.constants import Array
 from bnpatch.graph.expr import Tape
 from bnpatch.graph.forms import append_site
-from bnpatch.graph.match import MARK, LeftAlone, Site, survey
+from bnpatch.graph.match import MARK, Site, survey
 from bnpatch.moments import Moments
+from bnpatch.sites import LeftAlone
 
 #: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
 Append = Callable[[Tape, Site, Moments[Array], float | ir.Value], ir.Value]
@@ -71,7 +72,8 @@ def rewrite(
 
     Raises:
         BnpatchError: a name is no site, or a site has no running moments and none are given.
-        ValueError: an alpha is not in [0, 1]; the alphas of a global input differ; running moments do
+        InvalidAlphaError: an alpha is not in [0, 1].
+        ValueError: the alphas of a global input differ; running moments do
             not fit.
     """
     found = survey(model)
@@ -115,8 +117,7 @@ def _alphas_by_site(alphas: Mapping[str, float], sites: tuple[Site, ...]) -> dic
             f"the model has no site {unknown[0]!r}", f"its sites are {some}" if sites else "it has none"
         )
     for name, alpha in alphas.items():
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha = {alpha} at {name!r} is not a weight; it must lie in [0, 1]")
+        check_alpha(alpha, name)
     by_site = {site.name: alphas.get(site.name, alphas.get(site.module)) for site in sites}
     return {name: float(alpha) for name, alpha in by_site.items() if alpha is not None}
 
@@ -136,8 +137,12 @@ def _running_moments(site: Site, given: Mapping[str, Moments[Array]]) -> Moments
             return None
         return Moments(site.running_mean, site.running_var)
     moments = Moments(*(np.asarray(v, np.float64) for v in (moments.mean, moments.var)))
-    if any(v.shape != (site.channels,) or not np.all(np.isfinite(v)) for v in (moments.mean, moments.var)):
-        raise ValueError(f"running moments of {site.name!r} must be finite and of shape ({site.channels},)")
+    if any(
+        v.shape != (site.num_channels,) or not np.all(np.isfinite(v)) for v in (moments.mean, moments.var)
+    ):
+        raise ValueError(
+            f"running moments of {site.name!r} must be finite and of shape ({site.num_channels},)"
+        )
     if np.any(moments.var < 0):
         raise ValueError(f"the running variance of {site.name!r} is negative somewhere")
     return moments

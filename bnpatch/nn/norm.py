@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnpatch.errors import InvalidAlphaError
+from bnpatch.errors import check_alpha
 from bnpatch.moments import Moments, mix, pool
 
 # What the layer adds to the state of the module that it takes over.
@@ -156,13 +156,6 @@ class ExampleWeighedNorm(nn.Module):
         """Show size, eps, alpha and what the layer was."""
         alpha = self.alpha if isinstance(self.alpha, float) else "learned"
         return f"{self.running_mean.numel()}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
-
-
-def check_alpha(alpha: float) -> float:
-    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1]."""
-    if not 0 <= alpha <= 1:
-        raise InvalidAlphaError(f"alpha = {alpha} is not a weight", "it must lie in [0, 1]")
-    return alpha
 
 
 def weighed_norm(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnpatch.errors import BnpatchError
-from bnpatch.nn.norm import ExampleWeighedNorm, check_alpha
+from bnpatch.errors import BnpatchError, check_alpha
+from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.sites import LeftAlone, Survey
 
 _TORCH = "torch.nn.modules"
@@ -82,6 +82,11 @@ class Site:
     def num_channels(self) -> int:
         """C, the number of channels that the layer normalizes."""
         return int(self.module.running_mean.numel())  # type: ignore[operator]
+
+    @property
+    def is_patched(self) -> bool:
+        """Is the layer one that weighs examples?"""
+        return isinstance(self.module, ExampleWeighedNorm)
 
     @property
     def alpha(self) -> float:
@@ -224,7 +229,7 @@ def _alphas_by_name(alpha: float | Mapping[str, float], sites: list[Site]) -> di
         raise BnpatchError(
             f"the model has no site {unknown[0]!r}", f"its sites are {_enumerate([s.name for s in sites])}"
         )
-    return {names[name]: check_alpha(float(value)) for name, value in alpha.items()}
+    return {names[name]: check_alpha(float(value), name) for name, value in alpha.items()}
 
 
 def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:

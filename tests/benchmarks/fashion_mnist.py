@@ -29,10 +29,11 @@ SHIFTS = {
 def read(folder, part):
     """Images (N, 28, 28) as bytes, and classes."""
     images, labels = (
-        np.frombuffer(
-            gzip.decompress((folder / f"{part}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=offset
+        np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=offset)
+        for path, offset in (
+            (folder / f"{part}-images-idx3-ubyte.gz", 16),
+            (folder / f"{part}-labels-idx1-ubyte.gz", 8),
         )
-        for kind, offset in (("images-idx3", 16), ("labels-idx1", 8))
     )
     return images.reshape(-1, 28, 28), labels.astype(np.int64)
 
@@ -74,9 +75,7 @@ def main():
     args = parser.parse_args()
     images, labels = read(args.data, "train")
     test_images, test_labels = (a[:6000] for a in read(args.data, "t10k"))
-    print(
-        "| model | shift | metric tuned | alpha | accuracy | change | cross-entropy | change | verdict | time |"
-    )
+    print("| model | shift | tuned | alpha | accuracy | change | cross-entropy | change | verdict | time |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in ("timm test_resnet", "torchvision resnet18"):
         started = time.monotonic()

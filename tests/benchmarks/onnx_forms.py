@@ -68,7 +68,7 @@ def batch_norm_view(u: Value, scale: Value, shift: Value, site: Site) -> Value:
     zero = (flat_scale * 0).value
     operands = (u.reshape((1, -1, 0, 0)).value, flat_scale.value, flat_shift.value, zero, zero)
     y = Value(u.tape, u.tape.op("BatchNormalization", *operands, epsilon=1.0), u.dtype)
-    return y.reshape((-1, site.channels, 0, 0))
+    return y.reshape((-1, site.num_channels, 0, 0))
 
 
 def resized_planes(u: Value, scale: Value, shift: Value, site: Site) -> Value:
@@ -94,7 +94,7 @@ def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
 
 
 def normalized(tape: Tape, site: Site) -> Value:
-    scales, zeros = (tape.constant(np.full(site.channels, v), site.dtype) for v in (1.0, 0.0))
+    scales, zeros = (tape.constant(np.full(site.num_channels, v), site.dtype) for v in (1.0, 0.0))
     mean, var = site.node.inputs[3:5]
     return Value(
         tape,
@@ -109,7 +109,7 @@ def tape_op(u: Value, op_type: str, **attributes) -> Value:
 
 
 def columns(site: Site, *vectors):
-    return [np.broadcast_to(v, site.channels).reshape(-1, 1, 1) for v in vectors]
+    return [np.broadcast_to(v, site.num_channels).reshape(-1, 1, 1) for v in vectors]
 
 
 CANDIDATES: dict[str, Append] = {

@@ -37,7 +37,7 @@ def assert_has_parameters(site, arrays, prefix="bn"):
 @pytest.mark.parametrize("opset", [7, 8, 9, 13, 14, 15, 20, 23, onnx.defs.onnx_opset_version()])
 def test_batch_norm_of_every_opset(opset):
     site = only_site(bn_model(opset=opset))
-    assert (site.name, site.kind, site.channels, site.identity) == ("bn", "BatchNormalization", 6, 0.0)
+    assert (site.name, site.kind, site.num_channels, site.identity) == ("bn", "BatchNormalization", 6, 0.0)
     assert site.dims == ("n", 6, 5, 4)
     assert site.eps == pytest.approx(1e-5)
     assert not site.needs_calibration

@@ -293,7 +293,7 @@ def test_group_norm_as_exporters_write_it(export, affine, tmp_path):
     torch.onnx.export(layers.eval(), (x,), tmp_path / "m.onnx", verbose=False, **export)
     graph = from_proto(onnx.load(tmp_path / "m.onnx"))
     (site,) = survey(graph).sites
-    assert (site.kind, site.channels, site.channels_per_group) == ("GroupNormalization", 8, 2)
+    assert (site.kind, site.num_channels, site.channels_per_group) == ("GroupNormalization", 8, 2)
     rng = np.random.default_rng(0)
     running = Moments(rng.normal(size=8), rng.uniform(0.5, 2, 8))
     rewrite(graph, {site.name: 0.999999}, running={site.name: running})

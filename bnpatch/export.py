@@ -1,0 +1,202 @@
+"""Patched models as standard ONNX files: one rewrite, whichever side the model comes from.
+
+A torch model is exported as it was before any patch, with its Batch Norm kept as nodes; an ONNX model
+is taken as it was read. Then the graph is rewritten, written, run by onnxruntime, and compared with the
+model that it came from. A file that fails the comparison does not stay.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from bnpatch.errors import BnpatchError, first_line
+from bnpatch.files import writing_to
+from bnpatch.graph import read
+from bnpatch.graph.rewrite import AlphaInputs, rewrite
+from bnpatch.loading import load
+from bnpatch.model import TorchModel
+from bnpatch.nn.surgery import patch, unpatch
+from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel, read_signature
+
+#: Largest deviation that passes, relative to the largest output: float32 rounding through a deep network
+#: whose operators are arranged in another order. Half precision has 2^-11 at every layer.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+_PARITY_BATCHES = (1, 2, 5)
+
+
+class ParityError(BnpatchError):
+    """The exported file does not compute what the model computes."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how far it is from the model.
+
+    Attributes:
+        path: the file.
+        patched: names of the sites that the file weighs examples at.
+        opset: version of the standard operators.
+        max_deviation: largest absolute difference of outputs, relative to the largest output.
+        mean_deviation: mean absolute difference, likewise.
+        batches: numbers of images in the batches that were compared.
+    """
+
+    path: Path
+    patched: tuple[str, ...]
+    opset: int
+    max_deviation: float
+    mean_deviation: float
+    batches: tuple[int, ...]
+
+
+def export_onnx(
+    model: nn.Module | TorchModel | OnnxModel,
+    path: str | os.PathLike[str],
+    example_input: Tensor | None = None,
+    *,
+    alpha_inputs: AlphaInputs | None = None,
+    images: Tensor | None = None,
+) -> Export:
+    """Write a patched model as ONNX, with the alphas that it has now, and check that it computes the same.
+
+    Sites at alpha = 0 stay as they were, so that runtimes fuse them as before.
+
+    Args:
+        model: a patched module, or what :func:`bnpatch.load` returns.
+        path: where to write.
+        example_input: inputs (N, ...) for a module; by default a blank image of its preprocessing.
+        alpha_inputs: None writes alphas as constants; ``"global"`` or ``"per-site"`` makes them inputs
+            with defaults.
+        images: a real batch to compare on, besides random ones.
+
+    Raises:
+        ParityError: the file deviates more than rounding; it is removed.
+        BnpatchError: the model can't be exported, or the file can't be written.
+    """
+    source = load(model) if isinstance(model, nn.Module) else model
+    if isinstance(source, OnnxModel):
+        graph, patched = source.rewritten(alpha_inputs)
+        device, dtype = source.device, torch.float32
+    else:
+        if example_input is None:
+            example_input = torch.zeros(2, *source.preprocessing.input_size)
+        graph, patched = _export_torch(source, example_input, alpha_inputs)
+        device, dtype = torch.device("cpu"), example_input.dtype
+    target = Path(path)
+    with (
+        writing_to(target),
+        tempfile.TemporaryDirectory(dir=_folder_of(target), prefix=".bnpatch-") as folder,
+    ):
+        # Compared before it has its name: what deviates is never there.
+        written = read.save(graph, Path(folder) / target.name)
+        deviations, batches = _compare(source, written, device, example_input, images)
+        worst = max(high for high, _ in deviations)
+        if not worst <= TOLERANCE[dtype]:
+            raise ParityError(
+                f"the exported graph deviates by {worst:.2g} of the largest output, more than rounding",
+                "report it with the model's architecture; no file was written",
+            )
+        for part in Path(folder).iterdir():  # the data file, if there is one, before the model
+            if part.name != written.name:
+                part.replace(target.parent / part.name)
+        written.replace(target)
+    mean = sum(mean for _, mean in deviations) / len(deviations)
+    return Export(target, patched, graph.opset_imports.get("", 0), worst, mean, batches)
+
+
+def _export_torch(
+    source: TorchModel, example_input: Tensor, alpha_inputs: AlphaInputs | None
+) -> tuple[ir.Model, tuple[str, ...]]:
+    alphas = source.alphas()
+    was_patched = {site.name: site.alpha for site in source.survey().sites if site.is_patched}
+    source.module = unpatch(source.module)
+    try:
+        graph = _export_plain(source.module, example_input.to(source.device))
+    finally:
+        if was_patched:
+            source.module = patch(source.module, was_patched, where=lambda site: site.name in was_patched)
+    graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
+    if source.class_names:
+        graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
+    chosen = alphas if alpha_inputs else {name: alpha for name, alpha in alphas.items() if alpha}
+    return graph, rewrite(graph, chosen, alpha_inputs=alpha_inputs).patched
+
+
+def _export_plain(module: nn.Module, example_input: Tensor) -> ir.Model:
+    """Export with Batch Norm kept; ``optimize=True`` would fold it into the convolutions."""
+    from onnxscript import optimizer
+
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)  # the exporter's remarks on operators of torchvision
+            program = torch.onnx.export(
+                module,
+                (example_input,),
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # torch.export raises errors of many kinds
+        raise BnpatchError(
+            f"torch can't export the model: {first_line(error)}",
+            "make its forward exportable with torch.export, or apply the recipe in Python",
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+        for m, training in modes:
+            m.training = training
+    assert program is not None  # of the dynamo exporter
+    graph = program.model
+    optimizer.fold_constants(graph)
+    optimizer.remove_unused_nodes(graph)
+    return graph
+
+
+def _compare(
+    source: TorchModel | OnnxModel,
+    written: Path,
+    device: torch.device,
+    example_input: Tensor | None,
+    images: Tensor | None,
+) -> tuple[list[tuple[float, float]], tuple[int, ...]]:
+    """Deviations (largest, mean) of the file from the model, relative to the largest output."""
+    graph = read.load(written)
+    signature = read_signature(graph, source.signature.output if isinstance(source, OnnxModel) else None)
+    exported = OnnxModel(graph, "exported", signature, source.preprocessing, device=device)
+    generator = torch.Generator().manual_seed(0)
+    like = torch.zeros(1, *source.preprocessing.input_size) if example_input is None else example_input
+    shape = like.shape[1:]
+    batches = [torch.randn(n, *shape, generator=generator).to(like.dtype) for n in _PARITY_BATCHES]
+    if images is not None:
+        batches.append(images)
+    deviations = []
+    with source.borrowed():
+        for x in batches:
+            expected, got = source.predict(x).cpu().double(), exported.predict(x).double()
+            scale = expected.abs().max().clamp_min(1e-12)
+            difference = (got - expected).abs() / scale
+            deviations.append((difference.max().item(), difference.mean().item()))
+    return deviations, tuple(len(x) for x in batches)
+
+
+def _folder_of(path: Path) -> Path:
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent

@@ -1,0 +1,386 @@
+"""An ONNX file that can be patched and asked for predictions, on onnxruntime.
+
+One session has all alphas as inputs and serves the whole search; another runs the file as it is, which
+answers where all alphas are 0, so that "as it is" means just that.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from bnpatch.errors import BnpatchError, check_alpha, first_line
+from bnpatch.graph import match, read
+from bnpatch.graph.rewrite import AlphaInputs, rewrite
+from bnpatch.preprocessing import Preprocessing
+from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
+from bnpatch.sites import AnySite, LeftAlone, Survey
+
+#: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
+PREPROCESSING, CLASS_NAMES = "bnpatch.preprocessing", "bnpatch.class_names"
+
+_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Cast")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph takes and returns.
+
+    Attributes:
+        input: name of the image input.
+        dtype: NumPy type of the input; bytes are images that the graph normalizes itself.
+        channels_last: the input is (N, H, W, C).
+        size: (channels, height, width) of the input, None where the graph leaves it open.
+        batch: number of images that the graph takes at a time, None for any.
+        output: name of the output that is read.
+        is_probability: the output went through a Softmax; its logarithm serves as logits.
+    """
+
+    input: str
+    dtype: npt.DTypeLike
+    channels_last: bool
+    size: tuple[int | None, int | None, int | None]
+    batch: int | None
+    output: str
+    is_probability: bool
+
+
+@dataclass
+class OnnxModel:
+    """An ONNX graph with what is needed to feed it.
+
+    Attributes:
+        graph: the model as it was read; never changed.
+        name: what it is called in tables and files.
+        signature: what it takes and returns.
+        preprocessing: how images become inputs.
+        class_names: names of the outputs in their order, where known.
+        class_order: how class folders are sorted where names don't tell.
+        device: cpu or cuda.
+        notes: what a person should know about it.
+    """
+
+    graph: ir.Model
+    name: str
+    signature: Signature
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    class_order: str = "natural"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    notes: list[str] = field(default_factory=list)
+    arch: None = None
+
+    def __post_init__(self) -> None:
+        self._sites = match.survey(self.graph)
+        self._alphas = dict.fromkeys((site.module for site in self._patchable()), 0.0)
+        self._plain: Any = None
+        self._weighed: Any = None
+        self._inputs: dict[str, str] = {}  # of the weighed session: by site, the input that takes its alpha
+        self._modules = {site.name: site.module for site in self._patchable()}
+        self._num_outputs: int | None = None
+
+    def survey(self) -> Survey[AnySite]:
+        """The sites, one per module, and the norms that are left alone."""
+        sites: dict[str, AnySite] = {}
+        for site in self._patchable():
+            sites.setdefault(site.module, _ModuleSite(site.module, site.kind, site.num_channels))
+        reason = "has no running moments; it would need them calibrated on data"
+        uncalibrated = (LeftAlone(s.name, s.kind, reason) for s in self._sites.sites if s.needs_calibration)
+        return Survey(tuple(sites.values()), (*uncalibrated, *self._sites.left_alone))
+
+    def alphas(self) -> dict[str, float]:
+        """The weight of the example by name of site."""
+        return dict(self._alphas)
+
+    def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
+        """Set the weight of the example, for all sites or by name.
+
+        Raises:
+            BnpatchError: there is no site, or none of a name; InvalidAlphaError for a wrong weight.
+        """
+        if not self._alphas:
+            raise BnpatchError(
+                f"{self.name} has no Batch Norm that could be patched",
+                "it was folded into the convolutions, most likely: patch the checkpoint, or export with "
+                "torch.onnx.export(..., optimize=False)",
+            )
+        if not isinstance(alpha, Mapping):
+            alpha = dict.fromkeys(self._alphas, float(alpha))
+        if unknown := [name for name in alpha if name not in self._alphas]:
+            raise BnpatchError(f"{self.name} has no site {unknown[0]!r}", "see bnpatch inspect --sites")
+        self._alphas.update({name: check_alpha(float(value), name) for name, value in alpha.items()})
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Run a batch.
+
+        Args:
+            x: images as bytes (N, C, H, W), resized and cropped; or floating-point inputs as they are.
+
+        Returns:
+            Logits (N, K), or whatever else the graph returns, on the host.
+
+        Raises:
+            BnpatchError: the graph does not take this input.
+        """
+        inputs = self._prepare(x)
+        step = self.signature.batch or max(1, len(inputs))
+        parts = []
+        for start in range(0, len(inputs), step):
+            part = inputs[start : start + step]
+            missing = self.signature.batch is not None and step - len(part)
+            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+            parts.append(self._run(padded)[: len(part)])
+        y = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
+        y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
+        # The softmax of log(p) is p: the logarithm gives back logits, up to a constant that changes nothing.
+        return (
+            y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self.signature.is_probability else y
+        )
+
+    def num_outputs(self) -> int:
+        """K, the number of classes, found by running one blank image.
+
+        Raises:
+            BnpatchError: the output for one image isn't one number per class.
+        """
+        if self._num_outputs is None:
+            y = self.predict(torch.zeros(1, *self.preprocessing.input_size))
+            if y.ndim != 2:
+                raise BnpatchError(
+                    f"{self.name} returns {tuple(y.shape)} as {self.signature.output!r} for one image",
+                    "choose another with --output, or tune from Python with a metric of your own",
+                )
+            self._num_outputs = y.shape[1]
+        return self._num_outputs
+
+    def site_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Spatial shape of each site's input by name, as far as the graph tells it in numbers."""
+        shapes = {}
+        for site in self._patchable():
+            spatial = site.dims[2:]
+            if all(isinstance(size, int) for size in spatial):
+                shapes[site.module] = tuple(int(size) for size in spatial if isinstance(size, int))
+        return shapes
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of the parameters of each site, by name: that of the torch model which was exported."""
+        return {
+            s.module: fingerprint([s.weight, s.bias, s.running_mean, s.running_var])  # type: ignore[list-item]
+            for s in self._patchable()
+        }
+
+    def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
+        """The weights that the model has now, as a recipe."""
+        hashes = self.fingerprints()
+        sites = (
+            SiteRecipe(s.name, s.kind, self._alphas[s.name], hashes[s.name]) for s in self.survey().sites
+        )
+        return Recipe(tuple(sites), dict(provenance or {}))
+
+    def apply(self, recipe: Recipe) -> None:
+        """Patch the model with a recipe.
+
+        Raises:
+            BnpatchError: the recipe was made for another model; names the first site that differs.
+        """
+        recipe.check_fits(self.fingerprints())
+        self.set_alphas(recipe.alphas)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Every alpha is as before when the context ends."""
+        alphas = dict(self._alphas)
+        try:
+            yield
+        finally:
+            self._alphas = alphas
+
+    def rewritten(self, alpha_inputs: AlphaInputs | None = None) -> tuple[ir.Model, tuple[str, ...]]:
+        """A copy of the graph with the weights that the model has now, and the sites that have them.
+
+        Args:
+            alpha_inputs: see :func:`bnpatch.graph.rewrite.rewrite`.
+        """
+        graph = self.graph.clone()
+        patched: tuple[str, ...] = ()
+        if self._alphas and (alpha_inputs is not None or any(self._alphas.values())):
+            patched = rewrite(graph, self._alphas, alpha_inputs=alpha_inputs).patched
+        graph.metadata_props[PREPROCESSING] = json.dumps(self.preprocessing.to_json())
+        if self.class_names:
+            graph.metadata_props[CLASS_NAMES] = json.dumps(self.class_names)
+        return graph, patched
+
+    def _patchable(self) -> list[match.Site]:
+        return [site for site in self._sites.sites if not site.needs_calibration]
+
+    def _prepare(self, x: Tensor) -> npt.NDArray[Any]:
+        takes_bytes = self.signature.dtype == np.uint8
+        if not x.is_floating_point() and not takes_bytes:
+            shape = (1, -1, 1, 1)
+            mean, std = (
+                255 * torch.tensor(v).view(shape) for v in (self.preprocessing.mean, self.preprocessing.std)
+            )
+            x = (x.float() - mean) / std
+        if self.signature.channels_last and x.ndim == 4:
+            x = x.movedim(1, -1)
+        return np.ascontiguousarray(x.cpu().numpy().astype(self.signature.dtype))
+
+    def _run(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        feeds: dict[str, Any] = {self.signature.input: inputs}
+        if any(self._alphas.values()):
+            session = self._weighed_session()
+            for site, name in self._inputs.items():
+                feeds[name] = np.asarray(self._alphas[self._modules[site]], np.float32)
+        else:
+            session = self._plain = self._plain or open_session(self.graph, self.device)
+        try:
+            result: npt.NDArray[Any] = session.run([self.signature.output], feeds)[0]
+        except Exception as error:  # onnxruntime's own exceptions have no common class that is public
+            raise BnpatchError(
+                f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
+                "set --img-size, or look at the data",
+            ) from error
+        return result
+
+    def _weighed_session(self) -> Any:
+        if self._weighed is None:
+            graph = self.graph.clone()
+            done = rewrite(graph, self._alphas, alpha_inputs="per-site")
+            self._weighed = open_session(graph, self.device)
+            self._inputs = dict(done.alpha_inputs)
+        return self._weighed
+
+
+@dataclass(frozen=True)
+class _ModuleSite:
+    name: str
+    kind: str
+    num_channels: int
+
+
+def load_onnx(
+    path: str | os.PathLike[str],
+    *,
+    output: str | None = None,
+    device: torch.device | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> OnnxModel:
+    """Read an ONNX file, ready to predict.
+
+    Args:
+        path: the file; external data lie beside it.
+        output: which output to read; the first by default.
+        device: cpu or cuda.
+        preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
+
+    Raises:
+        BnpatchError: the file can't be read, or takes something else than one batch of images.
+    """
+    graph = read.load(path)
+    signature = read_signature(graph, output)
+    known = graph.metadata_props.get(PREPROCESSING)
+    wanted = dict(preprocessing or {})
+    notes = []
+    channels, height, width = signature.size
+    if known:
+        base = Preprocessing.from_json(json.loads(known), "the file's metadata")
+    else:
+        source = "ImageNet's values, for want of better: give --mean, --std and --crop-pct"
+        if height is None and wanted.get("img_size") is None:
+            notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
+        size = (channels or 3, height or 224, width or 224)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        base = Preprocessing(size, mean, std, "bilinear", source=source)
+    names = graph.metadata_props.get(CLASS_NAMES)
+    return OnnxModel(
+        graph,
+        Path(path).stem,
+        signature,
+        base.override(channels=channels, **wanted),
+        class_names=tuple(json.loads(names)) if names else None,
+        device=device or torch.device("cpu"),
+        notes=notes,
+    )
+
+
+def read_signature(model: ir.Model, output: str | None = None) -> Signature:
+    """Look at what a graph takes and returns.
+
+    Raises:
+        BnpatchError: it doesn't take one batch of images, or has no output of this name.
+    """
+    graph = model.graph
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    if len(inputs) != 1:
+        names = ", ".join(value.name or "?" for value in inputs)
+        raise BnpatchError(
+            f"the graph takes {len(inputs)} inputs ({names})", "give one that takes images alone"
+        )
+    dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
+    dtype = inputs[0].dtype
+    if dtype is None or (inputs[0].shape is not None and len(dims) != 4):
+        raise BnpatchError(
+            f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
+            "give a graph that takes images (N, C, H, W)",
+        )
+    dims = dims or [None] * 4
+    channels_last = dims[3] in (1, 3) and dims[1] not in (1, 3)
+    batch, *rest = dims
+    height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
+    outputs = {value.name: value for value in graph.outputs}
+    if output is not None and output not in outputs:
+        names = ", ".join(str(name) for name in outputs)
+        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output among {names}")
+    chosen = outputs[output] if output is not None else graph.outputs[0]
+    return Signature(
+        input=inputs[0].name or "",
+        dtype=dtype.numpy(),
+        channels_last=channels_last,
+        size=(channels, height, width),
+        batch=batch,
+        output=chosen.name or "",
+        is_probability=_is_probability(chosen),
+    )
+
+
+def open_session(model: ir.Model, device: torch.device) -> Any:
+    """A session of onnxruntime for a graph of any size.
+
+    Raises:
+        BnpatchError: onnxruntime refuses the graph, or has no provider for the device.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.type)
+    if provider not in onnxruntime.get_available_providers():
+        raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well
+    with tempfile.TemporaryDirectory() as folder:
+        path = read.save(model, Path(folder) / "model.onnx")
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=[provider])
+        except Exception as error:
+            raise BnpatchError(
+                f"onnxruntime refuses the graph: {first_line(error)}",
+                "try a newer onnxruntime",
+            ) from error
+
+
+def _is_probability(value: ir.Value) -> bool:
+    """Does a Softmax compute the value, perhaps before operators that only rearrange it?"""
+    node = value.producer()
+    while node is not None and node.op_type in _PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "Softmax"

@@ -1,0 +1,71 @@
+"""``bnpatch export``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from . import options as opt
+
+
+def export(
+    model: opt.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    recipe: Annotated[Path | None, typer.Option(help="Patch with this recipe first.")] = None,
+    alpha_input: Annotated[
+        Literal["global", "per-site"] | None,
+        typer.Option(help="Leave alpha adjustable: one input for all sites, or one for each."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Compare on real images of this data set, too.")] = None,
+    as_json: opt.Json = False,
+    arch: opt.Arch = None,
+    use_ema: opt.UseEma = False,
+    unsafe_load: opt.UnsafeLoad = False,
+    output_name: opt.OutputName = None,
+    img_size: opt.ImgSize = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+) -> None:
+    """Write a patched model as a standard ONNX file, and check that it computes the same.
+
+    Sites at alpha = 0 stay as they were. The file is compared with the model on batches of several
+    sizes; if it deviates by more than rounding, no file is left and the exit code is 1.
+
+    Examples:
+    bnpatch export model.pt --recipe bnpatch-out/recipe.json -o patched.onnx
+
+    bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
+    """
+    from bnpatch import Recipe, export_onnx, open_examples
+
+    loaded = opt.open_model(
+        model,
+        arch,
+        use_ema,
+        unsafe_load,
+        device="cpu",
+        output=output_name,
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    if recipe is not None:
+        loaded.apply(Recipe.load(recipe))
+    images = None
+    if data is not None:
+        images = next(open_examples(data, loaded, limit=32).batches(32)).x
+    done = export_onnx(loaded, output, alpha_inputs=alpha_input, images=images)
+    if as_json:
+        typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
+        return
+    batches = ", ".join(map(str, done.batches))
+    typer.echo(f"wrote {done.path}: {len(done.patched)} sites weigh examples, opset {done.opset}")
+    typer.echo(
+        f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
+        f"{done.mean_deviation:.1e} on average (batches of {batches})"
+    )
