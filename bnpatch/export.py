@@ -6,10 +6,8 @@ model that it came from. A file that fails the comparison does not stay.
 """
 
 import json
-import logging
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bnpatch.errors import BnpatchError, first_line
+from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
 from bnpatch.graph import read
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
@@ -122,7 +120,7 @@ def _export_torch(
     was_patched = {site.name: site.alpha for site in source.survey().sites if site.is_patched}
     source.module = unpatch(source.module)
     try:
-        graph = _export_plain(source.module, example_input.to(source.device))
+        graph = module_to_graph(source.module, example_input.to(source.device))
     finally:
         if was_patched:
             source.module = patch(source.module, was_patched, where=lambda site: site.name in was_patched)
@@ -131,42 +129,6 @@ def _export_torch(
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
     chosen = alphas if alpha_inputs else {name: alpha for name, alpha in alphas.items() if alpha}
     return graph, rewrite(graph, chosen, alpha_inputs=alpha_inputs).patched
-
-
-def _export_plain(module: nn.Module, example_input: Tensor) -> ir.Model:
-    """Export with Batch Norm kept; ``optimize=True`` would fold it into the convolutions."""
-    from onnxscript import optimizer
-
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)  # the exporter's remarks on operators of torchvision
-            program = torch.onnx.export(
-                module,
-                (example_input,),
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-    except Exception as error:  # torch.export raises errors of many kinds
-        raise BnpatchError(
-            f"torch can't export the model: {first_line(error)}",
-            "make its forward exportable with torch.export, or apply the recipe in Python",
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-        for m, training in modes:
-            m.training = training
-    assert program is not None  # of the dynamo exporter
-    graph = program.model
-    optimizer.fold_constants(graph)
-    optimizer.remove_unused_nodes(graph)
-    return graph
 
 
 def _compare(

@@ -37,7 +37,7 @@ def load(
     """Load a model, ready to predict.
 
     Args:
-        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, an ONNX file,
+        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, an ONNX or .pt2 file,
             a folder as the hub keeps models in (``config.json`` and weights), or a torch module.
         arch: architecture of a checkpoint file, ``library:name`` or a name; without it, the file
             says it or its tensors tell.
@@ -52,7 +52,7 @@ def load(
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.
     """
-    if isinstance(model, (str, os.PathLike)) and Path(model).suffix == ".onnx":
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in (".onnx", ".pt2"):
         return load_onnx(model, output=output, device=_onnx_device(device), preprocessing=preprocessing)
     if isinstance(model, nn.Module):
         loaded = _of_module(model)
@@ -88,8 +88,6 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
     if (path / _HUB_CONFIG).is_file():
         return _load_timm("local-dir", model)
-    if path.suffix == ".pt2":
-        raise BnpatchError(f"{path}: this version can't patch .pt2 files", "give the checkpoint")
     if path.suffix not in SUFFIXES and not path.exists():
         raise BnpatchError(f"there is no file {model}", f"give a file or {_suggestion(model)}")
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)

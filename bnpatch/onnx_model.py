@@ -21,10 +21,13 @@ from torch import Tensor
 
 from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.graph import match, read
+from bnpatch.graph.folded import FOLDED, folded_candidates, insert_norms
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
+from bnpatch.moments import Moments
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.sites import AnySite, LeftAlone, Survey
+from bnpatch.to_graph import program_to_graph
 
 #: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
 PREPROCESSING, CLASS_NAMES = "bnpatch.preprocessing", "bnpatch.class_names"
@@ -69,6 +72,8 @@ class OnnxModel:
         class_order: how class folders are sorted where names don't tell.
         device: cpu or cuda.
         notes: what a person should know about it.
+        calibrated: moments of the outputs of convolutions that a Batch Norm was folded into, by name:
+            each of them is a site.
     """
 
     graph: ir.Model
@@ -79,15 +84,15 @@ class OnnxModel:
     class_order: str = "natural"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
+    calibrated: dict[str, Moments[Any]] = field(default_factory=dict)
     arch: None = None
 
     def __post_init__(self) -> None:
-        self._sites = match.survey(self.graph)
+        self._sites = match.survey(self._with_norms(self.calibrated))
         self._alphas = dict.fromkeys((site.module for site in self._patchable()), 0.0)
         self._plain: Any = None
         self._weighed: Any = None
-        self._inputs: dict[str, str] = {}  # of the weighed session: by site, the input that takes its alpha
-        self._modules = {site.name: site.module for site in self._patchable()}
+        self._inputs: dict[str, str] = {}  # of the weighed session: the site whose alpha an input takes
         self._num_outputs: int | None = None
 
     def survey(self) -> Survey[AnySite]:
@@ -121,6 +126,18 @@ class OnnxModel:
             raise BnpatchError(f"{self.name} has no site {unknown[0]!r}", "see bnpatch inspect --sites")
         self._alphas.update({name: check_alpha(float(value), name) for name, value in alpha.items()})
 
+    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
+        """Take these convolutions as sites, see :func:`bnpatch.calibrate.recover_folded`.
+
+        Raises:
+            BnpatchError: the model has no such convolution.
+        """
+        known = {candidate.name for candidate in folded_candidates(self.graph)}
+        if unknown := [name for name in moments if name not in known]:
+            raise BnpatchError(f"{self.name} has no folded convolution {unknown[0]!r}", "calibrate it again")
+        self.calibrated = {**self.calibrated, **moments}
+        self.__post_init__()
+
     def predict(self, x: Tensor) -> Tensor:
         """Run a batch.
 
@@ -133,20 +150,48 @@ class OnnxModel:
         Raises:
             BnpatchError: the graph does not take this input.
         """
-        inputs = self._prepare(x)
-        step = self.signature.batch or max(1, len(inputs))
-        parts = []
-        for start in range(0, len(inputs), step):
-            part = inputs[start : start + step]
-            missing = self.signature.batch is not None and step - len(part)
-            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-            parts.append(self._run(padded)[: len(part)])
-        y = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
+        if any(self._alphas.values()):
+            session = self._weighed_session()
+        else:
+            session = self._plain = self._plain or open_session(self.graph, self.device)
+        y = torch.from_numpy(self.run(session, [self.signature.output], x)[0])
         y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
         # The softmax of log(p) is p: the logarithm gives back logits, up to a constant that changes nothing.
         return (
             y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self.signature.is_probability else y
         )
+
+    def run(self, session: Any, outputs: list[str], x: Tensor) -> list[npt.NDArray[Any]]:
+        """Run a session of this model on a batch, in portions where the graph's batch size is fixed.
+
+        Args:
+            session: of the graph, or of one that was made from it.
+            outputs: names of what to return, each of shape (N, ...).
+            x: as for :meth:`predict`.
+
+        Raises:
+            BnpatchError: the graph does not take this input.
+        """
+        inputs = self._prepare(x)
+        step = self.signature.batch or max(1, len(inputs))
+        taken = {value.name for value in session.get_overridable_initializers()}
+        feeds = {n: np.asarray(self._alphas[s], np.float32) for n, s in self._inputs.items() if n in taken}
+        portions = []
+        for start in range(0, max(1, len(inputs)), step):
+            portion = inputs[start : start + step]
+            missing = step - len(portion) if self.signature.batch else 0
+            padded = (
+                np.concatenate([portion, np.repeat(portion[-1:], missing, axis=0)]) if missing else portion
+            )
+            try:
+                results = session.run(outputs, {self.signature.input: padded, **feeds})
+            except Exception as error:  # onnxruntime's exceptions have no common class that is public
+                raise BnpatchError(
+                    f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
+                    "set --img-size, or look at the data",
+                ) from error
+            portions.append([result[: len(portion)] for result in results])
+        return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
 
     def num_outputs(self) -> int:
         """K, the number of classes, found by running one blank image.
@@ -175,17 +220,20 @@ class OnnxModel:
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name: that of the torch model which was exported."""
-        return {
-            s.module: fingerprint([s.weight, s.bias, s.running_mean, s.running_var])  # type: ignore[list-item]
-            for s in self._patchable()
-        }
+        hashes = {s.module: _fingerprint(s) for s in self._patchable()}
+        for candidate in folded_candidates(self.graph):
+            if candidate.name in self.calibrated:  # of what the file has, not of what the data gave
+                hashes[candidate.name + FOLDED] = fingerprint(candidate.parameters)
+        return hashes
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
         hashes = self.fingerprints()
-        sites = (
-            SiteRecipe(s.name, s.kind, self._alphas[s.name], hashes[s.name]) for s in self.survey().sites
-        )
+        sites = []
+        for site in self.survey().sites:
+            moments = self.calibrated.get(site.name.removesuffix(FOLDED))
+            alpha, print_ = self._alphas[site.name], hashes[site.name]
+            sites.append(SiteRecipe(site.name, site.kind, alpha, print_, _plain(moments)))
         return Recipe(tuple(sites), dict(provenance or {}))
 
     def apply(self, recipe: Recipe) -> None:
@@ -194,6 +242,13 @@ class OnnxModel:
         Raises:
             BnpatchError: the recipe was made for another model; names the first site that differs.
         """
+        found = {
+            site.name.removesuffix(FOLDED): Moments(*(np.array(site.calibrated[k]) for k in ("mean", "var")))
+            for site in recipe.sites
+            if site.calibrated is not None
+        }
+        if found:
+            self.calibrate(found)
         recipe.check_fits(self.fingerprints())
         self.set_alphas(recipe.alphas)
 
@@ -212,14 +267,25 @@ class OnnxModel:
         Args:
             alpha_inputs: see :func:`bnpatch.graph.rewrite.rewrite`.
         """
-        graph = self.graph.clone()
+        # A recovered site at alpha = 0 is the convolution that it was.
+        used = {n: m for n, m in self.calibrated.items() if alpha_inputs or self._alphas[n + FOLDED]}
+        graph = self._with_norms(used)
+        there = {
+            name: a for name, a in self._alphas.items() if name.removesuffix(FOLDED) not in self.calibrated
+        }
+        there |= {name + FOLDED: self._alphas[name + FOLDED] for name in used}
         patched: tuple[str, ...] = ()
-        if self._alphas and (alpha_inputs is not None or any(self._alphas.values())):
-            patched = rewrite(graph, self._alphas, alpha_inputs=alpha_inputs).patched
+        if alpha_inputs is not None or any(there.values()):
+            patched = rewrite(graph, there, alpha_inputs=alpha_inputs).patched
         graph.metadata_props[PREPROCESSING] = json.dumps(self.preprocessing.to_json())
         if self.class_names:
             graph.metadata_props[CLASS_NAMES] = json.dumps(self.class_names)
         return graph, patched
+
+    def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:
+        graph = self.graph.clone()
+        insert_norms(graph, moments)
+        return graph
 
     def _patchable(self) -> list[match.Site]:
         return [site for site in self._sites.sites if not site.needs_calibration]
@@ -236,30 +302,27 @@ class OnnxModel:
             x = x.movedim(1, -1)
         return np.ascontiguousarray(x.cpu().numpy().astype(self.signature.dtype))
 
-    def _run(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        feeds: dict[str, Any] = {self.signature.input: inputs}
-        if any(self._alphas.values()):
-            session = self._weighed_session()
-            for site, name in self._inputs.items():
-                feeds[name] = np.asarray(self._alphas[self._modules[site]], np.float32)
-        else:
-            session = self._plain = self._plain or open_session(self.graph, self.device)
-        try:
-            result: npt.NDArray[Any] = session.run([self.signature.output], feeds)[0]
-        except Exception as error:  # onnxruntime's own exceptions have no common class that is public
-            raise BnpatchError(
-                f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
-                "set --img-size, or look at the data",
-            ) from error
-        return result
-
     def _weighed_session(self) -> Any:
         if self._weighed is None:
-            graph = self.graph.clone()
+            graph = self._with_norms(self.calibrated)
             done = rewrite(graph, self._alphas, alpha_inputs="per-site")
+            modules = {site.name: site.module for site in self._patchable()}
+            self._inputs = {name: modules[site] for site, name in done.alpha_inputs.items()}
             self._weighed = open_session(graph, self.device)
-            self._inputs = dict(done.alpha_inputs)
         return self._weighed
+
+
+def _fingerprint(site: match.Site) -> str:
+    assert site.running_mean is not None  # a patchable site has them
+    assert site.running_var is not None
+    return fingerprint([site.weight, site.bias, site.running_mean, site.running_var])
+
+
+def _plain(moments: Moments[Any] | None) -> dict[str, list[float]] | None:
+    if moments is None:
+        return None
+    parts = {"mean": moments.mean, "var": moments.var}
+    return {name: [float(f"{value:.8g}") for value in part] for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -279,7 +342,8 @@ def load_onnx(
     """Read an ONNX file, ready to predict.
 
     Args:
-        path: the file; external data lie beside it.
+        path: an ONNX file, whose external data lie beside it; or a ``.pt2`` file of torch.export, which is
+            exported to ONNX.
         output: which output to read; the first by default.
         device: cpu or cuda.
         preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
@@ -287,7 +351,8 @@ def load_onnx(
     Raises:
         BnpatchError: the file can't be read, or takes something else than one batch of images.
     """
-    graph = read.load(path)
+    is_program = Path(path).suffix == ".pt2"
+    graph = read.inline_norms(program_to_graph(path)) if is_program else read.load(path)
     signature = read_signature(graph, output)
     known = graph.metadata_props.get(PREPROCESSING)
     wanted = dict(preprocessing or {})

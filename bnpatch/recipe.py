@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,21 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """One site of the model: its name, what it is, its weight, and a hash of its parameters."""
+    """One site of the model.
+
+    Attributes:
+        name: dotted name of the module.
+        kind: what it is.
+        alpha: the weight of the example.
+        fingerprint: a hash of its parameters.
+        calibrated: mean and variance, where running moments were taken from data.
+    """
 
     name: str
     kind: str
     alpha: float
     fingerprint: str
+    calibrated: Mapping[str, Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)

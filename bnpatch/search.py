@@ -16,6 +16,7 @@ import optuna
 from torch import nn
 
 from bnpatch import __version__
+from bnpatch.calibrate import recover_folded as recover
 from bnpatch.data import Examples, Indices, split
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import (
@@ -91,6 +92,8 @@ def tune_alpha(
     test_data: Any = None,
     batch_size: int = 64,
     seed: int = 0,
+    recover_folded: bool = False,
+    calib_data: Any = None,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     **options: Any,
@@ -110,6 +113,11 @@ def tune_alpha(
         test_data: other data for the verdict; then all of ``data`` is for tuning.
         batch_size: examples at a time.
         seed: of the split and of the sampler.
+        recover_folded: take convolutions that a Batch Norm was folded into as sites. For ONNX models,
+            which stay that way.
+        calib_data: where the running moments of such sites are taken from, labels unused: images like
+            those that the model was trained on. By default the tuning examples; then the sites answer
+            what differs from image to image, and not a shift that all of these images share.
         progress: called with what is going on, examples done and examples in all.
         on_trial: called after each trial with whether it is the best so far.
         options: for :func:`bnpatch.open_examples`.
@@ -121,7 +129,7 @@ def tune_alpha(
     _check_settings(trials, holdout)
     started = time.monotonic()
     patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
-    if not patchable.survey().sites:
+    if not patchable.survey().sites and not recover_folded:
         patchable.set_alphas(0.0)  # raises, with the reasons
 
     def opened(source: Any) -> Examples:
@@ -137,6 +145,9 @@ def tune_alpha(
         test_examples = opened(test_data)
         tuning, held_out = (np.arange(len(e), dtype=np.int64) for e in (examples, test_examples))
     _check_parts(examples, tuning, held_out)
+    if recover_folded:
+        calib_examples, calib = (examples, tuning) if calib_data is None else (opened(calib_data), None)
+        recover(patchable, calib_examples, indices=calib, batch_size=batch_size)
     total = trials * len(tuning) + 2 * len(held_out)
     done = 0
 

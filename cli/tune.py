@@ -25,6 +25,16 @@ def tune_alpha(
     test_data: Annotated[
         str | None, typer.Option(help="Other data for the verdict; --data is all for tuning.")
     ] = None,
+    recover_folded: Annotated[
+        bool,
+        typer.Option(
+            "--recover-folded", help="ONNX: find again the Batch Norm that was folded into convolutions."
+        ),
+    ] = False,
+    calib_data: Annotated[
+        str | None,
+        typer.Option(help="With --recover-folded: images like those of training. Default: the tuning part."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "bnpatch-out"
     ),
@@ -102,6 +112,8 @@ def tune_alpha(
             test_data=test_data,
             batch_size=batch_size,
             seed=seed,
+            recover_folded=recover_folded,
+            calib_data=calib_data,
             progress=progress,
             on_trial=keep,
             num_workers=workers,

@@ -1,16 +1,29 @@
-"""Find the convolutions that may have had a Batch Norm which was folded into them.
+"""Convolutions that may have had a Batch Norm which was folded into them: find them, give it back.
 
 A folded Batch Norm leaves no trace but a bias, which the convolutions of most architectures with Batch
 Norm do not have of their own. So these are candidates, no more: what stands before a Softmax or at an
 output, or squeezes and excites, has a bias as well.
+
+What the Batch Norm did to its input is gone, and need not be known: normalization does not change under an
+affine map of each channel. So the output y0 of such a convolution is taken as the output of a virtual Batch
+Norm with running moments (b, v), those of y0 over data like the training data, scale sqrt(v + eps) and shift b, which is the
+identity; for alpha > 0 it is the formula of the paper up to eps.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
-from bnpatch.graph.constants import constant_of, names_of
+from bnpatch.graph.constants import Array, constant_of, names_of
+from bnpatch.graph.expr import Tape, Value
+from bnpatch.graph.forms import example_moments
 from bnpatch.graph.shapes import Dims, TensorType, infer_types
+from bnpatch.moments import Moments
+
+#: What the name of a recovered site has after that of its convolution.
+FOLDED = ".folded"
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")
@@ -32,6 +45,12 @@ class FoldedCandidate:
     channels: int
     dims: Dims
 
+    @property
+    def parameters(self) -> list[Array]:
+        """Weight and bias of the convolution."""
+        arrays = (constant_of(value) for value in self.node.inputs[1:3])
+        return [array for array in arrays if array is not None]
+
 
 def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
     """The candidates of a model, in the order of its nodes; looks only.
@@ -52,6 +71,69 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
             continue
         candidates.append(FoldedCandidate(_name(node), node, int(bias.size), dims))
     return tuple(candidates)
+
+
+def observe(model: ir.Model, candidates: Sequence[FoldedCandidate]) -> list[tuple[str, str]]:
+    """Add the moments of each candidate's output to the outputs of its model, in place.
+
+    Args:
+        model: the model.
+        candidates: of this very model.
+
+    Returns:
+        For each candidate the names of two outputs, mean and variance per example, (N, C, 1, ..., 1).
+    """
+    names = []
+    opset = model.opset_imports.get("", 0)
+    for index, candidate in enumerate(candidates):
+        output = candidate.node.outputs[0]
+        tape = Tape(f"bnpatch/observe/{index}", opset, set())
+        value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
+        moments = example_moments(value, len(candidate.dims))
+        _graph_of(candidate).insert_after(candidate.node, tape.nodes)
+        for part in (moments.mean.value, moments.var.value):
+            model.graph.outputs.append(part)
+        names.append((moments.mean.value.name or "", moments.var.value.name or ""))
+    return names
+
+
+def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: float = 1e-5) -> None:
+    """Put a Batch Norm that is the identity after each of the convolutions named, in place.
+
+    Args:
+        model: the model.
+        moments: mean and variance, each of shape (C,), of the output of each convolution, by name.
+        eps: added to the variance; keeps channels that are constant from being divided by 0.
+    """
+    for candidate in folded_candidates(model):
+        if candidate.name not in moments:
+            continue
+        mean, var = moments[candidate.name].mean, moments[candidate.name].var
+        output = candidate.node.outputs[0]
+        dtype = output.dtype or ir.DataType.FLOAT
+        parameters = {"weight": np.sqrt(var + eps), "bias": mean, "running_mean": mean, "running_var": var}
+        values = []
+        for name, array in parameters.items():
+            tensor = ir.tensor(array.astype(dtype.numpy()), name=f"{candidate.name}{FOLDED}.{name}")
+            value = ir.Value(
+                name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+            )
+            model.graph.register_initializer(value)
+            values.append(value)
+        norm = ir.node("BatchNormalization", [output, *values], attributes={"epsilon": eps})
+        norm.name = f"{candidate.name}{FOLDED}"
+        result = norm.outputs[0]
+        result.type, result.shape = output.type, output.shape
+        output.replace_all_uses_with(result, replace_graph_outputs=True)
+        norm.replace_input_with(0, output)
+        result.name, output.name = output.name, f"{output.name}{FOLDED}"
+        _graph_of(candidate).insert_after(candidate.node, norm)
+
+
+def _graph_of(candidate: FoldedCandidate) -> ir.Graph | ir.Function:
+    graph = candidate.node.graph
+    assert graph is not None  # found in one
+    return graph
 
 
 def _is_normalized(value: ir.Value) -> bool:
