@@ -23,6 +23,7 @@ from bnpatch.loading import load
 from bnpatch.model import TorchModel
 from bnpatch.nn.surgery import patch, unpatch
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel, read_signature
+from bnpatch.to_graph import module_to_graph
 
 #: Largest deviation that passes, relative to the largest output: float32 rounding through a deep network
 #: whose operators are arranged in another order. Half precision has 2^-11 at every layer.

@@ -37,7 +37,8 @@ def load(
     """Load a model, ready to predict.
 
     Args:
-        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, an ONNX or .pt2 file,
+        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, a file
+            of ONNX or torch.export (``.pt2``),
             a folder as the hub keeps models in (``config.json`` and weights), or a torch module.
         arch: architecture of a checkpoint file, ``library:name`` or a name; without it, the file
             says it or its tensors tell.

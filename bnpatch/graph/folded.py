@@ -4,10 +4,10 @@ A folded Batch Norm leaves no trace but a bias, which the convolutions of most a
 Norm do not have of their own. So these are candidates, no more: what stands before a Softmax or at an
 output, or squeezes and excites, has a bias as well.
 
-What the Batch Norm did to its input is gone, and need not be known: normalization does not change under an
-affine map of each channel. So the output y0 of such a convolution is taken as the output of a virtual Batch
-Norm with running moments (b, v), those of y0 over data like the training data, scale sqrt(v + eps) and shift b, which is the
-identity; for alpha > 0 it is the formula of the paper up to eps.
+What the Batch Norm did to its input is gone, and need not be known: normalization does not change under
+an affine map of each channel. So the output y0 of such a convolution is taken as the output of a virtual
+Batch Norm with running moments (b, v), those of y0 over data like the training data, scale sqrt(v + eps)
+and shift b, which is the identity; for alpha > 0 it is the formula of the paper up to eps.
 """
 
 from collections.abc import Mapping, Sequence

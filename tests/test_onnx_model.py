@@ -1,0 +1,365 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import timm
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import bnpatch
+from bnpatch.errors import BnpatchError
+from bnpatch.export import ParityError, export_onnx
+from bnpatch.recipe import Recipe
+from bnpatch.to_graph import module_to_graph
+from tests.nn.test_surgery import images, settle
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """The trained checkpoint as ONNX, unpatched, with its Batch Norm kept."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(bnpatch.load(checkpoint), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folded(checkpoint, tmp_path_factory):
+    """The same with every Batch Norm folded away, as most public files are."""
+    module = bnpatch.load(checkpoint).module
+    path = tmp_path_factory.mktemp("folded") / "model.onnx"
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(
+        module, (torch.zeros(2, 1, 32, 32),), dynamo=True, dynamic_shapes=batch, verbose=False
+    )
+    program.save(path)
+    return path
+
+
+LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+
+
+def test_an_export_has_the_sites_of_the_checkpoint(checkpoint, exported):
+    torch_model, onnx_model = bnpatch.load(checkpoint), bnpatch.load(exported)
+    assert onnx_model.fingerprints() == torch_model.fingerprints()
+    assert onnx_model.preprocessing.source == "the file's metadata"
+    assert onnx_model.class_names == torch_model.class_names
+    assert onnx_model.num_outputs() == 10
+    assert onnx_model.site_shapes() == torch_model.site_shapes()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.6, 1.0])
+def test_torch_and_onnxruntime_agree(checkpoint, exported, alpha, clean):
+    torch_model, onnx_model = bnpatch.load(checkpoint), bnpatch.load(exported)
+    x = torch.from_numpy(clean[0][:9, None])
+    for model in (torch_model, onnx_model):
+        model.set_alphas(alpha)
+    expected = torch_model.predict(x)
+    # float32 rounding through fifteen layers, more where alpha near 1 divides by small variances
+    torch.testing.assert_close(
+        onnx_model.predict(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
+    )
+
+
+def test_a_recipe_of_one_applies_to_the_other(checkpoint, exported):
+    torch_model, onnx_model = bnpatch.load(checkpoint), bnpatch.load(exported)
+    names = list(torch_model.alphas())
+    torch_model.set_alphas({name: 0.01 * index for index, name in enumerate(names)})
+    onnx_model.apply(torch_model.recipe())
+    assert onnx_model.alphas() == torch_model.alphas()
+    x = images(4, 1, 32, 32)
+    torch.testing.assert_close(onnx_model.predict(x), torch_model.predict(x), rtol=1e-3, atol=1e-4)
+    back = bnpatch.load(checkpoint)
+    back.apply(onnx_model.recipe())
+    assert back.alphas() == torch_model.alphas()
+
+
+def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, exported, foggy):
+    from_torch, from_onnx = (
+        bnpatch.tune_alpha(bnpatch.load(p), foggy, trials=6) for p in (checkpoint, exported)
+    )
+    assert from_onnx.alpha == from_torch.alpha
+    for a, b in zip(from_onnx.comparisons, from_torch.comparisons, strict=True):
+        assert a.after.value == pytest.approx(b.after.value, abs=0.005)  # an example or two on the edge
+
+
+def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
+    from bnpatch import onnx_model
+
+    opened = []
+    original = onnx_model.open_session
+    monkeypatch.setattr(onnx_model, "open_session", lambda *args: opened.append(args) or original(*args))
+    bnpatch.tune_alpha(bnpatch.load(exported), foggy, trials=5)
+    assert len(opened) == 2  # the file as it is, and with alphas as inputs
+
+
+def test_the_model_is_left_as_it_was(exported, foggy):
+    model = bnpatch.load(exported)
+    bnpatch.tune_alpha(model, foggy, trials=2)
+    assert not any(model.alphas().values())
+    with pytest.raises(BnpatchError, match="no site 'nope'"):
+        model.set_alphas({"nope": 0.1})
+    with pytest.raises(ValueError, match="must lie in"):
+        model.set_alphas(2.0)
+
+
+def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
+    """Tuning the folded export reaches what tuning the checkpoint reaches."""
+    model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
+    assert not model.survey().sites
+    with pytest.raises(BnpatchError, match="folded into the convolutions.*--recover-folded"):
+        bnpatch.tune_alpha(model, foggy)
+    reference = bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, trials=8)
+    result = bnpatch.tune_alpha(model, foggy, trials=8, recover_folded=True, calib_data=digits[0])
+    assert result.comparisons[0].before.value == reference.comparisons[0].before.value
+    assert result.comparisons[0].after.value > reference.comparisons[0].after.value - 0.02
+    assert result.recipe.alphas.keys() == {site.name for site in model.survey().sites}
+
+
+def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits, tmp_path):
+    from bnpatch.calibrate import recover_folded
+
+    model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
+    x = images(4, 1, 32, 32)
+    before = model.predict(x)
+    assert recover_folded(model, bnpatch.open_examples(digits[0], model)) == len(model.survey().sites) > 5
+    assert torch.equal(model.predict(x), before)
+    first = model.survey().sites[0].name
+    model.set_alphas({first: 1e-12})
+    torch.testing.assert_close(model.predict(x), before, rtol=1e-4, atol=1e-4)  # float32 rounding
+    model.set_alphas({first: 0.2})
+    done = export_onnx(model, tmp_path / "patched.onnx")
+    assert done.patched == (first,)
+    again = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
+    model.recipe().save(tmp_path / "recipe.json")
+    again.apply(Recipe.load(tmp_path / "recipe.json"))
+    torch.testing.assert_close(
+        again.predict(x), model.predict(x), rtol=1e-5, atol=1e-5
+    )  # moments in 8 digits
+
+
+def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
+    from bnpatch.calibrate import recover_folded
+
+    found = []
+    for size in (7, 600):
+        model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
+        recover_folded(model, bnpatch.open_examples(digits[0], model), batch_size=size)
+        found.append(model.calibrated)
+    for name, moments in found[0].items():
+        np.testing.assert_allclose(moments.mean, found[1][name].mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(moments.var, found[1][name].var, rtol=1e-4, atol=1e-5)
+
+
+def graph(dims, *, channels_last=False, dtype=TensorProto.FLOAT, last="none", outputs=1):
+    """A convolution, a Batch Norm and a mean over positions, with variations of what surrounds them."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "w": rng.normal(size=(4, 3, 1, 1)),
+        "bn.weight": rng.uniform(0.5, 1, 4),
+        "bn.bias": rng.normal(size=4),
+        "bn.running_mean": rng.normal(size=4),
+        "bn.running_var": rng.uniform(0.5, 1, 4),
+    }
+    nodes = []
+    image = "x"
+    if dtype != TensorProto.FLOAT:
+        nodes.append(helper.make_node("Cast", [image], ["as_float"], to=TensorProto.FLOAT))
+        image = "as_float"
+    if channels_last:
+        nodes.append(helper.make_node("Transpose", [image], ["nchw"], perm=[0, 3, 1, 2]))
+        image = "nchw"
+    nodes += [
+        helper.make_node("Conv", [image, "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", *list(arrays)[1:]], ["n"]),
+        helper.make_node("GlobalAveragePool", ["n"], ["p"]),
+    ]
+    tail = {
+        "none": [],
+        "flat": ["Flatten"],
+        "softmax": ["Flatten", "Softmax", "Identity"],
+        "log": ["Flatten", "LogSoftmax"],
+    }
+    value = "p"
+    for index, op in enumerate(tail[last]):
+        nodes.append(helper.make_node(op, [value], [f"y{index}"]))
+        value = f"y{index}"
+    infos = [helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in [value, "p"][:outputs]]
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", dtype, dims)],
+        infos,
+        [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def opened(tmp_path, model, **kwargs):
+    onnx.save(model, tmp_path / "model.onnx")
+    return bnpatch.load(tmp_path / "model.onnx", **kwargs)
+
+
+BYTES = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [["n", 3, 8, 8], [1, 3, 8, 8], [2, 3, 8, 8], ["n", 3, "h", "w"], [None, 3, None, None], [0, 3, 8, 8]],
+)
+def test_batches_fixed_or_not_and_sizes_known_or_not(tmp_path, dims):
+    model = opened(tmp_path, graph(dims, last="flat"), preprocessing={"img_size": 8})
+    expected = opened(tmp_path, graph(["n", 3, 8, 8], last="flat")).predict(BYTES)
+    torch.testing.assert_close(model.predict(BYTES), expected)
+    model.set_alphas(0.3)
+    assert model.predict(BYTES).shape == (5, 4)
+    assert model.num_outputs() == 4
+
+
+def test_an_open_image_size_is_said(tmp_path):
+    model = opened(tmp_path, graph(["n", 3, "h", "w"]))
+    assert "--img-size" in model.notes[0]
+    assert model.preprocessing.input_size == (3, 224, 224)
+
+
+def test_layouts_and_types_of_input(tmp_path):
+    expected = opened(tmp_path, graph(["n", 3, 8, 8])).predict(BYTES)
+    assert expected.shape == (5, 4)  # (N, K, 1, 1)
+    last = opened(tmp_path, graph(["n", 8, 8, 3], channels_last=True))
+    assert last.preprocessing.input_size == (3, 8, 8)
+    torch.testing.assert_close(last.predict(BYTES), expected)
+    takes_bytes = opened(tmp_path, graph(["n", 3, 8, 8], dtype=TensorProto.UINT8))
+    as_floats = opened(tmp_path, graph(["n", 3, 8, 8])).predict(BYTES.float())
+    torch.testing.assert_close(takes_bytes.predict(BYTES), as_floats)
+    half = opened(tmp_path, graph(["n", 3, 8, 8], dtype=TensorProto.FLOAT16))
+    torch.testing.assert_close(half.predict(BYTES), expected, rtol=1e-2, atol=1e-2)  # inputs of 11 bits
+
+
+@pytest.mark.parametrize("last", ["softmax", "log"])
+def test_probabilities_are_told_from_logits(tmp_path, last):
+    logits = opened(tmp_path, graph(["n", 3, 8, 8], last="flat")).predict(BYTES)
+    given = opened(tmp_path, graph(["n", 3, 8, 8], last=last)).predict(BYTES)
+    targets = torch.tensor([0, 1, 2, 3, 0])
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(given, targets), torch.nn.functional.cross_entropy(logits, targets)
+    )
+
+
+def test_an_output_is_chosen(tmp_path):
+    model = graph(["n", 3, 8, 8], last="softmax", outputs=2)
+    assert opened(tmp_path, model).signature.is_probability
+    assert not opened(tmp_path, model, output="p").signature.is_probability
+    with pytest.raises(BnpatchError, match="no output 'nope'; choose --output-name among"):
+        opened(tmp_path, model, output="nope")
+
+
+@pytest.mark.parametrize("dims", [["n", 3], ["n", 3, 8, 8, 8]])
+def test_what_takes_no_images_is_refused(tmp_path, dims):
+    model = graph(["n", 3, 8, 8])
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    for dim in dims:
+        model.graph.input[0].type.tensor_type.shape.dim.add(
+            **{"dim_param" if dim == "n" else "dim_value": dim}
+        )
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BnpatchError, match="takes images|not a valid ONNX model"):
+        bnpatch.load(tmp_path / "model.onnx")
+
+
+def test_a_wrong_size_is_one_line(tmp_path):
+    model = opened(tmp_path, graph(["n", 3, 8, 8]))
+    with pytest.raises(BnpatchError, match=r"does not take an input of shape \(1, 3, 9, 9\)") as error:
+        model.predict(torch.zeros(1, 3, 9, 9))
+    assert "\n" not in str(error.value)
+
+
+def test_a_torch_export_program(checkpoint, tmp_path):
+    torch_model = bnpatch.load(checkpoint)
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(torch_model.module, (torch.zeros(2, 1, 32, 32),), dynamic_shapes=batch)
+    torch.export.save(program, tmp_path / "model.pt2")
+    model = bnpatch.load(tmp_path / "model.pt2", preprocessing=LIKE_TRAINING)
+    assert model.fingerprints() == torch_model.fingerprints()
+    x = images(3, 1, 32, 32)
+    for alpha in (0.0, 0.2):
+        model.set_alphas(alpha)
+        torch_model.set_alphas(alpha)
+        torch.testing.assert_close(model.predict(x), torch_model.predict(x), rtol=1e-3, atol=1e-3)
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    with pytest.raises(BnpatchError, match="damaged or not a torch.export program"):
+        bnpatch.load(tmp_path / "bad.pt2")
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "resnet10t"])
+def test_export_of_timm_models(name, tmp_path):
+    module = bnpatch.patch(settle(timm.create_model(name, num_classes=5)), 0.1)
+    done = bnpatch.export_onnx(module, tmp_path / "model.onnx", images(2, 3, 96, 96))
+    assert done.max_deviation < 1e-4
+    assert len(done.patched) > 3
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    assert {site.alpha for site in bnpatch.survey(module).sites} == {0.1}  # the module is as it was
+
+
+def test_sites_at_identity_stay_as_they_were(checkpoint, tmp_path):
+    model = bnpatch.load(checkpoint)
+    names = list(model.alphas())
+    model.set_alphas({names[0]: 0.2})
+    done = export_onnx(model, tmp_path / "model.onnx")
+    assert done.patched == (names[0],)
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert operators.count("BatchNormalization") == len(
+        names
+    )  # the patched one keeps its own, see graph/forms.py
+    assert operators.count("GlobalAveragePool") == 2
+
+
+@pytest.mark.parametrize("kind", ["global", "per-site"])
+def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
+    import onnxruntime
+
+    model = bnpatch.load(exported)
+    model.set_alphas(0.1)
+    export_onnx(model, tmp_path / "model.onnx", alpha_inputs=kind)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = images(2, 1, 32, 32)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model.predict(x))
+    model.set_alphas(0.7)
+    alphas = {value.name: np.array(0.7, np.float32) for value in session.get_overridable_initializers()}
+    assert len(alphas) == (1 if kind == "global" else 12)
+    (y,) = session.run(None, {"input": x.numpy(), **alphas})
+    torch.testing.assert_close(torch.from_numpy(y), model.predict(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_deviates_does_not_stay(checkpoint, tmp_path, monkeypatch):
+    from bnpatch import export
+
+    def spoil(module, x):
+        made = module_to_graph(module, x)
+        for value in made.graph.initializers.values():
+            if value.name.endswith("running_var"):
+                value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
+        return made
+
+    monkeypatch.setattr(export, "module_to_graph", spoil)
+    model = bnpatch.load(checkpoint)
+    model.set_alphas(0.1)
+    (tmp_path / "model.onnx").write_text("old")
+    with pytest.raises(ParityError, match="deviates by .* more than rounding"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+def test_a_model_that_torch_cannot_export_is_said(tmp_path):
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = torch.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(BnpatchError, match="torch can't export the model"):
+        bnpatch.export_onnx(bnpatch.patch(Branches(), 0.1), tmp_path / "model.onnx", images(2, 3, 4, 4))
+    assert not list(tmp_path.iterdir())
