@@ -91,23 +91,26 @@ def parse_name(name: str) -> tuple[str | None, str]:
     return library or None, rest
 
 
-def identify(state_dict: Mapping[str, Tensor], hint: str | None = None, file_name: str = "") -> Architecture:
+def identify(
+    state_dict: Mapping[str, Tensor], hint: str | None = None, file_name: str = "", library: str | None = None
+) -> Architecture:
     """Find the architecture that a state dict belongs to.
 
     A name that the checkpoint or the file name gives is tried first; then all architectures with the
     same names of tensors. A candidate must agree in every name and shape, up to the number of
     classes and of input channels, which are read off the tensors. Where several agree, as do
-    variants that differ in strides only, the first is taken and the others are reported.
+    variants that differ in strides only, the first is taken and the others are reported. Many
+    architectures are in both libraries, under one name: ``library`` says which is meant.
 
     Raises:
         BnpatchError: nothing fits.
     """
     if not state_dict:
         raise BnpatchError(f"{file_name or 'the checkpoint'} has no weights", "save a state dict")
-    candidates = list(
-        dict.fromkeys([*_named(hint), *_named_by_file(file_name), *_by_tensor_names(state_dict)])
-    )
-    fits = [arch for library, name in candidates if (arch := _fit(library, name, state_dict))]
+    groups = (_named(hint), _named_by_file(file_name), _by_tensor_names(state_dict))
+    preferred = (sorted(group, key=lambda candidate: candidate[0] != library) for group in groups)
+    candidates = dict.fromkeys(candidate for group in preferred for candidate in group)
+    fits = [arch for lib, name in candidates if (arch := _fit(lib, name, state_dict))]
     if not fits:
         raise BnpatchError(
             f"the weights of {file_name or 'the checkpoint'} fit no architecture of timm or torchvision",

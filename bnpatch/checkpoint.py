@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, first_line
 
 StateDict = dict[str, Tensor]
 
@@ -32,7 +32,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _CLASS_NAMES = ("class_names", "classes", "label_names")
 
 # Plain data that training scripts store beside the weights: harmless to unpickle.
-_SAFE = [
+_SAFE: list[Any] = [
     argparse.Namespace,
     collections.defaultdict,
     dict,
@@ -42,6 +42,8 @@ _SAFE = [
     np.ndarray,
     _np_multiarray.scalar,
     _np_multiarray._reconstruct,
+    (_np_multiarray.scalar, "numpy.core.multiarray.scalar"),  # the names of NumPy 1
+    (_np_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"},
 ]
 
@@ -55,6 +57,7 @@ class Checkpoint:
         state_dict: the weights, without the prefixes that wrappers add.
         module: the model itself, where the file is a pickled one (only with ``unsafe``).
         arch: name of the architecture, where the file says it.
+        library: whose training script wrote the file, timm or torchvision, where its layout tells.
         args: the training arguments, where the file has them.
         class_names: names of the classes in the order of the outputs, where the file has them.
         bnpatch: what bnpatch stored: recipe and preprocessing.
@@ -64,6 +67,7 @@ class Checkpoint:
     state_dict: StateDict
     module: nn.Module | None = None
     arch: str | None = None
+    library: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     bnpatch: Mapping[str, Any] | None = None
@@ -100,6 +104,7 @@ def read_checkpoint(
             arch=_first_string(
                 about.get("arch"), args.get("model"), args.get("arch"), args.get("model_name")
             ),
+            library=_library(about),
             args=args,
             class_names=_class_names(about),
             bnpatch=_as_mapping(about.get("bnpatch")) or None,
@@ -120,8 +125,16 @@ def _read(path: Path, unsafe: bool) -> Any:
         raise BnpatchError(f"{path} is empty", "copy or download it again")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    _refuse_programs(path)
-    return _torch_load(path, unsafe)
+    try:
+        _refuse_programs(path)
+        return _torch_load(path, unsafe)
+    except BnpatchError:
+        raise
+    except Exception as error:  # a damaged file makes zipfile, pickle and torch trip in many ways
+        raise BnpatchError(
+            f"{path} is damaged or not a checkpoint ({first_line(error)})",
+            "copy it again, and see that it is complete",
+        ) from error
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -161,23 +174,17 @@ def _torch_load(path: Path, unsafe: bool) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
-            raise _damaged(path) from error
+            raise
         raise BnpatchError(
             f"{path} holds a pickled {found[1]}, and unpickling can run any code",
             "save a state dict instead, or add --unsafe-load if you trust whoever made the file",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _damaged(path) from error
-    except (AttributeError, ImportError) as error:  # only an unsafe load looks classes up
+    except (AttributeError, ImportError) as error:
+        if not unsafe:
+            raise
         raise BnpatchError(
-            f"{path} needs Python code that is not here: {error}", "run where it can be imported"
+            f"{path} needs Python code that is not here: {first_line(error)}", "run where it can be imported"
         ) from error
-
-
-def _damaged(path: Path) -> BnpatchError:
-    return BnpatchError(
-        f"{path} is damaged or not a checkpoint", "copy it again, and see that it is complete"
-    )
 
 
 def _find_weights(content: Mapping[str, Any], path: Path, use_ema: bool) -> Any:
@@ -223,6 +230,13 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
                 "take a checkpoint from before training diverged",
             )
     return checkpoint
+
+
+def _library(about: Mapping[str, Any]) -> str | None:
+    """Both scripts store ``args``; timm's also the name of the architecture and a version."""
+    if "arch" in about and ("version" in about or "args" in about):
+        return "timm"
+    return "torchvision" if "model" in about and "args" in about else None
 
 
 def _class_names(about: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -91,6 +91,8 @@ class Examples:
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
         """Yield the examples with these indices (default: all) in this order, without the unreadable ones.
 
+        Each index at most once.
+
         Raises:
             BnpatchError: an example can't be read and ``strict`` is set, or inputs differ in shape.
         """
@@ -111,9 +113,10 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def _items(self, indices: Indices) -> Iterator[tuple[int, Tensor]]:
-        missing = [int(i) for i in indices if int(i) not in self._cache and int(i) not in self.skipped]
+        wanted = dict.fromkeys(map(int, indices))
+        missing = [i for i in wanted if i not in self._cache and i not in self.skipped]
         decoded: Iterator[tuple[Tensor | None, str]] = iter(self._loader(missing) if missing else ())
-        for index in map(int, indices):
+        for index in wanted:
             if index in self.skipped:
                 continue
             if index in self._cache:
@@ -123,9 +126,10 @@ class Examples:
             if x is None:
                 self._skip(index, problem)
                 continue
+            x = x.clone()  # a worker's tensor holds a file descriptor
             size = x.numel() * x.element_size()
             if size <= self._cache_left:
-                self._cache[index] = x.clone()  # a worker's tensor holds a file descriptor
+                self._cache[index] = x
                 self._cache_left -= size
             yield index, x
 

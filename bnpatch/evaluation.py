@@ -1,5 +1,6 @@
 """Run a model over examples and score each."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.data import Examples, Indices
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.metrics import (
     ACCURACY,
     CROSS_ENTROPY,
@@ -80,15 +81,16 @@ def evaluate(
     seen: list[Indices] = []
     scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     finite: list[Tensor] = []
-    for batch in examples.batches(batch_size, indices):
-        outputs = model.predict(batch.x)
-        targets = batch.targets.to(outputs.device, non_blocking=True)
-        # Nothing here waits for the device: the scores stay there until the end.
-        finite.append(torch.isfinite(outputs).flatten(1).all(1))
-        for metric in metrics:
-            scores[metric.name].append(score(metric, outputs, targets))
-        seen.append(batch.indices)
-        on_batch(len(batch.indices))
+    with model.borrowed():
+        for batch in examples.batches(batch_size, indices):
+            outputs = model.predict(batch.x)
+            targets = batch.targets.to(outputs.device, non_blocking=True)
+            # Nothing here waits for the device: the scores stay there until the end.
+            finite.append(torch.isfinite(outputs).flatten(1).all(1))
+            for metric in metrics:
+                scores[metric.name].append(score(metric, outputs, targets))
+            seen.append(batch.indices)
+            on_batch(len(batch.indices))
     if not seen:
         index, problem = next(iter(examples.skipped.items()), (0, "there are none"))
         raise BnpatchError(
@@ -123,6 +125,25 @@ class Comparison:
             return "no significant change"
         return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; None for a bound that is infinite, as of a single example."""
+        estimates = {"before": self.before, "after": self.after, "change": self.change}
+        return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
+
+
+def warn_at_chance(scores: Scores, examples: Examples) -> None:
+    """Warn where a model is hardly better than guessing, which is seldom its own fault."""
+    chance = 1 / len(np.unique(examples.targets))
+    accuracy = scores.mean(ACCURACY)
+    if accuracy <= 1.2 * chance < 1:
+        warnings.warn(
+            f"the model is right on {accuracy:.1%} of the examples as it is, and chance is {chance:.1%}: if "
+            "that surprises you, the class folders may be in another order (--class-map), or the "
+            "preprocessing may not be the model's",
+            BnpatchWarning,
+            stacklevel=2,
+        )
+
 
 def compare(
     model: Patchable,
@@ -131,19 +152,18 @@ def compare(
     metrics: Sequence[Metric] = STANDARD_METRICS,
     **options: Any,
 ) -> list[Comparison]:
-    """Score examples with the model as it was made, then with a weight per site.
+    """Score examples with the weights that a model has, then with others.
 
     Args:
-        model: its weights are those of ``alphas`` when this returns.
+        model: as it is before; its weights are those of ``alphas`` when this returns.
         examples: what to score.
         alphas: weights by name of site.
         metrics: what to compute.
         options: for :func:`evaluate`.
     """
-    model.set_alphas(dict.fromkeys(alphas, 0.0))
     before = after = evaluate(model, examples, metrics, **options)
-    model.set_alphas(alphas)
-    if any(alphas.values()):
+    if {**model.alphas(), **alphas} != model.alphas():
+        model.set_alphas(alphas)
         after = evaluate(model, examples, metrics, **options)
     return [
         Comparison(

@@ -37,9 +37,9 @@ def load(
     """Load a model, ready to predict.
 
     Args:
-        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, a file
-            of ONNX or torch.export (``.pt2``),
-            a folder as the hub keeps models in (``config.json`` and weights), or a torch module.
+        model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, a file of ONNX
+            or of torch.export (``.pt2``), a folder as the hub keeps models in (``config.json`` and
+            weights), or a torch module.
         arch: architecture of a checkpoint file, ``library:name`` or a name; without it, the file
             says it or its tensors tell.
         use_ema: take a checkpoint's averaged weights.
@@ -57,7 +57,7 @@ def load(
         return load_onnx(model, output=output, device=_onnx_device(device), preprocessing=preprocessing)
     if isinstance(model, nn.Module):
         loaded = _of_module(model)
-        device = device or next((p.device.type for p in model.parameters()), "cpu")
+        device = device or str(_device_of(model))
     else:
         loaded = _load(str(model), arch, use_ema, unsafe_load)
         loaded.module.eval()
@@ -127,8 +127,14 @@ def _load_timm(source: str, name: str) -> TorchModel:
 def _load_torchvision(name: str) -> TorchModel:
     import torchvision
 
+    name, _, tag = name.partition(".")
     _, name = architecture.parse_name(f"torchvision:{name}")
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    published = torchvision.models.get_model_weights(name)
+    if tag and tag not in published.__members__:
+        raise BnpatchError(
+            f"torchvision has no weights {tag!r} of {name}", f"choose {' or '.join(published.__members__)}"
+        )
+    weights = published[tag or "DEFAULT"]
     try:
         module = torchvision.models.get_model(name, weights=weights)
     except Exception as error:
@@ -155,6 +161,8 @@ def _architecture_of(module: nn.Module, name: str) -> Architecture | None:
 
 def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     if checkpoint.module is not None:
+        if arch:
+            raise BnpatchError(f"{checkpoint.path} holds a whole model", "leave out --arch")
         model = _of_module(checkpoint.module, checkpoint.path.stem)
         model.notes.append("a pickled model, run by its own code")
     else:
@@ -179,9 +187,11 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
 def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     state, file_name = checkpoint.state_dict, checkpoint.path.name
     found = (
-        architecture.fit(arch, state) if arch else architecture.identify(state, checkpoint.arch, file_name)
+        architecture.fit(arch, state)
+        if arch
+        else architecture.identify(state, checkpoint.arch, file_name, checkpoint.library)
     )
-    published = _published_weights(found.name, file_name)
+    published = _tagged(arch) or _published_weights(found.name, file_name)
     if published is not None and arch is None:
         library = "timm" if isinstance(published, Mapping) else "torchvision"
         found = replace(found, library=library)
@@ -207,7 +217,7 @@ def _preprocessing(
     found: Architecture, module: nn.Module, published: Any, checkpoint: Checkpoint
 ) -> Preprocessing:
     if isinstance(published, Mapping):
-        return Preprocessing.of_timm(module, f"timm's weights {checkpoint.path.name}", stored=published)
+        return Preprocessing.of_timm(module, f"timm's published {published['name']}", stored=published)
     if published is not None:
         return Preprocessing.of_torchvision(published, found.in_chans)
     if found.library == "timm":
@@ -216,6 +226,8 @@ def _preprocessing(
         said = any(value is not None for key, value in stored.items() if key != "in_chans")
         source = "the checkpoint's training arguments" if said else f"timm's default for {found.name}"
         return Preprocessing.of_timm(module, source, stored=stored)
+    if checkpoint.args.get("val_crop_size"):
+        return Preprocessing.of_torchvision_args(checkpoint.args, found.in_chans)
     weights = torchvision_weights(found.name)
     default = Preprocessing.of_torchvision(weights[0], found.in_chans)
     return replace(default, source=f"torchvision's default for {found.name}")
@@ -240,10 +252,24 @@ def _published_weights(name: str, file_name: str) -> Any:
     for full_name in timm.list_pretrained(f"{name}.*"):
         cfg = timm.get_pretrained_cfg(full_name)
         if cfg is not None and str(cfg.url or "").rsplit("/", 1)[-1] == file_name:
-            return {
-                key: getattr(cfg, key) for key in ("input_size", "interpolation", "mean", "std", "crop_pct")
-            }
+            return _timm_values(full_name)
     return None
+
+
+def _tagged(arch: str | None) -> dict[str, Any] | None:
+    """What timm knows of weights with a tag, as in ``timm:resnet50.tv_in1k``."""
+    import timm
+
+    name = (arch or "").removeprefix("timm:")
+    return _timm_values(name) if name in timm.list_pretrained() else None
+
+
+def _timm_values(full_name: str) -> dict[str, Any]:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(full_name)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return {"name": full_name, **{key: getattr(cfg, key) for key in keys}}
 
 
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:
@@ -282,8 +308,9 @@ def _input_channels(module: nn.Module) -> int | None:
 
 def _check_finite(model: TorchModel) -> None:
     for site in survey(model.module).sites:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(site.module, name)
+        for name, tensor in zip(
+            ("weight", "bias", "running_mean", "running_var"), site.parameters(), strict=True
+        ):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise BnpatchError(
                     f"{model.name}: {name} of site {site.name!r} is not finite",

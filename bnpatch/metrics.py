@@ -104,6 +104,11 @@ class Estimate:
         """Does the interval lie to one side of 0?"""
         return self.low > 0 or self.high < 0
 
+    def to_json(self) -> dict[str, float | None]:
+        """Plain values; None for what is infinite."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
 
 def mean_estimate(scores: Values) -> Estimate:
     """The mean of per-example scores: Wilson's interval for rates, Student's otherwise."""

@@ -1,9 +1,10 @@
 """A model that can be patched and asked for predictions, whatever it is made of."""
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +46,8 @@ class Patchable(Protocol):
     def predict(self, x: Tensor) -> Tensor:
         """Outputs for a batch: bytes are images, floats are inputs as they are."""
 
-    def num_outputs(self) -> int:
-        """K, the number of classes."""
+    def num_outputs(self, example: Tensor | None = None) -> int:
+        """K, the number of classes, found by running an example, or a blank image."""
 
     def recipe(self) -> Recipe:
         """The weights that the model has now."""
@@ -87,11 +88,8 @@ class TorchModel:
     def __post_init__(self) -> None:
         self.module.to(self.device)
         self._num_outputs: int | None = None
-        # As for bytes: normalization happens on the device, in one subtraction and one division.
-        self._mean, self._std = (
-            (255 * torch.tensor(v, dtype=torch.float32)).view(1, -1, 1, 1).to(self.device)
-            for v in (self.preprocessing.mean, self.preprocessing.std)
-        )
+        self._returns_probabilities = False
+        self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
 
     def survey(self) -> Survey[Site]:
         """See :func:`bnpatch.survey`."""
@@ -120,7 +118,8 @@ class TorchModel:
         """
         x = x.to(self.device, non_blocking=True)
         if not x.is_floating_point():
-            x = (x.float() - self._mean) / self._std
+            mean, std = self._mean_and_std()
+            x = (x.float() - mean) / std
         x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
         with torch.autocast(self.device.type, enabled=self.amp):
             try:
@@ -134,27 +133,45 @@ class TorchModel:
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
-        return _output_tensor(y)
+        y = _output_tensor(y)
+        return (
+            y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self._returns_probabilities else y
+        )
 
-    def num_outputs(self) -> int:
-        """K, the number of classes, found by running one blank image.
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Of bytes, on the device; made again only when the preprocessing changes."""
+        if self._normalization is None or self._normalization[0] is not self.preprocessing:
+            values = (self.preprocessing.mean, self.preprocessing.std)
+            mean, std = ((255 * torch.tensor(v)).view(1, -1, 1, 1).to(self.device) for v in values)
+            self._normalization = (self.preprocessing, mean, std)
+        return self._normalization[1:]
+
+    def num_outputs(self, example: Tensor | None = None) -> int:
+        """K, the number of classes, found by running one input.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
 
         Raises:
-            BnpatchError: the output for one image isn't one number per class.
+            BnpatchError: the output for one input isn't one number per class.
         """
         if self._num_outputs is None:
-            y = self._run_blank_image()
+            y = self._run_one(example)
             if y.ndim != 2:
                 raise BnpatchError(
                     f"{self.name} returns {tuple(y.shape)} for one image, not one number per class",
-                    "tune it from Python with a metric of your own",
+                    "give a classifier",
                 )
             self._num_outputs = y.shape[1]
+            # Logits that are not negative and sum to 1 are no coincidence: the model ends with a softmax.
+            self._returns_probabilities = bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
         return self._num_outputs
 
-    def _run_blank_image(self) -> Tensor:
+    def _run_one(self, example: Tensor | None = None) -> Tensor:
         with self.borrowed():
-            return self.predict(torch.zeros(1, *self.preprocessing.input_size))
+            return self.predict(
+                torch.zeros(1, *self.preprocessing.input_size) if example is None else example
+            )
 
     def site_shapes(self) -> dict[str, tuple[int, ...]]:
         """Spatial shape of each site's input by name, found by running one blank image.
@@ -171,7 +188,7 @@ class TorchModel:
 
         handles = [site.module.register_forward_pre_hook(noting(site.name)) for site in self.survey().sites]
         try:
-            self._run_blank_image()
+            self._run_one()
         finally:
             for handle in handles:
                 handle.remove()
@@ -179,7 +196,7 @@ class TorchModel:
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name; patching does not change it."""
-        return {site.name: _fingerprint(site.module) for site in self.survey().sites}
+        return {site.name: _fingerprint(site) for site in self.survey().sites}
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
@@ -219,20 +236,37 @@ class TorchModel:
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
         """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take as it is.
 
-        Where the architecture has no name, the module itself is pickled; such a file loads with
-        ``--unsafe-load`` only.
+        Where building the architecture by its name does not give this model again, the module itself is
+        pickled; such a file loads with ``--unsafe-load`` only.
         """
         content: dict[str, Any] = {
             "class_names": list(self.class_names) if self.class_names else None,
             "bnpatch": {"recipe": recipe.to_json(), "preprocessing": self.preprocessing.to_json()},
         }
-        if self.arch is None:
-            content["model"] = self.module
-        else:
+        if self.arch is not None and self._is_built_by(self.arch):
             content["arch"] = str(self.arch)
             content["state_dict"] = self.module.state_dict()
+        else:
+            content["model"] = self.module
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # torch's own file writer hides what the disk said
         with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+            temporary.write_bytes(buffer.getbuffer())
+
+    def _is_built_by(self, arch: Architecture) -> bool:
+        """Does the architecture, built by its name, compute the same with these weights?"""
+        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False)
+        try:
+            twin.module.load_state_dict(self.module.state_dict(), strict=False)
+            twin.apply(self.recipe())
+            x = torch.rand(2, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
+            with self.borrowed(), twin.borrowed():
+                own, other = self.predict(x).float().cpu(), twin.predict(x).float().cpu()
+        except (BnpatchError, RuntimeError):
+            return False
+        return own.shape == other.shape and torch.allclose(
+            own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
+        )
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -246,8 +280,8 @@ def pick_device(name: str = "auto") -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BnpatchError(
             f"there is no device {name!r} here", "leave out --device to have one chosen"
         ) from error
@@ -267,8 +301,8 @@ def _output_tensor(y: Any) -> Tensor:
     return y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
 
 
-def _fingerprint(norm: Any) -> str:
-    mean, var = norm.running_mean, norm.running_var
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
+def _fingerprint(site: Site) -> str:
+    weight, bias, mean, var = site.parameters()
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
     return recipes.fingerprint(t.detach().float().cpu().numpy() for t in (weight, bias, mean, var))

@@ -117,8 +117,8 @@ class OnnxModel:
         if not self._alphas:
             raise BnpatchError(
                 f"{self.name} has no Batch Norm that could be patched",
-                "it was folded into the convolutions, most likely: patch the checkpoint, or export with "
-                "torch.onnx.export(..., optimize=False)",
+                "it was folded into the convolutions, most likely: add --recover-folded, or patch "
+                "the checkpoint",
             )
         if not isinstance(alpha, Mapping):
             alpha = dict.fromkeys(self._alphas, float(alpha))
@@ -193,18 +193,21 @@ class OnnxModel:
             portions.append([result[: len(portion)] for result in results])
         return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
 
-    def num_outputs(self) -> int:
-        """K, the number of classes, found by running one blank image.
+    def num_outputs(self, example: Tensor | None = None) -> int:
+        """K, the number of classes, found by running one input.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
 
         Raises:
             BnpatchError: the output for one image isn't one number per class.
         """
         if self._num_outputs is None:
-            y = self.predict(torch.zeros(1, *self.preprocessing.input_size))
+            y = self.predict(torch.zeros(1, *self.preprocessing.input_size) if example is None else example)
             if y.ndim != 2:
                 raise BnpatchError(
                     f"{self.name} returns {tuple(y.shape)} as {self.signature.output!r} for one image",
-                    "choose another with --output, or tune from Python with a metric of your own",
+                    "choose another with --output-name",
                 )
             self._num_outputs = y.shape[1]
         return self._num_outputs
@@ -406,7 +409,7 @@ def read_signature(model: ir.Model, output: str | None = None) -> Signature:
     outputs = {value.name: value for value in graph.outputs}
     if output is not None and output not in outputs:
         names = ", ".join(str(name) for name in outputs)
-        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output among {names}")
+        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output-name among {names}")
     chosen = outputs[output] if output is not None else graph.outputs[0]
     return Signature(
         input=inputs[0].name or "",
@@ -433,7 +436,7 @@ def open_session(model: ir.Model, device: torch.device) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
     with tempfile.TemporaryDirectory() as folder:
-        path = read.save(model, Path(folder) / "model.onnx")
+        path = read.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
         try:
             return onnxruntime.InferenceSession(path, options, providers=[provider])
         except Exception as error:
@@ -441,6 +444,16 @@ def open_session(model: ir.Model, device: torch.device) -> Any:
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "try a newer onnxruntime",
             ) from error
+
+
+def _with_open_dimensions(model: ir.Model) -> ir.Model:
+    """The model, its inputs open where tools wrote 0 or -1 for "any", which onnxruntime takes literally."""
+    model = model.clone()
+    for value in model.graph.inputs:
+        if value.shape is not None and any(isinstance(size, int) and size <= 0 for size in value.shape):
+            sizes = [None if isinstance(size, int) and size <= 0 else size for size in value.shape]
+            value.shape = ir.Shape(sizes)
+    return model
 
 
 def _is_probability(value: ir.Value) -> bool:

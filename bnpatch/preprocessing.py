@@ -12,6 +12,8 @@ from torch import nn
 
 from bnpatch.errors import BnpatchError
 
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+
 Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
 
@@ -74,12 +76,37 @@ class Preprocessing:
             source=f"torchvision's {weights}",
         )
 
+    @classmethod
+    def of_torchvision_args(cls, args: Mapping[str, Any], channels: int = 3) -> "Preprocessing":
+        """What the arguments of torchvision's reference training script say, stored in its checkpoints."""
+        crop, resize = int(args["val_crop_size"]), int(args.get("val_resize_size") or args["val_crop_size"])
+        return cls(
+            input_size=(channels, crop, crop),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            interpolation=str(args.get("interpolation") or "bilinear"),
+            crop_pct=crop / (resize + 0.5),
+            source="the checkpoint's training arguments",
+        )
+
     def override(self, channels: int | None = None, **values: Any) -> "Preprocessing":
         """The same with the values that are not None replaced; ``img_size`` is a side in pixels."""
         values = {name: value for name, value in values.items() if value is not None}
         if not values and channels in (None, self.input_size[0]):
             return self
         source = f"{self.source}, but {', '.join(values)} as asked" if values else self.source
+        wanted = channels or self.input_size[0]
+        for name in ("mean", "std"):
+            if name in values and len(values[name]) not in (1, wanted):
+                raise BnpatchError(
+                    f"--{name} has {len(values[name])} values, the model {wanted} channels",
+                    "give one, or one each",
+                )
+        if values.get("interpolation", "bilinear") not in _INTERPOLATIONS:
+            raise BnpatchError(
+                f"there is no interpolation {values['interpolation']!r}",
+                f"choose {', '.join(_INTERPOLATIONS)}",
+            )
         side = values.pop("img_size", None)
         size = (channels or self.input_size[0], side or self.input_size[1], side or self.input_size[2])
         return replace(self, **values, input_size=size, source=source)

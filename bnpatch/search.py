@@ -4,9 +4,8 @@ import math
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from bnpatch import __version__
 from bnpatch.calibrate import recover_folded as recover
 from bnpatch.data import Examples, Indices, split
-from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import (
     STANDARD_METRICS,
     Comparison,
@@ -26,9 +25,10 @@ from bnpatch.evaluation import (
     Scores,
     compare,
     evaluate,
+    warn_at_chance,
 )
 from bnpatch.loading import load
-from bnpatch.metrics import ACCURACY, Metric, ScoreFunction, as_metric
+from bnpatch.metrics import Metric, ScoreFunction, as_metric
 from bnpatch.model import Patchable
 from bnpatch.recipe import Recipe
 from bnpatch.sources import open_examples
@@ -56,12 +56,13 @@ class TuneResult:
         metric: what was tuned.
         trials: all that was tried, the identity first.
         comparisons: held-out examples, metric by metric, the tuned one first.
-        num_tuning: examples that the search saw.
-        num_held_out: examples that it did not see.
-        skipped: examples that can't be read.
+        num_tuning: examples that the search saw, without the unreadable.
+        num_held_out: examples that it did not see, without the unreadable.
+        skipped: examples that can't be read, by name, and why.
         interrupted: the user stopped the search early.
         seconds: wall time.
-        recipe: the weights and their provenance, to keep and to apply.
+        recipe: the weights and their provenance, to keep and to apply; those that the model had before,
+            where the verdict is "loss".
     """
 
     alpha: float
@@ -70,7 +71,7 @@ class TuneResult:
     comparisons: list[Comparison]
     num_tuning: int
     num_held_out: int
-    skipped: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     seconds: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
@@ -156,30 +157,36 @@ def tune_alpha(
         done += examples_done
         progress(label, done, total)
 
+    as_it_is = patchable.alphas()
     with patchable.borrowed():
         label = "searching alpha"
         run = _Search(patchable, examples, tuning, chosen, batch_size, seed, count)
         interrupted = run.go(trials, timeout, on_trial)
         label, done = "verdict on held-out examples", trials * len(tuning)
-        patchable.set_alphas(run.best.alpha)
-        recipe = patchable.recipe()
+        chosen_alphas = dict.fromkeys(as_it_is, run.best.alpha)
+        patchable.set_alphas(as_it_is)
         comparisons = compare(
             patchable,
             test_examples,
-            recipe.alphas,
+            chosen_alphas,
             run.metrics,
             indices=held_out,
             batch_size=batch_size,
             on_batch=count,
         )
-    skipped = len(examples.skipped) + (len(test_examples.skipped) if test_examples is not examples else 0)
+        progress(label, total, total)
+        # What did worse on examples that the search did not see is not worth applying.
+        patchable.set_alphas(as_it_is if comparisons[0].verdict == "loss" else chosen_alphas)
+        recipe = patchable.recipe()
+    skipped = {examples.source.name(index): why for index, why in examples.skipped.items()}
+    skipped |= {test_examples.source.name(index): why for index, why in test_examples.skipped.items()}
     result = TuneResult(
         run.best.alpha,
         chosen,
         run.trials,
         comparisons,
-        num_tuning=len(tuning),
-        num_held_out=len(held_out),
+        num_tuning=len(tuning) - len(examples.skipped.keys() & set(tuning.tolist())),
+        num_held_out=len(held_out) - len(test_examples.skipped.keys() & set(held_out.tolist())),
         skipped=skipped,
         interrupted=interrupted,
         seconds=time.monotonic() - started,
@@ -251,8 +258,12 @@ class _Search:
             self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
             return
         means = {metric.name: scores.mean(metric) for metric in self.metrics}
+        if not math.isfinite(means[self.metric.name]):
+            raise BnpatchError(
+                f"{self.metric.name} is {means[self.metric.name]}", "look at the metric and the data"
+            )
         if number == 0:
-            _warn_at_chance(scores, self.examples.targets)
+            warn_at_chance(scores, self.examples)
         for name, value in means.items():
             asked.set_user_attr(name, value)
         asked.set_user_attr("alpha", alpha)
@@ -298,19 +309,6 @@ def _check_parts(examples: Examples, tuning: Indices, held_out: Indices) -> None
         )
 
 
-def _warn_at_chance(scores: Scores, targets: np.ndarray[Any, Any]) -> None:
-    chance = 1 / len(np.unique(targets))
-    accuracy = scores.estimate(ACCURACY)
-    if accuracy.low <= chance:
-        warnings.warn(
-            f"the model is right on {accuracy.value:.1%} of the tuning examples as it is, which is chance: "
-            "if that surprises you, the class folders may be in another order (--class-map), or the "
-            "preprocessing may not be the model's",
-            BnpatchWarning,
-            stacklevel=2,
-        )
-
-
 def _provenance(
     result: TuneResult, model: Patchable, examples: Examples, data: Any, test_data: Any, seed: int
 ) -> dict[str, Any]:
@@ -328,13 +326,13 @@ def _provenance(
             "fingerprint": examples.fingerprint(),
             "tuning_examples": result.num_tuning,
             "held_out_examples": result.num_held_out,
-            "skipped": result.skipped,
+            "skipped": len(result.skipped),
         },
         "metric": result.metric.name,
         "trials": len(result.trials),
         "interrupted": result.interrupted,
         "verdict": result.verdict,
-        "held_out": {c.metric.name: _plain(c) for c in result.comparisons},
+        "held_out": {c.metric.name: c.to_json() for c in result.comparisons},
         "seed": seed,
         "versions": {
             "bnpatch": __version__,
@@ -342,11 +340,3 @@ def _provenance(
             "python": platform.python_version(),
         },
     }
-
-
-def _plain(comparison: Comparison) -> dict[str, Any]:
-    estimates = {name: getattr(comparison, name) for name in ("before", "after", "change")}
-    return {
-        name: {key: value if math.isfinite(value) else None for key, value in asdict(estimate).items()}
-        for name, estimate in estimates.items()
-    } | {"verdict": comparison.verdict}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bnpatch.classes import ClassOrder, read_class_map, targets_of_folders
 from bnpatch.data import Examples, Source, split
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, BnpatchWarning, first_line
 from bnpatch.model import Patchable
 
 _NAMED = re.compile(r"(torch|hfds|wds|tfds|hfids)/.+", re.IGNORECASE)
@@ -51,9 +52,10 @@ def open_examples(
         BnpatchError: there is nothing to read, or its classes are not the model's.
     """
     source, targets = _open(data, model, class_map, data_root, split_name)
-    num_outputs = model.num_outputs()
     if len(targets) == 0:
         raise BnpatchError(f"{data} has no examples", "name a data set with some")
+    first = source.read(0) if isinstance(source, ArrayInputs) else None
+    num_outputs = model.num_outputs(first[None] if isinstance(first, Tensor) else None)
     if targets.min() < 0 or targets.max() >= num_outputs:
         raise BnpatchError(
             f"the data has class {targets.max() if targets.max() >= num_outputs else targets.min()}, "
@@ -90,7 +92,7 @@ def _open(
         )
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _pair(data[0], data[1], model)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if hasattr(data, "__getitem__"):
         return _open_dataset(data, mode.image_mode)
     raise BnpatchError(
         f"data is a {type(data).__name__}", "give a path, a pair of arrays, or a torch data set"
@@ -167,8 +169,14 @@ class NamedImages:
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to L or RGB; 16-bit gray is scaled, where PIL would clip it to white."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
+    """Convert an image to L or RGB; 16-bit gray is scaled, where PIL would clip it to white.
+
+    Raises:
+        ValueError: the image has floating-point values, whose range is anybody's guess.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point image")
+    if image.mode.startswith("I"):  # 16 bits, in 32 with some versions of PIL
         values = np.asarray(image).astype(np.uint32) >> 8
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image.convert(mode)
@@ -177,27 +185,45 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 def _open_folder(
     folder: Path, model: Patchable, class_map: str | os.PathLike[str] | None
 ) -> tuple[Source, npt.NDArray[np.int64]]:
-    from timm.data.readers.reader_image_folder import find_images_and_targets
-
-    pairs, folder_index = find_images_and_targets(str(folder))
-    if not pairs:
-        raise BnpatchError(f"{folder} has no images", "it needs a folder of images per class")
-    if "" in folder_index:
-        if len(folder_index) == 1:
+    by_class = _images_by_class(folder)
+    outside = len(by_class.pop("", []))
+    if not by_class:
+        if outside:
             raise BnpatchError(f"the images of {folder} are in no class folders", "make one folder per class")
-        pairs = [pair for pair in pairs if pair[1] != folder_index[""]]
-    names = {index: name for name, index in folder_index.items() if name}
+        raise BnpatchError(f"{folder} has no images", "it needs a folder of images per class")
+    if outside:
+        warnings.warn(
+            f"{outside} images of {folder} are in no class folder: left out", BnpatchWarning, stacklevel=2
+        )
     targets = targets_of_folders(
-        list(names.values()),
+        list(by_class),
         num_outputs=model.num_outputs(),
         class_names=read_class_map(class_map) if class_map else model.class_names,
         order=ClassOrder(model.class_order),
         sure=class_map is not None,
         where=str(folder),
     )
-    paths = [Path(path) for path, _ in pairs]
-    source = FileImages(paths, model.preprocessing.image_mode, folder)
-    return source, np.array([targets[names[index]] for _, index in pairs], dtype=np.int64)
+    pairs = [(path, targets[name]) for name, paths in by_class.items() for path in paths]
+    source = FileImages([path for path, _ in pairs], model.preprocessing.image_mode, folder)
+    return source, np.array([target for _, target in pairs], dtype=np.int64)
+
+
+def _images_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Image files by the folder directly below the root, at any depth; the root's own under ""."""
+    from timm.utils.misc import natural_key
+
+    Image.init()
+    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    by_class: dict[str, list[Path]] = {}
+    for root, _, files in os.walk(folder, followlinks=True):
+        parts = Path(root).relative_to(folder).parts
+        images = [Path(root, name) for name in files if Path(name).suffix.lower() in types]
+        if images:
+            by_class.setdefault(parts[0] if parts else "", []).extend(images)
+    return {
+        name: sorted(paths, key=lambda path: natural_key(str(path)))
+        for name, paths in sorted(by_class.items())
+    }
 
 
 def _read_npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -217,14 +243,20 @@ def _read_npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 def _pair(x: Any, y: Any, model: Patchable) -> tuple[Source, npt.NDArray[np.int64]]:
-    labels = np.asarray(y)
+    x, labels = (np.asarray(v) if isinstance(v, list) else v for v in (x, y))
+    labels = np.asarray(labels)
     if len(x) != len(labels) or labels.ndim != 1:
         raise BnpatchError(
             f"there are {len(x)} images and classes of shape {labels.shape}", "give one class index per image"
         )
     if not np.array_equal(labels, labels.astype(np.int64)):
         raise BnpatchError("the classes are not whole numbers", "give class indices")
-    as_they_are = bool(torch.as_tensor(x[:0]).is_floating_point())
+    dtype = torch.as_tensor(x[:0]).dtype
+    as_they_are = dtype.is_floating_point
+    if not as_they_are and dtype != torch.uint8:
+        raise BnpatchError(
+            f"the images are of type {dtype}", "give bytes, or floating-point inputs as they are"
+        )
     mode = None if as_they_are else model.preprocessing.image_mode
     return ArrayInputs(x, mode), labels.astype(np.int64)
 
@@ -236,19 +268,21 @@ def _open_named(
 
     try:
         dataset = create_dataset(name, root=root, split=split_name, input_img_mode=mode)
-    except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, AssertionError, ImportError) as error:
         raise BnpatchError(
-            f"cannot open the data set {name}: {error}",
+            f"cannot open the data set {name}: {first_line(error)}",
             "see --data-root and --split, and that it is downloaded",
         ) from error
     return _open_dataset(dataset, mode)
 
 
 def _open_dataset(dataset: Any, mode: str) -> tuple[Source, npt.NDArray[np.int64]]:
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise BnpatchError("the data set is a stream", "use one that can be indexed, or write it to a folder")
     source = NamedImages(dataset, mode)
-    targets = getattr(dataset, "targets", None)
+    # A list of targets saves decoding every image, unless something is done to them on the way.
+    targets = None if getattr(dataset, "target_transform", None) else getattr(dataset, "targets", None)
     if targets is None or len(targets) != len(source):
         targets = [source.target(index) for index in range(len(source))]
     return source, np.asarray(targets, dtype=np.int64)

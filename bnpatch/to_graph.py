@@ -48,11 +48,14 @@ def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:
     if not path.is_file():
         raise BnpatchError(f"cannot read {path}: no such file", "check the path")
     try:
+        logging.disable(logging.WARNING)  # it logs a traceback before it raises
         program = torch.export.load(path)
     except Exception as error:  # whatever a damaged archive makes the loader trip over
         raise BnpatchError(
             f"{path} is damaged or not a torch.export program ({first_line(error)})", "export it again"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     return _export(program, ())
 
 

@@ -1,6 +1,5 @@
 """The application: its commands, and how errors reach the user."""
 
-import os
 import sys
 import warnings
 from typing import Annotated, Any
@@ -61,16 +60,11 @@ def bnpatch(
 def run() -> None:
     """Run a command; exit 0 when done, 1 when a check failed, 2 for bad usage or bad input."""
     debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(prog_name="bnpatch")
+        app(["--debug", *arguments] if debug else arguments, prog_name="bnpatch")
     except BnpatchError as error:
         _fail(str(error), debug, error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         _fail(

@@ -1,7 +1,6 @@
 """``bnpatch evaluate``."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +43,7 @@ def evaluate(
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
     from bnpatch import Recipe, open_examples
-    from bnpatch.evaluation import STANDARD_METRICS, compare
+    from bnpatch.evaluation import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation import evaluate as score
 
     from .render import comparison_table, interval, progress_bar, table
@@ -82,9 +81,9 @@ def evaluate(
     total, done = len(examples) * (2 if chosen is not None else 1), 0
     with progress_bar() as progress:
 
-        def count(number: int) -> None:
+        def count(examples_done: int) -> None:
             nonlocal done
-            done += number
+            done += examples_done
             progress("evaluating", done, total)
 
         run: dict[str, Any] = {"batch_size": batch_size, "on_batch": count}
@@ -98,17 +97,14 @@ def evaluate(
         "skipped": len(examples.skipped),
     }
     if scores is not None:
+        warn_at_chance(scores, examples)
         results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
-        content["scores"] = {metric.name: asdict(estimate) for metric, estimate in results.items()}
+        content["scores"] = {metric.name: estimate.to_json() for metric, estimate in results.items()}
         if not as_json:
             rows = [[m.name, m.format(e.value), interval(m, e)] for m, e in results.items()]
             table(["metric", "mean", "95% interval"], rows)
     else:
-        content["comparisons"] = {
-            c.metric.name: {name: asdict(getattr(c, name)) for name in ("before", "after", "change")}
-            | {"verdict": c.verdict}
-            for c in comparisons
-        }
+        content["comparisons"] = {c.metric.name: c.to_json() for c in comparisons}
         if not as_json:
             comparison_table(comparisons)
     if as_json:

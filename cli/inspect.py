@@ -26,16 +26,23 @@ def inspect(
 
     bnpatch inspect timm:efficientnet_b0 --sites
     """
+    from bnpatch.errors import BnpatchError
+
     from .render import table
 
     loaded = opt.open_model(
         model, arch, use_ema, unsafe_load, device="cpu", output=output_name, img_size=img_size
     )
-    found, shapes, alphas = loaded.survey(), loaded.site_shapes(), loaded.alphas()
+    found, alphas = loaded.survey(), loaded.alphas()
+    try:
+        shapes, outputs = loaded.site_shapes(), loaded.num_outputs()
+    except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
+        opt.say(f"note           {error.problem}")
+        shapes, outputs = {}, None
 
     def resolution(name: str) -> str:
         shape = shapes.get(name)
-        return "not reached" if shape is None else " x ".join(map(str, shape)) or "one value"
+        return "unknown" if shape is None else " x ".join(map(str, shape)) or "one value"
 
     if as_json:
         content = {
@@ -43,7 +50,7 @@ def inspect(
             "architecture": str(loaded.arch) if loaded.arch else None,
             "notes": loaded.notes,
             "preprocessing": loaded.preprocessing.to_json(),
-            "outputs": loaded.num_outputs(),
+            "outputs": outputs,
             "sites": [
                 {
                     "name": s.name,
@@ -58,7 +65,7 @@ def inspect(
         }
         typer.echo(json.dumps(content))
         return
-    opt.say(f"outputs        {loaded.num_outputs()}\n")
+    opt.say(f"outputs        {outputs or 'unknown'}\n")
     typer.echo(f"{len(found.sites)} sites to weigh examples at")
     single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
     if sites:

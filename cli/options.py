@@ -1,5 +1,6 @@
 """Options that several commands share, and what they add up to."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,7 @@ Strict = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many images.", rich_help_panel=_DATA)]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of a named data set.", rich_help_panel=_DATA)]
 Split = Annotated[str, typer.Option(help="Split of a named data set.", rich_help_panel=_DATA)]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else on stderr.")]
 
 
@@ -141,10 +142,21 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def skipped(reasons: Mapping[str, str]) -> str:
+    """Say which images were left out, the first few by name."""
+    if not reasons:
+        return ""
+    names = ", ".join(list(reasons)[:3]) + (", ..." if len(reasons) > 3 else "")
+    return f", {len(reasons)} unreadable and left out ({names})"
+
+
 def _numbers(text: str, option: str) -> tuple[float, ...]:
     from bnpatch.errors import BnpatchError
 
     try:
-        return tuple(float(part) for part in text.replace(" ", ",").split(",") if part)
+        numbers = tuple(float(part) for part in text.replace(" ", ",").split(",") if part)
+        if not numbers:
+            raise ValueError
+        return numbers
     except ValueError:
         raise BnpatchError(f"{option} {text!r} is not a list of numbers", "write 0.485,0.456,0.406") from None

@@ -101,6 +101,10 @@ def tune_alpha(
         def keep(trial: Any, is_best: bool) -> None:
             done.append(trial)
             write_trials(done, output / "trials.csv")
+            if is_best:  # whatever happens from here on, this much is known
+                loaded.recipe({"metric": metric, "verdict": "none: the search has not ended"}).save(
+                    output / "recipe.json"
+                )
 
         result = tune_alpha(
             loaded,
@@ -137,8 +141,8 @@ def tune_alpha(
 def _show(result: "TuneResult", files: list[Path]) -> None:
     from .render import comparison_table
 
-    skipped = f", {result.skipped} unreadable and left out" if result.skipped else ""
-    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} held out{skipped}")
+    left_out = opt.skipped(result.skipped)
+    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} held out{left_out}")
     if result.interrupted:
         opt.say(f"interrupted    the best of {len(result.trials)} finished trials is kept")
     opt.say(f"trials         {len(result.trials)} in {result.seconds:.1f} s")
@@ -158,5 +162,5 @@ def verdict(result: "TuneResult") -> str:
     if tuned.verdict == "gain":
         return f"{best}: {change} in {tuned.metric.name} on examples that the search did not see."
     if tuned.verdict == "loss":
-        return f"{best} did best in tuning but loses on unseen examples: keep the model as it is."
+        return f"{best} did best in tuning but loses on unseen examples: the recipe keeps the model as it is."
     return f"no significant gain ({best} did best in tuning): keep the model as it is."

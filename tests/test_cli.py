@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,7 +154,10 @@ MODELS = {
     "vit.pt": (write_net_without_norm, "norms can be patched; they are left alone: LayerNorm"),
     "nan.pt": (write_nan, "are not finite"),
     "pickled.pt": (lambda path: torch.save(torch.nn.BatchNorm2d(3), path), "add --unsafe-load if you trust"),
-    "model.onnx": (lambda path: path.touch(), "this version can't patch .onnx files"),
+    "model.onnx": (lambda path: path.touch(), "model.onnx is empty"),
+    "text.onnx": (lambda path: path.write_text("hello"), "is not an ONNX model"),
+    "missing.onnx": (None, "missing.onnx does not exist"),
+    "bad.pt2": (lambda path: path.write_text("hello"), "damaged or not a torch.export program"),
     "timm:resnt50": (None, "did you mean"),
 }
 
@@ -222,6 +226,10 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--holdout", "1"], "not a fraction"),
         (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
         (["--std", "0"], "is not positive"),
+        (["--mean", ","], "is not a list of numbers"),
+        (["--mean", ".1,.2"], "--mean has 2 values, the model 1 channels"),
+        (["--interpolation", "magic"], "no interpolation 'magic'"),
+        (["--data", "torch/cifar10"], "cannot open the data set torch/cifar10"),
         (["--device", "tpu9"], "no device 'tpu9'"),
         (["--class-map", "nope.txt"], "cannot read the class map nope.txt"),
         (["--use-ema"], "no averaged weights"),
@@ -244,7 +252,7 @@ def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_pa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert code == 2
     assert "patched.pt: no space left on device" in one_line(err)
@@ -294,3 +302,46 @@ def test_debug_shows_the_traceback():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_debug_may_stand_anywhere(cli, capsys):
+    with pytest.raises(bnpatch.BnpatchError):
+        cli("inspect", "nope.pt", "--debug")
+
+
+def test_the_demo(tmp_path):
+    command = [sys.executable, "-m", "bnpatch_cli", "demo", "-o", "demo", "--epochs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "accuracy" in done.stdout
+    assert "alpha-curve.png" in done.stderr
+    assert len(list((tmp_path / "demo" / "val").glob("*/*.png"))) == 899
+    assert (tmp_path / "demo" / "bnpatch-out" / "recipe.json").exists()
+
+
+def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder):
+    """What someone does who has only an .onnx file, and what someone does who exports one."""
+    assert cli("export", checkpoint, "-o", "model.onnx")[0] == 0
+    code, out, _ = cli("inspect", "model.onnx")
+    assert code == 0
+    assert "15 sites to weigh examples at" in out
+    code, out, _ = cli("tune-alpha", "model.onnx", "--data", folder, "--trials", "6")
+    assert code == 0
+    assert "gain" in out
+    recipe = "bnpatch-out/recipe.json"
+    for model in (checkpoint, "model.onnx"):
+        code, out, _ = cli("export", model, "--recipe", recipe, "-o", "again.onnx", "--data", folder)
+        assert code == 0
+        assert re.search(r"deviates from the model by at most \d\.\de-\d\d", out)
+        _, again, _ = cli("evaluate", "again.onnx", "--data", folder, "--json")
+        _, tuned, _ = cli("evaluate", "bnpatch-out/patched.onnx", "--data", folder, "--json")
+        assert json.loads(again)["scores"]["accuracy"] == json.loads(tuned)["scores"]["accuracy"]
+
+
+def test_a_failed_comparison_is_exit_code_1_and_leaves_no_file(cli, checkpoint, tmp_path, monkeypatch):
+    from bnpatch import export
+
+    monkeypatch.setattr(export, "TOLERANCE", dict.fromkeys(export.TOLERANCE, -1.0))
+    code, _, err = cli("export", checkpoint, "-o", "model.onnx")
+    assert code == 1
+    assert "more than rounding" in one_line(err)
+    assert not list(tmp_path.iterdir())

@@ -309,3 +309,55 @@ def test_a_class_map(model, images, tmp_path):
     assert data.targets[0] == 9 - int(first.removeprefix("digit"))
     with pytest.warns(BnpatchWarning, match="taken in order"):
         bnpatch.open_examples(images, model)
+
+
+def test_classes_are_the_folders_below_the_root_at_any_depth(tmp_path):
+    import timm
+
+    for path in ("cat/indoor", "cat/outdoor", "dog/indoor"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path / "a.png")
+    data = bnpatch.open_examples(tmp_path, bnpatch.load(timm.create_model("test_resnet", num_classes=2)))
+    assert {data.source.name(i): int(data.targets[i]) for i in range(3)} == {
+        "cat/indoor/a.png": 0,
+        "cat/outdoor/a.png": 0,
+        "dog/indoor/a.png": 1,
+    }
+
+
+def test_every_format_that_can_be_read_is_seen_and_stray_images_are_told(model, images):
+    for suffix in ("bmp", "webp", "tif", "jpeg"):
+        Image.new("L", (8, 8)).save(images / "0" / f"a.{suffix}")
+    Image.new("L", (8, 8)).save(images / "stray.png")
+    with pytest.warns(BnpatchWarning, match="1 images of .* are in no class folder: left out"):
+        assert len(bnpatch.open_examples(images, model)) == 124
+
+
+def test_targets_that_a_data_set_changes_are_taken_as_changed(model, foggy):
+    class Pairs(torch.utils.data.Dataset):
+        targets = (0,) * 10
+        target_transform = staticmethod(lambda target: target + 1)
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            return Image.fromarray(foggy[0][index]), self.target_transform(self.targets[index])
+
+    assert set(bnpatch.open_examples(Pairs(), model).targets) == {1}
+
+
+def test_streams_and_odd_arrays_are_refused(model):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(BnpatchError, match="is a stream"):
+        bnpatch.open_examples(Stream(), model)
+    with pytest.raises(BnpatchError, match=r"images are of type torch\.int64"):
+        bnpatch.open_examples((np.zeros((2, 32, 32), int), [0, 1]), model)
+
+
+def test_an_index_that_comes_twice_is_served_once():
+    _, data = examples()
+    assert values(data.batches(8, np.array([0, 0, 1, 2]))) == [0, 1, 2]

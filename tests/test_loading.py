@@ -1,4 +1,5 @@
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import bnpatch
+import bnpatch.architecture
 from bnpatch.errors import BnpatchError
 from bnpatch.recipe import Recipe
 from tests.nn.test_surgery import images, settle
@@ -66,7 +68,10 @@ def test_torchvision_preprocessing_is_torchvisions(tmp_path):
     _, path = bare(tmp_path, "torchvision", "resnet50", file="resnet50-11ad3fa6.pth")
     loaded = bnpatch.load(path)
     x = torch.from_numpy(np.array(loaded.preprocessing.transform()(image)))[None]
-    normalized = (x.float() - loaded._mean) / loaded._std
+    mean, std = (
+        255 * torch.tensor(v).view(1, 3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std)
+    )
+    normalized = (x.float() - mean) / std
     torch.testing.assert_close(
         normalized[0], weights.transforms()(image), rtol=0, atol=1e-5
     )  # float32 rounding
@@ -76,7 +81,7 @@ def test_a_published_timm_file_name(tmp_path):
     cfg = timm.get_pretrained_cfg("resnet18.a1_in1k")
     _, path = bare(tmp_path, "timm", "resnet18", file=cfg.url.rsplit("/", 1)[-1])
     loaded = bnpatch.load(path)
-    assert loaded.preprocessing.source == f"timm's weights {path.name}"
+    assert loaded.preprocessing.source == "timm's published resnet18.a1_in1k"
     assert (loaded.preprocessing.crop_pct, str(loaded.arch)) == (cfg.crop_pct, "timm:resnet18")
 
 
@@ -282,7 +287,7 @@ def test_an_input_that_the_model_refuses_is_said():
     loaded = bnpatch.load(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(BnpatchError, match=r"does not take an input of shape \(1, 5, 8, 8\)"):
         loaded.predict(torch.zeros(1, 5, 8, 8))
-    with pytest.raises(BnpatchError, match=r"not one number per class; tune it from Python"):
+    with pytest.raises(BnpatchError, match=r"not one number per class; give a classifier"):
         loaded.num_outputs()
 
 
@@ -301,3 +306,65 @@ def test_half_precision_and_amp(checkpoint, clean):
 def test_an_unknown_device_is_refused(checkpoint):
     with pytest.raises(BnpatchError, match="no device 'tpu9' here"):
         bnpatch.load(checkpoint, device="tpu9")
+
+
+TIMM_ARGS = {"model": "resnet18", "mean": [0.1, 0.2, 0.3], "img_size": 128}
+TORCHVISION_ARGS = {
+    "model": "resnet18",
+    "val_crop_size": 160,
+    "val_resize_size": 176,
+    "interpolation": "bicubic",
+}
+
+
+def test_whose_training_script_wrote_a_checkpoint_decides_between_the_libraries(tmp_path):
+    """resnet18 is in both, with the same tensors: what differs is the preprocessing and the order of classes."""
+    state = torchvision.models.resnet18(num_classes=5).state_dict()
+    path = tmp_path / "last.pth.tar"
+    torch.save({"arch": "resnet18", "state_dict": state, "version": 2, "args": Namespace(**TIMM_ARGS)}, path)
+    loaded = bnpatch.load(path)
+    assert (str(loaded.arch), loaded.class_order) == ("timm:resnet18", "natural")
+    assert (loaded.preprocessing.mean, loaded.preprocessing.input_size) == ((0.1, 0.2, 0.3), (3, 128, 128))
+    torch.save({"model": state, "epoch": 1, "args": Namespace(**TORCHVISION_ARGS)}, path)
+    loaded = bnpatch.load(path)
+    assert (str(loaded.arch), loaded.class_order) == ("torchvision:resnet18", "plain")
+    assert "160 x 160 out of 176 (bicubic" in str(loaded.preprocessing)
+    assert loaded.preprocessing.source == "the checkpoint's training arguments"
+
+
+def test_a_tag_gives_its_preprocessing(tmp_path):
+    _, path = bare(tmp_path, "timm", "resnet18")
+    assert bnpatch.load(path, arch="timm:resnet18.tv_in1k").preprocessing.interpolation == "bilinear"
+    assert bnpatch.load(path, arch="timm:resnet18.a1_in1k").preprocessing.interpolation == "bicubic"
+    with pytest.raises(BnpatchError, match="no weights 'V9' of resnet18; choose IMAGENET1K_V1"):
+        bnpatch.load("torchvision:resnet18.V9")
+
+
+def test_a_model_that_its_name_does_not_give_again_is_pickled(tmp_path):
+    """Constructor arguments change what a model computes without changing any tensor."""
+    module = settle(timm.create_model("test_resnet", num_classes=4, act_layer="silu"))
+    loaded = bnpatch.load(module)
+    loaded.arch = bnpatch.architecture.fit("timm:test_resnet", module.state_dict())
+    loaded.set_alphas(0.1)
+    loaded.save(tmp_path / "patched.pt", loaded.recipe())
+    same(bnpatch.load(tmp_path / "patched.pt", unsafe_load=True), loaded.module)
+
+
+def test_evaluation_does_not_train(checkpoint, clean):
+    loaded = bnpatch.load(checkpoint)
+    loaded.module.train()
+    before = {name: value.clone() for name, value in loaded.module.state_dict().items()}
+    bnpatch.evaluate(loaded, bnpatch.open_examples(clean, loaded))
+    assert loaded.module.training
+    assert all(torch.equal(value, before[name]) for name, value in loaded.module.state_dict().items())
+
+
+def test_probabilities_are_told_from_logits(checkpoint, clean):
+    logits = bnpatch.load(checkpoint)
+    softmax = bnpatch.load(nn.Sequential(bnpatch.load(checkpoint).module, nn.Softmax(1)))
+    softmax.preprocessing = logits.preprocessing
+    scores = [
+        bnpatch.evaluate(m, bnpatch.open_examples(clean, m)).values["cross-entropy"]
+        for m in (logits, softmax)
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-3, atol=1e-5)  # float32 rounding

@@ -106,7 +106,7 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     """Tuning the folded export reaches what tuning the checkpoint reaches."""
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     assert not model.survey().sites
-    with pytest.raises(BnpatchError, match="folded into the convolutions.*--recover-folded"):
+    with pytest.raises(BnpatchError, match=r"folded into the convolutions.*--recover-folded"):
         bnpatch.tune_alpha(model, foggy)
     reference = bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, trials=8)
     result = bnpatch.tune_alpha(model, foggy, trials=8, recover_folded=True, calib_data=digits[0])
@@ -183,7 +183,8 @@ def graph(dims, *, channels_last=False, dtype=TensorProto.FLOAT, last="none", ou
     for index, op in enumerate(tail[last]):
         nodes.append(helper.make_node(op, [value], [f"y{index}"]))
         value = f"y{index}"
-    infos = [helper.make_tensor_value_info(v, TensorProto.FLOAT, None) for v in [value, "p"][:outputs]]
+    shapes = {value: ["n", 4], "p": ["n", 4, 1, 1]}
+    infos = [helper.make_tensor_value_info(v, TensorProto.FLOAT, shapes[v]) for v in [value, "p"][:outputs]]
     made = helper.make_graph(
         nodes,
         "g",
@@ -263,7 +264,7 @@ def test_what_takes_no_images_is_refused(tmp_path, dims):
             **{"dim_param" if dim == "n" else "dim_value": dim}
         )
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(BnpatchError, match="takes images|not a valid ONNX model"):
+    with pytest.raises(BnpatchError, match=r"takes images|not a valid ONNX model"):
         bnpatch.load(tmp_path / "model.onnx")
 
 
@@ -287,7 +288,7 @@ def test_a_torch_export_program(checkpoint, tmp_path):
         torch_model.set_alphas(alpha)
         torch.testing.assert_close(model.predict(x), torch_model.predict(x), rtol=1e-3, atol=1e-3)
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
-    with pytest.raises(BnpatchError, match="damaged or not a torch.export program"):
+    with pytest.raises(BnpatchError, match=r"damaged or not a torch.export program"):
         bnpatch.load(tmp_path / "bad.pt2")
 
 
@@ -345,7 +346,7 @@ def test_a_file_that_deviates_does_not_stay(checkpoint, tmp_path, monkeypatch):
     model = bnpatch.load(checkpoint)
     model.set_alphas(0.1)
     (tmp_path / "model.onnx").write_text("old")
-    with pytest.raises(ParityError, match="deviates by .* more than rounding"):
+    with pytest.raises(ParityError, match=r"deviates by .* more than rounding"):
         export_onnx(model, tmp_path / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "old"

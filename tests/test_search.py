@@ -161,7 +161,7 @@ def test_a_weight_that_overflows_is_a_failed_trial(model, foggy, monkeypatch):
 
 
 def test_chance_is_warned_of(model, foggy):
-    with pytest.warns(BnpatchWarning, match="which is chance"):
+    with pytest.warns(BnpatchWarning, match="and chance is 10.0%"):
         bnpatch.tune_alpha(model, (foggy[0], (foggy[1] + 1) % 10), trials=1)
 
 

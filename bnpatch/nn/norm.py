@@ -8,13 +8,14 @@ the learned scale and shift, and to alpha:
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnpatch.errors import check_alpha
+from bnpatch.errors import BnpatchWarning, check_alpha
 from bnpatch.moments import Moments, mix, pool
 
 # What the layer adds to the state of the module that it takes over.
@@ -57,9 +58,6 @@ class ExampleWeighedNorm(nn.Module):
     channels_per_group: int
     weigh_single_values: bool
     running_mean: Tensor
-    running_var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
     eps: float
     _alpha: Tensor
     _is_identity: bool
@@ -124,9 +122,40 @@ class ExampleWeighedNorm(nn.Module):
     def alpha(self, value: float | Tensor) -> None:
         learned = isinstance(value, Tensor) and value.requires_grad
         if not learned:
-            value = torch.tensor(check_alpha(float(value)), dtype=torch.float64)
+            with torch.inference_mode(False):  # it may be set within one, and take part in a gradient later
+                value = torch.tensor(check_alpha(float(value)), dtype=torch.float64, device="cpu")
         self.__dict__["_alpha"] = value
         self.__dict__["_is_identity"] = not learned and float(value) == 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "alpha":  # nn.Module would register a Parameter, and never ask the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def running_var(self) -> Tensor:
+        """The running variance; warns where an alpha would get lost.
+
+        Code that fuses or re-parameterizes a layer reads it, and knows nothing of alpha.
+        """
+        if not self._is_identity:
+            warnings.warn(
+                "the running variance of a patched layer was read: if that was to fuse the layer, its alpha "
+                "is lost; call bnpatch.unpatch first, or fuse before patching",
+                BnpatchWarning,
+                stacklevel=2,
+            )
+        var: Tensor = self.parameters_of_norm()[3]
+        return var
+
+    def parameters_of_norm(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Gamma, beta, running mean and running variance; the first two may be None, or buffers."""
+        state = {**self._parameters, **self._buffers}
+        mean, var = state["running_mean"], state["running_var"]
+        assert mean is not None  # or it would not have been taken over
+        assert var is not None
+        return state.get("weight"), state.get("bias"), mean, var
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, *spatial), then apply ``drop`` and ``act`` if there are any."""
@@ -135,8 +164,8 @@ class ExampleWeighedNorm(nn.Module):
             return y
         if check := getattr(self.origin_class, "_check_input_dim", None):
             check(self, x)
-        running = Moments(self.running_mean, self.running_var)
-        y = weighed_norm(x, running, self.weight, self.bias, self.eps, self._alpha, self.channels_per_group)
+        weight, bias, mean, var = self.parameters_of_norm()
+        y = weighed_norm(x, Moments(mean, var), weight, bias, self.eps, self._alpha, self.channels_per_group)
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]

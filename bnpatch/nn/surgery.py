@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.errors import BnpatchError, check_alpha
@@ -83,6 +83,13 @@ class Site:
         """C, the number of channels that the layer normalizes."""
         return int(self.module.running_mean.numel())  # type: ignore[operator]
 
+    def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Gamma, beta, running mean and running variance; the first two may be None."""
+        if isinstance(self.module, ExampleWeighedNorm):
+            return self.module.parameters_of_norm()
+        norm: Any = self.module
+        return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
     @property
     def is_patched(self) -> bool:
         """Is the layer one that weighs examples?"""
@@ -119,7 +126,7 @@ def patch(
     alpha: float | Mapping[str, float] = 0.0,
     *,
     where: Callable[[Site], bool] = lambda site: True,
-    weigh_single_values: bool = False,
+    weigh_single_values: bool | None = None,
 ) -> nn.Module:
     """Rewrite the normalization layers of a model, in place, so that an example weighs in at inference.
 
@@ -132,7 +139,7 @@ def patch(
             keeping what they have.
         where: which sites to patch.
         weigh_single_values: weigh also inputs with one value per example and channel (see
-            :class:`~bnpatch.nn.norm.ExampleWeighedNorm`).
+            :class:`~bnpatch.nn.norm.ExampleWeighedNorm`); None leaves what is patched already as it is.
 
     Returns:
         The model; another object only where the model itself is a norm.
@@ -151,13 +158,14 @@ def patch(
         if isinstance(site.module, ExampleWeighedNorm):
             layer = site.module
             layer.alpha = alphas.get(site.name, layer.alpha)
-            layer.weigh_single_values = weigh_single_values
+            if weigh_single_values is not None:
+                layer.weigh_single_values = weigh_single_values
         else:
             swaps[id(site.module)] = ExampleWeighedNorm.take_over(
                 site.module,
                 alphas.get(site.name, 0.0),
                 always_inference=CONVERTIBLE[_qualified_name(type(site.module))],
-                weigh_single_values=weigh_single_values,
+                weigh_single_values=bool(weigh_single_values),
             )
     return _swap(model, swaps)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bnpatch.errors import BnpatchWarning
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm, example_moments, weighed_norm
 from tests import reference
@@ -200,7 +201,7 @@ def test_wrong_inputs_get_the_original_errors():
 def test_half_keeps_alpha_exact():
     layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3).half()
     assert layer.alpha == 0.3
-    assert layer.running_var.dtype == torch.float16
+    assert layer.parameters_of_norm()[3].dtype == torch.float16
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -220,7 +221,9 @@ def test_copies_are_independent_and_complete(clone):
 def test_cuda_equals_cpu_without_synchronizing(dtype, layout):
     layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3)
     x = sample((4, 6, 5, 5), dtype, layout)
-    expected = weighed_norm(x.double(), Moments(*state(layer)[:2]), layer.weight, layer.bias, layer.eps, 0.3)
+    expected = weighed_norm(
+        x.double(), Moments(*layer.parameters_of_norm()[2:]), layer.weight, layer.bias, layer.eps, 0.3
+    )
     layer.cuda()
     x = x.cuda()
     layer(x)  # the first call may set up libraries
@@ -230,3 +233,30 @@ def test_cuda_equals_cpu_without_synchronizing(dtype, layout):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(y.cpu().double(), expected.double(), rtol=0, atol=5 * TOLERANCE[dtype])
+
+
+def test_reading_the_variance_of_a_patched_layer_warns():
+    """Code that fuses or re-parameterizes reads it, and would lose alpha silently."""
+    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.0)
+    assert layer.running_var is layer.as_origin().running_var
+    layer.alpha = 0.3
+    with pytest.warns(BnpatchWarning, match="its alpha is lost"):
+        layer.running_var  # noqa: B018
+
+
+def test_alpha_may_be_a_parameter_that_somebody_else_holds():
+    alpha = nn.Parameter(torch.tensor(0.2))
+    layer = ExampleWeighedNorm.take_over(batch_norm(6), alpha)
+    assert layer.alpha is alpha
+    assert "alpha" not in layer.state_dict()
+    layer(sample((2, 6, 4, 4), torch.float32)).sum().backward()
+    assert alpha.grad is not None
+
+
+def test_alpha_does_not_take_on_the_context_in_which_it_is_set():
+    layer = ExampleWeighedNorm.take_over(batch_norm(6))
+    with torch.inference_mode(), torch.device("meta"):
+        layer.alpha = 0.3
+    x = sample((2, 6, 4, 4), torch.float32).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.alpha == 0.3

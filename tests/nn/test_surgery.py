@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import importlib
 
@@ -10,7 +11,7 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.models import levit
 from torch import nn
 
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.nn import surgery
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.surgery import patch, survey, unpatch
@@ -211,7 +212,7 @@ def test_keeps_everything_about_the_layer():
     assert (layer.eps, layer.momentum, layer.training) == (1e-3, 0.3, False)
     assert layer.weight is weight
     assert not layer.weight.requires_grad
-    assert layer.running_var.dtype == torch.float64
+    assert layer.parameters_of_norm()[3].dtype == torch.float64
     model(images(1, 8, 2, 2).double())
     assert calls == [ExampleWeighedNorm]
     for mode in (True, False):
@@ -249,3 +250,22 @@ def test_a_refused_alpha_changes_nothing(alpha):
     with pytest.raises(ValueError, match="must lie in"):
         patch(model, alpha)
     assert [type(m) for m in model] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+def test_patching_again_keeps_whether_single_values_are_weighed():
+    model = patch(nn.Sequential(nn.BatchNorm2d(2)), 0.5, weigh_single_values=True)
+    patch(model, 0.2)
+    assert model[0].weigh_single_values
+    patch(model, 0.2, weigh_single_values=False)
+    assert not model[0].weigh_single_values
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s", "repvgg_a0"])
+def test_reparameterizing_a_patched_model_warns_and_before_it_there_is_nothing_left(name):
+    import timm.utils
+
+    model = settle(timm.create_model(name))
+    with pytest.warns(BnpatchWarning, match="fuse before patching"), contextlib.suppress(AssertionError):
+        timm.utils.reparameterize_model(patch(copy.deepcopy(model), 0.1))
+    fused = timm.utils.reparameterize_model(model)
+    assert len(survey(fused).sites) < len(survey(model).sites)
