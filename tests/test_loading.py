@@ -318,7 +318,7 @@ TORCHVISION_ARGS = {
 
 
 def test_whose_training_script_wrote_a_checkpoint_decides_between_the_libraries(tmp_path):
-    """resnet18 is in both, with the same tensors: what differs is the preprocessing and the order of classes."""
+    """resnet18 is in both, with the same tensors: what differs is preprocessing and the order of classes."""
     state = torchvision.models.resnet18(num_classes=5).state_dict()
     path = tmp_path / "last.pth.tar"
     torch.save({"arch": "resnet18", "state_dict": state, "version": 2, "args": Namespace(**TIMM_ARGS)}, path)
