@@ -8,9 +8,10 @@ import numpy as np
 from bnpatch.data import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.graph.folded import folded_candidates, observe
+from bnpatch.graph.session import open_session
 from bnpatch.model import Patchable
 from bnpatch.moments import Moments, mix, pool
-from bnpatch.onnx_model import OnnxModel, open_session
+from bnpatch.onnx_model import OnnxModel
 
 
 def recover_folded(

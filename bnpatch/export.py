@@ -19,10 +19,11 @@ from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
 from bnpatch.graph import read
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
+from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
 from bnpatch.nn.surgery import patch, unpatch
-from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel, read_signature
+from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
 from bnpatch.to_graph import module_to_graph
 
 #: Largest deviation that passes, relative to the largest output: float32 rounding through a deep network

@@ -20,6 +20,7 @@ FLOORS = {
     "graph.group_norm": 1,
     "graph.read": 1,
     "graph.match": 2,
+    "graph.session": 2,
     "graph.forms": 3,
     "graph.folded": 4,
     "graph.rewrite": 4,
