@@ -1,6 +1,7 @@
 """``bnpatch evaluate``."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,31 +10,16 @@ import typer
 from . import options as opt
 
 
+@opt.in_groups
 def evaluate(
+    *,
     model: opt.Model,
     data: opt.Data,
     recipe: Annotated[Path | None, typer.Option(help="Compare the model as it is with this recipe.")] = None,
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
-    batch_size: opt.BatchSize = 64,
-    workers: opt.Workers = None,
-    class_map: opt.ClassMap = None,
-    cache_gb: opt.CacheGb = 4.0,
-    strict: opt.Strict = False,
-    limit: opt.Limit = None,
-    data_root: opt.DataRoot = None,
-    split: opt.Split = "validation",
-    arch: opt.Arch = None,
-    use_ema: opt.UseEma = False,
-    unsafe_load: opt.UnsafeLoad = False,
-    output_name: opt.OutputName = None,
-    device: opt.Device = None,
-    amp: opt.Amp = False,
-    img_size: opt.ImgSize = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading: opt.Reading,
+    loading: opt.Loading,
 ) -> None:
     """Score a model on a data set, as it is or with a recipe.
 
@@ -42,42 +28,19 @@ def evaluate(
 
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
-    from bnpatch import Recipe, open_examples
+    from bnpatch import Recipe
     from bnpatch.evaluation import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation import evaluate as score
 
     from .render import comparison_table, interval, progress_bar, table
 
-    loaded = opt.open_model(
-        model,
-        arch,
-        use_ema,
-        unsafe_load,
-        device,
-        amp,
-        output_name,
-        img_size=img_size,
-        mean=mean,
-        std=std,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-    )
+    loaded = loading.open(model)
     chosen = Recipe.load(recipe) if recipe is not None else None
     if chosen is not None:
         chosen.check_fits(loaded.fingerprints())
-    examples = open_examples(
-        data,
-        loaded,
-        class_map=class_map,
-        data_root=data_root,
-        split_name=split,
-        limit=limit,
-        seed=seed,
-        num_workers=workers,
-        cache_gb=cache_gb if chosen is not None else 0,  # one pass needs no memory of it
-        strict=strict,
-        pin_memory=loaded.device.type == "cuda",
-    )
+    if chosen is None:
+        reading = replace(reading, cache_gb=0.0)  # one pass needs no memory of it
+    examples = reading.open(data, loaded, seed)
     total, done = len(examples) * (2 if chosen is not None else 1), 0
     with progress_bar() as progress:
 
@@ -86,7 +49,7 @@ def evaluate(
             done += examples_done
             progress("evaluating", done, total)
 
-        run: dict[str, Any] = {"batch_size": batch_size, "on_batch": count}
+        run: dict[str, Any] = {"batch_size": reading.batch_size, "on_batch": count}
         comparisons = compare(loaded, examples, chosen.alphas, **run) if chosen is not None else []
         scores = score(loaded, examples, **run) if chosen is None else None
     skipped = f", {len(examples.skipped)} unreadable and left out" if examples.skipped else ""

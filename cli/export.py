@@ -9,7 +9,9 @@ import typer
 from . import options as opt
 
 
+@opt.in_groups
 def export(
+    *,
     model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     recipe: Annotated[Path | None, typer.Option(help="Patch with this recipe first.")] = None,
@@ -19,15 +21,7 @@ def export(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Compare on real images of this data set, too.")] = None,
     as_json: opt.Json = False,
-    arch: opt.Arch = None,
-    use_ema: opt.UseEma = False,
-    unsafe_load: opt.UnsafeLoad = False,
-    output_name: opt.OutputName = None,
-    img_size: opt.ImgSize = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    loading: opt.Loading,
 ) -> None:
     """Write a patched model as a standard ONNX file, and check that it computes the same.
 
@@ -41,19 +35,7 @@ def export(
     """
     from bnpatch import Recipe, export_onnx, open_examples
 
-    loaded = opt.open_model(
-        model,
-        arch,
-        use_ema,
-        unsafe_load,
-        device="cpu",
-        output=output_name,
-        img_size=img_size,
-        mean=mean,
-        std=std,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-    )
+    loaded = loading.open(model)
     if recipe is not None:
         loaded.apply(Recipe.load(recipe))
     images = None

@@ -9,15 +9,13 @@ import typer
 from . import options as opt
 
 
+@opt.in_groups
 def inspect(
+    *,
     model: opt.Model,
     as_json: opt.Json = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
-    arch: opt.Arch = None,
-    use_ema: opt.UseEma = False,
-    unsafe_load: opt.UnsafeLoad = False,
-    output_name: opt.OutputName = None,
-    img_size: opt.ImgSize = None,
+    loading: opt.Loading,
 ) -> None:
     """Show what bnpatch would rewrite in a model, what it would leave alone, and why.
 
@@ -30,9 +28,7 @@ def inspect(
 
     from .render import table
 
-    loaded = opt.open_model(
-        model, arch, use_ema, unsafe_load, device="cpu", output=output_name, img_size=img_size
-    )
+    loaded = loading.open(model)
     found, alphas = loaded.survey(), loaded.alphas()
     try:
         shapes, outputs = loaded.site_shapes(), loaded.num_outputs()

@@ -1,73 +1,31 @@
-"""Options that several commands share, and what they add up to."""
+"""Options that several commands share, in groups that a command takes as one argument each."""
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
+    from bnpatch.data import Examples
     from bnpatch.model import TorchModel
     from bnpatch.onnx_model import OnnxModel
 
-_IMAGES = "How images become inputs (default: the model's own)"
 _LOADING = "Loading"
 _DATA = "Data"
+_IMAGES = "How images become inputs (default: the model's own)"
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint file, or timm:NAME, torchvision:NAME, hf-hub:ORG/NAME.",
+        help="A checkpoint, .onnx or .pt2 file, or timm:NAME, torchvision:NAME, hf-hub:ORG/NAME.",
         show_default=False,
     ),
 ]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help="Architecture of a checkpoint file, if its tensors don't tell.", rich_help_panel=_LOADING
-    ),
-]
-UseEma = Annotated[
-    bool, typer.Option("--use-ema", help="Take the averaged weights.", rich_help_panel=_LOADING)
-]
-UnsafeLoad = Annotated[
-    bool,
-    typer.Option(
-        "--unsafe-load",
-        help="Unpickle whole modules. This can run any code that the file's author wants.",
-        rich_help_panel=_LOADING,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1, mps. Default: the accelerator if there is one.", rich_help_panel=_LOADING
-    ),
-]
-Amp = Annotated[
-    bool,
-    typer.Option("--amp", help="Compute in half precision where that is safe.", rich_help_panel=_LOADING),
-]
-
-OutputName = Annotated[
-    str | None,
-    typer.Option("--output-name", help="Which output of an ONNX file to read.", rich_help_panel=_LOADING),
-]
-
-ImgSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels.", rich_help_panel=_IMAGES)]
-Mean = Annotated[str | None, typer.Option(help="E.g. 0.485,0.456,0.406.", rich_help_panel=_IMAGES)]
-Std = Annotated[str | None, typer.Option(help="E.g. 0.229,0.224,0.225.", rich_help_panel=_IMAGES)]
-CropPct = Annotated[
-    float | None,
-    typer.Option(
-        min=0.01, max=1, help="Side of the crop over that of the resized image.", rich_help_panel=_IMAGES
-    ),
-]
-Interpolation = Annotated[
-    str | None, typer.Option(help="bilinear, bicubic, nearest, lanczos.", rich_help_panel=_IMAGES)
-]
-
 Data = Annotated[
     str,
     typer.Option(
@@ -75,66 +33,154 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.", rich_help_panel=_DATA)
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers", "-j", min=0, help="Decoding processes. Default: what suits.", rich_help_panel=_DATA
-    ),
-]
-ClassMap = Annotated[
-    Path | None,
-    typer.Option(
-        help="File with the class folders, one a line in the order of the outputs.", rich_help_panel=_DATA
-    ),
-]
-CacheGb = Annotated[
-    float, typer.Option(min=0, help="Memory for decoded images, in GB.", rich_help_panel=_DATA)
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Stop at the first image that can't be read.", rich_help_panel=_DATA)
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many images.", rich_help_panel=_DATA)]
-DataRoot = Annotated[str | None, typer.Option(help="Folder of a named data set.", rich_help_panel=_DATA)]
-Split = Annotated[str, typer.Option(help="Split of a named data set.", rich_help_panel=_DATA)]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else on stderr.")]
 
 
-def open_model(
-    model: str,
-    arch: str | None,
-    use_ema: bool,
-    unsafe_load: bool,
-    device: str | None,
-    amp: bool = False,
-    output: str | None = None,
-    **preprocessing: Any,
-) -> "TorchModel | OnnxModel":
-    """Load the model that the options describe, and say what there is to know about it."""
-    from bnpatch import load
+def _option(*names: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
 
-    for name in ("mean", "std"):
-        if isinstance(preprocessing.get(name), str):
-            preprocessing[name] = _numbers(preprocessing[name], f"--{name}")
-    loaded = load(
-        model,
-        arch=arch,
-        use_ema=use_ema,
-        unsafe_load=unsafe_load,
-        output=output,
-        device=device,
-        amp=amp,
-        preprocessing=preprocessing,
-    )
-    say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
-    for note in loaded.notes:
-        say(f"               {note}")
-    say(f"preprocessing  {loaded.preprocessing}")
-    say(f"               from {loaded.preprocessing.source}")
-    return loaded
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load a model."""
+
+    arch: Annotated[
+        str | None,
+        _option(help="Architecture of a checkpoint file, if its tensors don't tell.", panel=_LOADING),
+    ] = None
+    use_ema: Annotated[bool, _option("--use-ema", help="Take the averaged weights.", panel=_LOADING)] = False
+    unsafe_load: Annotated[
+        bool,
+        _option(
+            "--unsafe-load",
+            help="Unpickle whole modules. This can run any code that the file's author wants.",
+            panel=_LOADING,
+        ),
+    ] = False
+    output_name: Annotated[
+        str | None, _option(help="Which output of an ONNX file to read.", panel=_LOADING)
+    ] = None
+    device: Annotated[
+        str | None,
+        _option(help="cpu, cuda, cuda:1, mps. Default: the accelerator if there is one.", panel=_LOADING),
+    ] = None
+    amp: Annotated[
+        bool, _option("--amp", help="Compute in half precision where that is safe.", panel=_LOADING)
+    ] = False
+    img_size: Annotated[int | None, _option(min=1, help="Side in pixels.", panel=_IMAGES)] = None
+    mean: Annotated[str | None, _option(help="E.g. 0.485,0.456,0.406.", panel=_IMAGES)] = None
+    std: Annotated[str | None, _option(help="E.g. 0.229,0.224,0.225.", panel=_IMAGES)] = None
+    crop_pct: Annotated[
+        float | None,
+        _option(min=0.01, max=1, help="Side of the crop over that of the resized image.", panel=_IMAGES),
+    ] = None
+    interpolation: Annotated[
+        str | None, _option(help="bilinear, bicubic, nearest, lanczos.", panel=_IMAGES)
+    ] = None
+
+    def open(self, model: str) -> "TorchModel | OnnxModel":
+        """Load a model, and say what there is to know about it."""
+        from bnpatch import load
+
+        loaded = load(
+            model,
+            arch=self.arch,
+            use_ema=self.use_ema,
+            unsafe_load=self.unsafe_load,
+            output=self.output_name,
+            device=self.device,
+            amp=self.amp,
+            preprocessing={
+                "img_size": self.img_size,
+                "mean": _numbers(self.mean, "--mean"),
+                "std": _numbers(self.std, "--std"),
+                "crop_pct": self.crop_pct,
+                "interpolation": self.interpolation,
+            },
+        )
+        say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
+        for note in loaded.notes:
+            say(f"               {note}")
+        say(f"preprocessing  {loaded.preprocessing}")
+        say(f"               from {loaded.preprocessing.source}")
+        return loaded
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read a data set."""
+
+    batch_size: Annotated[
+        int, _option("--batch-size", "-b", min=1, help="Images at a time.", panel=_DATA)
+    ] = 64
+    workers: Annotated[
+        int | None,
+        _option("--workers", "-j", min=0, help="Decoding processes. Default: what suits.", panel=_DATA),
+    ] = None
+    class_map: Annotated[
+        Path | None,
+        _option(help="File with the class folders, one a line in the order of the outputs.", panel=_DATA),
+    ] = None
+    cache_gb: Annotated[float, _option(min=0, help="Memory for decoded images, in GB.", panel=_DATA)] = 4.0
+    strict: Annotated[
+        bool, _option("--strict", help="Stop at the first image that can't be read.", panel=_DATA)
+    ] = False
+    limit: Annotated[int | None, _option(min=1, help="Use at most so many images.", panel=_DATA)] = None
+    data_root: Annotated[str | None, _option(help="Folder of a named data set.", panel=_DATA)] = None
+    split: Annotated[str, _option(help="Split of a named data set.", panel=_DATA)] = "validation"
+
+    def settings(self, model: "TorchModel | OnnxModel") -> dict[str, Any]:
+        """Keyword arguments for :func:`bnpatch.open_examples`."""
+        return {
+            "class_map": self.class_map,
+            "data_root": self.data_root,
+            "split_name": self.split,
+            "limit": self.limit,
+            "num_workers": self.workers,
+            "cache_gb": self.cache_gb,
+            "strict": self.strict,
+            "pin_memory": model.device.type == "cuda",
+        }
+
+    def open(self, data: str, model: "TorchModel | OnnxModel", seed: int) -> "Examples":
+        """Open a data set for a model."""
+        from bnpatch import open_examples
+
+        return open_examples(data, model, seed=seed, **self.settings(model))
+
+
+def in_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take a group of options as one argument: Typer gets to see every field."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(group)
+        ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def say(text: str) -> None:
@@ -150,9 +196,11 @@ def skipped(reasons: Mapping[str, str]) -> str:
     return f", {len(reasons)} unreadable and left out ({names})"
 
 
-def _numbers(text: str, option: str) -> tuple[float, ...]:
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     from bnpatch.errors import BnpatchError
 
+    if text is None:
+        return None
     try:
         numbers = tuple(float(part) for part in text.replace(" ", ",").split(",") if part)
         if not numbers:

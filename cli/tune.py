@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from bnpatch.search import TuneResult
 
 
+@opt.in_groups
 def tune_alpha(
+    *,
     model: opt.Model,
     data: opt.Data,
     metric: Annotated[str, typer.Option(help="accuracy, cross-entropy or top5.")] = "accuracy",
@@ -40,25 +42,8 @@ def tune_alpha(
     ),
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
-    batch_size: opt.BatchSize = 64,
-    workers: opt.Workers = None,
-    class_map: opt.ClassMap = None,
-    cache_gb: opt.CacheGb = 4.0,
-    strict: opt.Strict = False,
-    limit: opt.Limit = None,
-    data_root: opt.DataRoot = None,
-    split: opt.Split = "validation",
-    arch: opt.Arch = None,
-    use_ema: opt.UseEma = False,
-    unsafe_load: opt.UnsafeLoad = False,
-    output_name: opt.OutputName = None,
-    device: opt.Device = None,
-    amp: opt.Amp = False,
-    img_size: opt.ImgSize = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading: opt.Reading,
+    loading: opt.Loading,
 ) -> None:
     """Find the weight of the example that suits a model and data best.
 
@@ -81,20 +66,7 @@ def tune_alpha(
     from .render import progress_bar
 
     check_writable(output)  # now, not after the search
-    loaded = opt.open_model(
-        model,
-        arch,
-        use_ema,
-        unsafe_load,
-        device,
-        amp,
-        output_name,
-        img_size=img_size,
-        mean=mean,
-        std=std,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-    )
+    loaded = loading.open(model)
     done = []
     with progress_bar() as progress:
 
@@ -114,20 +86,13 @@ def tune_alpha(
             timeout=timeout,
             holdout=holdout,
             test_data=test_data,
-            batch_size=batch_size,
+            batch_size=reading.batch_size,
             seed=seed,
             recover_folded=recover_folded,
             calib_data=calib_data,
             progress=progress,
             on_trial=keep,
-            num_workers=workers,
-            class_map=class_map,
-            cache_gb=cache_gb,
-            strict=strict,
-            limit=limit,
-            data_root=data_root,
-            split_name=split,
-            pin_memory=loaded.device.type == "cuda",
+            **reading.settings(loaded),
         )
     result.recipe.provenance["command"] = " ".join(sys.argv[1:])
     files = write_results(result, loaded, output)
