@@ -67,6 +67,7 @@ def export_onnx(
     *,
     alpha_inputs: AlphaInputs | None = None,
     images: Tensor | None = None,
+    external_data_threshold: int = read.EXTERNAL_DATA_THRESHOLD,
 ) -> Export:
     """Write a patched model as ONNX, with the alphas that it has now, and check that it computes the same.
 
@@ -79,6 +80,7 @@ def export_onnx(
         alpha_inputs: None writes alphas as constants; ``"global"`` or ``"per-site"`` makes them inputs
             with defaults.
         images: a real batch to compare on, besides random ones.
+        external_data_threshold: bytes of tensors above which they go to ``<name>.data`` beside the file.
 
     Raises:
         ParityError: the file deviates more than rounding; it is removed.
@@ -99,7 +101,9 @@ def export_onnx(
         tempfile.TemporaryDirectory(dir=_folder_of(target), prefix=".bnpatch-") as folder,
     ):
         # Compared before it has its name: what deviates is never there.
-        written = read.save(graph, Path(folder) / target.name)
+        written = read.save(
+            graph, Path(folder) / target.name, external_data_threshold=external_data_threshold
+        )
         deviations, batches = _compare(source, written, device, example_input, images)
         worst = max(high for high, _ in deviations)
         if not worst <= TOLERANCE[dtype]:

@@ -78,6 +78,16 @@ class OnnxModel:
         uncalibrated = (LeftAlone(s.name, s.kind, reason) for s in self._sites.sites if s.needs_calibration)
         return Survey(tuple(sites.values()), (*uncalibrated, *self._sites.left_alone))
 
+    def folded(self) -> tuple[str, ...]:
+        """Convolutions that a Batch Norm may have been folded into, and that are no sites so far."""
+        candidates = folded_candidates(self.graph)
+        return tuple(c.name for c in candidates if c.name not in self.calibrated)
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return self.graph.opset_imports.get("", 0)
+
     def alphas(self) -> dict[str, float]:
         """The weight of the example by name of site."""
         return dict(self._alphas)
@@ -345,7 +355,7 @@ def load_onnx(
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         base = Preprocessing(size, mean, std, "bilinear", source=source)
     names = graph.metadata_props.get(CLASS_NAMES)
-    return OnnxModel(
+    model = OnnxModel(
         graph,
         Path(path).stem,
         signature,
@@ -354,3 +364,9 @@ def load_onnx(
         device=device or torch.device("cpu"),
         notes=notes,
     )
+    if len(model.folded()) > len(model.survey().sites):
+        notes.append(
+            f"{len(model.folded())} convolutions look as if a Batch Norm was folded into them: "
+            "tune-alpha --recover-folded makes them sites"
+        )
+    return model

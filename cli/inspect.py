@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ def inspect(
     bnpatch inspect timm:efficientnet_b0 --sites
     """
     from bnpatch.errors import BnpatchError
+    from bnpatch.onnx_model import OnnxModel
 
     from .render import table
 
@@ -40,6 +42,9 @@ def inspect(
         shape = shapes.get(name)
         return "unknown" if shape is None else " x ".join(map(str, shape)) or "one value"
 
+    folded = loaded.folded() if isinstance(loaded, OnnxModel) else ()
+    file = Path(model)
+    size = file.stat().st_size if file.is_file() else None
     if as_json:
         content = {
             "model": loaded.name,
@@ -57,11 +62,18 @@ def inspect(
                 }
                 for s in found.sites
             ],
+            "folded_candidates": folded,
+            "opset": loaded.opset if isinstance(loaded, OnnxModel) else None,
+            "bytes": size,
             "left_alone": [vars(left) for left in found.left_alone],
         }
         typer.echo(json.dumps(content))
         return
-    opt.say(f"outputs        {outputs or 'unknown'}\n")
+    opt.say(f"outputs        {outputs or 'unknown'}")
+    if size is not None:
+        opset = f", opset {loaded.opset}" if isinstance(loaded, OnnxModel) else ""
+        opt.say(f"file           {size / 1e6:.1f} MB{opset}")
+    opt.say("")
     typer.echo(f"{len(found.sites)} sites to weigh examples at")
     single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
     if sites:
@@ -74,6 +86,10 @@ def inspect(
         table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
     if single:
         typer.echo(f"{len(single)} of them see one value per channel and stay plain: {single[0]}, ...")
+    if folded:
+        names = ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
+        typer.echo(f"\n{len(folded)} convolutions may have had a Batch Norm folded into them: {names}")
+        typer.echo("tune-alpha --recover-folded makes them sites")
     if found.left_alone:
         typer.echo(f"\n{len(found.left_alone)} norms are left alone")
         reasons = Counter((left.kind, left.reason) for left in found.left_alone)

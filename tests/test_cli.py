@@ -324,6 +324,9 @@ def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder):
     code, out, _ = cli("inspect", "model.onnx")
     assert code == 0
     assert "15 sites to weigh examples at" in out
+    content = json.loads(cli("inspect", "model.onnx", "--json")[1])
+    assert content["opset"] == 20
+    assert content["bytes"] > 100_000
     code, out, _ = cli("tune-alpha", "model.onnx", "--data", folder, "--trials", "6")
     assert code == 0
     assert "gain" in out

@@ -364,3 +364,31 @@ def test_a_model_that_torch_cannot_export_is_said(tmp_path):
     with pytest.raises(BnpatchError, match="torch can't export the model"):
         bnpatch.export_onnx(bnpatch.patch(Branches(), 0.1), tmp_path / "model.onnx", images(2, 3, 4, 4))
     assert not list(tmp_path.iterdir())
+
+
+def test_large_models_keep_their_tensors_beside_the_file(checkpoint, tmp_path):
+    model = bnpatch.load(checkpoint)
+    model.set_alphas(0.1)
+    export_onnx(model, tmp_path / "model.onnx", external_data_threshold=1000)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    x = images(2, 1, 32, 32)
+    torch.testing.assert_close(
+        bnpatch.load(tmp_path / "model.onnx").predict(x), model.predict(x), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_model_with_little_batch_norm_left_is_told_what_to_do(folded, exported):
+    model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
+    assert "--recover-folded" in model.notes[-1]
+    assert "layer1.0.conv1" in model.folded()
+    assert not bnpatch.load(exported).notes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_provider_agrees_with_the_cpu(exported):
+    x = images(4, 1, 32, 32)
+    on_cpu, on_gpu = (bnpatch.load(exported, device=device) for device in ("cpu", "cuda"))
+    for alpha in (0.0, 0.3):
+        on_cpu.set_alphas(alpha)
+        on_gpu.set_alphas(alpha)
+        torch.testing.assert_close(on_gpu.predict(x), on_cpu.predict(x), rtol=1e-3, atol=1e-3)

@@ -95,7 +95,8 @@ def open_session(model: ir.Model, device: torch.device) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = read.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
         try:
-            return onnxruntime.InferenceSession(path, options, providers=[provider])
+            settings = {"device_id": str(device.index)} if device.index is not None else {}
+            return onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
         except Exception as error:
             raise BnpatchError(
                 f"onnxruntime refuses the graph: {first_line(error)}",
