@@ -105,7 +105,7 @@ def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: fl
         moments: mean and variance, each of shape (C,), of the output of each convolution, by name.
         eps: added to the variance; keeps channels that are constant from being divided by 0.
     """
-    for candidate in folded_candidates(model):
+    for candidate in folded_candidates(model) if moments else ():
         if candidate.name not in moments:
             continue
         mean, var = moments[candidate.name].mean, moments[candidate.name].var
