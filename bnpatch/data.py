@@ -76,6 +76,7 @@ class Examples:
         self.strict = strict
         self.pin_memory = pin_memory
         self.skipped: dict[int, str] = {}
+        self.as_they_are = False  # inputs that no preprocessing was done to
         self._cache: dict[int, Tensor] = {}
         self._cache_left = int(cache_gb * 1e9)
 

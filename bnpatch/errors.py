@@ -18,7 +18,7 @@ class BnpatchError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        text = f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+        text = f"{self.problem.rstrip('.')}; {self.remedy}" if self.remedy else self.problem
         return " ".join(text.split())  # one line, whatever was quoted in it
 
 

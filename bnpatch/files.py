@@ -51,6 +51,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     Raises:
         BnpatchError: they can't.
     """
+    if Path(folder).is_file():
+        raise BnpatchError(f"cannot write to {folder}: it is a file, not a folder", "choose another --output")
     with writing_to(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

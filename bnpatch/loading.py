@@ -171,7 +171,7 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     if checkpoint.bnpatch:
         stored = checkpoint.bnpatch
         try:
-            values = Preprocessing.from_json(stored["preprocessing"], source="the checkpoint")
+            values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
         except (KeyError, TypeError) as error:
             raise BnpatchError(
@@ -279,7 +279,7 @@ def _of_module(module: nn.Module, name: str = "") -> TorchModel:
     if isinstance(cfg, Mapping) and cfg.get("input_size"):
         preprocessing = Preprocessing.of_timm(module, f"the pretrained_cfg of {label}")
     else:
-        source = "ImageNet's values, for want of better: give --mean, --std and --img-size"
+        source = "ImageNet's values, for want of better (--mean, --std, --img-size)"
         preprocessing = Preprocessing(
             (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", source=source
         )

@@ -99,11 +99,10 @@ class OnnxModel:
             BnpatchError: there is no site, or none of a name; InvalidAlphaError for a wrong weight.
         """
         if not self._alphas:
-            raise BnpatchError(
-                f"{self.name} has no Batch Norm that could be patched",
-                "it was folded into the convolutions, most likely: add --recover-folded, or patch "
-                "the checkpoint",
-            )
+            remedy = "it was folded into the convolutions, most likely: add --recover-folded"
+            if reasons := [left.reason for left in self.survey().left_alone]:
+                remedy = f"its norms are left alone: {reasons[0]}"
+            raise BnpatchError(f"{self.name} has no Batch Norm that could be patched", remedy)
         if not isinstance(alpha, Mapping):
             alpha = dict.fromkeys(self._alphas, float(alpha))
         if unknown := [name for name in alpha if name not in self._alphas]:
@@ -348,7 +347,7 @@ def load_onnx(
     if known:
         base = Preprocessing.from_json(json.loads(known), "the file's metadata")
     else:
-        source = "ImageNet's values, for want of better: give --mean, --std and --crop-pct"
+        source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
         if height is None and wanted.get("img_size") is None:
             notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
         size = (channels or 3, height or 224, width or 224)

@@ -153,7 +153,7 @@ class Preprocessing:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], source: str) -> "Preprocessing":
-        """Read what :meth:`to_json` made."""
+    def from_json(cls, values: Mapping[str, Any], where: str) -> "Preprocessing":
+        """Read what :meth:`to_json` made and was stored in ``where``."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**plain, "source": source})
+        return cls(**{**plain, "source": f"{where}, as of {values.get('source', 'unknown origin')}"})

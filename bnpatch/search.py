@@ -47,7 +47,7 @@ class Trial:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class TuneResult:
     """What the search found.
 
@@ -75,6 +75,10 @@ class TuneResult:
     interrupted: bool = False
     seconds: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
+
+    def __repr__(self) -> str:
+        what = f"{self.metric.name}: {self.verdict}"
+        return f"TuneResult(alpha={self.alpha:.4g}, {what}, {len(self.trials)} trials)"
 
     @property
     def verdict(self) -> str:
@@ -319,7 +323,7 @@ def _provenance(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         "architecture": str(model.arch) if model.arch else None,
-        "preprocessing": model.preprocessing.to_json(),
+        "preprocessing": None if examples.as_they_are else model.preprocessing.to_json(),
         "data": {
             "name": named(data),
             "test_name": named(test_data),

@@ -63,6 +63,7 @@ def open_examples(
             "use the data set that the model was trained for",
         )
     examples = Examples(source, targets, model.preprocessing.transform(), **options)
+    examples.as_they_are = isinstance(first, Tensor)
     if limit is not None and limit < len(examples):
         _, chosen = split(targets, limit / len(examples), seed)
         examples.keep(chosen)
@@ -90,6 +91,8 @@ def _open(
         raise BnpatchError(
             f"there is no {path}", "give a folder with a folder of images per class, or an .npz file"
         )
+    if isinstance(data, (np.ndarray, Tensor)):
+        raise BnpatchError("there are images without classes", "give a pair (images, classes)")
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _pair(data[0], data[1], model)
     if hasattr(data, "__getitem__"):
@@ -203,6 +206,10 @@ def _open_folder(
         sure=class_map is not None,
         where=str(folder),
     )
+    if model.class_names is None and len(targets) == model.num_outputs():
+        model.class_names = tuple(
+            sorted(targets, key=lambda name: targets[name])
+        )  # from now on they are known
     pairs = [(path, targets[name]) for name, paths in by_class.items() for path in paths]
     source = FileImages([path for path, _ in pairs], model.preprocessing.image_mode, folder)
     return source, np.array([target for _, target in pairs], dtype=np.int64)

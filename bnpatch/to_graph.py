@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,12 @@ def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:
     if not path.is_file():
         raise BnpatchError(f"cannot read {path}: no such file", "check the path")
     try:
-        logging.disable(logging.WARNING)  # it logs a traceback before it raises
-        program = torch.export.load(path)
+        with _quiet():  # it logs a traceback before it raises
+            program = torch.export.load(path)
     except Exception as error:  # whatever a damaged archive makes the loader trip over
         raise BnpatchError(
             f"{path} is damaged or not a torch.export program ({first_line(error)})", "export it again"
         ) from error
-    finally:
-        logging.disable(logging.NOTSET)
     return _export(program, ())
 
 
@@ -63,9 +63,7 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
     from onnxscript import optimizer
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)  # the exporter's remarks on operators that nobody uses
+        with _quiet():
             # optimize=True would fold every Batch Norm into its convolution.
             program = torch.onnx.export(model, args, dynamo=True, optimize=False, verbose=False, **options)
     except Exception as error:  # torch.export raises errors of many kinds
@@ -73,10 +71,21 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
             f"torch can't export the model: {first_line(error)}",
             "make its forward exportable with torch.export, or apply the recipe in Python",
         ) from error
-    finally:
-        logging.disable(logging.NOTSET)
     assert program is not None  # of the dynamo exporter
     graph = program.model
     optimizer.fold_constants(graph)  # parameters hidden behind casts and expansions stop runtimes from fusing
     optimizer.remove_unused_nodes(graph)
     return graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks, on operators that nobody uses for one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

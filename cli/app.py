@@ -1,5 +1,6 @@
 """The application: its commands, and how errors reach the user."""
 
+import logging
 import sys
 import warnings
 from typing import Annotated, Any
@@ -53,6 +54,7 @@ def bnpatch(
     """
     if not debug:
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # what libraries log, retries of a hub without network for one
     warnings.simplefilter("always", BnpatchWarning)
     warnings.showwarning = _show_warning
 

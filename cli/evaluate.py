@@ -28,15 +28,19 @@ def evaluate(
 
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
-    from bnpatch import Recipe
+    from bnpatch import BnpatchError, Recipe
     from bnpatch.evaluation import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation import evaluate as score
 
     from .render import comparison_table, interval, progress_bar, table
 
-    loaded = loading.open(model)
     chosen = Recipe.load(recipe) if recipe is not None else None
+    loaded = loading.open(model, chosen)
     if chosen is not None:
+        if any(loaded.alphas().values()):
+            raise BnpatchError(
+                f"{model} is patched already", "leave out --recipe, or give the model as it was"
+            )
         chosen.check_fits(loaded.fingerprints())
     if chosen is None:
         reading = replace(reading, cache_gb=0.0)  # one pass needs no memory of it
@@ -52,13 +56,10 @@ def evaluate(
         run: dict[str, Any] = {"batch_size": reading.batch_size, "on_batch": count}
         comparisons = compare(loaded, examples, chosen.alphas, **run) if chosen is not None else []
         scores = score(loaded, examples, **run) if chosen is None else None
-    skipped = f", {len(examples.skipped)} unreadable and left out" if examples.skipped else ""
-    opt.say(f"examples       {len(examples)}{skipped}")
-    content: dict[str, Any] = {
-        "model": loaded.name,
-        "examples": len(examples),
-        "skipped": len(examples.skipped),
-    }
+    left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
+    number = len(examples) - len(left_out)
+    opt.say(f"examples       {number}{opt.skipped(left_out)}")
+    content: dict[str, Any] = {"model": loaded.name, "examples": number, "skipped": len(left_out)}
     if scores is not None:
         warn_at_chance(scores, examples)
         results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
@@ -68,7 +69,10 @@ def evaluate(
             table(["metric", "mean", "95% interval"], rows)
     else:
         content["comparisons"] = {c.metric.name: c.to_json() for c in comparisons}
+        tuned_on = chosen.provenance.get("data", {}).get("fingerprint") if chosen is not None else None
+        if tuned_on == examples.fingerprint():
+            opt.say("note           the recipe was tuned on a part of these examples")
         if not as_json:
-            comparison_table(comparisons)
+            comparison_table(comparisons, f"all {number}")
     if as_json:
         typer.echo(json.dumps(content))

@@ -33,11 +33,16 @@ def export(
 
     bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
     """
-    from bnpatch import Recipe, export_onnx, open_examples
+    from bnpatch import BnpatchError, Recipe, export_onnx, open_examples
 
-    loaded = loading.open(model)
-    if recipe is not None:
-        loaded.apply(Recipe.load(recipe))
+    if output.suffix != ".onnx":
+        raise BnpatchError(f"{output} does not end in .onnx", "name a file that does")
+    if Path(model).exists() and output.exists() and output.samefile(model):
+        raise BnpatchError(f"{output} is the model itself", "choose another --output")
+    chosen = Recipe.load(recipe) if recipe is not None else None
+    loaded = loading.open(model, chosen)
+    if chosen is not None:
+        loaded.apply(chosen)
     images = None
     if data is not None:
         images = next(open_examples(data, loaded, limit=32).batches(32)).x
@@ -46,8 +51,12 @@ def export(
         typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
         return
     batches = ", ".join(map(str, done.batches))
-    typer.echo(f"wrote {done.path}: {len(done.patched)} sites weigh examples, opset {done.opset}")
+    size = " x ".join(map(str, loaded.preprocessing.input_size))
+    sites = f"{len(done.patched)} of {len(loaded.survey().sites)} sites weigh examples"
+    typer.echo(f"wrote {done.path}: {sites}, opset {done.opset}")
+    if not done.patched:
+        typer.echo("nothing is patched; --recipe names what to patch with")
     typer.echo(
         f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
-        f"{done.mean_deviation:.1e} on average (batches of {batches})"
+        f"{done.mean_deviation:.1e} on average (batches of {batches}, {size})"
     )

@@ -74,8 +74,8 @@ def inspect(
         opset = f", opset {loaded.opset}" if isinstance(loaded, OnnxModel) else ""
         opt.say(f"file           {size / 1e6:.1f} MB{opset}")
     opt.say("")
-    typer.echo(f"{len(found.sites)} sites to weigh examples at")
     single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
+    typer.echo(f"{len(found.sites) - len(single)} sites to weigh examples at")
     if sites:
         rows = [
             [s.name, s.kind, s.num_channels, resolution(s.name), f"{alphas[s.name]:g}"] for s in found.sites
@@ -85,11 +85,11 @@ def inspect(
         groups = Counter((s.kind, resolution(s.name)) for s in found.sites)
         table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
     if single:
-        typer.echo(f"{len(single)} of them see one value per channel and stay plain: {single[0]}, ...")
+        names = ", ".join(single[:3]) + (", ..." if len(single) > 3 else "")
+        typer.echo(f"{len(single)} more see one value per channel and stay plain: {names}")
     if folded:
         names = ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
         typer.echo(f"\n{len(folded)} convolutions may have had a Batch Norm folded into them: {names}")
-        typer.echo("tune-alpha --recover-folded makes them sites")
     if found.left_alone:
         typer.echo(f"\n{len(found.left_alone)} norms are left alone")
         reasons = Counter((left.kind, left.reason) for left in found.left_alone)

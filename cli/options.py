@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnpatch.data import Examples
     from bnpatch.model import TorchModel
     from bnpatch.onnx_model import OnnxModel
+    from bnpatch.recipe import Recipe
 
 _LOADING = "Loading"
 _DATA = "Data"
@@ -79,9 +80,13 @@ class Loading:
         str | None, _option(help="bilinear, bicubic, nearest, lanczos.", panel=_IMAGES)
     ] = None
 
-    def open(self, model: str) -> "TorchModel | OnnxModel":
-        """Load a model, and say what there is to know about it."""
+    def open(self, model: str, recipe: "Recipe | None" = None) -> "TorchModel | OnnxModel":
+        """Load a model, and say what there is to know about it.
+
+        A recipe was found with a certain preprocessing, which is used unless options ask for another.
+        """
         from bnpatch import load
+        from bnpatch.preprocessing import Preprocessing
 
         loaded = load(
             model,
@@ -99,6 +104,10 @@ class Loading:
                 "interpolation": self.interpolation,
             },
         )
+        asked = (self.img_size, self.mean, self.std, self.crop_pct, self.interpolation)
+        stored = recipe.provenance.get("preprocessing") if recipe is not None else None
+        if stored and all(value is None for value in asked):
+            loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
         say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
         for note in loaded.notes:
             say(f"               {note}")
@@ -193,7 +202,7 @@ def skipped(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     names = ", ".join(list(reasons)[:3]) + (", ..." if len(reasons) > 3 else "")
-    return f", {len(reasons)} unreadable and left out ({names})"
+    return f"; {len(reasons)} more can't be read and are left out ({names})"
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -26,10 +26,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console.print(made)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> None:
-    """Before, after, and the paired change with its interval."""
+def comparison_table(comparisons: Sequence[Comparison], examples: str) -> None:
+    """Before, after, and the paired change with its interval, of what ``examples`` says."""
     table(
-        ["held-out", "as it is", "patched", "change", "95% interval", ""],
+        [examples, "as it is", "patched", "change", "95% interval", ""],
         [
             [
                 c.metric.name,

@@ -97,7 +97,12 @@ def tune_alpha(
     result.recipe.provenance["command"] = " ".join(sys.argv[1:])
     files = write_results(result, loaded, output)
     if as_json:
-        content = {"alpha": result.alpha, "files": [str(f) for f in files], **result.recipe.provenance}
+        content = {
+            "verdict": result.verdict,
+            "alpha": result.alpha,
+            "files": [str(f) for f in files],
+            **result.recipe.provenance,
+        }
         typer.echo(json.dumps(content))
     else:
         _show(result, files)
@@ -112,7 +117,7 @@ def _show(result: "TuneResult", files: list[Path]) -> None:
         opt.say(f"interrupted    the best of {len(result.trials)} finished trials is kept")
     opt.say(f"trials         {len(result.trials)} in {result.seconds:.1f} s")
     typer.echo("")
-    comparison_table(result.comparisons)
+    comparison_table(result.comparisons, "held-out")
     typer.echo(f"\n{verdict(result)}\n")
     typer.echo(f"wrote {', '.join(str(f) for f in files)}")
 
@@ -128,4 +133,7 @@ def verdict(result: "TuneResult") -> str:
         return f"{best}: {change} in {tuned.metric.name} on examples that the search did not see."
     if tuned.verdict == "loss":
         return f"{best} did best in tuning but loses on unseen examples: the recipe keeps the model as it is."
-    return f"no significant gain ({best} did best in tuning): keep the model as it is."
+    return (
+        f"no significant gain ({best} did best in tuning): keep the model as it is. "
+        "The files hold this alpha all the same."
+    )

@@ -106,7 +106,8 @@ def test_inspect(cli, checkpoint, tmp_path):
     code, out, _ = cli("inspect", checkpoint)
     sites = bnpatch.load(checkpoint).survey().sites
     assert code == 0
-    assert f"{len(sites)} sites to weigh examples at" in out
+    assert "12 sites to weigh examples at" in out
+    assert "3 more see one value per channel and stay plain: layer4.0.bn1" in out
     code, out, _ = cli("inspect", checkpoint, "--sites")
     assert all(site.name in out for site in sites)
     torch.save(timm.create_model("test_efficientnet_gn").state_dict(), tmp_path / "gn.pt")
@@ -129,7 +130,7 @@ def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp
     break_images(tmp_path / "val")
     code, _, err = cli("tune-alpha", checkpoint, "--data", "val", *QUICK)
     assert code == 0
-    assert f"{len(BROKEN)} unreadable and left out" in err
+    assert f"{len(BROKEN)} more can't be read and are left out" in err
     code, _, err = cli("tune-alpha", checkpoint, "--data", "val", "--strict", *QUICK)
     assert code == 2
     assert "cannot read 0/" in one_line(err)
@@ -323,7 +324,7 @@ def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder):
     assert cli("export", checkpoint, "-o", "model.onnx")[0] == 0
     code, out, _ = cli("inspect", "model.onnx")
     assert code == 0
-    assert "15 sites to weigh examples at" in out
+    assert "12 sites to weigh examples at" in out
     content = json.loads(cli("inspect", "model.onnx", "--json")[1])
     assert content["opset"] == 20
     assert content["bytes"] > 100_000
@@ -348,3 +349,49 @@ def test_a_failed_comparison_is_exit_code_1_and_leaves_no_file(cli, checkpoint, 
     assert code == 1
     assert "more than rounding" in one_line(err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_brings_its_preprocessing(cli, checkpoint, folder):
+    assert cli("tune-alpha", checkpoint, "--data", folder, "--img-size", 48, "--trials", 6)[0] == 0
+    _, patched, _ = cli("evaluate", "bnpatch-out/patched.pt", "--data", folder, "--json")
+    recipe = ("--recipe", "bnpatch-out/recipe.json")
+    code, compared, err = cli("evaluate", checkpoint, "--data", folder, *recipe, "--json")
+    assert code == 0
+    assert "48 x 48" in err
+    assert "from the recipe" in err
+    assert "tuned on a part of these examples" in err
+    after = json.loads(compared)["comparisons"]["accuracy"]["after"]
+    assert after == json.loads(patched)["scores"]["accuracy"]
+    assert "32 x 32" in cli("evaluate", checkpoint, "--data", folder, *recipe, "--img-size", 32)[2]
+    assert cli("export", checkpoint, *recipe, "-o", "patched.onnx")[0] == 0
+    _, exported, err = cli("evaluate", "patched.onnx", "--data", folder, "--json")
+    assert "48 x 48" in err
+    assert json.loads(exported)["scores"]["accuracy"] == after
+    code, _, err = cli("evaluate", "bnpatch-out/patched.pt", "--data", folder, *recipe)
+    assert code == 2
+    assert "patched already" in one_line(err)
+
+
+def test_what_an_export_must_not_do(cli, checkpoint, tmp_path):
+    assert cli("export", checkpoint, "-o", "model.onnx")[0] == 0
+    for args, message in {
+        ("model.onnx", "-o", "model.onnx"): "is the model itself",
+        (checkpoint, "-o", "model.pt"): "does not end in .onnx",
+        (checkpoint, "-o", "no/such/folder.txt"): "does not end in .onnx",
+    }.items():
+        code, _, err = cli("export", *args)
+        assert code == 2
+        assert message in one_line(err)
+    assert "nothing is patched" in cli("export", checkpoint, "-o", "again.onnx")[1]
+
+
+def test_class_names_are_learned_from_the_folders(cli, folder, tmp_path):
+    """A class folder with another name later on is warned of before anything is scored."""
+    state = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    assert cli("tune-alpha", "bare.pt", "--data", folder, "--img-size", 32, *QUICK)[0] == 0
+    assert bnpatch.load("bnpatch-out/patched.pt").class_names == tuple("0123456789")
+    shutil.copytree(folder, tmp_path / "val")
+    (tmp_path / "val" / "3").rename(tmp_path / "val" / "three")
+    _, _, err = cli("evaluate", "bnpatch-out/patched.pt", "--data", "val")
+    assert "the class folder 'three' is not among the model's class names" in err

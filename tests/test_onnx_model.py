@@ -41,7 +41,7 @@ LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 def test_an_export_has_the_sites_of_the_checkpoint(checkpoint, exported):
     torch_model, onnx_model = bnpatch.load(checkpoint), bnpatch.load(exported)
     assert onnx_model.fingerprints() == torch_model.fingerprints()
-    assert onnx_model.preprocessing.source == "the file's metadata"
+    assert onnx_model.preprocessing.source == "the file's metadata, as of the checkpoint's training arguments"
     assert onnx_model.class_names == torch_model.class_names
     assert onnx_model.num_outputs() == 10
     assert onnx_model.site_shapes() == torch_model.site_shapes()
@@ -392,3 +392,13 @@ def test_cuda_provider_agrees_with_the_cpu(exported):
         on_cpu.set_alphas(alpha)
         on_gpu.set_alphas(alpha)
         torch.testing.assert_close(on_gpu.predict(x), on_cpu.predict(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_patched_file_says_that_it_is_one(exported, tmp_path):
+    model = bnpatch.load(exported)
+    model.set_alphas({name: 0.1 for name, shape in model.site_shapes().items() if shape != (1, 1)})
+    export_onnx(model, tmp_path / "patched.onnx")
+    patched = bnpatch.load(tmp_path / "patched.onnx")
+    with pytest.raises(BnpatchError, match=r"no site 'conv1\.1'|belongs to a patch"):
+        patched.set_alphas({"conv1.1": 0.1})
+    assert "belongs to a patch" in patched.survey().left_alone[0].reason

@@ -213,3 +213,12 @@ def test_evaluate_does_not_depend_on_the_batch_size(model, foggy):
     np.testing.assert_allclose(a.values["cross-entropy"], b.values["cross-entropy"], rtol=1e-3, atol=1e-5)
     assert np.array_equal(a.indices, b.indices)
     assert a.estimate(CROSS_ENTROPY).low < a.mean(CROSS_ENTROPY) < a.estimate(CROSS_ENTROPY).high
+
+
+def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, tuned):
+    result = bnpatch.tune_alpha(model, _floats(foggy), trials=2)
+    assert result.recipe.provenance["preprocessing"] is None
+    assert tuned.recipe.provenance["preprocessing"]["input_size"] == (1, 32, 32)
+    assert repr(tuned) == f"TuneResult(alpha={tuned.alpha:.4g}, accuracy: gain, 10 trials)"
+    with pytest.raises(BnpatchError, match=r"images without classes; give a pair"):
+        bnpatch.tune_alpha(model, foggy[0])
