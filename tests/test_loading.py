@@ -298,9 +298,8 @@ def test_half_precision_and_amp(checkpoint, clean):
     half = bnpatch.load(bnpatch.load(checkpoint).module.bfloat16())
     half.preprocessing = bnpatch.load(checkpoint).preprocessing
     assert half.predict(torch.zeros(1, 1, 32, 32)).dtype == torch.bfloat16
-    torch.testing.assert_close(
-        amp.float(), full, rtol=0.1, atol=0.1 * full.abs().max().item()
-    )  # 8 bits, 15 layers
+    # bfloat16 has 8 bits; 15 layers of it were measured to deviate by 0.5% of the largest logit
+    torch.testing.assert_close(amp.float(), full, rtol=0, atol=0.03 * full.abs().max().item())
 
 
 def test_an_unknown_device_is_refused(checkpoint):
