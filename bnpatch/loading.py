@@ -180,7 +180,8 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         model.preprocessing = values
         if recipe.sites:
             model.apply(recipe)
-            model.notes.append("patched by bnpatch")
+            if any(recipe.alphas.values()):
+                model.notes.append("patched by bnpatch")
     return model
 
 

@@ -156,4 +156,5 @@ class Preprocessing:
     def from_json(cls, values: Mapping[str, Any], where: str) -> "Preprocessing":
         """Read what :meth:`to_json` made and was stored in ``where``."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**plain, "source": f"{where}, as of {values.get('source', 'unknown origin')}"})
+        first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
+        return cls(**{**plain, "source": f"{where}, as of {first}"})

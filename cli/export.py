@@ -55,7 +55,9 @@ def export(
     sites = f"{len(done.patched)} of {len(loaded.survey().sites)} sites weigh examples"
     typer.echo(f"wrote {done.path}: {sites}, opset {done.opset}")
     if not done.patched:
-        typer.echo("nothing is patched; --recipe names what to patch with")
+        typer.echo(
+            "nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with")
+        )
     typer.echo(
         f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
         f"{done.mean_deviation:.1e} on average (batches of {batches}, {size})"

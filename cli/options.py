@@ -202,7 +202,7 @@ def skipped(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     names = ", ".join(list(reasons)[:3]) + (", ..." if len(reasons) > 3 else "")
-    return f"; {len(reasons)} more can't be read and are left out ({names})"
+    return f"; left out, because they can't be read: {len(reasons)} ({names})"
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -47,3 +47,30 @@ def folder(foggy, tmp_path_factory):
     path = tmp_path_factory.mktemp("val")
     _write_folders(foggy[0][:120], foggy[1][:120], path)
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint, tmp_path_factory):
+    """The trained checkpoint as ONNX, unpatched, with its Batch Norm kept."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    from bnpatch import export_onnx, load
+
+    export_onnx(load(checkpoint), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def folded(checkpoint, tmp_path_factory):
+    """The same with every Batch Norm folded away, as most public files are."""
+    import torch
+
+    from bnpatch import load
+
+    module = load(checkpoint).module
+    path = tmp_path_factory.mktemp("folded") / "model.onnx"
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(
+        module, (torch.zeros(2, 1, 32, 32),), dynamo=True, dynamic_shapes=batch, verbose=False
+    )
+    program.save(path)
+    return path

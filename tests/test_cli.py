@@ -130,7 +130,7 @@ def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp
     break_images(tmp_path / "val")
     code, _, err = cli("tune-alpha", checkpoint, "--data", "val", *QUICK)
     assert code == 0
-    assert f"{len(BROKEN)} more can't be read and are left out" in err
+    assert f"because they can't be read: {len(BROKEN)} (" in err
     code, _, err = cli("tune-alpha", checkpoint, "--data", "val", "--strict", *QUICK)
     assert code == 2
     assert "cannot read 0/" in one_line(err)

@@ -1,39 +1,14 @@
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
-import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import bnpatch
 from bnpatch.errors import BnpatchError
-from bnpatch.export import ParityError, export_onnx
+from bnpatch.export import export_onnx
 from bnpatch.recipe import Recipe
-from bnpatch.to_graph import module_to_graph
-from tests.nn.test_surgery import images, settle
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory):
-    """The trained checkpoint as ONNX, unpatched, with its Batch Norm kept."""
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_onnx(bnpatch.load(checkpoint), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folded(checkpoint, tmp_path_factory):
-    """The same with every Batch Norm folded away, as most public files are."""
-    module = bnpatch.load(checkpoint).module
-    path = tmp_path_factory.mktemp("folded") / "model.onnx"
-    batch = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.onnx.export(
-        module, (torch.zeros(2, 1, 32, 32),), dynamo=True, dynamic_shapes=batch, verbose=False
-    )
-    program.save(path)
-    return path
-
+from tests.nn.test_surgery import images
 
 LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
@@ -290,91 +265,6 @@ def test_a_torch_export_program(checkpoint, tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(BnpatchError, match=r"damaged or not a torch.export program"):
         bnpatch.load(tmp_path / "bad.pt2")
-
-
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "resnet10t"])
-def test_export_of_timm_models(name, tmp_path):
-    module = bnpatch.patch(settle(timm.create_model(name, num_classes=5)), 0.1)
-    done = bnpatch.export_onnx(module, tmp_path / "model.onnx", images(2, 3, 96, 96))
-    assert done.max_deviation < 1e-4
-    assert len(done.patched) > 3
-    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
-    assert {site.alpha for site in bnpatch.survey(module).sites} == {0.1}  # the module is as it was
-
-
-def test_sites_at_identity_stay_as_they_were(checkpoint, tmp_path):
-    model = bnpatch.load(checkpoint)
-    names = list(model.alphas())
-    model.set_alphas({names[0]: 0.2})
-    done = export_onnx(model, tmp_path / "model.onnx")
-    assert done.patched == (names[0],)
-    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
-    assert operators.count("BatchNormalization") == len(
-        names
-    )  # the patched one keeps its own, see graph/forms.py
-    assert operators.count("GlobalAveragePool") == 2
-
-
-@pytest.mark.parametrize("kind", ["global", "per-site"])
-def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
-    import onnxruntime
-
-    model = bnpatch.load(exported)
-    model.set_alphas(0.1)
-    export_onnx(model, tmp_path / "model.onnx", alpha_inputs=kind)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    x = images(2, 1, 32, 32)
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model.predict(x))
-    model.set_alphas(0.7)
-    alphas = {value.name: np.array(0.7, np.float32) for value in session.get_overridable_initializers()}
-    assert len(alphas) == (1 if kind == "global" else 12)
-    (y,) = session.run(None, {"input": x.numpy(), **alphas})
-    torch.testing.assert_close(torch.from_numpy(y), model.predict(x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_file_that_deviates_does_not_stay(checkpoint, tmp_path, monkeypatch):
-    from bnpatch import export
-
-    def spoil(module, x):
-        made = module_to_graph(module, x)
-        for value in made.graph.initializers.values():
-            if value.name.endswith("running_var"):
-                value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
-        return made
-
-    monkeypatch.setattr(export, "module_to_graph", spoil)
-    model = bnpatch.load(checkpoint)
-    model.set_alphas(0.1)
-    (tmp_path / "model.onnx").write_text("old")
-    with pytest.raises(ParityError, match=r"deviates by .* more than rounding"):
-        export_onnx(model, tmp_path / "model.onnx")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-    assert (tmp_path / "model.onnx").read_text() == "old"
-
-
-def test_a_model_that_torch_cannot_export_is_said(tmp_path):
-    class Branches(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = torch.nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            return self.bn(x) if x.sum().item() > 0 else x
-
-    with pytest.raises(BnpatchError, match="torch can't export the model"):
-        bnpatch.export_onnx(bnpatch.patch(Branches(), 0.1), tmp_path / "model.onnx", images(2, 3, 4, 4))
-    assert not list(tmp_path.iterdir())
-
-
-def test_large_models_keep_their_tensors_beside_the_file(checkpoint, tmp_path):
-    model = bnpatch.load(checkpoint)
-    model.set_alphas(0.1)
-    export_onnx(model, tmp_path / "model.onnx", external_data_threshold=1000)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
-    x = images(2, 1, 32, 32)
-    torch.testing.assert_close(
-        bnpatch.load(tmp_path / "model.onnx").predict(x), model.predict(x), rtol=1e-3, atol=1e-3
-    )
 
 
 def test_a_model_with_little_batch_norm_left_is_told_what_to_do(folded, exported):
