@@ -22,7 +22,7 @@ from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
-from bnpatch.nn.surgery import patch, unpatch
+from bnpatch.moments import Moments
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
 from bnpatch.to_graph import module_to_graph
 
@@ -122,19 +122,19 @@ def export_onnx(
 def _export_torch(
     source: TorchModel, example_input: Tensor, alpha_inputs: AlphaInputs | None
 ) -> tuple[ir.Model, tuple[str, ...]]:
-    alphas = source.alphas()
-    was_patched = {site.name: site.alpha for site in source.survey().sites if site.is_patched}
-    source.module = unpatch(source.module)
-    try:
-        graph = module_to_graph(source.module, example_input.to(source.device))
-    finally:
-        if was_patched:
-            source.module = patch(source.module, was_patched, where=lambda site: site.name in was_patched)
+    alphas, identities = source.alphas(), source.identities()
+    running = {
+        name: Moments(*(part.cpu().numpy() for part in (moments.mean, moments.var)))
+        for name, moments in source.running().items()
+    }
+    with source.unpatched() as module:
+        graph = module_to_graph(module, example_input.to(source.device))
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
-    chosen = alphas if alpha_inputs else {name: alpha for name, alpha in alphas.items() if alpha}
-    return graph, rewrite(graph, chosen, alpha_inputs=alpha_inputs).patched
+    chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
+    running = {name: moments for name, moments in running.items() if name in chosen}
+    return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched
 
 
 def _compare(

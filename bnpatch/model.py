@@ -2,22 +2,25 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnpatch import recipe as recipes
 from bnpatch.architecture import Architecture
-from bnpatch.errors import BnpatchError, first_line
+from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.files import atomic_path
-from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import Site, patch, survey, unpatch
+from bnpatch.moments import Moments, mix, pool
+from bnpatch.nn.norm import ExampleWeighedNorm, example_moments
+from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncalibrated, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
+from bnpatch.setting import Setting
 from bnpatch.sites import AnySite, Survey
 
 
@@ -43,11 +46,35 @@ class Patchable(Protocol):
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
         """Set the weight of the example, for all sites or by name."""
 
+    def setting(self) -> Setting:
+        """Both weights of every site."""
+
+    def set(self, setting: Setting) -> None:
+        """Set weights by name of site."""
+
+    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
+        """Give the moments of the data at hand, by name of site, that lambda is the weight of."""
+
+    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
+        """Give running moments to norms that have none: from now on they are sites."""
+
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Norms that would be sites if they had running moments."""
+
+    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
+        """Outputs for a batch, and the moments of each example at the input of each site, (N, C)."""
+
+    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
+        """The moments of a batch at the input of each site, (C,), all norms normalizing by those."""
+
     def predict(self, x: Tensor) -> Tensor:
         """Outputs for a batch: bytes are images, floats are inputs as they are."""
 
     def num_outputs(self, example: Tensor | None = None) -> int:
         """K, the number of classes, found by running an example, or a blank image."""
+
+    def identities(self) -> dict[str, float]:
+        """The alpha by name of site at which the model computes what it did."""
 
     def recipe(self) -> Recipe:
         """The weights that the model has now."""
@@ -87,6 +114,9 @@ class TorchModel:
 
     def __post_init__(self) -> None:
         self.module.to(self.device)
+        self._calibrated: dict[str, Moments[Tensor]] = {}
+        self._targets: dict[str, Moments[Tensor]] = {}
+        self._lambdas: dict[str, float] = {}
         self._num_outputs: int | None = None
         self._returns_probabilities = False
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
@@ -103,8 +133,82 @@ class TorchModel:
         """The weight of the example by name of site; 0 where a site isn't patched."""
         return {site.name: site.alpha for site in self.survey().sites}
 
+    def setting(self) -> Setting:
+        """Both weights of every site."""
+        alphas = self.alphas()
+        return Setting(alphas, {name: self._lambdas.get(name, 0.0) for name in alphas})
+
+    def set(self, setting: Setting) -> None:
+        """Set weights by name of site.
+
+        Raises:
+            BnpatchError: there is no site of a name, or lambda is to weigh what wasn't given.
+            InvalidAlphaError: a weight is not in [0, 1].
+        """
+        self.set_alphas(setting.alphas)
+        for site in self.survey().sites:
+            weight = setting.lambdas.get(site.name)
+            if weight is None or not isinstance(layer := site.module, ExampleWeighedNorm):
+                continue
+            self._lambdas[site.name] = check_alpha(float(weight), site.name)
+            source = self.source(site)
+            if weight == 0:
+                layer.running = self._calibrated.get(site.name)
+                continue
+            if site.name not in self._targets:
+                raise BnpatchError(
+                    f"there are no target moments for site {site.name!r}", "re-estimate them on data"
+                )
+            layer.running = mix(weight, self._targets[site.name], source)
+
+    def source(self, site: Site) -> Moments[Tensor]:
+        """The running moments that a site came with, those of the checkpoint as a rule."""
+        if site.name in self._calibrated:
+            return self._calibrated[site.name]
+        _, _, mean, var = site.parameters()
+        assert mean is not None  # a site has them, or was calibrated
+        assert var is not None
+        return Moments(mean.detach(), var.detach())
+
+    def running(self) -> dict[str, Moments[Tensor]]:
+        """Running mean and variance (C,) that a site normalizes by now, where not those of its buffers."""
+        layers = ((s.name, s.module) for s in self.survey().sites if isinstance(s.module, ExampleWeighedNorm))
+        return {name: layer.running for name, layer in layers if layer.running is not None}
+
+    def target(self, site: Site) -> Moments[Tensor]:
+        """The moments of the data at hand at a site, see :meth:`retarget`."""
+        return self._targets[site.name]
+
+    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
+        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
+        self._targets = {name: self._on_device(moments) for name, moments in targets.items()}
+
+    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
+        """Give running moments (C,) to norms that have none, by name: from now on they are sites.
+
+        Raises:
+            BnpatchError: a name is no such norm.
+        """
+        found = {name: self._on_device(part) for name, part in moments.items()}
+        self.module = calibrated(self.module, found)
+        self._calibrated.update(found)
+
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Norms that would be sites if they had running moments: Group Norm, for one."""
+        return tuple(uncalibrated(self.module))
+
+    def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
+        parts = (
+            torch.as_tensor(np.asarray(part), dtype=torch.float32) for part in (moments.mean, moments.var)
+        )
+        return Moments(*(part.to(self.device) for part in parts))
+
     @torch.inference_mode()
     def predict(self, x: Tensor) -> Tensor:
+        """Run a batch, see :meth:`forward`; without gradients."""
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
         """Run a batch.
 
         Args:
@@ -137,6 +241,54 @@ class TorchModel:
         return (
             y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self._returns_probabilities else y
         )
+
+    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
+        """Run a batch as :meth:`forward` does.
+
+        Args:
+            x: as for :meth:`forward`.
+            gradients: let gradients flow through what is returned.
+
+        Returns:
+            The outputs, and by name of site, or of norm that is to be calibrated, the moments (N, C) of each
+            example at its input; where a module is used k times, of each use, (k * N, C).
+        """
+        seen: dict[str, list[Moments[Tensor]]] = {}
+        norms = {site.name: site.module for site in self.survey().sites} | uncalibrated(self.module)
+        watch = _at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(example_moments(x)))
+        with torch.inference_mode(not gradients), watch:
+            outputs = self.forward(x)
+        return outputs, {
+            name: Moments(*(torch.cat(p) for p in zip(*((m.mean, m.var) for m in moments), strict=True)))
+            for name, moments in seen.items()
+        }
+
+    @torch.inference_mode()
+    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
+        """Run a batch as in training: every site normalizes by the moments of the batch.
+
+        Running moments are left as they are.
+
+        Returns:
+            Moments (C,) of the whole batch at the input of each site, by name.
+        """
+        seen: dict[str, Moments[Tensor]] = {}
+        layers: dict[str, Any] = {}
+
+        def normalize_by(name: str, x: Tensor) -> None:
+            pooled = pool(example_moments(x), axes=0)
+            seen[name] = layers[name].running = Moments(pooled.mean[0], pooled.var[0])
+
+        with self.borrowed():
+            self.set_alphas(self.identities())
+            layers = {site.name: site.module for site in self.survey().sites if site.identity == 0}
+            with _at_inputs(layers, normalize_by):
+                self.forward(x)
+        return seen
+
+    def identities(self) -> dict[str, float]:
+        """The alpha by name of site at which the model computes what it did before any patch."""
+        return {site.name: site.identity for site in self.survey().sites}
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Of bytes, on the device; made again only when the preprocessing changes."""
@@ -179,19 +331,9 @@ class TorchModel:
         A site that the image doesn't reach is missing.
         """
         shapes: dict[str, tuple[int, ...]] = {}
-
-        def noting(name: str) -> Any:
-            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                shapes.setdefault(name, tuple(args[0].shape[2:]))
-
-            return note
-
-        handles = [site.module.register_forward_pre_hook(noting(site.name)) for site in self.survey().sites]
-        try:
+        layers = {site.name: site.module for site in self.survey().sites}
+        with _at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
             self._run_one()
-        finally:
-            for handle in handles:
-                handle.remove()
         return shapes
 
     def fingerprints(self) -> dict[str, str]:
@@ -200,8 +342,12 @@ class TorchModel:
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
-        hashes = self.fingerprints()
-        sites = (SiteRecipe(s.name, s.kind, s.alpha, hashes[s.name]) for s in self.survey().sites)
+        hashes, sites = self.fingerprints(), []
+        for site in self.survey().sites:
+            weight = self._lambdas.get(site.name, 0.0)
+            target = self._targets[site.name] if weight else None
+            moments = (_to_numpy(m) for m in (target, self._calibrated.get(site.name)))
+            sites.append(SiteRecipe(site.name, site.kind, site.alpha, hashes[site.name], weight, *moments))
         return Recipe(tuple(sites), dict(provenance or {}))
 
     def apply(self, recipe: Recipe) -> None:
@@ -210,26 +356,47 @@ class TorchModel:
         Raises:
             BnpatchError: the recipe was made for another model; names the first site that differs.
         """
+        found = {site.name: site.calibrated for site in recipe.sites if site.calibrated is not None}
+        known = set(self.uncalibrated())
+        self.calibrate({name: moments for name, moments in found.items() if name in known})
         recipe.check_fits(self.fingerprints())
-        self.set_alphas(recipe.alphas)
+        self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
+        self.set(recipe.setting)
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
-        """In evaluation mode while the context lasts; then every mode and every alpha is as before."""
-        modes = [(module, module.training) for module in self.module.modules()]
-        alphas = {
-            site.name: site.module.alpha
+    def unpatched(self) -> Iterator[nn.Module]:
+        """The module as it was before any patch; it is patched again when the context ends."""
+        layers = {
+            site.name: site.module.options
             for site in self.survey().sites
             if isinstance(site.module, ExampleWeighedNorm)
         }
+        self.module = unpatch(self.module)
+        try:
+            yield self.module
+        finally:
+            self.module = take_over(self.module, layers)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """In evaluation mode while the context lasts; then every mode and every weight is as before."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        before = {
+            site.name: (site.module.alpha, site.module.running)
+            for site in self.survey().sites
+            if isinstance(site.module, ExampleWeighedNorm)
+        }
+        lambdas = dict(self._lambdas)
         self.module.eval()
         try:
             yield
         finally:
-            self.module = unpatch(self.module, where=lambda site: site.name not in alphas)
+            self.module = unpatch(self.module, where=lambda site: site.name not in before)
             for site in self.survey().sites:
-                if site.name in alphas and isinstance(site.module, ExampleWeighedNorm):
-                    site.module.alpha = alphas[site.name]
+                if site.name in before and isinstance(site.module, ExampleWeighedNorm):
+                    site.module.alpha, site.module.running = before[site.name]
+            self._lambdas = lambdas
+            self._calibrated = {name: m for name, m in self._calibrated.items() if name in before}
             for module, mode in modes:
                 module.training = mode
 
@@ -269,6 +436,23 @@ class TorchModel:
         )
 
 
+@contextmanager
+def _at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Call ``do(name, input)`` before each of the modules runs."""
+    handles = []
+    for name, module in modules.items():
+
+        def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            do(name, args[0])
+
+        handles.append(module.register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """Resolve a device name; "auto" is the accelerator if there is one.
 
@@ -303,6 +487,14 @@ def _output_tensor(y: Any) -> Tensor:
 
 def _fingerprint(site: Site) -> str:
     weight, bias, mean, var = site.parameters()
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
-    return recipes.fingerprint(t.detach().float().cpu().numpy() for t in (weight, bias, mean, var))
+    like = torch.zeros(site.num_channels)
+    defaults = (like + 1, like, like, like + 1)
+    parts = (
+        default if part is None else part
+        for part, default in zip((weight, bias, mean, var), defaults, strict=True)
+    )
+    return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
+
+
+def _to_numpy(moments: Moments[Tensor] | None) -> Moments[Any] | None:
+    return None if moments is None else Moments(*(m.cpu().numpy() for m in (moments.mean, moments.var)))

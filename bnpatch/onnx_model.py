@@ -20,12 +20,15 @@ from torch import Tensor
 
 from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.graph import match, read
-from bnpatch.graph.folded import FOLDED, folded_candidates, insert_norms
+from bnpatch.graph.expr import Tape
+from bnpatch.graph.folded import FOLDED, folded_candidates, insert_norms, observe_values
+from bnpatch.graph.forms import append_by_batch
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import Signature, open_session, read_signature
-from bnpatch.moments import Moments
+from bnpatch.moments import Moments, mix, pool
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
+from bnpatch.setting import Setting
 from bnpatch.sites import AnySite, LeftAlone, Survey
 from bnpatch.to_graph import program_to_graph
 
@@ -46,8 +49,9 @@ class OnnxModel:
         class_order: how class folders are sorted where names don't tell.
         device: cpu or cuda.
         notes: what a person should know about it.
-        calibrated: moments of the outputs of convolutions that a Batch Norm was folded into, by name:
-            each of them is a site.
+        calibrated: running moments from data, by name of site: of norms that have none, and of the outputs
+            of convolutions that a Batch Norm was folded into, whose sites have a name that ends in
+            :data:`~bnpatch.graph.folded.FOLDED`.
     """
 
     graph: ir.Model
@@ -62,12 +66,19 @@ class OnnxModel:
     arch: None = None
 
     def __post_init__(self) -> None:
-        self._sites = match.survey(self._with_norms(self.calibrated))
-        self._alphas = dict.fromkeys((site.module for site in self._patchable()), 0.0)
-        self._plain: Any = None
-        self._weighed: Any = None
-        self._inputs: dict[str, str] = {}  # of the weighed session: the site whose alpha an input takes
+        self._targets: dict[str, Moments[Any]] = {}
         self._num_outputs: int | None = None
+        self._take_sites()
+
+    def _take_sites(self) -> None:
+        """Look at the graph again: every site is at its identity, and no session is open."""
+        self._sites = match.survey(self._with_norms(self.calibrated))
+        self._alphas = self.identities()
+        self._lambdas = dict.fromkeys(self._alphas, 0.0)
+        self._plain: Any = None
+        self._weighed: _Weighed | None = None
+        self._observed: _Weighed | None = None
+        self._by_batch: tuple[Any, dict[str, tuple[str, str]]] | None = None
 
     def survey(self) -> Survey[AnySite]:
         """The sites, one per module, and the norms that are left alone."""
@@ -75,13 +86,29 @@ class OnnxModel:
         for site in self._patchable():
             sites.setdefault(site.module, _ModuleSite(site.module, site.kind, site.num_channels))
         reason = "has no running moments; it would need them calibrated on data"
-        uncalibrated = (LeftAlone(s.name, s.kind, reason) for s in self._sites.sites if s.needs_calibration)
-        return Survey(tuple(sites.values()), (*uncalibrated, *self._sites.left_alone))
+        missing = self.uncalibrated()
+        left = {
+            s.module: LeftAlone(s.module, s.kind, reason, True)
+            for s in self._sites.sites
+            if s.module in missing
+        }
+        return Survey(tuple(sites.values()), (*left.values(), *self._sites.left_alone))
+
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Norms that would be sites if they had running moments: Group Norm."""
+        names = (
+            s.module for s in self._sites.sites if s.needs_calibration and s.module not in self.calibrated
+        )
+        return tuple(dict.fromkeys(names))
+
+    def identities(self) -> dict[str, float]:
+        """The alpha by name of site at which the model computes what the file does."""
+        return {site.module: site.identity for site in self._patchable()}
 
     def folded(self) -> tuple[str, ...]:
         """Convolutions that a Batch Norm may have been folded into, and that are no sites so far."""
         candidates = folded_candidates(self.graph)
-        return tuple(c.name for c in candidates if c.name not in self.calibrated)
+        return tuple(c.name for c in candidates if c.name + FOLDED not in self.calibrated)
 
     @property
     def opset(self) -> int:
@@ -109,17 +136,57 @@ class OnnxModel:
             raise BnpatchError(f"{self.name} has no site {unknown[0]!r}", "see bnpatch inspect --sites")
         self._alphas.update({name: check_alpha(float(value), name) for name, value in alpha.items()})
 
-    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Take these convolutions as sites, see :func:`bnpatch.calibrate.recover_folded`.
+    def setting(self) -> Setting:
+        """Both weights of every site."""
+        return Setting(dict(self._alphas), dict(self._lambdas))
+
+    def set(self, setting: Setting) -> None:
+        """Set weights by name of site.
 
         Raises:
-            BnpatchError: the model has no such convolution.
+            BnpatchError: there is no site of a name, or lambda is to weigh what wasn't given.
+            InvalidAlphaError: a weight is not in [0, 1].
         """
-        known = {candidate.name for candidate in folded_candidates(self.graph)}
+        self.set_alphas(setting.alphas)
+        for name, weight in setting.lambdas.items():
+            if weight and name not in self._targets:
+                raise BnpatchError(
+                    f"there are no target moments for site {name!r}", "re-estimate them on data"
+                )
+            self._lambdas[name] = check_alpha(float(weight), name)
+
+    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
+        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
+        self._targets = {name: _float64(moments) for name, moments in targets.items()}
+
+    def running(self) -> dict[str, Moments[Any]]:
+        """Running mean and variance (C,) that a site normalizes by now, where not those of the file."""
+        sources = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
+        for site in self._patchable():
+            if weight := self._lambdas[site.module]:
+                source = sources.get(site.module) or _moments_of(site)
+                sources[site.module] = mix(weight, self._targets[site.module], source)
+        return sources
+
+    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
+        """Give running moments (C,) to norms that have none, and to convolutions (as ``NAME`` + FOLDED).
+
+        From now on they are sites, at their identity.
+
+        Raises:
+            BnpatchError: the model has no such norm or convolution.
+        """
+        known = {candidate.name + FOLDED for candidate in folded_candidates(self.graph)} | {
+            site.module for site in self._sites.sites if site.needs_calibration
+        }
         if unknown := [name for name in moments if name not in known]:
-            raise BnpatchError(f"{self.name} has no folded convolution {unknown[0]!r}", "calibrate it again")
-        self.calibrated = {**self.calibrated, **moments}
-        self.__post_init__()
+            raise BnpatchError(f"{self.name} has no norm {unknown[0]!r} to calibrate", "calibrate it again")
+        self.calibrated |= {name: _float64(part) for name, part in moments.items()}
+        self._take_sites()
+
+    @property
+    def _is_as_read(self) -> bool:
+        return self._alphas == self.identities() and not any(self._lambdas.values())
 
     def predict(self, x: Tensor) -> Tensor:
         """Run a batch.
@@ -133,32 +200,83 @@ class OnnxModel:
         Raises:
             BnpatchError: the graph does not take this input.
         """
-        if any(self._alphas.values()):
-            session = self._weighed_session()
-        else:
+        if self._is_as_read:
             session = self._plain = self._plain or open_session(self.graph, self.device)
-        y = torch.from_numpy(self.run(session, [self.signature.output], x)[0])
+            return self._logits(self.run(session, [self.signature.output], x)[0])
+        self._weighed = self._weighed or self._open_weighed()
+        return self._logits(
+            self.run(self._weighed.session, [self.signature.output], x, self._feeds(self._weighed))[0]
+        )
+
+    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
+        """Run a batch as :meth:`predict` does; there are no gradients here.
+
+        Returns:
+            The outputs, and by name of site, or of norm that is to be calibrated, the moments (N, C) of each
+            example at its input; where a module is used k times, of each use, (k * N, C).
+        """
+        opened = self._observed = self._observed or self._open_weighed(observe=True)
+        names = [name for pairs in opened.moments.values() for pair in pairs for name in pair]
+        outputs, *parts = self.run(opened.session, [self.signature.output, *names], x, self._feeds(opened))
+        by_name = {name: torch.from_numpy(part).flatten(1) for name, part in zip(names, parts, strict=True)}
+        return self._logits(outputs), {
+            module: Moments(*(torch.cat([by_name[n] for n in part]) for part in zip(*pairs, strict=True)))
+            for module, pairs in opened.moments.items()
+        }
+
+    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
+        """Run a batch as in training: every site normalizes by the moments of the batch.
+
+        A file with a fixed batch size does so for each such batch.
+
+        Returns:
+            Moments (C,) of the whole batch at the input of each site, by name.
+        """
+        if self._by_batch is None:
+            graph, names = self._with_norms(self.calibrated), dict[str, tuple[str, str]]()
+
+            def append(tape: Tape, site: match.Site, *_: Any) -> ir.Value:
+                result, moments = append_by_batch(tape, site)
+                graph.graph.outputs.extend([moments.mean, moments.var])
+                names[site.module] = (moments.mean.name or "", moments.var.name or "")
+                return result
+
+            sites = [s.module for s in self._patchable() if s.identity == 0]
+            rewrite(graph, dict.fromkeys(sites, 1.0), weigh_single_values=True, append=append)
+            self._by_batch = open_session(graph, self.device), names
+        session, names = self._by_batch
+        parts = iter(self.run(session, [name for pair in names.values() for name in pair], x))
+        moments = {}
+        for module in names:
+            rows = Moments(*(torch.from_numpy(next(parts)).flatten(1) for _ in range(2)))
+            pooled = pool(rows, axes=0)
+            moments[module] = Moments(pooled.mean[0], pooled.var[0])
+        return moments
+
+    def _logits(self, output: npt.NDArray[Any]) -> Tensor:
+        y = torch.from_numpy(output)
         y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
         # The softmax of log(p) is p: the logarithm gives back logits, up to a constant that changes nothing.
         return (
             y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self.signature.is_probability else y
         )
 
-    def run(self, session: Any, outputs: list[str], x: Tensor) -> list[npt.NDArray[Any]]:
+    def run(
+        self, session: Any, outputs: list[str], x: Tensor, feeds: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> list[npt.NDArray[Any]]:
         """Run a session of this model on a batch, in portions where the graph's batch size is fixed.
 
         Args:
             session: of the graph, or of one that was made from it.
-            outputs: names of what to return, each of shape (N, ...).
+            outputs: names of what to return, each of shape (N, ...); of shape (1, ...) what is per batch.
             x: as for :meth:`predict`.
+            feeds: values of further inputs.
 
         Raises:
             BnpatchError: the graph does not take this input.
         """
         inputs = self._prepare(x)
         step = self.signature.batch or max(1, len(inputs))
-        taken = {value.name for value in session.get_overridable_initializers()}
-        feeds = {n: np.asarray(self._alphas[s], np.float32) for n, s in self._inputs.items() if n in taken}
         portions = []
         for start in range(0, max(1, len(inputs)), step):
             portion = inputs[start : start + step]
@@ -167,7 +285,7 @@ class OnnxModel:
                 np.concatenate([portion, np.repeat(portion[-1:], missing, axis=0)]) if missing else portion
             )
             try:
-                results = session.run(outputs, {self.signature.input: padded, **feeds})
+                results = session.run(outputs, {self.signature.input: padded, **(feeds or {})})
             except Exception as error:  # onnxruntime's exceptions have no common class that is public
                 raise BnpatchError(
                     f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
@@ -208,18 +326,18 @@ class OnnxModel:
         """A hash of the parameters of each site, by name: that of the torch model which was exported."""
         hashes = {s.module: _fingerprint(s) for s in self._patchable()}
         for candidate in folded_candidates(self.graph):
-            if candidate.name in self.calibrated:  # of what the file has, not of what the data gave
+            if candidate.name + FOLDED in self.calibrated:  # of what the file has, not of what the data gave
                 hashes[candidate.name + FOLDED] = fingerprint(candidate.parameters)
         return hashes
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
-        hashes = self.fingerprints()
-        sites = []
+        hashes, sites = self.fingerprints(), []
         for site in self.survey().sites:
-            moments = self.calibrated.get(site.name.removesuffix(FOLDED))
-            alpha, print_ = self._alphas[site.name], hashes[site.name]
-            sites.append(SiteRecipe(site.name, site.kind, alpha, print_, _plain(moments)))
+            weight = self._lambdas[site.name]
+            target = self._targets[site.name] if weight else None
+            weights = (self._alphas[site.name], hashes[site.name], weight)
+            sites.append(SiteRecipe(site.name, site.kind, *weights, target, self.calibrated.get(site.name)))
         return Recipe(tuple(sites), dict(provenance or {}))
 
     def apply(self, recipe: Recipe) -> None:
@@ -228,24 +346,23 @@ class OnnxModel:
         Raises:
             BnpatchError: the recipe was made for another model; names the first site that differs.
         """
-        found = {
-            site.name.removesuffix(FOLDED): Moments(*(np.array(site.calibrated[k]) for k in ("mean", "var")))
-            for site in recipe.sites
-            if site.calibrated is not None
-        }
+        found = {site.name: site.calibrated for site in recipe.sites if site.calibrated is not None}
         if found:
             self.calibrate(found)
         recipe.check_fits(self.fingerprints())
-        self.set_alphas(recipe.alphas)
+        self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
+        self.set(recipe.setting)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Every alpha is as before when the context ends."""
-        alphas = dict(self._alphas)
+        """Every weight is as before when the context ends."""
+        before = self.setting()
         try:
             yield
         finally:
-            self._alphas = alphas
+            known = self.setting()  # calibration may have added sites, which are at their identity
+            self._alphas = {name: before.alphas.get(name, a) for name, a in known.alphas.items()}
+            self._lambdas = {name: before.lambdas.get(name, 0.0) for name in known.lambdas}
 
     def rewritten(self, alpha_inputs: AlphaInputs | None = None) -> tuple[ir.Model, tuple[str, ...]]:
         """A copy of the graph with the weights that the model has now, and the sites that have them.
@@ -253,16 +370,18 @@ class OnnxModel:
         Args:
             alpha_inputs: see :func:`bnpatch.graph.rewrite.rewrite`.
         """
-        # A recovered site at alpha = 0 is the convolution that it was.
-        used = {n: m for n, m in self.calibrated.items() if alpha_inputs or self._alphas[n + FOLDED]}
-        graph = self._with_norms(used)
-        there = {
-            name: a for name, a in self._alphas.items() if name.removesuffix(FOLDED) not in self.calibrated
+        # A recovered site at its identity is the convolution that it was.
+        used = {
+            name: moments
+            for name, moments in self.calibrated.items()
+            if alpha_inputs or self._alphas[name] or self._lambdas[name] or not name.endswith(FOLDED)
         }
-        there |= {name + FOLDED: self._alphas[name + FOLDED] for name in used}
+        graph = self._with_norms(used)
+        there = {n: a for n, a in self._alphas.items() if n in used or not n.endswith(FOLDED)}
         patched: tuple[str, ...] = ()
-        if alpha_inputs is not None or any(there.values()):
-            patched = rewrite(graph, there, alpha_inputs=alpha_inputs).patched
+        if alpha_inputs is not None or not self._is_as_read:
+            running = {name: m for name, m in self.running().items() if name in there}
+            patched = rewrite(graph, there, running=running, alpha_inputs=alpha_inputs).patched
         graph.metadata_props[PREPROCESSING] = json.dumps(self.preprocessing.to_json())
         if self.class_names:
             graph.metadata_props[CLASS_NAMES] = json.dumps(self.class_names)
@@ -270,11 +389,13 @@ class OnnxModel:
 
     def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:
         graph = self.graph.clone()
-        insert_norms(graph, moments)
+        insert_norms(
+            graph, {name.removesuffix(FOLDED): m for name, m in moments.items() if name.endswith(FOLDED)}
+        )
         return graph
 
     def _patchable(self) -> list[match.Site]:
-        return [site for site in self._sites.sites if not site.needs_calibration]
+        return [s for s in self._sites.sites if not s.needs_calibration or s.module in self.calibrated]
 
     def _prepare(self, x: Tensor) -> npt.NDArray[Any]:
         takes_bytes = self.signature.dtype == np.uint8
@@ -288,27 +409,67 @@ class OnnxModel:
             x = x.movedim(1, -1)
         return np.ascontiguousarray(x.cpu().numpy().astype(self.signature.dtype))
 
-    def _weighed_session(self) -> Any:
-        if self._weighed is None:
-            graph = self._with_norms(self.calibrated)
-            done = rewrite(graph, self._alphas, alpha_inputs="per-site")
-            modules = {site.name: site.module for site in self._patchable()}
-            self._inputs = {name: modules[site] for site, name in done.alpha_inputs.items()}
-            self._weighed = open_session(graph, self.device)
-        return self._weighed
+    def _open_weighed(self, observe: bool = False) -> "_Weighed":
+        """A session with all weights as inputs."""
+        graph = self._with_norms(self.calibrated)
+        moments: dict[str, list[tuple[str, str]]] = {}
+        if observe:
+            sites = [s for s in match.survey(graph).sites if s.node.graph is graph.graph]  # not of a branch
+            for site, pair in zip(
+                sites, observe_values(graph, [(s.input, len(s.dims)) for s in sites]), strict=True
+            ):
+                moments.setdefault(site.module, []).append(pair)
+        running = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
+        done = rewrite(graph, self._alphas, running=running, alpha_inputs="per-site", running_inputs=True)
+        session = open_session(graph, self.device)
+        taken = {value.name for value in session.get_overridable_initializers()}
+        modules = {site.name: site.module for site in self._patchable()}
+        alphas = {name: modules[site] for site, name in done.alpha_inputs.items() if name in taken}
+        pairs = {modules[site]: pair for site, pair in done.running_inputs.items() if pair[0] in taken}
+        return _Weighed(session, alphas, pairs, moments)
+
+    def _feeds(self, opened: "_Weighed") -> dict[str, npt.NDArray[Any]]:
+        feeds = {name: np.asarray(self._alphas[site], np.float32) for name, site in opened.alphas.items()}
+        for site, moments in self.running().items():
+            for name, part in zip(opened.running.get(site, ()), (moments.mean, moments.var), strict=False):
+                feeds[name] = np.asarray(part, np.float32)
+        return feeds
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """A session with weights as inputs.
+
+    Attributes:
+        session: onnxruntime's.
+        alphas: the site whose alpha an input takes, by name of the input.
+        running: the inputs that take running mean and variance, by name of site.
+        moments: the outputs that have mean and variance of each example, one pair per use of a module.
+    """
+
+    session: Any
+    alphas: dict[str, str]
+    running: dict[str, tuple[str, str]]
+    moments: dict[str, list[tuple[str, str]]]
+
+
+def _moments_of(site: match.Site) -> Moments[Any]:
+    assert site.running_mean is not None  # or it was calibrated
+    assert site.running_var is not None
+    return Moments(site.running_mean, site.running_var)
 
 
 def _fingerprint(site: match.Site) -> str:
-    assert site.running_mean is not None  # a patchable site has them
-    assert site.running_var is not None
-    return fingerprint([site.weight, site.bias, site.running_mean, site.running_var])
+    like = np.zeros(site.num_channels)
+    mean = like if site.running_mean is None else site.running_mean
+    var = like + 1 if site.running_var is None else site.running_var
+    return fingerprint(
+        [np.broadcast_to(site.weight, like.shape), np.broadcast_to(site.bias, like.shape), mean, var]
+    )
 
 
-def _plain(moments: Moments[Any] | None) -> dict[str, list[float]] | None:
-    if moments is None:
-        return None
-    parts = {"mean": moments.mean, "var": moments.var}
-    return {name: [float(f"{value:.8g}") for value in part] for name, part in parts.items()}
+def _float64(moments: Moments[Any]) -> Moments[Any]:
+    return Moments(*(np.asarray(part, np.float64) for part in (moments.mean, moments.var)))
 
 
 @dataclass(frozen=True)

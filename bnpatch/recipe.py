@@ -1,10 +1,11 @@
 """The recipe: what bnpatch found out about a model, in a file of a few KB that people keep."""
 
+import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import numpy.typing as npt
 
 from bnpatch.errors import BnpatchError
 from bnpatch.files import write_text
+from bnpatch.moments import Moments
+from bnpatch.setting import Setting
 
 FORMAT = 1
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,40 @@ class SiteRecipe:
         kind: what it is.
         alpha: the weight of the example.
         fingerprint: a hash of its parameters.
-        calibrated: mean and variance, where running moments were taken from data.
+        lambda_: the weight of ``target`` in the running moments.
+        target: mean and variance of the data at hand; None where lambda is 0.
+        calibrated: mean and variance for a site that has no running moments of its own.
     """
 
     name: str
     kind: str
     alpha: float
     fingerprint: str
-    calibrated: Mapping[str, Sequence[float]] | None = None
+    lambda_: float = 0.0
+    target: Moments[Array] | None = None
+    calibrated: Moments[Array] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; moments as base64 of little-endian float32, since nobody reads thousands."""
+        values = {name: getattr(self, name) for name in ("name", "kind", "alpha", "fingerprint")}
+        if self.target is not None:
+            values |= {"lambda": self.lambda_, "target": _encode(self.target)}
+        if self.calibrated is not None:
+            values["calibrated"] = _encode(self.calibrated)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "SiteRecipe":
+        """Read what :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
+        known = {"name", "kind", "alpha", "fingerprint", "lambda", "target", "calibrated"}
+        if unknown := values.keys() - known:
+            raise ValueError(f"a site has {min(unknown)!r}")
+        target, calibrated = (
+            _decode(values[name]) if values.get(name) else None for name in ("target", "calibrated")
+        )
+        weight = values.get("lambda", 0.0)
+        name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
+        return cls(name, kind, alpha, print_, weight, target, calibrated)
 
 
 @dataclass(frozen=True)
@@ -53,6 +84,11 @@ class Recipe:
     def alphas(self) -> dict[str, float]:
         """The weight of the example by name of site."""
         return {site.name: site.alpha for site in self.sites}
+
+    @property
+    def setting(self) -> Setting:
+        """Both weights by name of site."""
+        return Setting(self.alphas, {site.name: site.lambda_ for site in self.sites})
 
     def check_fits(self, fingerprints: Mapping[str, str]) -> None:
         """Compare with the sites of a model, by name.
@@ -76,7 +112,7 @@ class Recipe:
         """The recipe as plain JSON values."""
         return {
             "format": FORMAT,
-            "sites": [asdict(s) for s in self.sites],
+            "sites": [site.to_json() for site in self.sites],
             "provenance": dict(self.provenance),
         }
 
@@ -100,15 +136,16 @@ class Recipe:
                 "update bnpatch",
             )
         try:
-            sites = tuple(SiteRecipe(**site) for site in content["sites"])
+            sites = tuple(SiteRecipe.from_json(site) for site in content["sites"])
             provenance = dict(content["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BnpatchError(f"{source} is a damaged recipe ({error})", remedy) from error
         for site in sites:
-            if not isinstance(site.alpha, (int, float)) or not 0 <= site.alpha <= 1:
-                raise BnpatchError(
-                    f"{source}: site {site.name!r} has alpha = {site.alpha}", "an alpha must lie in [0, 1]"
-                )
+            for name, value in (("alpha", site.alpha), ("lambda", site.lambda_)):
+                if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                    raise BnpatchError(
+                        f"{source}: site {site.name!r} has {name} = {value}", f"{name} must lie in [0, 1]"
+                    )
         return cls(sites, provenance)
 
     @classmethod
@@ -136,3 +173,18 @@ def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
     for values in parameters:
         digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
     return digest.hexdigest()[:16]
+
+
+def _encode(moments: Moments[Array]) -> dict[str, str]:
+    parts = {"mean": moments.mean, "var": moments.var}
+    return {
+        name: base64.b64encode(np.asarray(part, "<f4").tobytes()).decode() for name, part in parts.items()
+    }
+
+
+def _decode(parts: Mapping[str, str]) -> Moments[Array]:
+    arrays = (np.frombuffer(base64.b64decode(parts[name], validate=True), "<f4") for name in ("mean", "var"))
+    mean, var = (array.astype(np.float64) for array in arrays)
+    if mean.shape != var.shape or not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all():
+        raise ValueError("moments that are none")
+    return Moments(mean, var)

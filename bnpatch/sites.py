@@ -30,6 +30,7 @@ class LeftAlone:
     name: str
     kind: str
     reason: str
+    is_uncalibrated: bool = False  # running moments from data would make it a site
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ ROOT = Path(bnpatch.__file__).parent
 FLOORS = {
     "errors": 0,
     "moments": 0,
+    "setting": 0,
     "sites": 0,
     "graph.constants": 0,
     "graph.expr": 0,

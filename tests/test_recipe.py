@@ -49,7 +49,7 @@ def test_refuses_another_model_and_names_the_site(sites, message):
                     "sites": [{"name": "a", "kind": "b", "alpha": 2, "fingerprint": ""}],
                 }
             ),
-            r"site 'a' has alpha = 2; an alpha must lie in \[0, 1\]",
+            r"site 'a' has alpha = 2; alpha must lie in \[0, 1\]",
         ),
     ],
 )

@@ -74,26 +74,36 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
 
 
 def observe(model: ir.Model, candidates: Sequence[FoldedCandidate]) -> list[tuple[str, str]]:
-    """Add the moments of each candidate's output to the outputs of its model, in place.
+    """Add the moments of each candidate's output to the outputs of its model, see :func:`observe_values`."""
+    return observe_values(model, [(c.node.outputs[0], len(c.dims)) for c in candidates])
+
+
+def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> list[tuple[str, str]]:
+    """Add the moments of values to the outputs of a model, in place.
 
     Args:
         model: the model.
-        candidates: of this very model.
+        values: of its main graph, (N, C, *spatial), each with its number of dimensions.
 
     Returns:
-        For each candidate the names of two outputs, mean and variance per example, (N, C, 1, ..., 1).
+        For each value the names of two outputs, mean and variance per example, (N, C, 1, ..., 1).
     """
     names = []
     opset = model.opset_imports.get("", 0)
-    for index, candidate in enumerate(candidates):
-        output = candidate.node.outputs[0]
+    for index, (output, rank) in enumerate(values):
         tape = Tape(f"bnpatch/observe/{index}", opset, set())
         value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
-        moments = example_moments(value, len(candidate.dims))
-        _graph_of(candidate).insert_after(candidate.node, tape.nodes)
-        for part in (moments.mean.value, moments.var.value):
-            model.graph.outputs.append(part)
-        names.append((moments.mean.value.name or "", moments.var.value.name or ""))
+        moments = example_moments(value, rank)
+        parts = [moments.mean, moments.var]
+        if rank == 2:  # a single value per channel: no variance
+            parts = [Value(tape, tape.op("Identity", value.value), value.dtype), value - value]
+        producer = output.producer()
+        if producer is None:  # an input of the graph
+            model.graph.insert_before(model.graph[0], tape.nodes)
+        else:
+            model.graph.insert_after(producer, tape.nodes)
+        model.graph.outputs.extend(part.value for part in parts)
+        names.append((parts[0].value.name or "", parts[1].value.name or ""))
     return names
 
 

@@ -69,7 +69,13 @@ def best_form(site: Site, running: Moments[Array], alpha: float | ir.Value) -> F
 
 
 def append_site(
-    tape: Tape, site: Site, running: Moments[Array], alpha: float | ir.Value, form: Form | None = None
+    tape: Tape,
+    site: Site,
+    running: Moments[Array],
+    alpha: float | ir.Value,
+    form: Form | None = None,
+    *,
+    given: Moments[ir.Value] | None = None,
 ) -> ir.Value:
     """Append what replaces a site: normalization by the mixture of example and running moments.
 
@@ -79,6 +85,8 @@ def append_site(
         running: running mean and variance of shape (C,).
         alpha: weight of the example, a number in [0, 1] or a scalar in the graph.
         form: see the module; :func:`best_form` by default.
+        given: running mean and variance as float32 values of the graph, (C,), to normalize by in the place
+            of ``running``, which is then no more than what the coordinates are taken from.
 
     Returns:
         The result, of the shape and type of the input of the site.
@@ -88,19 +96,72 @@ def append_site(
         Value(tape, alpha, ir.DataType.FLOAT).cast(compute) if isinstance(alpha, ir.Value) else alpha
     )
     running = _pooled_per_channel(running, site.channels_per_group)
-    form = form or best_form(site, running, alpha)
+    form = form or best_form(site, running, alpha if given is None else given.mean)
     if form == "folded":
-        if isinstance(alpha, ir.Value) or site.channels_per_group > 1:
-            raise ValueError("the folded form is for constant alphas and for single channels")
+        if isinstance(alpha, ir.Value) or site.channels_per_group > 1 or given is not None:
+            raise ValueError("the folded form is for constant alphas and moments, and for single channels")
         return _folded(tape, site, running, alpha).value
     eps: float | Array = site.eps
+    used: Moments[Any] = running
+    if given is not None:
+        used = Moments(*(Value(tape, v, ir.DataType.FLOAT).cast(compute) for v in (given.mean, given.var)))
     if form == "normalized":
         x = Value(tape, _batch_norm(tape, site, running), site.dtype)
         total = running.var + site.eps
-        running, eps = Moments(np.zeros(site.num_channels), running.var / total), site.eps / total
+        used, eps = (
+            Moments((used.mean - running.mean) * total**-0.5, used.var * (1 / total)),
+            site.eps / total,
+        )
     else:
         x = Value(tape, site.input, site.dtype).cast(compute)
-    return _weighed_norm(x, site, running, eps, weight, form).cast(site.dtype).value
+    return _weighed_norm(x, site, used, eps, weight, form).cast(site.dtype).value
+
+
+def append_batch_norm(
+    tape: Tape, site: Site, running: Moments[Array], given: Moments[ir.Value] | None = None
+) -> ir.Value:
+    """Append Batch Norm by other running moments: where they are constants, a node that runtimes fold.
+
+    Args:
+        tape: takes the node.
+        site: where.
+        running: running mean and variance of shape (C,).
+        given: float32 values of the graph to use in their place.
+    """
+    weight, bias = (
+        tape.constant(np.broadcast_to(a, site.num_channels), site.dtype) for a in (site.weight, site.bias)
+    )
+    if given is None:
+        moments = [tape.constant(a, site.dtype) for a in (running.mean, running.var)]
+    else:
+        values = (Value(tape, v, ir.DataType.FLOAT).cast(site.dtype) for v in (given.mean, given.var))
+        moments = [v.value for v in values]
+    return tape.op("BatchNormalization", site.input, weight, bias, *moments, epsilon=site.eps)
+
+
+def append_by_batch(tape: Tape, site: Site) -> tuple[ir.Value, Moments[ir.Value]]:
+    """Append the norm as it is in training: by the moments of the whole batch, which are returned too.
+
+    Args:
+        tape: takes the nodes.
+        site: where.
+
+    Returns:
+        The result, and mean and biased variance of the batch per channel, (1, C, 1, ..., 1) in float32
+        or wider.
+    """
+    compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    x = Value(tape, site.input, site.dtype).cast(compute)
+    axes = (0, *range(2, len(site.dims)))
+    mean = x.mean(axes)
+    centred = x - mean
+    var = (centred * centred).mean(axes)
+    columns = (-1, *(1,) * (len(site.dims) - 2))
+    weight, bias, eps = (
+        np.broadcast_to(v, site.num_channels).reshape(columns) for v in (site.weight, site.bias, site.eps)
+    )
+    scale: Value = weight / (var + eps).sqrt()
+    return (centred * scale + bias).cast(site.dtype).value, Moments(mean.value, var.value)
 
 
 def _folded(tape: Tape, site: Site, running: Moments[Array], alpha: float) -> Value:
@@ -118,7 +179,7 @@ def _folded(tape: Tape, site: Site, running: Moments[Array], alpha: float) -> Va
 
 
 def _weighed_norm(
-    x: Value, site: Site, running: Moments[Array], eps: float | Array, alpha: float | Value, form: Form
+    x: Value, site: Site, running: Moments[Any], eps: float | Array, alpha: float | Value, form: Form
 ) -> Value:
     """Eq. 3 of the paper on graph values; running moments and eps per channel, alike within a group."""
     spatial = (1,) * (len(site.dims) - 2)
@@ -129,14 +190,18 @@ def _weighed_norm(
         groups = (0, site.num_channels // site.channels_per_group, site.channels_per_group)
         parts = (m.reshape(groups) if isinstance(m, Value) else m for m in (example.mean, example.var))
         example = pool(Moments(*parts), axes=2)
-    means, variances, weights, biases, epsilons = (
-        np.broadcast_to(v, site.num_channels).reshape(columns)
+    columned: list[Any] = [
+        v.reshape(columns) if isinstance(v, Value) else np.broadcast_to(v, site.num_channels).reshape(columns)
         for v in (running.mean, running.var, site.weight, site.bias, eps)
-    )
-    if per_group:
-        means, variances, epsilons = (v[:, :1] for v in (means, variances, epsilons))
-    no_mean = not np.any(means)  # the plain number 0 costs no nodes
-    moments = mix(alpha, example, Moments(0.0 if no_mean else means, variances))
+    ]
+    means, variances, weights, biases, epsilons = columned
+    if per_group:  # groups of channels in rows
+        epsilons = epsilons[:, :1]
+        pooled = pool(Moments(means, variances), axes=1)
+        means, variances = pooled.mean, pooled.var
+    if isinstance(means, np.ndarray) and not means.any():
+        means = 0.0  # the plain number costs no nodes
+    moments = mix(alpha, example, Moments(means, variances))
     scale: Value = weights / (moments.var + epsilons).sqrt()
     shift: Value = biases - moments.mean * scale
     if per_group:

@@ -15,13 +15,13 @@ import onnx_ir as ir
 from bnpatch.errors import BnpatchError, check_alpha
 from bnpatch.graph.constants import Array
 from bnpatch.graph.expr import Tape
-from bnpatch.graph.forms import append_site
+from bnpatch.graph.forms import append_batch_norm, append_site
 from bnpatch.graph.match import MARK, Site, survey
 from bnpatch.moments import Moments
 from bnpatch.sites import LeftAlone
 
 #: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
-Append = Callable[[Tape, Site, Moments[Array], float | ir.Value], ir.Value]
+Append = Callable[..., ir.Value]
 
 AlphaInputs = Literal["global", "per-site"]
 
@@ -38,12 +38,14 @@ class Rewritten:
         patched: names of the sites that were rewritten.
         left_alone: every other normalization layer, and why.
         alpha_inputs: by site, the graph input that has its alpha; empty where alphas are constants.
+        running_inputs: by site, the graph inputs that have its running mean and variance; likewise.
     """
 
     model: ir.Model = field(repr=False)
     patched: tuple[str, ...]
     left_alone: tuple[LeftAlone, ...]
     alpha_inputs: Mapping[str, str]
+    running_inputs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def rewrite(
@@ -52,6 +54,7 @@ def rewrite(
     *,
     running: Mapping[str, Moments[Array]] | None = None,
     alpha_inputs: AlphaInputs | None = None,
+    running_inputs: bool = False,
     weigh_single_values: bool = False,
     append: Append = append_site,
 ) -> Rewritten:
@@ -66,6 +69,8 @@ def rewrite(
         alpha_inputs: None writes the alphas into the graph as constants, and leaves sites at identity
             as they are. ``"global"`` reads one alpha from a graph input, ``"per-site"`` one from an
             input for each; the inputs are float32 scalars with ``alphas`` as defaults.
+        running_inputs: read the running moments from graph inputs, too, of shape (C,) in float32, with
+            those above as defaults. For a search, which changes them all the time.
         weigh_single_values: rewrite also sites whose input is known to have a single value per example
             and channel, which are left alone by default.
         append: appends the nodes that replace a site.
@@ -87,6 +92,15 @@ def rewrite(
         site.name: _why_not(site, by_site.get(site.name), alpha_inputs is None, weigh_single_values)
         for site in found.sites
     }
+    moved = {  # Batch Norm without a weight for the example, but by other running moments
+        site.name
+        for site in found.sites
+        if reasons[site.name] in (_AT_IDENTITY, _SINGLE_VALUE)
+        and site.identity == 0
+        and (running_inputs or _is_given(site, running))
+    }
+    for name in moved:
+        reasons[name] = ""
     chosen = [site for site in found.sites if not reasons[site.name]]
     if missing := [site for site in chosen if moments[site.name] is None]:
         raise BnpatchError(
@@ -94,19 +108,31 @@ def rewrite(
             "calibrate it on data, or leave it out",
         )
     taken = _names(model)
-    inputs = _add_alpha_inputs(model.graph, chosen, by_site, alpha_inputs, taken)
+    weighed = [site for site in chosen if site.name not in moved]
+    inputs = _add_alpha_inputs(model.graph, weighed, by_site, alpha_inputs, taken)
+    running_names: dict[str, tuple[str, str]] = {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for site in chosen:
         site_moments = moments[site.name]
         assert site_moments is not None  # checked above
         tape = Tape(f"{site.name}{MARK.rstrip('/')}", opset, taken)
-        alpha = inputs.get(site.name, by_site[site.name])
-        _replace(site, tape, append(tape, site, site_moments, alpha))
+        given = None
+        if running_inputs:
+            given = _add_running_inputs(model.graph, site, site_moments, taken)
+            running_names[site.name] = (given.mean.name or "", given.var.name or "")
+        if site.name in moved:
+            result = append_batch_norm(tape, site, site_moments, given)
+        else:
+            options = {} if given is None else {"given": given}
+            result = append(tape, site, site_moments, inputs.get(site.name, by_site[site.name]), **options)
+        _replace(site, tape, result)
     left = tuple(
         LeftAlone(site.name, site.kind, reasons[site.name]) for site in found.sites if reasons[site.name]
     )
     names = {site: value.name or "" for site, value in inputs.items()}
-    return Rewritten(model, tuple(site.name for site in chosen), (*left, *found.left_alone), names)
+    return Rewritten(
+        model, tuple(site.name for site in chosen), (*left, *found.left_alone), names, running_names
+    )
 
 
 def _alphas_by_site(alphas: Mapping[str, float], sites: tuple[Site, ...]) -> dict[str, float]:
@@ -128,6 +154,10 @@ def _why_not(site: Site, alpha: float | None, constant: bool, weigh_single_value
     if constant and alpha == site.identity:
         return _AT_IDENTITY
     return _SINGLE_VALUE if site.single_value and not weigh_single_values else ""
+
+
+def _is_given(site: Site, running: Mapping[str, Moments[Array]] | None) -> bool:
+    return running is not None and (site.name in running or site.module in running)
 
 
 def _running_moments(site: Site, given: Mapping[str, Moments[Array]]) -> Moments[Array] | None:
@@ -154,20 +184,30 @@ def _add_alpha_inputs(
     if mode is None or not sites:
         return {}
     if mode == "global":
-        shared = _add_scalar_input(graph, "alpha", alphas[sites[0].name], taken)
+        shared = _add_input(graph, "alpha", alphas[sites[0].name], taken)
         return {site.name: shared for site in sites}
-    return {
-        site.name: _add_scalar_input(graph, f"alpha.{site.name}", alphas[site.name], taken) for site in sites
-    }
+    return {site.name: _add_input(graph, f"alpha.{site.name}", alphas[site.name], taken) for site in sites}
 
 
-def _add_scalar_input(graph: ir.Graph, name: str, default: float, taken: set[str]) -> ir.Value:
+def _add_running_inputs(
+    graph: ir.Graph, site: Site, moments: Moments[Array], taken: set[str]
+) -> Moments[ir.Value]:
+    return Moments(
+        mean=_add_input(graph, f"running_mean.{site.name}", moments.mean, taken),
+        var=_add_input(graph, f"running_var.{site.name}", moments.var, taken),
+    )
+
+
+def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[str]) -> ir.Value:
     """A graph input that is an initializer too: its value is the default, and can be overridden."""
     while name in taken:
         name += "_"
     taken.add(name)
-    tensor = ir.tensor(np.float32(default), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    array = np.asarray(default, np.float32)
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.inputs.append(value)
     graph.register_initializer(value)
     return value

@@ -25,8 +25,10 @@ _OWN_STATE = (
     "always_inference",
     "channels_per_group",
     "weigh_single_values",
+    "identity",
     "_alpha",
     "_is_identity",
+    "_running",
 )
 
 
@@ -37,9 +39,13 @@ class ExampleWeighedNorm(nn.Module):
     example's own and ``1 - alpha`` parts the running ones (Summers & Dinneen 2020, Eq. 3). No
     example's output depends on the rest of the batch.
 
+    Batch Norm and Group Norm are the two ends of one scale: ``alpha = 0`` is the first, and with the
+    channels of a group pooled ``alpha = 1`` is the second. A layer that was Group Norm has its identity
+    there, and its running moments come from data, see :attr:`running`.
+
     The layer *is* the module that it replaces, under another class: both share one ``__dict__``, hence
     every parameter, buffer, submodule, hook and flag, and the state-dict keys. Whatever is not example
-    weighing is done by the original class' own code: training steps, and inference at ``alpha = 0``,
+    weighing is done by the original class' own code: training steps, and inference at the identity,
     which is therefore the original's bit for bit.
 
     Make one with :meth:`take_over`; :func:`bnpatch.patch` does so for a whole model.
@@ -48,6 +54,8 @@ class ExampleWeighedNorm(nn.Module):
         origin_class: the class of the module that was replaced.
         always_inference: the original normalizes by its running moments in training too (frozen).
         channels_per_group: consecutive channels whose moments are pooled; 1 is Batch Norm.
+        identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
+            Group Norm.
         weigh_single_values: weigh also where an example has one value per channel (``(N, C)`` or
             1 x 1 maps). Such an example has no variance, so the formula mostly shrinks the signal:
             by default these inputs get plain inference.
@@ -57,10 +65,11 @@ class ExampleWeighedNorm(nn.Module):
     always_inference: bool
     channels_per_group: int
     weigh_single_values: bool
-    running_mean: Tensor
+    identity: float
     eps: float
     _alpha: Tensor
     _is_identity: bool
+    _running: Moments[Tensor] | None
 
     @classmethod
     def take_over(
@@ -70,17 +79,21 @@ class ExampleWeighedNorm(nn.Module):
         *,
         always_inference: bool = False,
         channels_per_group: int = 1,
+        identity: float = 0.0,
+        running: Moments[Tensor] | None = None,
         weigh_single_values: bool = False,
     ) -> "ExampleWeighedNorm":
         """Make the layer that does for ``origin`` what it did, and weighs examples besides.
 
         Args:
-            origin: a module with ``running_mean``, ``running_var`` of shape (C,), ``eps``, and
-                ``weight`` and ``bias`` of shape (C,) or None; ``drop`` and ``act``, where it has
-                them, are applied after the normalization, in this order.
+            origin: a module with ``eps``, and ``running_mean``, ``running_var``, ``weight`` and ``bias``
+                of shape (C,) or None; ``drop`` and ``act``, where it has them, are applied after the
+                normalization, in this order.
             alpha: see :attr:`alpha`.
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
+            identity: see the class.
+            running: see :attr:`running`; must be given where ``origin`` has no running moments.
             weigh_single_values: see the class.
         """
         layer = cls.__new__(cls)
@@ -90,10 +103,18 @@ class ExampleWeighedNorm(nn.Module):
             _version=type(origin)._version,
             always_inference=always_inference,
             channels_per_group=channels_per_group,
+            identity=identity,
             weigh_single_values=weigh_single_values,
+            _running=running,
         )
         layer.alpha = alpha
         return layer
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments with which :meth:`take_over` makes this layer again."""
+        names = ("always_inference", "channels_per_group", "identity", "weigh_single_values")
+        return {name: getattr(self, name) for name in names} | {"alpha": self.alpha, "running": self.running}
 
     def as_origin(self) -> nn.Module:
         """This very layer, one shared state, under the class that it had before."""
@@ -110,7 +131,7 @@ class ExampleWeighedNorm(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The weight of the example, in [0, 1]; 0 is plain inference.
+        """The weight of the example, in [0, 1]; at :attr:`identity` the layer is what it was.
 
         A number, or a 0-dim tensor that requires grad, to learn it. The number is held as a tensor
         on the host, not as a buffer: it mixes with tensors of any device without a copy or a
@@ -125,37 +146,66 @@ class ExampleWeighedNorm(nn.Module):
             with torch.inference_mode(False):  # it may be set within one, and take part in a gradient later
                 value = torch.tensor(check_alpha(float(value)), dtype=torch.float64, device="cpu")
         self.__dict__["_alpha"] = value
-        self.__dict__["_is_identity"] = not learned and float(value) == 0
+        self.__dict__["_is_identity"] = not learned and float(value) == self.identity
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "alpha":  # nn.Module would register a Parameter, and never ask the property
+        if name in ("alpha", "running"):  # nn.Module would register a Parameter, and never ask the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     @property
-    def running_var(self) -> Tensor:
+    def running(self) -> Moments[Tensor] | None:
+        """Running mean and variance, each of shape (C,), in the place of those in the buffers.
+
+        None for the buffers. They move along with the layer, and are no part of its state dict: what was
+        found on some data belongs in a recipe. Tensors that require grad take part in its gradients.
+        """
+        return self._running
+
+    @running.setter
+    def running(self, moments: Moments[Tensor] | None) -> None:
+        self.__dict__["_running"] = moments
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeighedNorm":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._running is not None:
+            self.running = Moments(fn(self._running.mean), fn(self._running.var))
+        return self
+
+    @property
+    def num_channels(self) -> int:
+        """C, the number of channels."""
+        return self._moments().mean.numel()
+
+    @property
+    def running_var(self) -> Tensor | None:
         """The running variance; warns where an alpha would get lost.
 
         Code that fuses or re-parameterizes a layer reads it, and knows nothing of alpha.
         """
-        if not self._is_identity:
+        if not self._is_identity or (self._running is not None and self.identity == 0):
             warnings.warn(
                 "the running variance of a patched layer was read: if that was to fuse the layer, its alpha "
                 "is lost; call bnpatch.unpatch first, or fuse before patching",
                 BnpatchWarning,
                 stacklevel=2,
             )
-        var: Tensor = self.parameters_of_norm()[3]
-        return var
+        return self.parameters_of_norm()[3]
 
-    def parameters_of_norm(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """Gamma, beta, running mean and running variance; the first two may be None, or buffers."""
+    def parameters_of_norm(self) -> tuple[Tensor | None, ...]:
+        """Gamma, beta, running mean and running variance of the original, None for what it does not have."""
         state = {**self._parameters, **self._buffers}
-        mean, var = state["running_mean"], state["running_var"]
-        assert mean is not None  # or it would not have been taken over
+        return tuple(state.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
+
+    def _moments(self) -> Moments[Tensor]:
+        """The running moments that count."""
+        if self._running is not None:
+            return self._running
+        _, _, mean, var = self.parameters_of_norm()
+        assert mean is not None  # or running moments would have been given
         assert var is not None
-        return state.get("weight"), state.get("bias"), mean, var
+        return Moments(mean, var)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, *spatial), then apply ``drop`` and ``act`` if there are any."""
@@ -164,19 +214,27 @@ class ExampleWeighedNorm(nn.Module):
             return y
         if check := getattr(self.origin_class, "_check_input_dim", None):
             check(self, x)
-        weight, bias, mean, var = self.parameters_of_norm()
-        y = weighed_norm(x, Moments(mean, var), weight, bias, self.eps, self._alpha, self.channels_per_group)
+        weight, bias, *_ = self.parameters_of_norm()
+        running = self._moments()
+        no_weight = self._is_identity or (_has_single_values(x) and not self.weigh_single_values)
+        if no_weight and not running.mean.requires_grad:  # batch_norm has no gradient for running moments
+            y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
+        else:
+            y = weighed_norm(x, running, weight, bias, self.eps, self._alpha, self.channels_per_group)
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]
         return y
 
     def _is_plain(self, x: Tensor) -> bool:
-        if self._is_identity or (self.training and not self.always_inference):
+        """Is this left to the original class?"""
+        if self.training and not self.always_inference:
             return True
-        if x.ndim < 2 or x.shape[1] != self.running_mean.numel() or not x.numel():
+        if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
             return True  # the original class has the right error, or the right empty answer
-        return _has_single_values(x) and not self.weigh_single_values
+        if self._running is not None and self.identity == 0:
+            return False  # the original has other running moments
+        return self._is_identity or (_has_single_values(x) and not self.weigh_single_values)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
@@ -184,7 +242,7 @@ class ExampleWeighedNorm(nn.Module):
     def extra_repr(self) -> str:
         """Show size, eps, alpha and what the layer was."""
         alpha = self.alpha if isinstance(self.alpha, float) else "learned"
-        return f"{self.running_mean.numel()}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
+        return f"{self.num_channels}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
 
 
 def weighed_norm(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.errors import BnpatchError, check_alpha
+from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.sites import LeftAlone, Survey
 
@@ -32,7 +33,8 @@ CONVERTIBLE: Mapping[str, bool] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": True,
 }
 
-_NEEDS_CALIBRATION = "has no running moments; it would need them calibrated on data"
+#: The reason of a norm that becomes a site with running moments from data, see :func:`calibrated`.
+NEEDS_CALIBRATION = "has no running moments; it would need them calibrated on data"
 _OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
 
 _GROUP_NORMS = (
@@ -48,7 +50,7 @@ _LAZY_NORMS = tuple(f"{_TORCH}.batchnorm.LazyBatchNorm{d}d" for d in (1, 2, 3))
 
 #: Classes that are recognised and left alone, with the reason.
 LEFT_ALONE: Mapping[str, str] = {
-    **dict.fromkeys(_GROUP_NORMS, _NEEDS_CALIBRATION),
+    **dict.fromkeys(_GROUP_NORMS, NEEDS_CALIBRATION),
     **dict.fromkeys(_INSTANCE_NORMS, "Instance Norm normalizes by the example alone, on purpose"),
     **dict.fromkeys(_LAZY_NORMS, "not initialised yet: run one batch through the model first"),
     "timm.layers.inplace_abn.InplaceAbn": "its fused kernel rewrites its own weights",
@@ -81,10 +83,16 @@ class Site:
     @property
     def num_channels(self) -> int:
         """C, the number of channels that the layer normalizes."""
-        return int(self.module.running_mean.numel())  # type: ignore[operator]
+        norm: Any = self.module
+        return int(norm.num_channels if self.is_patched else norm.running_mean.numel())
 
-    def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """Gamma, beta, running mean and running variance; the first two may be None."""
+    @property
+    def identity(self) -> float:
+        """The alpha at which the layer is what it was: 0 for Batch Norm, 1 for Group Norm."""
+        return self.module.identity if isinstance(self.module, ExampleWeighedNorm) else 0.0
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Gamma, beta, running mean and running variance of the original, None for what it lacks."""
         if isinstance(self.module, ExampleWeighedNorm):
             return self.module.parameters_of_norm()
         norm: Any = self.module
@@ -97,7 +105,7 @@ class Site:
 
     @property
     def alpha(self) -> float:
-        """The weight of the example: 0 where the site isn't patched."""
+        """The weight of the example: 0 where the site isn't patched (Group Norm is a site once it is)."""
         return float(self.module.alpha) if isinstance(self.module, ExampleWeighedNorm) else 0.0
 
 
@@ -117,7 +125,7 @@ def survey(model: nn.Module) -> Survey[Site]:
             sites.append(Site(name, kind, module, tuple(aliases)))
             inside.append(name)
         elif reason:
-            left_alone.append(LeftAlone(name, kind, reason))
+            left_alone.append(LeftAlone(name, kind, reason, reason == NEEDS_CALIBRATION))
     return Survey(tuple(sites), tuple(left_alone))
 
 
@@ -131,7 +139,9 @@ def patch(
     """Rewrite the normalization layers of a model, in place, so that an example weighs in at inference.
 
     Weights, hooks, submodules, state-dict keys and flags stay as they are, and so does training. At
-    ``alpha = 0`` the model computes what it did, bit for bit. Patching a patched model sets new weights.
+    identity (``alpha = 0``; for Group Norm ``alpha = 1``) the model computes what it did, bit for bit.
+    Patching a patched model sets new weights. Group Norm takes part once it has running moments, see
+    :func:`bnpatch.calibrate`.
 
     Args:
         model: any module; it may itself be a norm.
@@ -168,6 +178,59 @@ def patch(
                 weigh_single_values=bool(weigh_single_values),
             )
     return _swap(model, swaps)
+
+
+def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
+    """Norms that could be sites if they had running moments, by name: Group Norm, Batch Norm without."""
+    modules = dict(model.named_modules())
+    return {left.name: modules[left.name] for left in survey(model).left_alone if left.is_uncalibrated}
+
+
+def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
+    """Make sites of norms that have no running moments of their own, in place, at their identity.
+
+    Batch Norm without running moments normalizes by those of the batch; nothing that is free of the batch
+    is the same, so it gets the running moments that it never kept, and alpha = 0.
+
+    Args:
+        model: any module.
+        moments: by name of module, running mean and variance of shape (C,); see :func:`uncalibrated`.
+
+    Returns:
+        The model; another object only where the model itself is a norm.
+
+    Raises:
+        BnpatchError: a name is no such norm.
+    """
+    norms = uncalibrated(model)
+    options: dict[str, dict[str, Any]] = {}
+    for name, running in moments.items():
+        if name not in norms:
+            raise BnpatchError(f"the model has no norm {name!r} to calibrate", "calibrate it again")
+        norm: Any = norms[name]
+        if (groups := getattr(norm, "num_groups", None)) is None:
+            options[name] = {"running": running}
+        else:
+            per_group = norm.num_channels // groups
+            options[name] = {
+                "alpha": 1.0,
+                "identity": 1.0,
+                "channels_per_group": per_group,
+                "running": running,
+            }
+    return take_over(model, options)
+
+
+def take_over(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Swap layers, in place, each with the options of :meth:`ExampleWeighedNorm.take_over`, by name.
+
+    Returns:
+        The model; another object only where the model itself is a norm.
+    """
+    modules = dict(model.named_modules())
+    return _swap(
+        model, {id(modules[n]): ExampleWeighedNorm.take_over(modules[n], **o) for n, o in options.items()}
+    )
 
 
 def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: True) -> nn.Module:
@@ -212,7 +275,7 @@ def _why_not(module: Any) -> str | None:
     if name not in CONVERTIBLE:
         return _why_not_unknown(module)
     if module.running_mean is None or module.running_var is None:
-        return _NEEDS_CALIBRATION
+        return NEEDS_CALIBRATION
     if "forward" in vars(module):
         return "its forward was replaced on the instance, by a hooks library perhaps"
     return None
