@@ -21,7 +21,7 @@ from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncal
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
-from bnpatch.sites import AnySite, Survey
+from bnpatch.sites import AnySite, SiteFacts, Survey
 
 
 class Patchable(Protocol):
@@ -75,6 +75,15 @@ class Patchable(Protocol):
 
     def identities(self) -> dict[str, float]:
         """The alpha by name of site at which the model computes what it did."""
+
+    def facts(self) -> dict[str, SiteFacts]:
+        """What each site brings along, by name."""
+
+    def running(self) -> Mapping[str, Moments[Any]]:
+        """Running mean and variance (C,) that a site normalizes by now, where not those it came with."""
+
+    def site_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
+        """Spatial shape of each site's input by name, as far as it is known."""
 
     def recipe(self) -> Recipe:
         """The weights that the model has now."""
@@ -174,6 +183,10 @@ class TorchModel:
         """Running mean and variance (C,) that a site normalizes by now, where not those of its buffers."""
         layers = ((s.name, s.module) for s in self.survey().sites if isinstance(s.module, ExampleWeighedNorm))
         return {name: layer.running for name, layer in layers if layer.running is not None}
+
+    def facts(self) -> dict[str, SiteFacts]:
+        """What each site brings along, by name."""
+        return {s.name: SiteFacts(self.source(s), float(s.module.eps)) for s in self.survey().sites}  # type: ignore[arg-type]
 
     def target(self, site: Site) -> Moments[Tensor]:
         """The moments of the data at hand at a site, see :meth:`retarget`."""
@@ -325,15 +338,18 @@ class TorchModel:
                 torch.zeros(1, *self.preprocessing.input_size) if example is None else example
             )
 
-    def site_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Spatial shape of each site's input by name, found by running one blank image.
+    def site_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
+        """Spatial shape of each site's input by name, found by running one input.
 
-        A site that the image doesn't reach is missing.
+        A site that the input doesn't reach is missing.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         layers = {site.name: site.module for site in self.survey().sites}
         with _at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
-            self._run_one()
+            self._run_one(example)
         return shapes
 
     def fingerprints(self) -> dict[str, str]:

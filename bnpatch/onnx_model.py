@@ -29,7 +29,7 @@ from bnpatch.moments import Moments, mix, pool
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.setting import Setting
-from bnpatch.sites import AnySite, LeftAlone, Survey
+from bnpatch.sites import AnySite, LeftAlone, SiteFacts, Survey
 from bnpatch.to_graph import program_to_graph
 
 #: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
@@ -158,6 +158,14 @@ class OnnxModel:
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
         """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
         self._targets = {name: _float64(moments) for name, moments in targets.items()}
+
+    def facts(self) -> dict[str, SiteFacts]:
+        """What each site brings along, by name."""
+        own = {s.module: s for s in self._patchable()}
+        return {
+            name: SiteFacts(_as_tensors(self.calibrated.get(name) or _moments_of(site)), site.eps)
+            for name, site in own.items()
+        }
 
     def running(self) -> dict[str, Moments[Any]]:
         """Running mean and variance (C,) that a site normalizes by now, where not those of the file."""
@@ -313,7 +321,7 @@ class OnnxModel:
             self._num_outputs = y.shape[1]
         return self._num_outputs
 
-    def site_shapes(self) -> dict[str, tuple[int, ...]]:
+    def site_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Spatial shape of each site's input by name, as far as the graph tells it in numbers."""
         shapes = {}
         for site in self._patchable():
@@ -466,6 +474,10 @@ def _fingerprint(site: match.Site) -> str:
     return fingerprint(
         [np.broadcast_to(site.weight, like.shape), np.broadcast_to(site.bias, like.shape), mean, var]
     )
+
+
+def _as_tensors(moments: Moments[Any]) -> Moments[Tensor]:
+    return Moments(*(torch.as_tensor(np.asarray(p, np.float32)) for p in (moments.mean, moments.var)))
 
 
 def _float64(moments: Moments[Any]) -> Moments[Any]:

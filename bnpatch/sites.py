@@ -1,7 +1,9 @@
 """What a survey of a model finds, whatever the model is made of."""
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from bnpatch.moments import Moments
 
 
 class AnySite(Protocol):
@@ -39,3 +41,16 @@ class Survey(Generic[SiteT_co]):
 
     sites: tuple[SiteT_co, ...]
     left_alone: tuple[LeftAlone, ...]
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a site brings along from the checkpoint.
+
+    Attributes:
+        source: running mean and variance, (C,).
+        eps: added to variances.
+    """
+
+    source: Moments[Any]
+    eps: float

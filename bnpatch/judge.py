@@ -1,0 +1,125 @@
+"""What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnpatch.data import Batch, Examples, Indices
+from bnpatch.errors import BnpatchError
+from bnpatch.evaluation import NoExamplesError, OutputsNotFiniteError, evaluate
+from bnpatch.metrics import METRICS, STANDARD_METRICS, Metric, Values, score
+from bnpatch.model import Patchable, TorchModel
+from bnpatch.moments import Moments
+from bnpatch.objectives import Objective, Seen, SiteFacts
+
+#: The label-free objectives are functions of a set: so many examples at a time, at least.
+SET_SIZE = 250
+
+
+class Judge(Protocol):
+    """Scores the weights that a model has, by which a search compares them."""
+
+    metric: Metric
+    set_size: int
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """Scores by name of metric, one per example, or one for all of them where the metric is of sets.
+
+        Raises:
+            OutputsNotFiniteError: an output is infinite or not a number.
+        """
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """What to go down by gradient; a tensor without gradient where there is none."""
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """Judges by a mean over labelled examples."""
+
+    metric: Metric
+    metrics: Sequence[Metric]
+    batch_size: int = 64
+    set_size: int = 1
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`; where none of the examples can be read, there are no scores."""
+        try:
+            found = evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size)
+        except NoExamplesError:
+            return {metric.name: np.zeros(0) for metric in self.metrics}
+        return found.values
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""
+        outputs, targets = model.forward(batch.x), batch.targets.to(model.device)
+        if METRICS.get(self.metric.name) is self.metric:
+            return F.cross_entropy(outputs.float(), targets)
+        value = self.metric.score(outputs, targets).float().mean()
+        return -value if self.metric.higher_is_better else value
+
+
+@dataclass(frozen=True)
+class ByObjective:
+    """Judges by what the predictions and the moments of a set of examples are like, without labels.
+
+    Attributes:
+        metric: name and direction; it can't score single examples.
+        objective: see :mod:`bnpatch.objectives`.
+        sites: what the objective needs to know of them.
+        metrics: scored beside it, where there are labels.
+        batch_size: examples at a time.
+        set_size: examples that are judged together.
+    """
+
+    metric: Metric
+    objective: Objective
+    sites: Mapping[str, SiteFacts]
+    metrics: Sequence[Metric] = ()
+    batch_size: int = 64
+    set_size: int = SET_SIZE
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`: the objective once, and what labels there are of each example."""
+        outputs: list[Tensor] = []
+        seen: list[Mapping[str, Moments[Tensor]]] = []
+        by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
+        with model.borrowed():
+            for batch in examples.batches(self.batch_size, indices):
+                logits, moments = model.observe(batch.x)
+                outputs.append(logits)
+                seen.append(moments)
+                for metric in self.metrics:
+                    by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
+            if not outputs:
+                return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
+            moments = {name: _joined([part[name] for part in seen]) for name in seen[0]}
+            value = self.objective(_seen(model, torch.cat(outputs), moments), self.sites)
+        if not np.isfinite(value := float(value)):
+            raise OutputsNotFiniteError(
+                f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
+            )
+        values = {name: torch.cat(parts).cpu().double().numpy() for name, parts in by_example.items()}
+        return {self.metric.name: np.array([value]), **values}
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """The objective of the batch."""
+        outputs, moments = model.observe(batch.x, gradients=True)
+        return self.objective(_seen(model, outputs, moments), self.sites)
+
+
+def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
+    alphas: Mapping[str, Any] = model.alphas()
+    running: Mapping[str, Moments[Any]] = model.running()
+    if isinstance(model, TorchModel):  # with their gradients
+        alphas = {site.name: site.module.alpha for site in model.survey().sites if site.is_patched}
+    return Seen(logits, moments, alphas, running)
+
+
+def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
+    return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))

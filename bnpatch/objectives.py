@@ -1,0 +1,128 @@
+"""What a setting is judged by where there are no labels: the predictions and the moments alone.
+
+Unlike the metrics of labelled examples these are functions of a set of examples, not means over them. Each
+is a scalar of which less is better, and has gradients.
+
+What they can't see: none of them knows the classes. *Information maximisation* wants predictions that are
+certain, and all classes equally often (or as often as ``prior`` says): on data with other proportions it
+is wrong by that much. *Entropy* wants certainty alone, which a network under a strong shift has when it
+takes everything for one class. *Alignment* and *EvalNorm* never look at the predictions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnpatch.errors import BnpatchError
+from bnpatch.moments import Moments, mix, pool
+from bnpatch.sites import SiteFacts
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model did with a batch.
+
+    Attributes:
+        logits: (N, K).
+        moments: of each example at the input of each site, (N, C), by name.
+        alphas: the weight of the example by name of site; a number or a 0-dim tensor.
+        running: running mean and variance (C,) in use, by name of site, where not those of the checkpoint.
+    """
+
+    logits: Tensor
+    moments: Mapping[str, Moments[Tensor]]
+    alphas: Mapping[str, float | Tensor]
+    running: Mapping[str, Moments[Tensor]]
+
+
+Objective = Callable[[Seen, Mapping[str, SiteFacts]], Tensor]
+
+
+def entropy(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+    """Mean entropy of the predictions, in nats (Wang et al. 2021, TENT)."""
+    log_p = seen.logits.float().log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def information(seen: Seen, prior: Tensor | None = None) -> Tensor:
+    """Minus the mutual information of example and prediction, in nats.
+
+    Mean entropy of the predictions minus the entropy of the mean prediction; with a class prior (K,),
+    plus the divergence of the mean prediction from it instead.
+    """
+    log_p = seen.logits.float().log_softmax(1)
+    conditional = -(log_p.exp() * log_p).sum(1).mean()
+    mean = log_p.exp().mean(0).clamp_min(1e-12)
+    reference = torch.zeros(()) if prior is None else prior.to(mean.device).clamp_min(1e-12).log()
+    return conditional + (mean * (mean.log() - reference.to(mean.device))).sum()
+
+
+def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+    """How far the inputs of the norms are from what the running moments of the checkpoint describe.
+
+    The mean over channels and sites of KL(N(m, v) || N(rm, rv)) in nats, with the moments (m, v) pooled over
+    the batch. The first site is left out: what reaches it is the same whatever the weights.
+    """
+    parts = []
+    for name in list(seen.moments)[1:]:
+        site = sites[name]
+        here = pool(seen.moments[name], axes=0)
+        var, rv = here.var[0] + site.eps, site.source.var + site.eps
+        distance = (here.mean[0] - site.source.mean).square()
+        parts.append(0.5 * (var / rv + distance / rv - 1 - (var / rv).log()).mean())
+    return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def unlabeled(prior: Tensor | None = None, weight: float = 1.0) -> Objective:
+    """Alignment plus information maximisation: what tells most without labels.
+
+    Args:
+        prior: how often the classes occur, (K,); None for equally often.
+        weight: of the alignment.
+    """
+
+    def objective(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+        return information(seen, prior) + weight * alignment(seen, sites)
+
+    return objective
+
+
+def evalnorm(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+    """How far each norm's output is from what it would be in training (after Singh & Shrivastava 2019).
+
+    The mean over sites of the squared difference of the output at inference, by the mixture of moments, and
+    the output by the moments of the batch, over all values, in units of gamma^2. Both are affine maps of
+    the input x, so that the moments (m, v) of an example's x are enough:
+    ``E[(a x + b)^2] = a^2 v + (a m + b)^2``.
+    """
+    parts = []
+    for name, example in seen.moments.items():
+        eps = sites[name].eps
+        used = mix(seen.alphas.get(name, 0.0), example, seen.running.get(name, sites[name].source))
+        batch = pool(example, axes=0)
+        here, there = torch.rsqrt(used.var + eps), torch.rsqrt(batch.var + eps)
+        a, b = here - there, batch.mean * there - used.mean * here
+        parts.append((a.square() * example.var + (a * example.mean + b).square()).mean())
+    return torch.stack(parts).mean()
+
+
+def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | None:
+    """A class prior (K,), scaled to sum to 1, from numbers or from text with commas between them.
+
+    Raises:
+        BnpatchError: there are not K numbers, or they are no proportions.
+    """
+    if prior is None:
+        return None
+    try:
+        values = torch.tensor([float(part) for part in (prior.split(",") if isinstance(prior, str) else prior)])
+    except ValueError:
+        raise BnpatchError(f"{prior!r} is not a list of numbers", "write --class-prior 0.7,0.2,0.1") from None
+    if len(values) != num_classes or bool((values < 0).any()) or not 0 < values.sum() < float("inf"):
+        raise BnpatchError(
+            f"a class prior of {len(values)} numbers does not fit {num_classes} classes",
+            "give one share per class, in the order of the outputs",
+        )
+    return values / values.sum()
