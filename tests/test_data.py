@@ -6,7 +6,7 @@ from PIL import Image
 import bnpatch
 from bnpatch.data import Examples, split
 from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.sources import FileImages, as_mode
+from bnpatch.images import FileImages, as_mode
 
 
 class Counting:
@@ -26,6 +26,9 @@ class Counting:
 
     def name(self, index):
         return f"image {index}"
+
+    def content(self, index):
+        return b""
 
 
 def examples(size=10, broken=(), **kwargs):
@@ -286,7 +289,7 @@ def bad(tmp_path, kind):
         ("file.txt", "is not a data set"),
         ("broken.npz", "damaged|cannot read"),
         ("other.npz", "has the arrays a; name the images x and the classes y"),
-        ("lengths.npz", "3 images and classes of shape"),
+        ("lengths.npz", "3 images and targets of shape"),
         ("classes.npz", "the data has class 10, model has the outputs 0 to 9"),
         ("none.npz", "has no examples"),
         ("torch/cifar10", "cannot open the data set torch/cifar10"),
