@@ -28,7 +28,7 @@ from bnpatch.evaluation import (
     warn_at_chance,
 )
 from bnpatch.loading import load
-from bnpatch.metrics import Metric, ScoreFunction, as_metric
+from bnpatch.metrics import METRICS, Metric, ScoreFunction, as_metric
 from bnpatch.model import Patchable
 from bnpatch.recipe import Recipe
 from bnpatch.sources import open_examples
@@ -138,13 +138,14 @@ def tune_alpha(
         patchable.set_alphas(0.0)  # raises, with the reasons
 
     def opened(source: Any) -> Examples:
-        return (
-            source if isinstance(source, Examples) else open_examples(source, patchable, seed=seed, **options)
-        )
+        if isinstance(source, Examples):
+            return source
+        classes = METRICS.get(chosen.name) is chosen  # a metric of the user's own takes any targets
+        return open_examples(source, patchable, classes=classes, seed=seed, **options)
 
     examples = opened(data)
     if test_data is None:
-        tuning, held_out = split(examples.targets, holdout, seed)
+        tuning, held_out = split(examples.strata, holdout, seed)
         test_examples = examples
     else:
         test_examples = opened(test_data)
@@ -217,7 +218,8 @@ class _Search:
     ) -> None:
         self.model, self.examples, self.indices = model, examples, indices
         self.metric, self.batch_size, self.count = metric, batch_size, count
-        self.metrics = [metric, *(m for m in STANDARD_METRICS if m.name != metric.name)]
+        standard = STANDARD_METRICS if examples.classes else ()
+        self.metrics = [metric, *(m for m in standard if m.name != metric.name)]
         self.trials: list[Trial] = []
         self.study = _quiet_study(
             direction="maximize" if metric.higher_is_better else "minimize",
@@ -303,7 +305,7 @@ def _check_settings(trials: int, holdout: float) -> None:
 
 
 def _check_parts(examples: Examples, tuning: Indices, held_out: Indices) -> None:
-    if len(np.unique(examples.targets)) < 2:
+    if examples.classes and len(np.unique(examples.targets)) < 2:
         raise BnpatchError(
             "all examples are of one class", "give data with the classes that the model tells apart"
         )

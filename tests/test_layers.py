@@ -27,6 +27,7 @@ FLOORS = {
     "files": 1,
     "to_graph": 1,
     "metrics": 1,
+    "confidence": 2,
     "preprocessing": 1,
     "decoding": 0,
     "data": 1,
