@@ -34,6 +34,7 @@ def targets_of_folders(
     class_names: Sequence[str] | None,
     order: ClassOrder,
     sure: bool = False,
+    partial: bool = False,
     where: str = "the data",
 ) -> dict[str, int]:
     """Map names of class folders to outputs of the model.
@@ -47,14 +48,17 @@ def targets_of_folders(
         class_names: names of the outputs, where known.
         order: how to sort, where sorting decides.
         sure: the names were given by the user: nothing else will do.
+        partial: leave out folders that aren't named after a class, where the names are known.
         where: the folder, for messages.
 
     Raises:
         BnpatchError: there is no sure answer.
     """
     by_name = {name: index for index, name in enumerate(class_names or ())}
-    if class_names and len(class_names) == num_outputs and all(name in by_name for name in folders):
-        return {name: by_name[name] for name in folders}
+    if class_names and len(class_names) == num_outputs:
+        known = {name: by_name[name] for name in folders if name in by_name}
+        if len(known) == len(folders) or (partial and known):
+            return known
     if sure:
         strange = next((f"no {name!r}" for name in folders if name not in by_name), f"{len(by_name)} names")
         raise BnpatchError(
@@ -68,6 +72,8 @@ def targets_of_folders(
                 "name the right classes with --class-map",
             )
         return {name: synsets[name] for name in folders}
+    if partial and class_names:
+        return {}
     if len(folders) == num_outputs:
         _warn_of_other_names(folders, class_names)
         _warn_of_order(folders, order)

@@ -1,41 +1,23 @@
-"""Labelled examples, decoded once and served in batches any number of times."""
+"""Examples, decoded once and served in batches any number of times."""
 
 import hashlib
-import os
-import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from bnpatch.decoding import Indices as Indices
+from bnpatch.decoding import ItemTransform, Part, Source, decoded
 from bnpatch.errors import BnpatchError
-
-Indices = npt.NDArray[np.int64]
-ItemTransform = Callable[[Image.Image], npt.NDArray[np.uint8]]
-
-
-class Source(Protocol):
-    """Where examples come from, before any preprocessing."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def read(self, index: int) -> Image.Image | Tensor:
-        """An image to preprocess, or an input as it is; raises where it can't be read."""
-
-    def name(self, index: int) -> str:
-        """What to call the example in messages."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples, in the order of their indices: ``x`` (N, C, H, W), ``targets`` (N,)."""
+    """Some examples, in the order of their indices: ``x`` (N, C, H, W), ``targets`` (N, ...)."""
 
     indices: Indices
     x: Tensor
@@ -43,15 +25,18 @@ class Batch:
 
 
 class Examples:
-    """A data set of labelled examples that serves batches any number of times.
+    """A data set that serves batches any number of times.
 
     What is decoded stays in memory as bytes, up to ``cache_gb``; the rest is decoded again at each
     pass. Examples that can't be read are left out and counted in ``skipped``.
 
     Args:
         source: where images come from.
-        targets: class index of each example, of shape (N,).
+        targets: class index of each example, of shape (N,), -1 where it is not known; or whatever else a
+            metric compares outputs with, of shape (N, ...).
         transform: from an image to bytes (C, H, W).
+        classes: the targets are class indices.
+        labelled: which examples have a target, of shape (N,); by default those whose class is known.
         num_workers: decoding processes; None for a number that suits the machine and the data.
         cache_gb: memory for decoded examples, in units of 10^9 bytes.
         strict: raise at the first example that can't be read.
@@ -64,30 +49,45 @@ class Examples:
         targets: npt.ArrayLike,
         transform: ItemTransform,
         *,
+        classes: bool = True,
+        labelled: npt.NDArray[np.bool_] | None = None,
         num_workers: int | None = None,
         cache_gb: float = 4.0,
         strict: bool = False,
         pin_memory: bool = False,
     ) -> None:
         self.source = source
-        self.targets = np.asarray(targets, dtype=np.int64)
+        self.targets: npt.NDArray[Any] = np.asarray(targets, dtype=np.int64 if classes else None)
+        self.classes = classes
+        if labelled is None:
+            labelled = self.targets >= 0 if classes else np.ones(len(self.targets), dtype=np.bool_)
+        self.labelled = labelled
         self.transform = transform
         self.num_workers = num_workers
         self.strict = strict
         self.pin_memory = pin_memory
         self.skipped: dict[int, str] = {}
         self.as_they_are = False  # inputs that no preprocessing was done to
-        self._cache: dict[int, Tensor] = {}
-        self._cache_left = int(cache_gb * 1e9)
+        self.in_memory = False  # reading from the source costs nothing: no cache, no processes
+        self._cache = _Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
         """Number of examples, unreadable ones included until they are met."""
         return len(self.targets)
 
     def keep(self, indices: Indices) -> None:
-        """Use only the examples with these indices from now on."""
-        self.source = _Some(self.source, indices)
-        self.targets = self.targets[indices]
+        """Use only the examples with these indices from now on, which are numbered anew."""
+        self.source = Part(self.source, indices)
+        self.targets, self.labelled = self.targets[indices], self.labelled[indices]
+        self.skipped, self._cache = {}, _Cache(self._cache.budget)
+
+    @property
+    def strata(self) -> Indices:
+        """What a random choice should be balanced in, of shape (N,): the class, -1 without a label.
+
+        Targets that are no classes make one stratum, 0.
+        """
+        return np.where(self.labelled, self.targets if self.classes else 0, -1)
 
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
         """Yield the examples with these indices (default: all) in this order, without the unreadable ones.
@@ -107,45 +107,37 @@ class Examples:
             yield self._batch(kept)
 
     def fingerprint(self) -> str:
-        """A hash of the names and the classes of the examples."""
-        digest = hashlib.sha256(self.targets.tobytes())
+        """A hash of the names, the targets and, where it is cheap to have, the content of the examples."""
+        digest = hashlib.sha256(f"{self.targets.dtype} {self.targets.shape}".encode())
+        digest.update(self.targets.tobytes())
+        digest.update(self.labelled.tobytes())
         for index in range(len(self)):
             digest.update(self.source.name(index).encode())
+            digest.update(self.source.content(index))
         return digest.hexdigest()[:16]
 
     def _items(self, indices: Indices) -> Iterator[tuple[int, Tensor]]:
         wanted = dict.fromkeys(map(int, indices))
-        missing = [i for i in wanted if i not in self._cache and i not in self.skipped]
-        decoded: Iterator[tuple[Tensor | None, str]] = iter(self._loader(missing) if missing else ())
+        if self.in_memory:
+            for index in wanted:
+                yield index, torch.as_tensor(self.source.read(index))
+            return
+        cached = self._cache.inputs
+        missing = [i for i in wanted if i not in cached and i not in self.skipped]
+        arriving = decoded(self.source, self.transform, missing, self.num_workers)
         for index in wanted:
             if index in self.skipped:
                 continue
-            if index in self._cache:
-                yield index, self._cache[index]
+            if index in cached:
+                yield index, cached[index]
                 continue
-            x, problem = next(decoded)
+            x, problem = next(arriving)
             if x is None:
                 self._skip(index, problem)
                 continue
             x = x.clone()  # a worker's tensor holds a file descriptor
-            size = x.numel() * x.element_size()
-            if size <= self._cache_left:
-                self._cache[index] = x
-                self._cache_left -= size
+            self._cache.offer(index, x)
             yield index, x
-
-    def _loader(self, indices: list[int]) -> DataLoader[Any]:
-        workers = self.num_workers
-        if workers is None:  # starting a process costs as much as decoding some hundred images
-            workers = min(8, os.cpu_count() or 1, len(indices) // 256)
-        dataset: Dataset[Any] = _Decoded(self.source, self.transform, indices)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=32 if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
-        )
 
     def _skip(self, index: int, problem: str) -> None:
         name = self.source.name(index)
@@ -165,66 +157,84 @@ class Examples:
         return Batch(indices, x, targets)
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@dataclass
+class _Cache:
+    """Inputs by index, of so many bytes at most."""
+
+    budget: int
+    used: int = 0
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def offer(self, index: int, x: Tensor) -> None:
+        """Keep an input if there is room."""
+        if self.used + x.nbytes <= self.budget:
+            self.inputs[index] = x
+            self.used += x.nbytes
 
 
-class _Some:
-    """Some examples of a source."""
-
-    def __init__(self, source: Source, indices: Indices) -> None:
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Image.Image | Tensor:
-        return self.source.read(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-
-class _Decoded(Dataset[tuple[Tensor | None, str]]):
-    """Runs in the worker processes: an example's input, or why there is none."""
-
-    def __init__(self, source: Source, transform: ItemTransform, indices: list[int]) -> None:
-        self.source, self.transform, self.indices = source, transform, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor | None, str]:
-        try:
-            item = self.source.read(self.indices[position])
-            if isinstance(item, Tensor):
-                return item, ""
-            return torch.from_numpy(np.array(self.transform(item))), ""
-        except (
-            Exception
-        ) as error:  # whatever a decoder raises for a broken file: it is one image, not the run
-            return None, f"{type(error).__name__}: {error}"
-
-
-def split(targets: npt.NDArray[np.int64], fraction: float, seed: int) -> tuple[Indices, Indices]:
+def split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Split examples at random into a part to tune on and a part held out, class by class.
 
+    What is held out judges, for which it takes labels: examples without one are never held out, unless none
+    has any.
+
     Args:
-        targets: class indices, of shape (N,).
+        strata: class of each example, -1 where it is not known, of shape (N,); :attr:`Examples.strata`.
         fraction: of each class, how much is held out, in (0, 1).
         seed: of the random choice.
 
     Returns:
         Indices of the two parts, each in ascending order.
     """
+    judges = _judges(strata)
+    held_out = judges[subset(strata[judges], fraction, seed)]
+    return np.setdiff1d(np.arange(len(strata)), held_out), held_out
+
+
+def folds(strata: Indices, k: int, seed: int) -> list[Indices]:
+    """Split examples at random into k parts that are held out in turn, class by class.
+
+    The parts are disjoint, differ by one example in size at most, and together are all that
+    :func:`split` might hold out.
+
+    Args:
+        strata: as of :func:`split`.
+        k: number of parts.
+        seed: of the random choice.
+
+    Returns:
+        Indices of each part, in ascending order.
+
+    Raises:
+        BnpatchError: there are fewer than two parts, or fewer examples than parts.
+    """
+    judges = _judges(strata)
+    if not 2 <= k <= len(judges):
+        raise BnpatchError(
+            f"{len(judges)} examples can't be held out in {k} folds",
+            "choose 2 folds or more, or give more data",
+        )
     rng = np.random.default_rng(seed)
-    held: list[int] = []
-    debt = 0.0  # what rounding owes, carried from class to class, so that the total is right
-    for value in np.unique(targets):
-        members = rng.permutation(np.flatnonzero(targets == value))
+    by_class = [rng.permutation(judges[strata[judges] == value]) for value in np.unique(strata[judges])]
+    dealt = np.concatenate(by_class)  # like cards: every fold gets its share of each class
+    return [np.sort(dealt[part::k]) for part in range(k)]
+
+
+def subset(strata: Indices, fraction: float, seed: int) -> Indices:
+    """Choose a fraction of the examples at random, stratum by stratum; indices in ascending order."""
+    rng = np.random.default_rng(seed)
+    chosen: list[int] = []
+    debt = 0.0  # what rounding owes, carried from stratum to stratum, so that the total is right
+    for value in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == value))
         debt += fraction * len(members)
         count = min(round(debt), len(members))
         debt -= count
-        held.extend(members[:count].tolist())
-    held_out = np.array(sorted(held), dtype=np.int64)
-    return np.setdiff1d(np.arange(len(targets)), held_out), held_out
+        chosen.extend(members[:count].tolist())
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _judges(strata: Indices) -> Indices:
+    """Those that can be held out: the labelled, or all where none is."""
+    labelled = np.flatnonzero(strata >= 0)
+    return labelled if len(labelled) else np.arange(len(strata))

@@ -14,6 +14,7 @@ from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.metrics import (
     ACCURACY,
     CROSS_ENTROPY,
+    METRICS,
     TOP5,
     Estimate,
     Metric,
@@ -76,8 +77,10 @@ def evaluate(
 
     Raises:
         OutputsNotFiniteError: an output is infinite or not a number.
-        BnpatchError: the model doesn't take the examples, or none can be read.
+        BnpatchError: the model doesn't take the examples, none can be read, or a metric needs classes that
+            they don't have.
     """
+    _check_targets(examples, metrics, indices)
     seen: list[Indices] = []
     scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     finite: list[Tensor] = []
@@ -86,7 +89,7 @@ def evaluate(
             outputs = model.predict(batch.x)
             targets = batch.targets.to(outputs.device, non_blocking=True)
             # Nothing here waits for the device: the scores stay there until the end.
-            finite.append(torch.isfinite(outputs).flatten(1).all(1))
+            finite.append(torch.isfinite(outputs).reshape(len(outputs), -1).all(1))
             for metric in metrics:
                 scores[metric.name].append(score(metric, outputs, targets))
             seen.append(batch.indices)
@@ -104,6 +107,21 @@ def evaluate(
             "check the weights and the preprocessing, or leave out --amp",
         )
     return Scores(order, {name: torch.cat(parts).cpu().double().numpy() for name, parts in scores.items()})
+
+
+def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indices | None) -> None:
+    metric = next((metric for metric in metrics if METRICS.get(metric.name) is metric), None)
+    if metric is None:
+        return  # what a metric of the user's own needs, it knows
+    if not examples.classes:
+        raise BnpatchError(
+            f"{metric.name} needs class indices, and the targets are something else",
+            "give a metric of your own, a function from (outputs, targets) to one number per example",
+        )
+    if not examples.labelled[slice(None) if indices is None else indices].all():
+        raise BnpatchError(
+            f"{metric.name} needs labels, and some examples have none", "give labelled examples"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,8 +151,11 @@ class Comparison:
 
 def warn_at_chance(scores: Scores, examples: Examples) -> None:
     """Warn where a model is hardly better than guessing, which is seldom its own fault."""
-    chance = 1 / len(np.unique(examples.targets))
-    accuracy = scores.mean(ACCURACY)
+    labelled = examples.labelled[scores.indices]
+    if not examples.classes or not labelled.any():
+        return
+    chance = 1 / len(np.unique(examples.targets[examples.labelled]))
+    accuracy = float(np.mean(scores.values[ACCURACY.name][labelled]))
     if accuracy <= 1.2 * chance < 1:
         warnings.warn(
             f"the model is right on {accuracy:.1%} of the examples as it is, and chance is {chance:.1%}: if "

@@ -54,9 +54,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets, reduction="none")
 
 
+def _confidence(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.float() if logits.dtype.itemsize < 4 else logits).softmax(1).amax(1)
+
+
 ACCURACY = Metric("accuracy", _correct, is_rate=True)
 CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False)
 TOP5 = Metric("top5", _among_five, is_rate=True)
+CONFIDENCE = Metric("confidence", _confidence)  #: of the answer; for calibration, not to be tuned
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (ACCURACY, CROSS_ENTROPY, TOP5)}
 
 

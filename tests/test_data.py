@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.data import Examples, split
+from bnpatch.data import Examples, folds, split
 from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.sources import FileImages, as_mode
+from bnpatch.images import FileImages, as_mode
 
 
 class Counting:
@@ -26,6 +26,9 @@ class Counting:
 
     def name(self, index):
         return f"image {index}"
+
+    def content(self, index):
+        return b""
 
 
 def examples(size=10, broken=(), **kwargs):
@@ -76,6 +79,8 @@ def test_keep():
     assert values(data.batches(4)) == [8, 1]
     assert data.targets.tolist() == [2, 1]
     assert data.source.name(0) == "image 8"
+    data.keep(np.array([1]))  # what was decoded belongs to other numbers now
+    assert values(data.batches(4)) == [1]
 
 
 def test_fingerprint_sees_names_and_targets():
@@ -92,6 +97,39 @@ def test_split_is_stratified_seeded_and_complete():
     assert not np.array_equal(split(targets, 0.25, seed=1)[1], held_out)
     singles = split(np.arange(100), 0.3, seed=0)[1]
     assert len(singles) == 30
+
+
+def test_the_unlabelled_are_held_out_only_where_all_are():
+    strata = np.array([-1] * 50 + [0] * 30 + [1] * 20)
+    tuning, held_out = split(strata, 0.5, seed=0)
+    assert np.bincount(strata[held_out]).tolist() == [15, 10]
+    assert sorted([*tuning, *held_out]) == list(range(100))
+    tuning, held_out = split(np.full(40, -1), 0.25, seed=0)
+    assert (len(tuning), len(held_out)) == (30, 10)
+    assert not np.array_equal(held_out, split(np.full(40, -1), 0.25, seed=1)[1])
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_folds_are_disjoint_complete_and_stratified(k):
+    strata = np.random.default_rng(0).permutation(np.repeat([-1, 0, 1, 2], [10, 70, 35, 8]))
+    parts = folds(strata, k, seed=0)
+    assert sorted(np.concatenate(parts)) == np.flatnonzero(strata >= 0).tolist()
+    counts = np.array([np.bincount(strata[part], minlength=3) for part in parts])
+    assert (np.ptp(counts, axis=0) <= 1).all()
+    assert np.ptp([len(part) for part in parts]) <= 1
+    assert all((np.diff(part) > 0).all() for part in parts)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, folds(strata, k, seed=0), strict=True))
+    assert not np.array_equal(parts[0], folds(strata, k, seed=1)[0])
+
+
+def test_folds_of_the_unlabelled():
+    assert sorted(np.concatenate(folds(np.full(11, -1), 4, seed=0))) == list(range(11))
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_more_folds_than_examples_are_refused(k):
+    with pytest.raises(BnpatchError, match=f"5 examples can't be held out in {k} folds"):
+        folds(np.zeros(5, int), k, seed=0)
 
 
 def gradient(mode):
@@ -286,7 +324,7 @@ def bad(tmp_path, kind):
         ("file.txt", "is not a data set"),
         ("broken.npz", "damaged|cannot read"),
         ("other.npz", "has the arrays a; name the images x and the classes y"),
-        ("lengths.npz", "3 images and classes of shape"),
+        ("lengths.npz", "3 images and targets of shape"),
         ("classes.npz", "the data has class 10, model has the outputs 0 to 9"),
         ("none.npz", "has no examples"),
         ("torch/cifar10", "cannot open the data set torch/cifar10"),
