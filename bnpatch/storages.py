@@ -1,0 +1,164 @@
+"""Where Optuna's studies live: databases and journals, opened carefully."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+
+from bnpatch.errors import BnpatchError, first_line
+
+# How every line of a journal begins.
+_RECORD = b'{"op_code":'
+# The lock is held for one short write; whoever holds it longer was killed. Optuna's own default is 30.
+_GRACE_SECONDS = 5
+_DAMAGE = (OSError, ValueError, KeyError, AssertionError)
+# Making links needs a privilege on Windows.
+_Lock: Any = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock
+
+
+def connect(storage: str) -> BaseStorage:
+    """Open a database or a journal, which is made if it isn't there.
+
+    Args:
+        storage: a database as SQLAlchemy names it (``sqlite:///x.db``), or a journal: ``x.journal``,
+            ``x.log``, ``journal:///absolute/path``.
+
+    Raises:
+        BnpatchError: it names no storage. What is wrong with the storage itself, see :func:`usable`.
+    """
+    if storage.startswith("journal://"):
+        return _journal(Path(storage.removeprefix("journal://")))
+    if "://" in storage:
+        return _database(storage)
+    if storage.endswith((".journal", ".log")):
+        return _journal(Path(storage))
+    raise BnpatchError(
+        f"{storage!r} names no storage for a study",
+        "give a database such as sqlite:///study.db, or a journal such as study.journal",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Optuna from announcing on stderr what is no news to the user."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def usable(storage: str) -> Iterator[None]:
+    """Turn what databases and files say about themselves into an error that names the storage."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except _DAMAGE as error:
+        raise BnpatchError(
+            f"cannot use {storage} for a study: {_reason(error)}", "choose another storage"
+        ) from error
+    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
+        # Optuna wraps what the database said, and SQLAlchemy what the driver said.
+        raise BnpatchError(
+            f"cannot use {storage} for a study: {_reason(error)}",
+            "give a database that can be written, or one that isn't there yet",
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+
+
+def _database(url: str) -> BaseStorage:
+    # Processes that share a SQLite file wait for each other.
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    for _ in range(3):
+        try:
+            return get_storage(RDBStorage(url, engine_kwargs=options))
+        except Exception as error:
+            # Of two processes that make the tables at the same time, one finds that they are there by now.
+            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
+                raise
+            time.sleep(0.2)
+    return get_storage(RDBStorage(url, engine_kwargs=options))
+
+
+def _journal(path: Path) -> BaseStorage:
+    lock = _RepairingLock(path)
+    if path.exists():
+        _check_is_journal(path)
+        lock.acquire()  # mends its end
+        lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+class _RepairingLock(_Lock):  # type: ignore[misc]
+    """Optuna's lock of a journal, which removes a torn last line whenever it is taken.
+
+    Whoever holds the lock is the only writer, so that a last line without an end was left by a process that is
+    dead, or by a full disk. Optuna would write the next record on to it, and could not read the journal any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), grace_period=_GRACE_SECONDS)
+        self.path = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock, then mend the journal."""
+        acquired: bool = super().acquire()
+        try:
+            _repair(self.path)
+        except BaseException:
+            self.release()
+            raise
+        return acquired
+
+
+def _repair(path: Path) -> None:
+    """Cut off a last line that has no end."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end == 0 or _last_byte(file) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")[0]
+        file.truncate(len(whole) + 1 if whole else 0)
+
+
+def _last_byte(file: IO[bytes]) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _check_is_journal(path: Path) -> None:
+    """Every whole line is a record, and what follows the last of them the beginning of one.
+
+    Raises:
+        ValueError: one isn't.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            torn = not line.endswith(b"\n")
+            if not line.startswith(_RECORD[: len(line)]) or not (torn or _is_json(line)):
+                raise ValueError(f"line {number} is no record of an Optuna journal")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
