@@ -1,7 +1,7 @@
 """Run a model over examples and score each."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,17 @@ from bnpatch.metrics import (
     score,
 )
 from bnpatch.model import Patchable
+from bnpatch.setting import Setting
 
 STANDARD_METRICS = (ACCURACY, TOP5, CROSS_ENTROPY)
 
 
 class OutputsNotFiniteError(BnpatchError):
     """The model returned infinities or NaN."""
+
+
+class NoExamplesError(BnpatchError):
+    """None of the examples can be read."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def evaluate(
             on_batch(len(batch.indices))
     if not seen:
         index, problem = next(iter(examples.skipped.items()), (0, "there are none"))
-        raise BnpatchError(
+        raise NoExamplesError(
             f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
             "look at the files",
         )
@@ -149,13 +154,11 @@ class Comparison:
         return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
 
 
-def warn_at_chance(scores: Scores, examples: Examples) -> None:
+def warn_at_chance(accuracy: float, examples: Examples) -> None:
     """Warn where a model is hardly better than guessing, which is seldom its own fault."""
-    labelled = examples.labelled[scores.indices]
-    if not examples.classes or not labelled.any():
+    if not examples.classes or not examples.labelled.any():
         return
     chance = 1 / len(np.unique(examples.targets[examples.labelled]))
-    accuracy = float(np.mean(scores.values[ACCURACY.name][labelled]))
     if accuracy <= 1.2 * chance < 1:
         warnings.warn(
             f"the model is right on {accuracy:.1%} of the examples as it is, and chance is {chance:.1%}: if "
@@ -169,22 +172,23 @@ def warn_at_chance(scores: Scores, examples: Examples) -> None:
 def compare(
     model: Patchable,
     examples: Examples,
-    alphas: Mapping[str, float],
+    setting: Setting,
     metrics: Sequence[Metric] = STANDARD_METRICS,
     **options: Any,
 ) -> list[Comparison]:
     """Score examples with the weights that a model has, then with others.
 
     Args:
-        model: as it is before; its weights are those of ``alphas`` when this returns.
+        model: as it is before; its weights are those of ``setting`` when this returns.
         examples: what to score.
-        alphas: weights by name of site.
+        setting: weights by name of site.
         metrics: what to compute.
         options: for :func:`evaluate`.
     """
     before = after = evaluate(model, examples, metrics, **options)
-    if {**model.alphas(), **alphas} != model.alphas():
-        model.set_alphas(alphas)
+    was = model.setting()
+    model.set(setting)
+    if model.setting() != was:
         after = evaluate(model, examples, metrics, **options)
     return [
         Comparison(

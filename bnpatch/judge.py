@@ -1,6 +1,6 @@
 """What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnpatch.data import Batch, Examples, Indices
-from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import NoExamplesError, OutputsNotFiniteError, evaluate
-from bnpatch.metrics import METRICS, STANDARD_METRICS, Metric, Values, score
+from bnpatch.metrics import METRICS, Metric, Values, score
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments
-from bnpatch.objectives import Objective, Seen, SiteFacts
+from bnpatch.objectives import Objective, Seen
+from bnpatch.sites import SiteFacts
 
 #: The label-free objectives are functions of a set: so many examples at a time, at least.
 SET_SIZE = 250
@@ -24,8 +24,13 @@ SET_SIZE = 250
 class Judge(Protocol):
     """Scores the weights that a model has, by which a search compares them."""
 
-    metric: Metric
-    set_size: int
+    @property
+    def metric(self) -> Metric:
+        """What is tuned."""
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are scored together; 1 where each has a score of its own."""
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
         """Scores by name of metric, one per example, or one for all of them where the metric is of sets.
@@ -99,8 +104,8 @@ class ByObjective:
             if not outputs:
                 return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
             moments = {name: _joined([part[name] for part in seen]) for name in seen[0]}
-            value = self.objective(_seen(model, torch.cat(outputs), moments), self.sites)
-        if not np.isfinite(value := float(value)):
+            value = float(self.objective(_seen(model, torch.cat(outputs), moments), self.sites))
+        if not np.isfinite(value):
             raise OutputsNotFiniteError(
                 f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
             )
@@ -115,7 +120,10 @@ class ByObjective:
 
 def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
     alphas: Mapping[str, Any] = model.alphas()
-    running: Mapping[str, Moments[Any]] = model.running()
+    running = {
+        name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
+        for name, m in model.running().items()
+    }
     if isinstance(model, TorchModel):  # with their gradients
         alphas = {site.name: site.module.alpha for site in model.survey().sites if site.is_patched}
     return Seen(logits, moments, alphas, running)

@@ -1,5 +1,7 @@
 """The ladder of a search: ever richer settings, of which the one that other examples support is kept."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bnpatch.calibrate import target_moments
-from bnpatch.data import Examples, Indices, subset
+from bnpatch.data import Examples, Indices
 from bnpatch.judge import Judge
 from bnpatch.learn import LEARNING_BATCH, LEARNING_CHECKS, LEARNING_STEPS, STEP_COST, Shared, learn
 from bnpatch.metrics import Estimate, Values, paired_difference
@@ -110,8 +112,8 @@ class Ladder:
 
     The rungs: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one alpha
     per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
-    time; with recalibration, the same at the best lambda, and both weights per layer. Every rung begins where
-    a lower one ended, so that none is much worse.
+    time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
+    itself. Every rung begins where a lower one ended, so that none is much worse.
 
     Which one is kept is decided on examples that nothing was learned from (though learning was
     stopped by them): the best mean, if it beats the identity beyond doubt; among equals the lowest rung.
@@ -137,13 +139,13 @@ class Ladder:
         self.trials: list[Trial] = []
         self.interrupted = False
         self.seen = 0.0  # examples, by what they cost
-        chosen = subset(examples.strata[tuning], SELECTION, plan.seed)
-        self.selection = tuning[chosen]
-        self.fit = np.setdiff1d(tuning, self.selection)
         order = np.random.default_rng(plan.seed).permutation(tuning)
         sizes = block_sizes(len(order)) if judge.set_size == 1 else [len(p) for p in self._sets(order)]
         self._blocks = np.split(order, np.cumsum(sizes)[:-1])
-        self._cached: dict[tuple[Any, ...], Values] = {}
+        # A race scores all blocks of the settings that matter: choosing between them costs nothing more.
+        self._selection = range(len(sizes) - max(1, round(SELECTION * len(sizes))), len(sizes))
+        self.fit = np.concatenate(self._blocks[: self._selection.start] or self._blocks)
+        self._scored: dict[tuple[Any, int], dict[str, Values]] = {}
 
     @property
     def passes(self) -> float:
@@ -155,8 +157,10 @@ class Ladder:
         names = [name for name, _ in self._ways({})]
         races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
         learned = len(names) - races
-        steps = LEARNING_STEPS * min(LEARNING_BATCH, len(self.fit)) if isinstance(self.model, TorchModel) else 0
-        looks = len(self.selection) * (len(names) + LEARNING_CHECKS * learned)
+        steps = (
+            LEARNING_STEPS * min(LEARNING_BATCH, len(self.fit)) if isinstance(self.model, TorchModel) else 0
+        )
+        looks = SELECTION * len(self.tuning) * LEARNING_CHECKS * learned
         return races * self.plan.max_passes * len(self.tuning) + learned * steps + looks
 
     def climb(self) -> list[Rung]:
@@ -181,23 +185,23 @@ class Ladder:
     def _ways(self, found: Mapping[str, Setting]) -> Sequence[tuple[str, Callable[[], Setting]]]:
         """Name of each rung, and how it is found from those below it."""
         plan = self.plan
-        per = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
+        per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
         if plan.granularity == "auto" and not isinstance(self.model, TorchModel) and len(self.tuning) < 200:
             per = None  # too few to tell which of many turns was a good one
-        at_0, at_lambda = (lambda: found["identity"]), (lambda: found["lambda"])
-        ways: list[tuple[str, Callable[[], Setting]]] = [("alpha", lambda: self._race("alpha", at_0()))]
+        ways: list[tuple[str, Callable[[], Setting]]] = [
+            ("alpha", lambda: self._race("alpha", found["identity"]))
+        ]
         if plan.recalibrate:
             ways += [
-                ("lambda", lambda: self._race("lambda", at_0())),
-                ("lambda, alpha", lambda: self._race("alpha", at_lambda(), "lambda, alpha")),
+                ("lambda", lambda: self._race("lambda", found["identity"])),
+                ("lambda, alpha", lambda: self._race("alpha", found["lambda"], "lambda, alpha")),
             ]
         if per:
             ways.append((f"alpha per {per}", lambda: self._find(found["alpha"], per, False)))
         if per and plan.recalibrate:
-            ways += [
-                (f"lambda, alpha per {per}", lambda: self._find(found["lambda, alpha"], per, False)),
-                (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True)),
-            ]
+            ways.append(
+                (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True))
+            )
         if per:
             ways.append(("refined", lambda: self._refine(self._best(found))))
         return ways
@@ -235,11 +239,13 @@ class Ladder:
         sizes = [len(block) for block in self._blocks]
         # A handful of sets is too few to race over: then every trial sees them all.
         few = len(sizes) < 4
-        passes, trials = (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
+        passes, trials = (
+            (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
+        )
         whole: dict[str, float] = {}
 
         def evaluate_block(params: Mapping[str, float], block: int) -> Mapping[str, Values]:
-            return self._scores(setting(params), self._blocks[block], name)
+            return self._block_scores(setting(params), block, name)
 
         def report(runner: Runner, is_best: bool) -> None:
             if not whole:
@@ -264,7 +270,9 @@ class Ladder:
         )
         # Also those that an earlier run finished.
         self.trials = [t for t in self.trials if t.rung != name]
-        self.trials += [self._trial(name, r, result.runners[0].means, sizes) for r in result.runners if r.means]
+        self.trials += [
+            self._trial(name, r, result.runners[0].means, sizes) for r in result.runners if r.means
+        ]
         self.interrupted = self.interrupted or result.interrupted
         return result
 
@@ -275,8 +283,8 @@ class Ladder:
             rung,
             runner.number,
             value if rung in ("lambda", "refined") else value**2,
-            {metric: whole[metric] + changes[metric].mean for metric in whole},
-            {metric: changes[metric].error for metric in whole},
+            {metric: whole[metric] + changes[metric].value for metric in whole},
+            {metric: changes[metric].stderr for metric in whole},
             sum(sizes[: runner.blocks]),
         )
 
@@ -389,15 +397,20 @@ class Ladder:
         return better and (change.excludes_zero or units < 8)
 
     def _selected(self, setting: Setting, label: str) -> Values:
-        key = tuple(setting.alphas.values()), tuple(setting.lambdas.values())
-        if key not in self._cached:
-            self._cached[key] = self._units(setting, self.selection, label)
-        return self._cached[key]
+        """Scores of the selection examples, or of sets of them."""
+        name = self.judge.metric.name
+        return np.concatenate([self._block_scores(setting, block, label)[name] for block in self._selection])
 
     # Scores.
 
     def _sets(self, indices: Indices) -> list[Indices]:
         return np.array_split(indices, max(1, len(indices) // self.judge.set_size))
+
+    def _block_scores(self, setting: Setting, block: int, label: str) -> dict[str, Values]:
+        key = (tuple(setting.alphas.values()), tuple(setting.lambdas.values())), block
+        if key not in self._scored:
+            self._scored[key] = self._scores(setting, self._blocks[block], label)
+        return self._scored[key]
 
     def _units(self, setting: Setting, indices: Indices, label: str) -> Values:
         """Scores by example, or by set of examples."""
@@ -427,12 +440,12 @@ class Ladder:
         )
 
     def _study(self, rung: str) -> Study:
-        direction = "maximize" if self.judge.metric.higher_is_better else "minimize"
+        higher = self.judge.metric.higher_is_better
         name = self.plan.study or "bnpatch"
         return open_study(
             self.plan.storage,
             name if rung == "alpha" else f"{name}.{rung.replace(', ', '+')}",
-            direction=direction,
+            direction="maximize" if higher else "minimize",
             fingerprint={**self.plan.fingerprint, "rung": rung},
         )
 
@@ -443,3 +456,8 @@ class Ladder:
         if self.plan.timeout is None:
             return None
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
+
+
+def _digest(setting: Setting) -> str:
+    text = json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

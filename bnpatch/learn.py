@@ -1,9 +1,8 @@
 """Weights per site by gradient: for torch models, where every weight can be told which way to go."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from bnpatch.setting import Setting
 _MARGIN = 0.01
 
 #: Defaults of :func:`learn`.
-LEARNING_STEPS, LEARNING_BATCH, LEARNING_CHECKS = 100, 250, 10
+LEARNING_STEPS, LEARNING_BATCH, LEARNING_CHECKS = 100, 128, 10
 
 #: A step costs as much as this many evaluations of its examples: forward, and backward at twice the price.
 STEP_COST = 3

@@ -1,7 +1,7 @@
 """Scores of single examples, and what may be concluded from them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,15 +58,24 @@ def _confidence(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.float() if logits.dtype.itemsize < 4 else logits).softmax(1).amax(1)
 
 
+def _prediction(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.argmax(1).float()
+
+
 ACCURACY = Metric("accuracy", _correct, is_rate=True)
 CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False)
 TOP5 = Metric("top5", _among_five, is_rate=True)
 CONFIDENCE = Metric("confidence", _confidence)  #: of the answer; for calibration, not to be tuned
+PREDICTION = Metric("prediction", _prediction)  #: the answer itself; for the verdict, likewise
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (ACCURACY, CROSS_ENTROPY, TOP5)}
 
 
-def as_metric(metric: str | Metric | ScoreFunction) -> Metric:
+def as_metric(metric: str | Metric | ScoreFunction, also: Iterable[str] = ()) -> Metric:
     """Resolve a name; a callable becomes a metric of which more is better.
+
+    Args:
+        metric: a name of :data:`METRICS`, or a function.
+        also: further names that the caller knows, for the error's sake.
 
     Raises:
         BnpatchError: the name is not known.
@@ -76,7 +85,7 @@ def as_metric(metric: str | Metric | ScoreFunction) -> Metric:
     if callable(metric):
         return Metric(getattr(metric, "__name__", "score"), metric)
     if metric not in METRICS:
-        raise BnpatchError(f"there is no metric {metric!r}", f"choose one of {', '.join(METRICS)}")
+        raise BnpatchError(f"there is no metric {metric!r}", f"choose one of {', '.join([*METRICS, *also])}")
     return METRICS[metric]
 
 

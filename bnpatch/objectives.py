@@ -117,7 +117,9 @@ def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | 
     if prior is None:
         return None
     try:
-        values = torch.tensor([float(part) for part in (prior.split(",") if isinstance(prior, str) else prior)])
+        values = torch.tensor(
+            [float(part) for part in (prior.split(",") if isinstance(prior, str) else prior)]
+        )
     except ValueError:
         raise BnpatchError(f"{prior!r} is not a list of numbers", "write --class-prior 0.7,0.2,0.1") from None
     if len(values) != num_classes or bool((values < 0).any()) or not 0 < values.sum() < float("inf"):

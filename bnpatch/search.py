@@ -322,9 +322,13 @@ class _Job:
             setting = chosen.setting
             if str(verdict) == "loss":
                 setting = before
-                self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
+                self.notes.append(
+                    f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied"
+                )
             elif lower := self._better_global(rungs, evidence):
-                self.notes.append(f"{chosen.name} does worse than {lower.name} on held-out examples: not applied")
+                self.notes.append(
+                    f"{chosen.name} does worse than {lower.name} on held-out examples: not applied"
+                )
                 rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
                 setting = lower.setting
                 verdict = conclude(self._evidence(before, setting), self.metrics)
@@ -364,7 +368,11 @@ class _Job:
         if names := calibrate(self.model, **where):
             self.notes.append(
                 f"{len(names)} norms have no running moments: they were taken from "
-                + ("the tuning examples (--calib-data says otherwise)" if self.calib is None else "--calib-data")
+                + (
+                    "the tuning examples (--calib-data says otherwise)"
+                    if self.calib is None
+                    else "--calib-data"
+                )
             )
 
     def _ladder(self, tuning: Indices, plan: Plan) -> Ladder:
@@ -382,7 +390,12 @@ class _Job:
         return ladder
 
     def _report(self, trial: Trial, is_best: bool) -> None:
-        if trial.number == 0 and trial.rung == "alpha" and self.goal.classes and ACCURACY.name in trial.scores:
+        if (
+            trial.number == 0
+            and trial.rung == "alpha"
+            and self.goal.classes
+            and ACCURACY.name in trial.scores
+        ):
             warn_at_chance(trial.scores[ACCURACY.name], self.examples)
         self.on_trial(trial, is_best)
 

@@ -41,6 +41,7 @@ BlockScores = Mapping[str, Values]
 # Names of user attributes.
 _FINGERPRINT, _OPENED, _RUNG = "bnpatch:fingerprint", "bnpatch:opened", "bnpatch:rung"
 _OWNER, _BLOCK = "bnpatch:owner", "bnpatch:block:"
+_KEPT = "bnpatch:kept:"
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ class Study:
             self.storage.set_trial_state_values(self._trial_id(number), state, values)
         except optuna.exceptions.UpdateFinishedTrialError:
             pass
+
+    def remember(self, key: str, value: Any) -> None:
+        """Keep a plain value with the study."""
+        self.storage.set_study_user_attr(self._id, f"{_KEPT}{key}", value)
+
+    def recall(self, key: str) -> Any:
+        """What was kept under a key; None if nothing was."""
+        return self.storage.get_study_user_attrs(self._id).get(f"{_KEPT}{key}")
 
     def check(self, direction: str, fingerprint: Mapping[str, Any]) -> None:
         """Write the fingerprint into a study that is new, compare it with that of one that is not.

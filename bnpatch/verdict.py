@@ -89,7 +89,9 @@ def gather(
 ) -> Evidence:
     """Score examples without and with a patch; the model has the weights of ``after`` when this returns."""
     indices = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
-    sets = [indices] if judge.set_size == 1 else np.array_split(indices, max(1, len(indices) // judge.set_size))
+    sets = (
+        [indices] if judge.set_size == 1 else np.array_split(indices, max(1, len(indices) // judge.set_size))
+    )
 
     def scores(setting: Setting) -> dict[str, Values]:
         model.set(setting)

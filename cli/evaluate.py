@@ -31,17 +31,23 @@ def evaluate(
     from bnpatch import BnpatchError, Recipe
     from bnpatch.evaluation import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation import evaluate as score
+    from bnpatch.metrics import ACCURACY
+    from bnpatch.setting import Setting
 
     from .render import comparison_table, interval, progress_bar, table
 
     chosen = Recipe.load(recipe) if recipe is not None else None
     loaded = loading.open(model, chosen)
+    patched = None
     if chosen is not None:
-        if any(loaded.alphas().values()):
+        if loaded.alphas() != loaded.identities():
             raise BnpatchError(
                 f"{model} is patched already", "leave out --recipe, or give the model as it was"
             )
-        chosen.check_fits(loaded.fingerprints())
+        before = loaded.setting()
+        loaded.apply(chosen)
+        patched = loaded.setting()
+        loaded.set(Setting({**loaded.identities(), **before.alphas}, dict.fromkeys(patched.lambdas, 0.0)))
     if chosen is None:
         reading = replace(reading, cache_gb=0.0)  # one pass needs no memory of it
     examples = reading.open(data, loaded, seed)
@@ -54,14 +60,14 @@ def evaluate(
             progress("evaluating", done, total)
 
         run: dict[str, Any] = {"batch_size": reading.batch_size, "on_batch": count}
-        comparisons = compare(loaded, examples, chosen.alphas, **run) if chosen is not None else []
+        comparisons = compare(loaded, examples, patched, **run) if patched is not None else []
         scores = score(loaded, examples, **run) if chosen is None else None
     left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
     number = len(examples) - len(left_out)
     opt.say(f"examples       {number}{opt.skipped(left_out)}")
     content: dict[str, Any] = {"model": loaded.name, "examples": number, "skipped": len(left_out)}
     if scores is not None:
-        warn_at_chance(scores, examples)
+        warn_at_chance(scores.mean(ACCURACY), examples)
         results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
         content["scores"] = {metric.name: estimate.to_json() for metric, estimate in results.items()}
         if not as_json:
