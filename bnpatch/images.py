@@ -43,7 +43,8 @@ class ArrayInputs:
     """Arrays: bytes are images, floating-point values are inputs as they are."""
 
     def __init__(self, x: Array | Tensor, mode: str | None) -> None:
-        self.x, self.mode = x, mode  # without a mode, inputs as they are
+        # Without a mode, inputs as they are.
+        self.x, self.mode = torch.as_tensor(x) if mode is None else x, mode
 
     def __len__(self) -> int:
         return len(self.x)
