@@ -111,7 +111,7 @@ class Augmented(Examples):
             raise BnpatchError(
                 f"inputs of {batch.x.dtype} can't be augmented", "give images as bytes or files"
             )
-        x, numbers = batch.x.clone(), self._numbers(batch.indices)
+        x, numbers = batch.x, self._numbers(batch.indices)  # a batch is a copy already
         for number, kind in enumerate(self.kinds, start=1):
             (chosen,) = np.nonzero(numbers == number)
             if len(chosen):

@@ -1,5 +1,6 @@
 """Sources of examples: image files, arrays, data sets that can be indexed, and loaders of batches."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,10 @@ class IndexedImages:
         """
         # A list of targets saves decoding every image, unless something is done to them on the way.
         if not getattr(self.dataset, "target_transform", None):
-            listed = getattr(self.dataset, "targets", None)
-            if listed is not None and len(listed) == len(self) and np.asarray(listed).dtype.kind in "iufb":
-                return np.asarray(listed)
+            with contextlib.suppress(ValueError):  # they differ in shape: boxes, for example
+                listed = np.asarray(getattr(self.dataset, "targets", None))
+                if listed.shape[:1] == (len(self),) and listed.dtype.kind in "biuf":
+                    return listed
         if not len(self) or _parts(self.dataset[0])[1] is None:
             return None
         parts: list[Tensor] = []
