@@ -85,9 +85,12 @@ class Augmented(Examples):
 
     def kinds_of(self, indices: Indices) -> list[str]:
         """What the examples with these indices get: the name of a kind, or "clean"."""
+        return [("clean", *self.kinds)[number] for number in self._numbers(indices)]
+
+    def _numbers(self, indices: Indices) -> Indices:
+        """0 for clean, or 1 + the position of the kind, of shape (N,)."""
         shifted = self._draws[indices, 0] >= CLEAN_SHARE
-        which = (self._draws[indices, 1] * len(self.kinds)).astype(int)
-        return [self.kinds[w] if s else "clean" for s, w in zip(shifted, which, strict=True)]
+        return np.where(shifted, 1 + (self._draws[indices, 1] * len(self.kinds)).astype(np.int64), 0)
 
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
         """As of the examples that this is a view of, with shifts.
@@ -108,43 +111,43 @@ class Augmented(Examples):
             raise BnpatchError(
                 f"inputs of {batch.x.dtype} can't be augmented", "give images as bytes or files"
             )
-        x = batch.x.clone()
-        kinds = np.array(self.kinds_of(batch.indices))
-        for kind in self.kinds:
-            chosen = np.flatnonzero(kinds == kind)
+        x, numbers = batch.x, self._numbers(batch.indices)  # a batch is a copy already
+        for number, kind in enumerate(self.kinds, start=1):
+            (chosen,) = np.nonzero(numbers == number)
             if len(chosen):
-                draws = torch.from_numpy(self._draws[batch.indices[chosen], 2]).float().view(-1, 1, 1, 1)
-                keys = [(self.seed, int(index)) for index in batch.indices[chosen]]
+                indices = batch.indices[chosen]
+                draws = torch.from_numpy(self._draws[indices, 2]).float().view(-1, 1, 1, 1)
+                keys = np.stack([np.full(len(indices), self.seed), indices], axis=1)
                 values = _SHIFTS[kind](x[chosen].float(), draws, self.strength, keys)
-                x[chosen] = values.round().clamp(0, 255).to(torch.uint8)
+                x[chosen] = values.round_().clamp_(0, 255).to(torch.uint8)
         return x
 
 
-# Each takes images (N, C, H, W) of values in [0, 255], draws (N, 1, 1, 1) in [0, 1), the strength, and a seed
-# per example for what takes more than one draw; the ranges stand in the docstring of `augmented`.
-_Shift = Callable[[Tensor, Tensor, float, Sequence[tuple[int, int]]], Tensor]
+# Each takes images (N, C, H, W) of values in [0, 255], which it may overwrite; draws (N, 1, 1, 1) in [0, 1);
+# the strength; and seeds (N, 2) for what takes more than one draw. `augmented` documents the ranges.
+_Shift = Callable[[Tensor, Tensor, float, Indices], Tensor]
 
 
 def _factor(draws: Tensor, strength: float) -> Tensor:
     return 1 + strength * (draws - 0.6)
 
 
-def _contrast(x: Tensor, draws: Tensor, strength: float, keys: Sequence[tuple[int, int]]) -> Tensor:
-    return _MID_GRAY + (x - _MID_GRAY) * _factor(draws, strength)
+def _contrast(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
+    return x.sub_(_MID_GRAY).mul_(_factor(draws, strength)).add_(_MID_GRAY)
 
 
-def _brightness(x: Tensor, draws: Tensor, strength: float, keys: Sequence[tuple[int, int]]) -> Tensor:
-    return x * _factor(draws, strength)
+def _brightness(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
+    return x.mul_(_factor(draws, strength))
 
 
-def _noise(x: Tensor, draws: Tensor, strength: float, keys: Sequence[tuple[int, int]]) -> Tensor:
+def _noise(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
     # One generator per example, so that its noise does not depend on the batch that it is in.
     shape = tuple(x.shape[1:])
     noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
-    return x + 0.1 * 255 * strength * draws * torch.from_numpy(noise)
+    return x.addcmul_(torch.from_numpy(noise), 0.1 * 255 * strength * draws)
 
 
-def _blur(x: Tensor, draws: Tensor, strength: float, keys: Sequence[tuple[int, int]]) -> Tensor:
+def _blur(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
     height, width = x.shape[2:]
     sigmas = (0.02 * strength * min(height, width) * draws.flatten()).tolist()
     # A product per example: one of the batch may be rounded otherwise for another size of the batch.

@@ -79,7 +79,7 @@ def _check_class_folders(folder: Path, count: int, outside: int) -> None:
         raise BnpatchError(f"{folder} has no images", "it needs a folder of images per class")
     if outside:
         warnings.warn(
-            f"{outside} images of {folder} are in no class folder: left out", BnpatchWarning, stacklevel=4
+            f"{outside} images of {folder} are in no class folder: left out", BnpatchWarning, stacklevel=5
         )
 
 
@@ -110,6 +110,6 @@ def _targets(
         warnings.warn(
             f"the folder {strange!r} of {folder} {why}; images of such folders count as unlabelled",
             BnpatchWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return targets

@@ -1,5 +1,6 @@
 """Sources of examples: image files, arrays, data sets that can be indexed, and loaders of batches."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class ArrayInputs:
     """Arrays: bytes are images, floating-point values are inputs as they are."""
 
     def __init__(self, x: Array | Tensor, mode: str | None) -> None:
-        self.x, self.mode = x, mode  # without a mode, inputs as they are
+        # Without a mode, inputs as they are.
+        self.x, self.mode = torch.as_tensor(x) if mode is None else x, mode
 
     def __len__(self) -> int:
         return len(self.x)
@@ -93,9 +95,10 @@ class IndexedImages:
         """
         # A list of targets saves decoding every image, unless something is done to them on the way.
         if not getattr(self.dataset, "target_transform", None):
-            listed = getattr(self.dataset, "targets", None)
-            if listed is not None and len(listed) == len(self) and np.asarray(listed).dtype.kind in "iufb":
-                return np.asarray(listed)
+            with contextlib.suppress(ValueError):  # they differ in shape: boxes, for example
+                listed = np.asarray(getattr(self.dataset, "targets", None))
+                if listed.shape[:1] == (len(self),) and listed.dtype.kind in "biuf":
+                    return listed
         if not len(self) or _parts(self.dataset[0])[1] is None:
             return None
         parts: list[Tensor] = []

@@ -75,22 +75,14 @@ def open_examples(
         raise BnpatchError(
             "there are images without classes", f"give a pair (images, classes), {WITHOUT_LABELS}"
         )
-    first = None
-    if not isinstance(source, FileImages):
-        with contextlib.suppress(Exception):  # an image that can't be read is counted when its turn comes
-            first = source.read(0)
+    first = _first(source)
     x = first[None] if isinstance(first, Tensor) else None
     if targets is None:
-        labelled = np.zeros(len(source), np.bool_)
-        targets = np.full(len(source), -1)
+        targets, labelled = np.full(len(source), -1), np.zeros(len(source), np.bool_)
         if classes:
             model.num_outputs(x)  # raises where it is no classifier
     else:
-        _check_numbers(targets, len(source))
-        if classes:
-            _check_classes(targets, model, x, optional)
-        else:
-            classes = _are_classes(targets, model, x, optional)
+        classes = _check_targets(targets, len(source), model, x, classes, optional)
         labelled = targets >= 0 if classes else np.ones(len(targets), np.bool_)
     transform = model.preprocessing.transform()
     if targets.ndim > 2 and isinstance(first, Image.Image) and _changes(transform, first):
@@ -148,43 +140,45 @@ def _called(data: Any) -> str:
     return str(data) if isinstance(data, (str, os.PathLike)) else "the data"
 
 
-def _check_numbers(targets: Array, count: int) -> None:
+def _first(source: Source) -> Image.Image | Tensor | None:
+    """The first input, if it isn't a file; None if it can't be read, which counts when its turn comes."""
+    if not isinstance(source, FileImages):
+        with contextlib.suppress(Exception):
+            return source.read(0)
+    return None
+
+
+def _check_targets(
+    targets: Array, count: int, model: Patchable, x: Tensor | None, classes: bool, optional: bool
+) -> bool:
+    """Are they class indices of the model? Raises where they should be and aren't."""
     if targets.ndim < 1 or len(targets) != count:
         raise BnpatchError(
             f"there are {count} images and targets of shape {targets.shape}", "give one target per image"
         )
     if targets.dtype.kind not in "biuf":
         raise BnpatchError(f"the targets are of type {targets.dtype}", "give numbers")
-
-
-def _check_classes(targets: Array, model: Patchable, x: Tensor | None, optional: bool) -> None:
+    lowest = -1 if optional else 0
+    if not classes:
+        if targets.ndim != 1 or targets.dtype.kind not in "iu":
+            return False
+        with contextlib.suppress(BnpatchError):  # no classifier, or one that the evaluation has to refuse
+            return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x))
+        return False
+    remedy = "give one class index per image, or a metric of your own for other targets"
     if targets.ndim != 1:
-        raise BnpatchError(
-            f"targets of shape {targets.shape} are no classes",
-            "give one class index per image, or a metric of your own for other targets",
-        )
+        raise BnpatchError(f"targets of shape {targets.shape} are no classes", remedy)
     if not np.array_equal(targets, targets.astype(np.int64)):
-        raise BnpatchError(
-            "the classes are not whole numbers",
-            "give class indices, or a metric of your own for other targets",
-        )
+        raise BnpatchError("the classes are not whole numbers", remedy)
     num_outputs = model.num_outputs(x)
-    wrong = (targets >= num_outputs) | (targets < (-1 if optional else 0))
+    wrong = (targets >= num_outputs) | (targets < lowest)
     if wrong.any():
         raise BnpatchError(
             f"the data has class {int(targets[wrong][0])}, "
             f"{model.name} has the outputs 0 to {num_outputs - 1}",
             "use the data set that the model was trained for",
         )
-
-
-def _are_classes(targets: Array, model: Patchable, x: Tensor | None, optional: bool) -> bool:
-    """Are they class indices of a classifier, although they need not be?"""
-    if targets.ndim != 1 or targets.dtype.kind not in "iu":
-        return False
-    with contextlib.suppress(BnpatchError):  # no classifier, or one that the evaluation will have to refuse
-        return bool(targets.min() >= (-1 if optional else 0) and targets.max() < model.num_outputs(x))
-    return False
+    return True
 
 
 def _changes(transform: Any, image: Image.Image) -> bool:

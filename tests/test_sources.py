@@ -294,6 +294,16 @@ def test_a_regression_of_one_number_per_example(segmenter):
     assert result.alpha == min(result.trials, key=lambda t: (t.scores["error"], t.alpha)).alpha
 
 
+def test_a_list_of_targets_that_is_none_is_not_taken_for_one(segmenter):
+    class Masks(TensorDataset):
+        pass
+
+    data = Masks(floats(), torch.zeros(6, 8, 8))
+    for listed in ([f"mask{i}.png" for i in range(6)], [[0], [0, 1], [], [], [], []], [1, 2]):
+        data.targets = listed  # files of masks, boxes, or of something else
+        assert bnpatch.open_examples(data, segmenter, classes=False).targets.shape == (6, 8, 8)
+
+
 def test_images_that_would_move_under_their_masks_are_refused(segmenter):
     class Pairs(Dataset):
         side = 8
