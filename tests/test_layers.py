@@ -40,6 +40,8 @@ FLOORS = {
     "sources": 6,
     "loading": 6,
     "evaluation": 6,
+    "bench": 6,
+    "trade_off": 7,
     "calibrate": 7,
     "search": 8,
     "export": 7,
