@@ -27,13 +27,16 @@ Seconds = npt.NDArray[np.float64]
 #: Makes a setting ready, untimed, and returns what is timed.
 Turn = Callable[[], Callable[[], object]]
 
+Clock = Callable[[], float]
+
 #: Fewer rounds can't give a 95% interval of a median: 2 * 0.5^5 is more than 5%.
 MIN_ROUNDS = 6
 
 #: A turn has at least so many runs and takes at least so long.
 _TURN_RUNS, _TURN_SECONDS = 3, 0.01
 
-_FIXED_COST = {"torch": 200_000, "onnx": 30_000}
+#: What a site costs per batch besides its reads, in elements that could be read in that time: see site_costs.
+_FIXED_COST = {"torch": 400_000, "onnx": 40_000}
 
 #: An interval wider than this share of its ratio is called noisy.
 _NOISY = 0.1
@@ -85,12 +88,14 @@ def measure(
     batch_size: int = 1,
     seconds: float = 10.0,
     threads: int | None = None,
+    clock: Clock = time.perf_counter,
 ) -> list[Latency]:
     """Measure a model at several settings, in turns with the original.
 
-    A torch model runs eagerly, on its device and in its memory layout. Of an ONNX model each setting is
-    what :func:`bnpatch.export_onnx` would write: alphas as constants, sites at alpha = 0 as they were, so
-    that the runtime fuses them. Inputs are random, of the size that the preprocessing makes.
+    A torch model runs eagerly, on its device and in its memory layout; its original is itself at alpha = 0,
+    which costs some 3 microseconds per site more than the layers before any patch. Of an ONNX model each
+    setting is what :func:`bnpatch.export_onnx` would write: alphas as constants, sites at alpha = 0 as they
+    were, so that the runtime fuses them. Inputs are random, of the size that the preprocessing makes.
 
     Args:
         model: left as it was.
@@ -100,6 +105,8 @@ def measure(
         seconds: time to measure for, all settings together. At least seven rounds are run, however long
             they take.
         threads: of torch or onnxruntime on the CPU; None for their default.
+        clock: in seconds. ``time.process_time`` does not run while other programs do: on one thread of a
+            busy CPU it tells more than the time on the wall.
 
     Returns:
         One latency per setting, in their order.
@@ -116,15 +123,13 @@ def measure(
             turns = _onnx_turns(model, [as_it_is, *different], batch_size, threads)
         else:
             turns = _torch_turns(model, [as_it_is, *different], batch_size)
-        times = interleaved(turns, seconds)
+        times = interleaved(turns, seconds, clock)
     original, *others = (Latency.of_rounds(column, times[:, 0], batch_size) for column in times.T)
     measured = iter(others)
     return [original if setting == as_it_is else next(measured) for setting in complete]
 
 
-def interleaved(
-    turns: Sequence[Turn], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> Seconds:
+def interleaved(turns: Sequence[Turn], seconds: float, clock: Clock = time.perf_counter) -> Seconds:
     """Time several things in rounds, each taking its turn in each round, until the time is used up.
 
     A turn is several runs, of which the fastest counts: what else the machine does can only add to the
@@ -150,7 +155,7 @@ def interleaved(
     return np.array(rounds[1:])
 
 
-def _time_turn(turn: Turn, clock: Callable[[], float]) -> float:
+def _time_turn(turn: Turn, clock: Clock) -> float:
     run = turn()
     times: list[float] = []
     while len(times) < _TURN_RUNS or sum(times) < _TURN_SECONDS:
@@ -234,7 +239,26 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def site_costs(model: TorchModel | OnnxModel, batch_size: int = 1) -> dict[str, float]:
-    """What each site's patch costs, as shares of the cost of patching all sites."""
+    """What each site's patch costs, as shares of the cost of patching all sites.
+
+    To measure each site alone would take too long: its cost drowns in the noise. A site's cost is taken as
+    proportional to what it reads, ``N * C * S`` elements, plus a fixed part for the operators on (N, C),
+    which weighs ten times more in eager torch than in onnxruntime. Measured on subsets of the sites of
+    test_resnet, MobileNetV2 and ResNet-50 (``tests/benchmarks/site_costs.py``, batch 1, one thread), the
+    shares explain 0.99, 0.98 and 0.70 of the variance of the overhead in onnxruntime. In torch it is 0.79,
+    0.37 and 0.24: most of the cost is fixed there, and the scatter of the measurement as large as the
+    overhead, so the shares are a rough guide. The fixed parts were chosen on these three models.
+
+    Args:
+        model: a site of it whose shape is not known, or that is not reached, counts by its fixed part.
+        batch_size: N.
+
+    Returns:
+        Shares by name of site; their sum is 1.
+
+    Raises:
+        BnpatchError: the model does not take an image of its preprocessing's size.
+    """
     elements = _site_elements(model)
     fixed = _FIXED_COST["onnx" if isinstance(model, OnnxModel) else "torch"]
     costs = {name: fixed + batch_size * elements.get(name, 0) for name in model.alphas()}

@@ -194,7 +194,7 @@ def plot_trade_off(
         axis.annotate(
             str(point.num_sites),
             (latency.ratio, scale * point.gain),
-            xytext=(5, -11),
+            xytext=(7, -13),
             textcoords="offset points",
             fontsize=8,
             color="#9aa5b1" if is_dominated else "#3d4f63",
@@ -229,7 +229,7 @@ def plot_trade_off(
     axis.set_ylabel(f"gain in {metric.name}{' (points)' if metric.is_rate else ''}")
     axis.set_title("numbers are patched sites; bars are 95% intervals", fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(loc="lower right", frameon=False, fontsize=9)
+    axis.legend(loc="lower right", frameon=False, fontsize=9, markerscale=0.6)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

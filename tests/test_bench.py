@@ -123,7 +123,7 @@ def test_what_runs_is_what_the_setting_says(model, monkeypatch):
     wanted = [{}, {names[1]: 0.2}, dict.fromkeys(names, 0.1)]
     outputs = []
 
-    def once(turns, seconds):
+    def once(turns, seconds, clock):
         outputs.extend(seen(turn()) for turn in turns)
         return np.ones((MIN_ROUNDS, len(turns)))
 
