@@ -105,8 +105,9 @@ def measure(
         seconds: time to measure for, all settings together. At least seven rounds are run, however long
             they take.
         threads: of torch or onnxruntime on the CPU; None for their default.
-        clock: in seconds. ``time.process_time`` does not run while other programs do: on one thread of a
-            busy CPU it tells more than the time on the wall.
+        clock: in seconds. ``time.process_time`` does not run while other programs do. On a CPU with more
+            to do than cores the time on the wall misleads: a run that is longer than the scheduler's time
+            slice is interrupted, a shorter one is not. There, measure one thread by this clock.
 
     Returns:
         One latency per setting, in their order.
