@@ -10,7 +10,7 @@ import typer
 from bnpatch import __version__
 from bnpatch.errors import BnpatchError, BnpatchWarning
 
-from . import demo, evaluate, export, inspect, tune
+from . import bench, demo, evaluate, export, inspect, tune
 
 app = typer.Typer(
     name="bnpatch",
@@ -24,6 +24,7 @@ app.command("inspect")(inspect.inspect)
 app.command("tune-alpha")(tune.tune_alpha)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

@@ -291,7 +291,7 @@ def test_a_defect_of_our_own_is_one_line_too(cli, checkpoint, folder, monkeypatc
 
 
 def test_help_has_examples_and_is_quick(cli):
-    for command in ("tune-alpha", "evaluate", "inspect"):
+    for command in ("tune-alpha", "evaluate", "inspect", "bench"):
         code, out, _ = cli(command, "--help")
         assert code == 0
         assert f"bnpatch {command} " in out
@@ -395,3 +395,54 @@ def test_class_names_are_learned_from_the_folders(cli, folder, tmp_path):
     (tmp_path / "val" / "3").rename(tmp_path / "val" / "three")
     _, _, err = cli("evaluate", "bnpatch-out/patched.pt", "--data", "val")
     assert "the class folder 'three' is not among the model's class names" in err
+
+
+def test_bench_compares_the_model_with_its_patch(cli, checkpoint, folder, tmp_path):
+    code, out, err = cli("bench", checkpoint, "--seconds", 0)
+    assert code == 0
+    assert "15 of 15 sites: alpha = 0.01, for want of a recipe" in err
+    assert re.search(r"as it is +\d+\.\d\d ms +\d+\.\d +1\.00x *\n", out)
+    assert re.search(r"patched +\d+\.\d\d ms +\d+\.\d +\d+\.\d\dx +\[\d+\.\d\dx, \d+\.\d\dx\]", out)
+
+    model = bnpatch.load(checkpoint)
+    model.set_alphas({"bn1": 0.2})
+    model.recipe().save(tmp_path / "recipe.json")
+    model.save(tmp_path / "patched.pt", model.recipe())
+    recipe = ("--recipe", "recipe.json")
+    code, out, err = cli("bench", checkpoint, *recipe, "--seconds", 0, "-b", 4, "--threads", 1, "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert "1 of 15 sites: the recipe" in err
+    assert content["patched_sites"] == 1
+    assert content["threads"] == 1
+    assert content["original"]["ratio"] == 1
+    assert content["patched"]["batch_size"] == 4
+    assert content["patched"]["low"] <= content["patched"]["ratio"] <= content["patched"]["high"]
+
+    assert "1 of 15 sites: the model's own weights" in cli("bench", "patched.pt", "--seconds", 0)[2]
+    assert "15 of 15 sites: alpha = 0.5" in cli("bench", "patched.pt", "--alpha", 0.5, "--seconds", 0)[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["model.pt", "--recipe", "nope.json"], "cannot read nope.json"),
+        (["model.pt", "--recipe", "recipe.json", "--alpha", "0.1"], "leave one out"),
+        (["patched.pt", "--recipe", "recipe.json"], "patched already"),
+        (["model.pt", "--recipe", "other.json"], "the recipe is for another model"),
+        (["folded.onnx"], "has no Batch Norm that could be patched"),
+        (["missing.pt"], "cannot read missing.pt"),
+    ],
+)
+def test_bad_benches(cli, checkpoint, folded, tmp_path, args, message):
+    shutil.copy(checkpoint, "model.pt")
+    shutil.copy(folded, "folded.onnx")
+    model = bnpatch.load(checkpoint)
+    model.set_alphas(0.1)
+    model.recipe().save("recipe.json")
+    model.save("patched.pt", model.recipe())
+    bnpatch.load(timm.create_model("test_resnet")).recipe().save("other.json")
+    code, out, err = cli("bench", *args, "--seconds", 0)
+    assert code == 2
+    assert message in one_line(err)
+    assert out == ""

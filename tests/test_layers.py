@@ -47,6 +47,8 @@ FLOORS = {
     "sources": 6,
     "loading": 6,
     "evaluation": 6,
+    "bench": 6,
+    "trade_off": 7,
     "calibrate": 7,
     "judge": 7,
     "learn": 7,

@@ -79,8 +79,13 @@ def read_signature(model: ir.Model, output: str | None = None) -> Signature:
     )
 
 
-def open_session(model: ir.Model, device: torch.device) -> Any:
+def open_session(model: ir.Model, device: torch.device, threads: int | None = None) -> Any:
     """A session of onnxruntime for a graph of any size.
+
+    Args:
+        model: the graph.
+        device: cpu or cuda.
+        threads: that share an operator on the CPU; None for all cores.
 
     Raises:
         BnpatchError: onnxruntime refuses the graph, or has no provider for the device.
@@ -92,6 +97,7 @@ def open_session(model: ir.Model, device: torch.device) -> Any:
         raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
+    options.intra_op_num_threads = threads or 0
     with tempfile.TemporaryDirectory() as folder:
         path = read.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
         try:
