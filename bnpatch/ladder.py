@@ -362,7 +362,7 @@ class Ladder:
         return setting(self._run_race("refined", setting, space, origin, first).best.params)
 
     def _groups(self, per: str) -> dict[str, str]:
-        """Which sites share a weight; those where an example has a single value are left at their identity."""
+        """Which sites share a weight; those where an example has a single value stay at their identity."""
         batch = next(self.examples.batches(1, self.tuning))
         shapes = self.model.site_shapes(batch.x)
         weighed = [n for n in self._identities if n not in shapes or math.prod(shapes[n]) > 1]

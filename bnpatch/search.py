@@ -271,7 +271,7 @@ class _Goal:
         return ByObjective(self.metric, objective, model.facts(), beside, self.batch_size)
 
     def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
-        """What gives the verdict on these examples, and the metrics that it compares: labels, where there are."""
+        """What gives the verdict on these examples, by labels where there are, and the metrics compared."""
         answers = (CONFIDENCE, PREDICTION)
         if not self.classes:
             return judge, [self.metric]
