@@ -124,11 +124,14 @@ class Standings:
 
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
         """Smaller is better: by the estimate; among equals the nearest to the identity, then the oldest."""
-        away = sum(
-            abs(trial.params[name] - self.rules.identity[name]) / (high - low)
-            for name, (low, high) in self.rules.space.items()
-        )
+        away = self.distance(trial.params, self.rules.identity)
         return self.sign * self.estimate(trial, blocks), away, trial.number
+
+    def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
+        """How far parameters are from others, each as a part of its range."""
+        return sum(
+            abs(params[name] - others[name]) / (high - low) for name, (low, high) in self.rules.space.items()
+        )
 
     def is_twin(self, trial: StoredTrial) -> bool:
         """Did an older trial begin with the same parameters?

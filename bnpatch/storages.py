@@ -108,8 +108,9 @@ def _journal(path: Path) -> BaseStorage:
 class _RepairingLock(_Lock):  # type: ignore[misc]
     """Optuna's lock of a journal, which removes a torn last line whenever it is taken.
 
-    Whoever holds the lock is the only writer, so that a last line without an end was left by a process that is
-    dead, or by a full disk. Optuna would write the next record on to it, and could not read the journal any more.
+    Whoever holds the lock is the only writer, so that a last line without an end was left by a dead process
+    or a full disk. Optuna would write the next record on to it, and could not read the journal
+    any more.
     """
 
     def __init__(self, path: Path) -> None:
