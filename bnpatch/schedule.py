@@ -117,12 +117,13 @@ class Schedule:
         for trial in racing:
             if trial.rung > rung or done(trial) >= target:
                 continue
-            if trial.busy:
-                waiting = True
-            elif self._hopeless(trial, standings):
-                return End(trial, TrialState.PRUNED)
-            elif self._affords(sum(self.rules.sizes[done(trial) : target]), target, standings):
-                return Evaluate(trial, done(trial))
+            hopeless = self._hopeless(trial, standings)
+            rest = sum(self.rules.sizes[done(trial) : target])
+            if not hopeless and not self._affords(rest, target, standings):
+                continue
+            if not trial.busy:
+                return End(trial, TrialState.PRUNED) if hopeless else Evaluate(trial, done(trial))
+            waiting = True
         return self._begin(rung, standings) or (Wait() if waiting else None)
 
     def _kept(self, ranked: list[StoredTrial], count: int, standings: Standings) -> list[StoredTrial]:

@@ -115,7 +115,9 @@ class Standings:
             blocks = min(done(trial), most)
             scores[trial.number] = level + self.estimate(trial, blocks) - self.estimate(leader, blocks)
         worst = max(scores.values(), key=lambda score: self.sign * score)
-        return scores | {t.number: worst for t in self.trials if t.state == TrialState.FAIL}
+        known = [t.params for t in scored]
+        failed = (t for t in self.trials if t.state == TrialState.FAIL and t.params not in known)
+        return scores | {trial.number: worst for trial in failed}
 
     @property
     def sign(self) -> float:

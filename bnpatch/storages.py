@@ -79,7 +79,9 @@ def usable(storage: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return first_line(error)
 
 
 def _database(url: str) -> BaseStorage:

@@ -1,6 +1,7 @@
-"""One process of a race, for the tests to kill: ``python -m tests.race_worker STORAGE LOG RESULT``.
+"""One process of a race, for the tests to kill: ``python -m tests.race_worker STORAGE LOG RESULT [PEER]``.
 
-Each block that it scores becomes a line of LOG; RESULT is written when the race is over.
+Each block that it scores becomes a line of LOG; RESULT is written when the race is over. It begins when
+PEER is there, the log of another process that begins at the same moment.
 """
 
 import json
@@ -50,5 +51,9 @@ def run(storage, log=None, seconds_a_block=0.0):
 
 
 if __name__ == "__main__":
-    found = run(sys.argv[1], Path(sys.argv[2]), seconds_a_block=0.005)
-    Path(sys.argv[3]).write_text(json.dumps(found))
+    storage, *paths = sys.argv[1:]
+    log, result, *peers = map(Path, paths)
+    log.touch()
+    while not all(peer.exists() for peer in peers):
+        time.sleep(0.001)
+    result.write_text(json.dumps(run(storage, log, seconds_a_block=0.005)))

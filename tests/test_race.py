@@ -58,10 +58,10 @@ def regret(problem, result):
 def test_cross_entropy_lands_where_the_grid_does_in_three_passes():
     regrets = []
     for seed, best in enumerate((0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)):
-        problem = Problem(1000, best, seed)
+        problem = Problem(3000, best, seed)
         result = run(problem, seed=seed)
-        assert problem.scored <= 3 * 1000
-        assert result.passes == problem.scored / 1000
+        assert problem.scored <= 3 * 3000
+        assert result.passes == problem.scored / 3000
         regrets.append(regret(problem, result))
     assert max(regrets) < 0.005  # of the cross-entropy, the promise of the search
 
