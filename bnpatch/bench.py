@@ -99,8 +99,8 @@ def measure(
 
     Args:
         model: left as it was.
-        settings: alphas by name of site; a site that isn't named has alpha = 0. A setting without
-            any alpha above 0 is the original itself.
+        settings: alphas by name of site; a site that isn't named is at its identity. A setting with
+            all sites there is the original itself.
         batch_size: images at a time.
         seconds: time to measure for, all settings together. At least seven rounds are run, however long
             they take.
@@ -115,7 +115,7 @@ def measure(
     Raises:
         BnpatchError: the model has no site, or none of a name; or does not take such a batch.
     """
-    as_it_is = dict.fromkeys(model.alphas(), 0.0)
+    as_it_is = model.identities()
     complete = [as_it_is | dict(setting) for setting in settings]
     different = [setting for setting in complete if setting != as_it_is]
     with model.borrowed(), _torch_threads(threads):

@@ -318,7 +318,7 @@ class Ladder:
             self.examples,
             fit,
             self.judge.loss,
-            lambda: self._sign * float(np.mean(self._selected(self.model.setting(), label))),
+            lambda: self._sign * float(np.mean(self.selected(self.model.setting(), label))),
             start=start,
             shared=shared,
             seed=self.plan.seed,
@@ -381,10 +381,10 @@ class Ladder:
 
     def _choose(self, found: Mapping[str, Setting]) -> list[Rung]:
         """All settings scored on the selection examples, and one of them chosen."""
-        before = self._selected(found["identity"], "choosing")
+        before = self.selected(found["identity"], "choosing")
         rungs = []
         for name, setting in found.items():
-            after = self._selected(setting, "choosing")
+            after = self.selected(setting, "choosing")
             change = paired_difference(before, after)
             rungs.append(Rung(name, setting, float(np.mean(after)), change))
         supported = [rung for rung in rungs if self._is_supported(rung.change, len(before))]
@@ -396,7 +396,7 @@ class Ladder:
         better = self._sign * change.value < 0
         return better and (change.excludes_zero or units < 8)
 
-    def _selected(self, setting: Setting, label: str) -> Values:
+    def selected(self, setting: Setting, label: str = "choosing") -> Values:
         """Scores of the selection examples, or of sets of them."""
         name = self.judge.metric.name
         return np.concatenate([self._block_scores(setting, block, label)[name] for block in self._selection])

@@ -33,7 +33,7 @@ from bnpatch.studies import StoredTrial, Study, as_stored
 EvaluateBlock = Callable[[Mapping[str, float], int], Mapping[str, Values]]
 
 # How long to wait before looking again at what another process does.
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)

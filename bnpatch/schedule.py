@@ -14,11 +14,15 @@ from bnpatch.studies import StoredTrial
 
 #: Rungs of a race: the part of the exploration's budget that one trial on it takes, how many trials are
 #: proposed there (None: as many as the budget takes), and how many come up from the rung below.
-RUNGS: tuple[tuple[float, int | None, int], ...] = ((1 / 32, 2, 0), (1 / 8, 2, 2), (1 / 3, None, 2))
+RUNGS: tuple[tuple[float, int | None, int], ...] = ((1 / 16, 2, 0), (1 / 4, None, 2))
+# Fewer examples than these don't tell where the good region is.
+_LEAST = 24
 # A trial is dropped where another is better at this level, shared among the looks.
 _LEVEL = 0.05
 # Fewer differences say nothing about their spread.
 _FEWEST = 8
+# How far apart trials must lie to show a slope, as part of the range.
+_APART = 0.02
 # A sampler that proposes what was tried before, so often, has found what it can on a rung.
 _REPEATS = 2
 
@@ -64,8 +68,7 @@ class Schedule:
         self.total = int(self.ends[-1])
         exploration = max(0.0, rules.max_passes - 2) * self.total
         self.targets = [
-            min(len(self.ends), int(np.searchsorted(self.ends, min(share * exploration, self.total))) + 1)
-            for share, _, _ in RUNGS
+            self._blocks_with(max(share * exploration, min(_LEAST, self.total / 4))) for share, _, _ in RUNGS
         ]
 
     @property
@@ -104,20 +107,30 @@ class Schedule:
         if rung and self.targets[rung - 1] < target:
             below = self.targets[rung - 1]
             arrived = [t for t in racing if t.rung < rung and done(t) >= below]
-            for trial in sorted(arrived, key=lambda t: standings.rank(t, below))[RUNGS[rung][2] :]:
-                if not trial.busy:
+            kept = self._kept(
+                sorted(arrived, key=lambda t: standings.rank(t, below)), RUNGS[rung][2], standings
+            )
+            for trial in arrived:
+                if trial not in kept and not trial.busy:
                     return End(trial, TrialState.PRUNED)
         waiting = False
         for trial in racing:
             if trial.rung > rung or done(trial) >= target:
                 continue
-            if trial.busy:
-                waiting = True
-            elif self._hopeless(trial, standings):
-                return End(trial, TrialState.PRUNED)
-            elif self._affords(sum(self.rules.sizes[done(trial) : target]), target, standings):
-                return Evaluate(trial, done(trial))
+            hopeless = self._hopeless(trial, standings)
+            rest = sum(self.rules.sizes[done(trial) : target])
+            if not hopeless and not self._affords(rest, target, standings):
+                continue
+            if not trial.busy:
+                return End(trial, TrialState.PRUNED) if hopeless else Evaluate(trial, done(trial))
+            waiting = True
         return self._begin(rung, standings) or (Wait() if waiting else None)
+
+    def _kept(self, ranked: list[StoredTrial], count: int, standings: Standings) -> list[StoredTrial]:
+        """The best, and the next best that lie apart from it: close by they would not show a slope."""
+        kept = ranked[:1]
+        apart = [t for t in ranked[1:] if standings.distance(t.params, kept[0].params) >= _APART]
+        return (kept + apart)[:count]
 
     def _begin(self, rung: int, standings: Standings) -> Begin | None:
         rules, trials = self.rules, standings.trials
@@ -176,6 +189,10 @@ class Schedule:
         """Is there budget for this, and for what the winner then still needs?"""
         reserve = self.total - int(self.ends[target - 1])
         return standings.spent + cost + reserve <= self.rules.max_passes * self.total
+
+    def _blocks_with(self, examples: float) -> int:
+        """How many leading blocks have that many examples; all where there are fewer."""
+        return min(len(self.ends), int(np.searchsorted(self.ends, examples - 0.5)) + 1)
 
 
 def _onward(trial: StoredTrial) -> Step:

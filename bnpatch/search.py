@@ -35,10 +35,13 @@ from bnpatch.metrics import (
     as_metric,
     paired_difference,
 )
-from bnpatch.model import Patchable
+from bnpatch.model import Patchable, TorchModel
+from bnpatch.onnx_model import OnnxModel
 from bnpatch.recipe import Recipe
 from bnpatch.setting import Setting
 from bnpatch.sources import open_examples
+from bnpatch.sparse import trade_off
+from bnpatch.trade_off import Point, choose, knee
 from bnpatch.verdict import Evidence, Verdict, conclude, gather
 
 #: Metrics that need no labels, and what each can't see.
@@ -74,6 +77,7 @@ class TuneResult:
         skipped: examples that can't be read, by name, and why.
         notes: what a person should know about the result.
         interrupted: the user stopped the search early.
+        trade_off: gain against latency of ever more sites, where a limit was set; the original first.
         seconds: wall time.
         recipe: the weights and their provenance, to keep and to apply.
     """
@@ -89,6 +93,7 @@ class TuneResult:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    trade_off: list[Point] = field(default_factory=list)
     seconds: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
 
@@ -132,6 +137,7 @@ def tune_alpha(
     calib_data: Any = None,
     class_prior: str | Sequence[float] | None = None,
     augment: str | Sequence[str] | None = None,
+    max_overhead: float | None = None,
     recover_folded: bool = False,
     batch_size: int = 64,
     seed: int = 0,
@@ -166,6 +172,8 @@ def tune_alpha(
             the model was trained on, or a shift that all of them share is taken for normal.
         class_prior: for ``unlabeled``, how often the classes occur, in the order of the outputs.
         augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.augment`.
+        max_overhead: find the best weights whose measured latency, one image at a time, is at most so many
+            times the original's; sites that aren't worth their time stay as they were.
         recover_folded: take convolutions that a Batch Norm was folded into as sites. For ONNX models,
             which stay that way.
         batch_size: examples at a time.
@@ -181,7 +189,7 @@ def tune_alpha(
         BnpatchError: the model or the data can't be used.
     """
     started = time.monotonic()
-    _check_settings(trials, max_passes, holdout)
+    _check_settings(trials, max_passes, holdout, max_overhead)
     patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not (patchable.survey().sites or patchable.uncalibrated() or recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
@@ -217,6 +225,7 @@ def tune_alpha(
         ),
         _Progress(progress),
         on_trial,
+        max_overhead,
     )
     result = job.run(recover_folded)
     result.seconds = time.monotonic() - started
@@ -297,6 +306,7 @@ class _Job:
     plan: Plan
     progress: "_Progress"
     on_trial: Callable[[Trial, bool], None]
+    max_overhead: float | None
     notes: list[str] = field(default_factory=list)
 
     def run(self, recover_folded: bool) -> TuneResult:
@@ -317,6 +327,10 @@ class _Job:
             ladder = self._ladder(whole, self.plan)
             rungs = ladder.climb()
             chosen = _chosen(rungs)
+            points: list[Point] = []
+            if self.max_overhead is not None:
+                chosen, points = self._thinned(chosen, ladder)
+                rungs = [*(replace(rung, chosen=False) for rung in rungs), chosen]
             evidence = self._evidence(before, chosen.setting)
             verdict = conclude(evidence, self.metrics)
             setting = chosen.setting
@@ -355,8 +369,24 @@ class _Job:
             skipped,
             self.notes,
             ladder.interrupted,
+            trade_off=points,
             recipe=recipe,
         )
+
+    def _thinned(self, chosen: Rung, ladder: Ladder) -> tuple[Rung, list[Point]]:
+        """As many of the sites as the limit on latency allows."""
+        assert self.max_overhead is not None  # or nobody would ask
+        assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
+        points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric)
+        best = choose(points, self.max_overhead)
+        self.notes.append(f"--max-overhead: {best.reason}")
+        if suggestion := knee(points):
+            sites, ratio = suggestion.num_sites, suggestion.latency.ratio
+            self.notes.append(f"the gain flattens beyond {sites} sites, at {ratio:.2f}x the time")
+        setting = best.point.setting
+        after, before = ladder.selected(setting), ladder.selected(points[0].setting)
+        change = paired_difference(before, after)
+        return Rung(f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True), points
 
     def _make_sites(self, recover_folded: bool) -> None:
         """Running moments from data where there are none."""
@@ -470,11 +500,15 @@ def _no_scores(outputs: Tensor, targets: Tensor) -> Tensor:
     raise BnpatchError("a label-free objective has no scores of single examples", "choose another metric")
 
 
-def _check_settings(trials: int | None, max_passes: float, holdout: float | None) -> None:
+def _check_settings(
+    trials: int | None, max_passes: float, holdout: float | None, max_overhead: float | None
+) -> None:
     if trials is not None and trials < 1:
         raise BnpatchError(f"{trials} trials find nothing", "set --trials to 1 or more")
     if not max_passes > 0:
         raise BnpatchError(f"{max_passes} passes find nothing", "set --max-passes to 1 or more")
+    if max_overhead is not None and not max_overhead >= 1:
+        raise BnpatchError(f"{max_overhead:g} times the latency is not possible", "write --max-overhead 1.1")
     if holdout is not None and not 0 < holdout < 1:
         raise BnpatchError(f"a held-out part of {holdout} is not a fraction", "set --holdout between 0 and 1")
 

@@ -115,7 +115,9 @@ class Standings:
             blocks = min(done(trial), most)
             scores[trial.number] = level + self.estimate(trial, blocks) - self.estimate(leader, blocks)
         worst = max(scores.values(), key=lambda score: self.sign * score)
-        return scores | {t.number: worst for t in self.trials if t.state == TrialState.FAIL}
+        known = [t.params for t in scored]
+        failed = (t for t in self.trials if t.state == TrialState.FAIL and t.params not in known)
+        return scores | {trial.number: worst for trial in failed}
 
     @property
     def sign(self) -> float:
@@ -124,11 +126,14 @@ class Standings:
 
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
         """Smaller is better: by the estimate; among equals the nearest to the identity, then the oldest."""
-        away = sum(
-            abs(trial.params[name] - self.rules.identity[name]) / (high - low)
-            for name, (low, high) in self.rules.space.items()
-        )
+        away = self.distance(trial.params, self.rules.identity)
         return self.sign * self.estimate(trial, blocks), away, trial.number
+
+    def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
+        """How far parameters are from others, each as a part of its range."""
+        return sum(
+            abs(params[name] - others[name]) / (high - low) for name, (low, high) in self.rules.space.items()
+        )
 
     def is_twin(self, trial: StoredTrial) -> bool:
         """Did an older trial begin with the same parameters?

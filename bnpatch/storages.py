@@ -79,7 +79,9 @@ def usable(storage: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return first_line(error)
 
 
 def _database(url: str) -> BaseStorage:
@@ -108,8 +110,8 @@ def _journal(path: Path) -> BaseStorage:
 class _RepairingLock(_Lock):  # type: ignore[misc]
     """Optuna's lock of a journal, which removes a torn last line whenever it is taken.
 
-    Whoever holds the lock is the only writer, so that a last line without an end was left by a process that
-    is dead, or by a full disk. Optuna would write the next record on to it, and could not read the journal
+    Whoever holds the lock is the only writer, so that a last line without an end was left by a dead process
+    or a full disk. Optuna would write the next record on to it, and could not read the journal
     any more.
     """
 

@@ -177,7 +177,7 @@ class Study:
                 raise self._other(f"was made with another {key} ({_brief(found.get(key))}, "
                                   f"now {_brief(wanted.get(key))})")  # fmt: skip
         # A write, so that a storage that can only be read is refused before any work is done.
-        self.storage.set_study_user_attr(self._id, _OPENED, datetime.now().isoformat(timespec="seconds"))
+        self.storage.set_study_user_attr(self._id, _OPENED, datetime.now().isoformat())
         for trial in self.storage.get_all_trials(self._id, deepcopy=False):
             if trial.state == TrialState.RUNNING and _RUNG not in trial.user_attrs:
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

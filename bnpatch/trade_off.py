@@ -10,6 +10,7 @@ from bnpatch.bench import Latency
 from bnpatch.errors import BnpatchError
 from bnpatch.files import atomic_path
 from bnpatch.metrics import Metric
+from bnpatch.setting import Setting
 
 #: Settings of a family with sites; half a dozen to ten show where a curve bends.
 _FAMILY = 8
@@ -20,22 +21,19 @@ class Point:
     """A setting with what it gains and what it costs.
 
     Attributes:
-        setting: alphas by name of site.
+        setting: weights by name of site.
+        num_sites: number of sites that weigh examples.
         gain: mean over examples of the improvement over the original, in units of the metric; more is
             better whatever the metric.
         standard_error: of the gain.
         latency: measured in turns with the original.
     """
 
-    setting: Mapping[str, float]
+    setting: Setting
+    num_sites: int
     gain: float
     standard_error: float
     latency: Latency
-
-    @property
-    def num_sites(self) -> int:
-        """Number of sites that weigh examples; 0 is the original."""
-        return sum(alpha > 0 for alpha in self.setting.values())
 
 
 @dataclass(frozen=True)
@@ -46,31 +44,22 @@ class Choice:
     reason: str
 
 
-def sparse_settings(alphas: Mapping[str, float], importance: Mapping[str, float]) -> list[dict[str, float]]:
-    """A nested family of settings, from no site to all that have a weight.
+def nested_sites(importance: Mapping[str, float]) -> list[frozenset[str]]:
+    """A nested family of sites, from none to all.
 
-    Each setting keeps the sites that matter most and adds some to those of the setting before. Their numbers
+    Each member keeps the sites that matter most and adds some to those of the one before. Their numbers
     grow geometrically: the first few sites change most, per site.
 
     Args:
-        alphas: the weights by name of site; sites at 0 are in no setting.
-        importance: how much each site matters for the time that it takes: what it gains over its
-            share of :func:`bnpatch.bench.site_costs`. Ties go by the order of ``alphas``.
+        importance: by name of site, how much it matters for the time that it takes: what it gains over its
+            share of :func:`bnpatch.bench.site_costs`. Ties go by the order.
 
     Returns:
-        At most nine settings with a weight for each site of ``alphas``; the first is the original, the
-        last is ``alphas``.
-
-    Raises:
-        BnpatchError: a site with a weight has no importance.
+        At most nine sets of names.
     """
-    weighed = [name for name, alpha in alphas.items() if alpha > 0]
-    if missing := [name for name in weighed if name not in importance]:
-        raise BnpatchError(f"the importance of site {missing[0]!r} is not known", "give one for each site")
-    ranked = sorted(weighed, key=lambda name: -importance[name])
+    ranked = sorted(importance, key=lambda name: -importance[name])
     sizes = {round(size) for size in np.geomspace(1, len(ranked), _FAMILY)} if ranked else set()
-    kept = [set(ranked[:size]) for size in sorted({0, *sizes})]
-    return [{name: alpha if name in sites else 0.0 for name, alpha in alphas.items()} for sites in kept]
+    return [frozenset(ranked[:size]) for size in sorted({0, *sizes})]
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:
@@ -94,7 +83,7 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
     """The point with the largest gain among those that are cheap enough; the original where none gains.
 
     Args:
-        points: among them the original, of gain 0.
+        points: the original, of gain 0, first.
         max_overhead: largest ratio to the time of the original, e.g. 1.1. It is compared with the median
             ratio: the interval of a noisy measurement may reach beyond it.
 
@@ -106,8 +95,7 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
             f"an overhead of {max_overhead:g} times the original's time is not possible",
             "write 1.1 for a tenth more",
         )
-    (original,) = (point for point in points if not point.num_sites)
-    patched = [point for point in points if point.num_sites]
+    original, *patched = points
     if not patched:
         return Choice(original, "no site has a weight")
     affordable = [point for point in patched if point.latency.ratio <= max_overhead]

@@ -49,7 +49,8 @@ def bench(
         raise BnpatchError("--recipe and --alpha both say what to patch with", "leave one out")
     chosen = Recipe.load(recipe) if recipe is not None else None
     loaded = loading.open(model, chosen)
-    is_patched = any(loaded.alphas().values())
+    identities = loaded.identities()
+    is_patched = loaded.alphas() != identities
     if chosen is not None:
         if is_patched:
             raise BnpatchError(
@@ -63,7 +64,7 @@ def bench(
         loaded.set_alphas(_USUAL_ALPHA if alpha is None else alpha)
         what = f"alpha = {_USUAL_ALPHA}, for want of a recipe" if alpha is None else f"alpha = {alpha:g}"
     alphas = loaded.alphas()
-    num_patched = sum(weight > 0 for weight in alphas.values())
+    num_patched = sum(alphas[name] != identity for name, identity in loaded.identities().items())
     opt.say(f"patch          {num_patched} of {len(alphas)} sites: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:

@@ -54,7 +54,7 @@ def demo(
     ]
     code = subprocess.run(command, cwd=output, check=False).returncode
     if code == 0:
-        opt.say(f"\nthe curve is in {output / 'bnpatch-out' / 'alpha-curve.png'}")
+        opt.say(f"\nthe report is in {output / 'bnpatch-out' / 'report.html'}")
     raise typer.Exit(code)
 
 

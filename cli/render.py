@@ -4,12 +4,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bnpatch.confidence import CalibrationComparison
 from bnpatch.evaluation import Comparison
-from bnpatch.metrics import Estimate, Metric
+from bnpatch.metrics import CONFIDENCE, Estimate, Metric
+from bnpatch.search import TuneResult
+from bnpatch.verdict import Verdict
+
+#: For the table alone: it is no mean of what single examples score.
+_CALIBRATION_ERROR = Metric("calibration error", CONFIDENCE.score, higher_is_better=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -26,22 +33,47 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console.print(made)
 
 
-def comparison_table(comparisons: Sequence[Comparison], examples: str) -> None:
+def comparison_table(
+    comparisons: Sequence[Comparison], examples: str, calibration: CalibrationComparison | None = None
+) -> None:
     """Before, after, and the paired change with its interval, of what ``examples`` says."""
+    rows: list[tuple[Metric, Comparison | CalibrationComparison]] = [(c.metric, c) for c in comparisons]
+    if calibration is not None:
+        rows.append((_CALIBRATION_ERROR, calibration))
     table(
         [examples, "as it is", "patched", "change", "95% interval", ""],
         [
             [
-                c.metric.name,
-                c.metric.format(c.before.value),
-                c.metric.format(c.after.value),
-                c.metric.format(c.change.value, signed=True),
-                interval(c.metric, c.change, signed=True),
+                metric.name,
+                metric.format(c.before.value),
+                metric.format(c.after.value),
+                metric.format(c.change.value, signed=True),
+                interval(metric, c.change, signed=True),
                 c.verdict,
             ]
-            for c in comparisons
+            for metric, c in rows
         ],
     )
+
+
+def verdict_table(verdict: Verdict) -> None:
+    """Held-out examples before and after: every metric, calibration error, flips."""
+    comparison_table(verdict.comparisons, f"{verdict.num_examples} held-out", verdict.calibration)
+    if verdict.flips is not None:
+        typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
+    elif verdict.changed is not None:
+        typer.echo(f"{verdict.changed} answers changed; without labels nobody knows for the better or worse")
+
+
+def ladder_table(result: TuneResult) -> None:
+    """The rungs of the search, as the selection examples scored them."""
+    metric = result.metric
+    rows = []
+    for rung in result.rungs:
+        name = f"> {rung.name}" if rung.chosen else f"  {rung.name}"
+        change = [metric.format(rung.change.value, signed=True), interval(metric, rung.change, signed=True)]
+        rows.append([name, metric.format(rung.mean), *(["", ""] if rung.name == "identity" else change)])
+    table(["  ladder (selection)", metric.name, "change", "95% interval"], rows)
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,30 +13,112 @@ from . import options as opt
 if TYPE_CHECKING:
     from bnpatch.search import TuneResult
 
+_SEARCH, _VERDICT = "Search", "Verdict and calibration"
+
+
+class _Granularity(str, Enum):
+    """What has weights of its own."""
+
+    auto = "auto"
+    all_layers = "global"
+    stage = "stage"
+    layer = "layer"
+
 
 @opt.in_groups
 def tune_alpha(
     *,
     model: opt.Model,
     data: opt.Data,
-    metric: Annotated[str, typer.Option(help="accuracy, cross-entropy or top5.")] = "accuracy",
-    trials: Annotated[int, typer.Option(help="Weights to try, alpha = 0 included.")] = 15,
-    timeout: Annotated[float | None, typer.Option(help="Try no more after so many seconds.")] = None,
-    holdout: Annotated[
-        float, typer.Option(help="Part of the data that gives the verdict, unseen by the search.")
-    ] = 0.5,
-    test_data: Annotated[
-        str | None, typer.Option(help="Other data for the verdict; --data is all for tuning.")
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="accuracy, cross-entropy or top5; without labels unlabeled, alignment, entropy or evalnorm.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "accuracy",
+    granularity: Annotated[
+        _Granularity,
+        typer.Option(
+            help="What has weights of its own: the model, each stage, each layer; auto tries both ends.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = _Granularity.auto,
+    recalibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--recalibrate/--no-recalibrate",
+            help="Let re-estimated running moments join. Default: with --granularity auto.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="At most so many weights in each race.", rich_help_panel=_SEARCH)
+    ] = None,
+    max_passes: Annotated[
+        float,
+        typer.Option(help="At most so many passes over the images in each race.", rich_help_panel=_SEARCH),
+    ] = 3.0,
+    timeout: Annotated[
+        float | None, typer.Option(help="Begin nothing more after so many seconds.", rich_help_panel=_SEARCH)
+    ] = None,
+    max_overhead: Annotated[
+        float | None,
+        typer.Option(
+            help="Patch only as much as keeps the measured latency within so many times the original's.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="Tune for shifts that are not in the data: any of contrast,brightness,noise,blur.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    class_prior: Annotated[
+        str | None,
+        typer.Option(
+            help="With --metric unlabeled: how often the classes occur, e.g. 0.7,0.2,0.1. Default: equally.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     recover_folded: Annotated[
         bool,
         typer.Option(
-            "--recover-folded", help="ONNX: find again the Batch Norm that was folded into convolutions."
+            "--recover-folded",
+            help="ONNX: find again the Batch Norm that was folded into convolutions.",
+            rich_help_panel=_SEARCH,
         ),
     ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the trials in sqlite:///x.db or x.journal: the same command goes on after a kill.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study in the storage.", rich_help_panel=_SEARCH)
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the data that gives the verdict, unseen by the search. Default: 0.5, or in turns "
+            "where images are few.",
+            rich_help_panel=_VERDICT,
+        ),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(help="Other data for the verdict; --data is all for tuning.", rich_help_panel=_VERDICT),
+    ] = None,
     calib_data: Annotated[
         str | None,
-        typer.Option(help="With --recover-folded: images like those of training. Default: the tuning part."),
+        typer.Option(
+            help="Images to re-estimate moments on, labels unused. Default: those to tune on.",
+            rich_help_panel=_VERDICT,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "bnpatch-out"
@@ -45,19 +128,22 @@ def tune_alpha(
     reading: opt.Reading,
     loading: opt.Loading,
 ) -> None:
-    """Find the weight of the example that suits a model and data best.
+    """Find the weights that suit a model and data best, without retraining.
 
-    Writes recipe.json, patched.pt (or patched.onnx), alpha-curve.png and trials.csv into the output
-    folder. The verdict is given on examples that the search did not see.
+    alpha is the weight of the example in the moments that normalize it, lambda that of running moments
+    re-estimated on your images. The search climbs a ladder, one weight for all layers, then one per layer,
+    and keeps what images that it did not learn from support. The verdict is given on further images.
+
+    Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv.
 
     Examples:
     bnpatch tune-alpha model.pt --data val/
 
-    bnpatch tune-alpha timm:resnet50.a1_in1k --data imagenet/val --metric cross-entropy --limit 5000
+    bnpatch tune-alpha timm:resnet50.a1_in1k --data imagenet/val --granularity global --limit 5000
 
-    bnpatch tune-alpha model.onnx --data val/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
+    bnpatch tune-alpha model.onnx --data field-images/ --metric unlabeled --max-overhead 1.1
 
-    bnpatch tune-alpha resnet18-f37072fd.pth --data field-images/ --class-map classes.txt -o out/
+    bnpatch tune-alpha resnet18-f37072fd.pth --data val/ --class-map classes.txt --storage sqlite:///s.db
     """
     from bnpatch import tune_alpha
     from bnpatch.files import check_writable
@@ -67,7 +153,7 @@ def tune_alpha(
 
     check_writable(output)  # now, not after the search
     loaded = loading.open(model)
-    done = []
+    done: list[Any] = []
     with progress_bar() as progress:
 
         def keep(trial: Any, is_best: bool) -> None:
@@ -82,14 +168,22 @@ def tune_alpha(
             loaded,
             data,
             metric=metric,
+            granularity=granularity.value,
+            recalibrate=recalibrate,
             trials=trials,
+            max_passes=max_passes,
             timeout=timeout,
             holdout=holdout,
             test_data=test_data,
+            calib_data=calib_data,
+            class_prior=class_prior,
+            augment=augment,
+            max_overhead=max_overhead,
+            recover_folded=recover_folded,
             batch_size=reading.batch_size,
             seed=seed,
-            recover_folded=recover_folded,
-            calib_data=calib_data,
+            storage=storage,
+            study=study,
             progress=progress,
             on_trial=keep,
             **reading.settings(loaded),
@@ -98,8 +192,11 @@ def tune_alpha(
     files = write_results(result, loaded, output)
     if as_json:
         content = {
-            "verdict": result.verdict,
+            "verdict": str(result.verdict),
+            "chosen": result.chosen.name,
             "alpha": result.alpha,
+            "alphas": dict(result.setting.alphas),
+            "lambdas": dict(result.setting.lambdas),
             "files": [str(f) for f in files],
             **result.recipe.provenance,
         }
@@ -109,31 +206,37 @@ def tune_alpha(
 
 
 def _show(result: "TuneResult", files: list[Path]) -> None:
-    from .render import comparison_table
+    from .render import ladder_table, verdict_table
 
     left_out = opt.skipped(result.skipped)
-    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} held out{left_out}")
+    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} judged by{left_out}")
     if result.interrupted:
-        opt.say(f"interrupted    the best of {len(result.trials)} finished trials is kept")
-    opt.say(f"trials         {len(result.trials)} in {result.seconds:.1f} s")
+        opt.say("interrupted    what was finished is kept")
+    opt.say(f"search         {result.passes:.1f} passes over the tuning examples in {result.seconds:.1f} s")
     typer.echo("")
-    comparison_table(result.comparisons, "held-out")
+    ladder_table(result)
+    typer.echo("")
+    verdict_table(result.verdict)
     typer.echo(f"\n{verdict(result)}\n")
+    for note in result.notes:
+        typer.echo(f"note: {note}")
     typer.echo(f"wrote {', '.join(str(f) for f in files)}")
 
 
 def verdict(result: "TuneResult") -> str:
     """One sentence that a user can act on."""
-    tuned = result.comparisons[0]
-    change = tuned.metric.format(tuned.change.value, signed=True)
-    best = f"alpha = {result.alpha:.4g}"
-    if result.alpha == 0:
-        return f"{best} is best: keep the model as it is."
-    if tuned.verdict == "gain":
-        return f"{best}: {change} in {tuned.metric.name} on examples that the search did not see."
-    if tuned.verdict == "loss":
-        return f"{best} did best in tuning but loses on unseen examples: the recipe keeps the model as it is."
+    judged = result.comparisons[0]
+    change = judged.metric.format(judged.change.value, signed=True)
+    what = result.chosen.name
+    if result.alpha is not None and what == "alpha":
+        what = f"alpha = {result.alpha:.4g}"
+    if result.chosen.name == "identity":
+        return "no significant gain: nothing that was tried beats the model as it is. Keep it."
+    if str(result.verdict) == "gain":
+        return f"{what}: {change} in {judged.metric.name} on examples that the search did not see."
+    if str(result.verdict) == "loss":
+        return f"{what} did best in tuning but loses on unseen examples: the recipe keeps the model as it is."
     return (
-        f"no significant gain ({best} did best in tuning): keep the model as it is. "
-        "The files hold this alpha all the same."
+        f"no significant gain ({what} did best in tuning): keep the model as it is. "
+        "The files hold these weights all the same."
     )

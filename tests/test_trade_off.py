@@ -1,6 +1,7 @@
 """Nested settings, and the choice among points that were measured."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,20 +10,21 @@ from PIL import Image
 from bnpatch import BnpatchError
 from bnpatch.bench import Latency
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
+from bnpatch.setting import Setting
 from bnpatch.trade_off import (
     Point,
     choose,
     dominated,
     knee,
+    nested_sites,
     pareto_front,
     plot_trade_off,
-    sparse_settings,
 )
 
 
 def point(num_sites, ratio, gain, spread=0.01):
-    setting = {f"site{index}": 0.1 if index < num_sites else 0.0 for index in range(8)}
-    return Point(setting, gain, 0.01, Latency(ratio, ratio, ratio - spread, ratio + spread, 1, 9))
+    setting = Setting({f"site{index}": 0.1 if index < num_sites else 0.0 for index in range(8)})
+    return Point(setting, num_sites, gain, 0.01, Latency(ratio, ratio, ratio - spread, ratio + spread, 1, 9))
 
 
 ORIGINAL = point(0, 1.0, 0.0, spread=0.0)
@@ -31,28 +33,20 @@ POINTS = [ORIGINAL, point(1, 1.02, 0.10), point(2, 1.05, 0.18), point(4, 1.20, 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 15, 53, 300])
-def test_settings_are_nested_from_none_to_all(n):
-    alphas = {f"s{index}": 0.01 * (index + 1) / n for index in range(n)}
-    importance = {name: math.sin(17 * index) for index, name in enumerate(alphas)}
-    family = sparse_settings(alphas, importance)
-    kept = [{name for name, alpha in setting.items() if alpha} for setting in family]
-    assert kept[0] == set()
-    assert family[-1] == alphas
-    assert all(setting.keys() == alphas.keys() for setting in family)
-    assert all(small < large for small, large in pairwise(kept))
+def test_sites_are_nested_from_none_to_all(n):
+    importance = {f"s{index}": math.sin(17 * index) for index in range(n)}
+    family = nested_sites(importance)
+    assert family[0] == set()
+    assert family[-1] == set(importance)
+    assert all(small < large for small, large in pairwise(family))
     assert len(family) == min(n + 1, 8 if n == 15 else 9)
-    for names in kept:
-        left_out = [importance[name] for name in alphas.keys() - names]
+    for names in family:
+        left_out = [importance[name] for name in importance.keys() - names]
         assert not names or min(importance[name] for name in names) >= max(left_out, default=-1)
-        assert all(alphas[name] == setting[name] for setting in family for name in alphas if setting[name])
 
 
-def test_sites_without_a_weight_are_in_no_setting():
-    family = sparse_settings({"a": 0.0, "b": 0.2}, {"b": 1.0})
-    assert family == [{"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.2}]
-    assert sparse_settings({"a": 0.0}, {}) == [{"a": 0.0}]
-    with pytest.raises(BnpatchError, match="importance of site 'a'"):
-        sparse_settings({"a": 0.1}, {"b": 1.0})
+def test_no_sites_are_one_family():
+    assert nested_sites({}) == [frozenset()]
 
 
 def test_dominated_points_are_marked():
@@ -92,7 +86,7 @@ def test_of_equal_gains_the_cheaper_is_chosen():
 def test_the_knee_is_where_the_curve_bends():
     assert knee(POINTS).num_sites == 2
     # Units of either axis don't matter.
-    scaled = [Point(p.setting, 1000 * p.gain, p.standard_error, p.latency) for p in POINTS]
+    scaled = [replace(p, gain=1000 * p.gain) for p in POINTS]
     assert knee(scaled).num_sites == 2
     straight = [point(n, 1 + 0.1 * n, 0.1 * n) for n in range(4)]
     hollow = [ORIGINAL, point(1, 1.5, 0.1), point(2, 1.6, 1.0)]

@@ -1,0 +1,148 @@
+"""What the race costs and where it lands, against a grid of 101 weights and a plain Optuna loop of 50 trials.
+
+Handwritten digits (scikit-learn) and, where there are checkpoints, Fashion-MNIST:
+``python -m tests.benchmarks.search_cost [--checkpoints DIR] [--examples 600]``. DIR holds bare state dicts
+named after their architecture (``test_resnet.pt``), of ten classes and one channel at 32 pixels.
+
+Each search scores the model for real through bnpatch.evaluation; regret is judged on the examples that all
+three saw, against the grid's best.
+"""
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import optuna
+from bnpatch_cli.demo import _digits, _train
+
+import bnpatch
+from bnpatch.evaluation import evaluate
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.race import block_sizes, race
+from bnpatch.studies import open_study
+from tests.benchmarks.fashion_mnist import SHIFTS, read
+
+METRICS = (CROSS_ENTROPY, ACCURACY)
+FIRST = [{"sqrt_alpha": root} for root in (0.1, 0.2, 0.35, 0.6, 1.0)]
+PREPROCESSING = {"img_size": 32, "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
+
+
+class Scorer:
+    """Scores a model with a weight, and counts examples and seconds."""
+
+    def __init__(self, model, images, labels):
+        self.model = model
+        self.examples = bnpatch.open_examples((images, labels), model)
+        self.order = np.random.default_rng(0).permutation(len(labels))
+        self.sizes = block_sizes(len(labels))
+        self.blocks = np.split(self.order, np.cumsum(self.sizes)[:-1])
+        self.scored = 0
+        list(self.examples.batches(256))  # decoded once, before any clock runs
+
+    def __call__(self, root, indices):
+        self.scored += len(indices)
+        self.model.set_alphas(root**2)
+        return evaluate(self.model, self.examples, METRICS, indices=indices, batch_size=128).values
+
+    def timed(self, search):
+        """What a search returns, its passes and its seconds."""
+        self.scored, started = 0, time.perf_counter()
+        found = search()
+        return found, self.scored / len(self.order), time.perf_counter() - started
+
+
+def grid(scorer):
+    return [scorer(root, scorer.order) for root in np.linspace(0, 1, 101)]
+
+
+def plain(scorer, metric):
+    study = optuna.create_study(
+        direction="maximize" if metric.higher_is_better else "minimize",
+        sampler=optuna.samplers.TPESampler(seed=0),
+    )
+
+    def objective(trial):
+        return scorer(trial.suggest_float("sqrt_alpha", 0, 1), scorer.order)[metric.name].mean()
+
+    study.optimize(objective, n_trials=50)
+    return study.best_params["sqrt_alpha"]
+
+
+def raced(scorer, metric):
+    result = race(
+        open_study(direction="maximize" if metric.higher_is_better else "minimize"),
+        lambda params, block: scorer(params["sqrt_alpha"], scorer.blocks[block]),
+        scorer.sizes,
+        metric=metric,
+        space={"sqrt_alpha": (0.0, 1.0)},
+        identity={"sqrt_alpha": 0.0},
+        first=FIRST,
+    )
+    return result.best.params["sqrt_alpha"]
+
+
+def compare(name, scorer):
+    """Rows of the table: the race and the loop, by metric, against the grid."""
+    curve, _, grid_seconds = scorer.timed(partial(grid, scorer))
+    for metric in METRICS:
+        sign = -1 if metric.higher_is_better else 1
+        best = min((scores[metric.name] for scores in curve), key=lambda values: sign * values.mean())
+        loop_root, _, loop_seconds = scorer.timed(partial(plain, scorer, metric))
+        root, passes, seconds = scorer.timed(partial(raced, scorer, metric))
+        cells = []
+        for found in (root, loop_root):
+            values = scorer(found, scorer.order)[metric.name]
+            if metric.is_rate:
+                inside = "yes" if paired_difference(values, best).low <= 0 else "no"
+                cells.append(f"{100 * (best.mean() - values.mean()):.2f} points, within interval: {inside}")
+            else:
+                cells.append(f"{values.mean() / best.mean() - 1:+.2%}")
+        row = [
+            name,
+            metric.name,
+            f"{passes:.2f}",
+            f"{grid_seconds / seconds:.0f}x",
+            f"{loop_seconds / seconds:.0f}x",
+            *cells,
+        ]
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def problems(checkpoints, fashion, examples):
+    """Names, models and data."""
+    images, labels = _digits()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        _train(images[:898], labels[:898], 12, 0, path)
+        model = bnpatch.load(path)
+    for shift, apply in (("none", SHIFTS["none"]), ("contrast x 0.6", lambda x: 127.5 + 0.6 * (x - 127.5))):
+        shifted = apply(images[898:].astype(float)).round().astype(np.uint8)
+        yield f"digits, {shift}", Scorer(model, shifted[:examples], labels[898:][:examples])
+    images, labels = (values[:examples] for values in read(fashion, "t10k")) if checkpoints else ([], [])
+    for path in sorted(checkpoints.glob("*.pt")) if checkpoints else ():
+        model = bnpatch.load(path, preprocessing=PREPROCESSING)
+        for shift in ("none", "contrast x 0.4", "brightness x 0.35"):
+            shifted = SHIFTS[shift](images.astype(float)).round().astype(np.uint8)
+            yield f"{path.stem}, {shift}", Scorer(model, shifted, labels)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--examples", type=int, default=2000)
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    print(
+        "| problem | metric | passes | grid / race, time | loop / race, time | regret | regret of the loop |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, scorer in problems(args.checkpoints, args.data, args.examples):
+        compare(name, scorer)
+
+
+if __name__ == "__main__":
+    main()
