@@ -35,6 +35,7 @@ FLOORS = {
     "nn.norm": 1,
     "recipe": 2,
     "nn.surgery": 2,
+    "nn.paths": 3,
     "model": 3,
     "onnx_model": 5,
     "sources": 6,
