@@ -41,6 +41,8 @@ FLOORS = {
     "sources": 6,
     "loading": 6,
     "evaluation": 6,
+    "advice": 1,
+    "output_range": 7,
     "calibrate": 7,
     "search": 8,
     "export": 7,

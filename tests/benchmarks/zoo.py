@@ -32,8 +32,19 @@ from tests.nn.test_surgery import images, settle
 GROUP_NORM_IS_CONVERTED = False
 
 MAX_PARAMETERS = 150e6
-MAX_EXPORTED_PARAMETERS = 30e6
+MAX_EXPORTED_PARAMETERS = 12e6
 MAX_SECONDS = 120
+
+INTRODUCTION = """\
+# The zoo
+
+Written by `python -m tests.benchmarks.zoo` with {versions}: the
+smallest member of every family (library, module, stem of the name, classes of norm) that has Batch Norm or
+Group Norm, random weights, small inputs. Of each: the sites are those that an independent count of classes
+expects, alpha = 0 is the identity bit for bit, alpha = 0.1 is finite and different. Every third of them, if
+it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at alpha = 0.1 and
+compared on onnxruntime.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Family:
 class Result:
     family: Family
     name: str
+    size: int
     sites: int = 0
     left_alone: collections.Counter = field(default_factory=collections.Counter)
     deviation: float | None = None
@@ -164,7 +176,7 @@ def check_conversion(family, model, result):
         result.problem = f"sites differ: {', '.join(sorted(surveyed ^ expected)[:3])}"
     x, before = first_input(family, model, input_shapes(family, model))
     if not found.sites:
-        return x
+        return
     bnpatch.patch(model)
     if not torch.equal(tensors(entry(family, model)(x)), before):
         result.problem = "not the identity at alpha = 0"
@@ -174,10 +186,12 @@ def check_conversion(family, model, result):
         result.problem = "not finite at alpha = 0.1"
     elif torch.equal(after, before):
         result.problem = "no different at alpha = 0.1"
-    return x
 
 
-def check_export(model, x, result):
+def check_export(family, model, result):
+    with torch.inference_mode():
+        x, _ = first_input(family, model, input_shapes(family, model))
+    bnpatch.patch(model, 0.1)
     half = Preprocessing(tuple(x.shape[1:]), (0.5,), (0.5,))
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -200,44 +214,45 @@ def time_limit(seconds):
         signal.alarm(0)
 
 
+def attempt(check, result):
+    """Run a check of a new model; whatever that raises is a problem of this model alone."""
+    try:
+        with time_limit(MAX_SECONDS):
+            model = settle(create(result.family.library, result.name))
+            check(result.family, model, result)
+    except Exception as error:
+        result.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
 def sweep(only):
-    for index, (family, (size, name)) in enumerate(families(only).items()):
-        result, started = Result(family, name), time.monotonic()
-        try:
-            if size > MAX_PARAMETERS:
-                raise MemoryError(f"{size / 1e6:.0f} million parameters, too large for this sweep")
-            with time_limit(MAX_SECONDS):
-                model = settle(create(family.library, name))
-                x = check_conversion(family, model, result)
-                is_classifier = entry(family, model) is model and x.ndim == 4
-                if index % 3 == 0 and result.sites and is_classifier and size < MAX_EXPORTED_PARAMETERS:
-                    check_export(model, x, result)
-        except Exception as error:  # each model is on its own
-            result.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-        seconds = time.monotonic() - started
-        print(f"{family} {name}: {result.sites} {result.problem} ({seconds:.1f} s)", flush=True)
-        yield result
+    """All results so far, time and again: first every conversion, then one export after the other."""
+    results = []
+    for family, (size, name) in families(only).items():
+        results.append(result := Result(family, name, size))
+        if size > MAX_PARAMETERS:
+            result.problem = f"{size / 1e6:.0f} million parameters, too large for this sweep"
+        else:
+            attempt(check_conversion, result)
+        yield results
+    for result in results[::3]:
+        is_classifier = not re.search("detection|segmentation|optical_flow|video", result.family.module)
+        if result.sites and not result.problem and is_classifier and result.size < MAX_EXPORTED_PARAMETERS:
+            attempt(check_export, result)
+            yield results
 
 
 def page(results):
     """The results as Markdown, totals on top."""
     exported = [r.deviation for r in results if r.deviation is not None]
-    well = [r for r in results if not r.problem]
+    left_alone = sum(sum(r.left_alone.values()) for r in results)
+    worst = f"; largest deviation {max(exported):.1g} of the largest output" if exported else ""
+    versions = f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
     lines = [
-        "# The zoo",
-        "",
-        "Written by `python -m tests.benchmarks.zoo` with "
-        f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}: the smallest",
-        "member of every family (library, module, stem of the name, classes of norm) that has Batch Norm or Group",
-        "Norm, random weights, small inputs. Of each: the sites are those that an independent count of classes",
-        "expects, alpha = 0 is the identity bit for bit, alpha = 0.1 is finite and different; every third",
-        "classifier was exported to ONNX and compared on onnxruntime.",
-        "",
-        f"- {len(results)} families, {len(well)} without a problem",
-        f"- {sum(r.sites for r in results)} sites converted in {sum(r.sites > 0 for r in results)} architectures",
-        f"- {sum(sum(r.left_alone.values()) for r in results)} norms left alone, each with a reason",
-        f"- {len(exported)} exported to ONNX; largest deviation "
-        + (f"{max(exported):.1g} of the largest output" if exported else "unknown"),
+        INTRODUCTION.format(versions=versions, millions=MAX_EXPORTED_PARAMETERS / 1e6),
+        f"- {len(results)} families, {sum(not r.problem for r in results)} without a problem",
+        f"- {sum(r.sites for r in results)} sites in {sum(r.sites > 0 for r in results)} architectures",
+        f"- {left_alone} norms left alone, each with a reason",
+        f"- {len(exported)} exported to ONNX{worst}",
         "",
         "| family | architecture | sites | left alone, and why | ONNX deviation | problem |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -256,9 +271,9 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--only", default="", help="architectures with this in their name")
     args = parser.parse_args()
-    results = list(sweep(args.only))
-    args.output.write_text(page(results))
-    print(page(results).split("\n| ")[0])
+    for results in sweep(args.only):
+        print(time.strftime("%H:%M:%S"), page(results).splitlines()[-1], flush=True)
+        args.output.write_text(page(results))  # an interrupted sweep leaves what it has
 
 
 if __name__ == "__main__":
