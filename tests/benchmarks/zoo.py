@@ -13,7 +13,6 @@ import contextlib
 import re
 import signal
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from tests.nn.test_surgery import images, settle
 GROUP_NORM_IS_CONVERTED = False
 
 MAX_PARAMETERS = 150e6
-MAX_EXPORTED_PARAMETERS = 12e6
-MAX_SECONDS = 120
+MAX_EXPORTED_PARAMETERS = 6e6
+MAX_SECONDS = 120  # of one core's time
 
 INTRODUCTION = """\
 # The zoo
@@ -112,6 +111,14 @@ def create_without_values(library, name):
         return create(library, name)
 
 
+def norm_classes(model):
+    return tuple(sorted({type(m).__name__ for m in model.modules() if is_batch_norm(m) or is_group_norm(m)}))
+
+
+def module_of(model):
+    return type(model).__module__.removeprefix("timm.models.").removeprefix("torchvision.models.")
+
+
 def families(only=""):
     """The smallest member of each family with a norm of running moments or of groups, and its size."""
     found = collections.defaultdict(list)
@@ -121,12 +128,10 @@ def families(only=""):
         if only not in name:
             continue
         model = create_without_values(library, name)
-        norms = {type(m).__name__ for m in model.modules() if is_batch_norm(m) or is_group_norm(m)}
-        if norms:
-            module = type(model).__module__.removeprefix("timm.models.").removeprefix("torchvision.models.")
-            family = Family(library, module, re.match(r"[a-z]+", name)[0], tuple(sorted(norms)))
+        if norms := norm_classes(model):
+            family = Family(library, module_of(model), re.match(r"[a-z]+", name)[0], norms)
             found[family].append((sum(p.numel() for p in model.parameters()), name))
-    return {family: min(members) for family, members in sorted(found.items(), key=lambda f: str(f[0]))}
+    return {family: min(found[family]) for family in sorted(found, key=str)}
 
 
 def input_shapes(family, model):
@@ -203,15 +208,17 @@ def check_export(family, model, result):
 
 @contextlib.contextmanager
 def time_limit(seconds):
+    """Of the processor, so that a busy machine changes no result."""
+
     def stop(*_):
         raise TimeoutError(f"took more than {seconds} s")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def attempt(check, result):
@@ -225,7 +232,7 @@ def attempt(check, result):
 
 
 def sweep(only):
-    """All results so far, time and again: first every conversion, then one export after the other."""
+    """Check every conversion. Yields all results so far, time and again; the last one is new."""
     results = []
     for family, (size, name) in families(only).items():
         results.append(result := Result(family, name, size))
@@ -234,11 +241,22 @@ def sweep(only):
         else:
             attempt(check_conversion, result)
         yield results
+
+
+def exports(results):
+    """Check an export of every third. Yields each new result."""
     for result in results[::3]:
         is_classifier = not re.search("detection|segmentation|optical_flow|video", result.family.module)
         if result.sites and not result.problem and is_classifier and result.size < MAX_EXPORTED_PARAMETERS:
             attempt(check_export, result)
-            yield results
+            yield result
+
+
+def row(result):
+    left = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in result.left_alone.items())
+    deviation = "" if result.deviation is None else f"{result.deviation:.1g}"
+    problem = result.problem.replace("|", "/")
+    return f"| {result.family} | {result.name} | {result.sites} | {left} | {deviation} | {problem} |"
 
 
 def page(results):
@@ -257,12 +275,7 @@ def page(results):
         "| family | architecture | sites | left alone, and why | ONNX deviation | problem |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for r in results:
-        left = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in r.left_alone.items())
-        deviation = "" if r.deviation is None else f"{r.deviation:.1g}"
-        lines.append(
-            f"| {r.family} | {r.name} | {r.sites} | {left} | {deviation} | {r.problem.replace('|', '/')} |"
-        )
+    lines += map(row, results)
     return "\n".join([*lines, ""])
 
 
@@ -271,9 +284,13 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--only", default="", help="architectures with this in their name")
     args = parser.parse_args()
+    results = []
     for results in sweep(args.only):
-        print(time.strftime("%H:%M:%S"), page(results).splitlines()[-1], flush=True)
+        print(row(results[-1]), flush=True)
         args.output.write_text(page(results))  # an interrupted sweep leaves what it has
+    for result in exports(results):
+        print(row(result), flush=True)
+        args.output.write_text(page(results))
 
 
 if __name__ == "__main__":
