@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -47,17 +47,39 @@ class Advice:
 
 def advise(loaded: "TorchModel", data: str | None, asked: int | None, reading: opt.Reading) -> Advice:
     """Ask the model, and where there is data, run it."""
-    from bnpatch.output_range import output_ranges
-
     batch = asked or loaded.train_batch_size or _DEFAULT_TRAIN_BATCH
     source = "as asked" if asked else "from the checkpoint" if loaded.train_batch_size else "assumed"
-    sites, ranges = tuple(site.name for site in loaded.survey().sites), None
-    if data is not None and sites:
-        examples = reading.open(data, loaded, seed=0)
-        ranges = output_ranges(loaded, examples, train_batch_size=batch, batch_size=reading.batch_size)
-        left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
-        opt.say(f"data           {len(examples) - len(left_out)} images{opt.skipped(left_out)}")
+    sites = tuple(site.name for site in loaded.survey().sites)
+    ranges = _observe(loaded, data, batch, reading) if data is not None and sites else None
     return Advice(sites, _unnormalized(loaded), batch, source, ranges)
+
+
+def _observe(
+    loaded: "TorchModel", data: str, train_batch_size: int, reading: opt.Reading
+) -> "Sequence[OutputRange]":
+    from bnpatch.output_range import output_ranges
+
+    from .render import progress_bar
+
+    # One pass needs no memory of it.
+    examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0), 0
+    with progress_bar() as progress:
+
+        def count(examples_done: int) -> None:
+            nonlocal done
+            done += examples_done
+            progress("observing", done, len(examples))
+
+        ranges = output_ranges(
+            loaded,
+            examples,
+            train_batch_size=train_batch_size,
+            batch_size=reading.batch_size,
+            on_batch=count,
+        )
+    left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
+    opt.say(f"data           {len(examples) - len(left_out)} images{opt.skipped(left_out)}")
+    return ranges
 
 
 def _unnormalized(loaded: "TorchModel") -> frozenset[str] | None:
