@@ -102,7 +102,7 @@ class OutputRange:
     @property
     def is_beyond_training(self) -> bool:
         """Do the layers behind it see values that were impossible in training?"""
-        return self.observed > self.training_bound
+        return not self.observed <= self.training_bound  # NaN is beyond, too
 
 
 def training_bound(num_values: int) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bnpatch.advice import OutputRange, inference_bound, training_bound
 from bnpatch.data import Examples
+from bnpatch.errors import BnpatchError
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
@@ -37,7 +38,7 @@ def output_ranges(
         the maps that these examples have.
 
     Raises:
-        BnpatchError: the model doesn't take the examples.
+        BnpatchError: the model doesn't take the examples, or none can be read.
     """
     watched = [_Watched(site) for site in model.survey().sites]
     with model.borrowed():
@@ -49,6 +50,12 @@ def output_ranges(
         finally:
             for handle in handles:
                 handle.remove()
+    if examples.skipped and len(examples.skipped) == len(examples):
+        index, problem = next(iter(examples.skipped.items()))
+        raise BnpatchError(
+            f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
+            "look at the files",
+        )
     return tuple(watch.range(train_batch_size) for watch in watched if watch.num_values)
 
 

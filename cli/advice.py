@@ -12,6 +12,7 @@ from . import options as opt
 if TYPE_CHECKING:
     from bnpatch.advice import OutputRange, Technique
     from bnpatch.model import TorchModel
+    from bnpatch.nn.paths import NormPaths
 
 _DEFAULT_TRAIN_BATCH = 32
 
@@ -22,6 +23,7 @@ class Advice:
 
     sites: tuple[str, ...]
     unnormalized: frozenset[str] | None
+    num_function_calls: int | None
     train_batch_size: int
     train_batch_source: str
     ranges: "Sequence[OutputRange] | None"
@@ -38,6 +40,7 @@ class Advice:
         """Plain values."""
         return {
             "unnormalized": None if self.unnormalized is None else sorted(self.unnormalized),
+            "norms_by_function_calls": self.num_function_calls,
             "train_batch_size": self.train_batch_size,
             "train_batch_size_source": self.train_batch_source,
             "techniques": [asdict(technique) for technique in self.techniques],
@@ -51,7 +54,10 @@ def advise(loaded: "TorchModel", data: str | None, asked: int | None, reading: o
     source = "as asked" if asked else "from the checkpoint" if loaded.train_batch_size else "assumed"
     sites = tuple(site.name for site in loaded.survey().sites)
     ranges = _observe(loaded, data, batch, reading) if data is not None and sites else None
-    return Advice(sites, _unnormalized(loaded), batch, source, ranges)
+    paths = _paths(loaded)
+    unnormalized = None if paths is None else paths.unnormalized.intersection(sites)
+    calls = None if paths is None else paths.num_function_calls
+    return Advice(sites, unnormalized, calls, batch, source, ranges)
 
 
 def _observe(
@@ -82,16 +88,16 @@ def _observe(
     return ranges
 
 
-def _unnormalized(loaded: "TorchModel") -> frozenset[str] | None:
+def _paths(loaded: "TorchModel") -> "NormPaths | None":
     import torch
 
     from bnpatch.errors import BnpatchError
-    from bnpatch.nn.paths import unnormalized_sites
+    from bnpatch.nn.paths import norm_paths
 
     dtype = next((p.dtype for p in loaded.module.parameters() if p.is_floating_point()), torch.float32)
     example = torch.zeros(1, *loaded.preprocessing.input_size, device=loaded.device, dtype=dtype)
     try:
-        return unnormalized_sites(loaded.module, example)
+        return norm_paths(loaded.module, example)
     except BnpatchError as error:
         opt.say(f"note           {error.problem}")
         return None
@@ -102,6 +108,10 @@ def print_advice(advice: Advice, list_sites: bool) -> None:
     from .render import table
 
     num_sites = len(advice.sites)
+    if calls := advice.num_function_calls:
+        typer.echo(
+            f"\n{calls} normalizations are function calls in the model's own code, and stay as they are"
+        )
     if not num_sites:
         return
     if (reached := advice.unnormalized) is not None:

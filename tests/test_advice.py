@@ -68,4 +68,5 @@ def test_bounds_agree_where_the_example_weighs_as_in_training():
 
 def test_beyond_what_training_allowed():
     assert OutputRange("a", 6.0, 5.9, math.inf).is_beyond_training
+    assert OutputRange("a", math.nan, 5.9, math.inf).is_beyond_training
     assert not OutputRange("a", 5.8, 5.9, math.inf).is_beyond_training

@@ -143,6 +143,7 @@ def test_inspect_advises_on_training(cli, checkpoint, folder, tmp_path):
     assert (content["train_batch_size"], content["train_batch_size_source"]) == (2, "as asked")
     assert {t["name"]: t["fits"] for t in content["techniques"]}["Batch/Group Norm"] == "yes"
     assert content["output_ranges"] is None
+    assert content["norms_by_function_calls"] == 0
     code, out, _ = cli("inspect", checkpoint, "--data", folder, "-j", 0, "--json")
     ranges = json.loads(out)["output_ranges"]
     assert len(ranges) == 15

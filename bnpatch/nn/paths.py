@@ -43,10 +43,13 @@ class NormPaths:
     Attributes:
         unnormalized: names of the norms with a path to the output that meets no other norm.
         normalized: names of those that ran, and meet another norm on every path.
+        num_function_calls: calls of ``F.batch_norm`` and the like in the model's own code, outside of any
+            norm module: a patch of modules does not reach them.
     """
 
     unnormalized: frozenset[str]
     normalized: frozenset[str]
+    num_function_calls: int
 
 
 def unnormalized_sites(model: nn.Module, example_input: Tensor) -> frozenset[str]:
@@ -77,7 +80,7 @@ def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
         BnpatchError: the model does not run on this input, or returns no tensor.
     """
     norms = _norm_modules(model)
-    record = _Provenance(_names_by_storage(norms))
+    record = _Provenance(_names_by_storage(norms), {_storage(p) for p in model.parameters()})
     with _in_evaluation_mode(model), _noting_modules(norms, record), torch.no_grad(), record:
         try:
             y = model(example_input)
@@ -91,7 +94,7 @@ def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
     if not outputs:
         raise BnpatchError(f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor")
     unnormalized = frozenset[str]().union(*(record.of(output) for output in outputs))
-    return NormPaths(unnormalized, frozenset(record.seen - unnormalized))
+    return NormPaths(unnormalized, frozenset(record.seen - unnormalized), record.num_function_calls)
 
 
 class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,10 +105,12 @@ class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     from being taken for that of a new tensor.
     """
 
-    def __init__(self, names: dict[StorageWeakRef, str]) -> None:
+    def __init__(self, names: dict[StorageWeakRef, str], parameters: set[StorageWeakRef]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[str] = set()
-        self._names = names
+        self.num_function_calls = 0
+        self.norms_running = 0
+        self._names, self._parameters = names, parameters
         self._sources: dict[StorageWeakRef, frozenset[str]] = {}
 
     def of(self, x: Tensor) -> frozenset[str]:
@@ -126,6 +131,8 @@ class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         y = func(*args, **(kwargs or {}))
         operator = func.overloadpacket.__name__
         if _NORMALIZING.search(operator):
+            is_of_weights = _storage(read[0]) in self._parameters  # standardized convolutions do that
+            self.num_function_calls += not self.norms_running and not is_of_weights
             names = (self._names.get(_storage(x)) for x in read[1:])
             self.set_norm(y, next((name for name in names if name is not None), None))
             return y
@@ -161,14 +168,21 @@ def _names_by_storage(norms: dict[str, nn.Module]) -> dict[StorageWeakRef, str]:
 def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterator[None]:
     """Some norms have no operator of their own, others an activation after it: their modules know best."""
 
-    def noting(name: str) -> Any:
-        return lambda module, args, y: record.set_norm(y, name)
+    def enter(module: nn.Module, args: Any) -> None:
+        record.norms_running += 1
 
-    handles = [
-        module.register_forward_hook(noting(name))
-        for name, module in norms.items()
-        if not isinstance(module, torch.jit.ScriptModule)  # these take no hooks
-    ]
+    def leaving(name: str) -> Any:
+        def leave(module: nn.Module, args: Any, y: Any) -> None:
+            record.norms_running -= 1
+            record.set_norm(y, name)
+
+        return leave
+
+    handles = []
+    for name, module in norms.items():
+        if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leaving(name)))
     try:
         yield
     finally:

@@ -153,8 +153,31 @@ def test_what_stops_a_path(layer, stops):
 
 def test_norms_that_are_no_sites_have_paths_too():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm([3, 3]), nn.ReLU())
-    assert norm_paths(model, X) == NormPaths(frozenset({"1"}), frozenset({"0"}))
+    assert norm_paths(model, X) == NormPaths(frozenset({"1"}), frozenset({"0"}), 0)
     assert unnormalized_sites(model, X) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("forward", "calls"),
+    [
+        (lambda net, x: net.b(net.a(x)), 0),
+        (functional, 1),
+        (lambda net, x: F.group_norm(F.layer_norm(net.a(x), [3]), 2), 2),
+        (lambda net, x: F.batch_norm(x, None, None, training=True), 1),
+    ],
+)
+def test_counts_norms_that_no_patch_of_modules_reaches(forward, calls):
+    model = Net(forward)
+    assert norm_paths(model, X).num_function_calls == calls
+    assert norm_paths(patch(model), X).num_function_calls == calls
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "test_resnet", "test_efficientnet_gn", "test_convnext3"])
+def test_norms_of_modules_and_of_weights_are_no_function_calls(name):
+    model, x = timm.create_model(name), torch.zeros(1, 3, 96, 96)
+    assert norm_paths(model, x).num_function_calls == 0
+    if survey(model).sites:
+        assert norm_paths(patch(model, 0.1), x).num_function_calls == 0
 
 
 def test_a_model_compiled_by_torchscript_has_operators_still():
@@ -173,7 +196,7 @@ def test_leaves_the_model_as_it_was():
     unnormalized_sites(model, X)
     assert (model.training, model.a.training, model.b.training) == (True, True, False)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_says_why_it_does_not_know():
