@@ -168,6 +168,8 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     else:
         model = _build(checkpoint, arch)
     model.class_names = checkpoint.class_names or model.class_names
+    batch_size = checkpoint.args.get("batch_size")  # timm's and torchvision's scripts mean that of one device
+    model.train_batch_size = batch_size if isinstance(batch_size, int) and batch_size > 0 else None
     if checkpoint.bnpatch:
         stored = checkpoint.bnpatch
         try:

@@ -109,6 +109,7 @@ class TorchModel:
         device: where it computes.
         amp: compute in the device's half precision where autocast thinks it safe.
         notes: what a person should know about how it was loaded.
+        train_batch_size: examples per training step and device, where the checkpoint says it.
     """
 
     module: nn.Module
@@ -120,6 +121,7 @@ class TorchModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
     notes: list[str] = field(default_factory=list)
+    train_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         self.module.to(self.device)

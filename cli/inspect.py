@@ -2,95 +2,172 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as opt
+from .advice import Advice, advise, print_advice
+
+if TYPE_CHECKING:
+    from bnpatch.model import TorchModel
+    from bnpatch.onnx_model import OnnxModel
+    from bnpatch.sites import AnySite, Survey
 
 
 @opt.in_groups
 def inspect(
     *,
     model: opt.Model,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images to observe the range of each norm's output on.", show_default=False),
+    ] = None,
+    train_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images per training step and device. Default: what the checkpoint says, or 32."
+        ),
+    ] = None,
     as_json: opt.Json = False,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     loading: opt.Loading,
+    reading: opt.Reading,
 ) -> None:
-    """Show what bnpatch would rewrite in a model, what it would leave alone, and why.
+    """Show what bnpatch would rewrite in a model, what it would leave alone, and what to do with it.
 
     Examples:
     bnpatch inspect model.pt
 
     bnpatch inspect timm:efficientnet_b0 --sites
+
+    bnpatch inspect model.pt --data val/ --train-batch-size 128
     """
+    from bnpatch.onnx_model import OnnxModel
+
+    loaded = loading.open(model)
+    facts = _look(loaded, model)
+    if isinstance(loaded, OnnxModel):
+        if data is not None or train_batch_size is not None:
+            opt.say("note           advice on training and output ranges need a torch model")
+        advice = None
+    else:
+        advice = advise(loaded, data, train_batch_size, reading)
+    if as_json:
+        typer.echo(json.dumps(_as_json(loaded, facts, advice)))
+        return
+    _print_facts(facts, sites)
+    if advice is not None:
+        print_advice(advice, sites)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What there is to see without data."""
+
+    found: "Survey[AnySite]"
+    alphas: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]
+    outputs: int | None
+    folded: tuple[str, ...]
+    opset: int | None
+    size: int | None  # of the file, in bytes
+
+    @property
+    def single_value(self) -> list[str]:
+        return [name for name, shape in self.shapes.items() if all(side == 1 for side in shape)]
+
+    @property
+    def kinds(self) -> Counter[str]:
+        return Counter(s.kind for s in self.found.sites) + Counter(
+            left.kind for left in self.found.left_alone
+        )
+
+    def resolution(self, name: str) -> str:
+        shape = self.shapes.get(name)
+        return "unknown" if shape is None else " x ".join(map(str, shape)) or "one value"
+
+
+def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
     from bnpatch.errors import BnpatchError
     from bnpatch.onnx_model import OnnxModel
 
-    from .render import table
-
-    loaded = loading.open(model)
-    found, alphas = loaded.survey(), loaded.alphas()
     try:
         shapes, outputs = loaded.site_shapes(), loaded.num_outputs()
     except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
         opt.say(f"note           {error.problem}")
         shapes, outputs = {}, None
-
-    def resolution(name: str) -> str:
-        shape = shapes.get(name)
-        return "unknown" if shape is None else " x ".join(map(str, shape)) or "one value"
-
-    folded = loaded.folded() if isinstance(loaded, OnnxModel) else ()
     file = Path(model)
-    size = file.stat().st_size if file.is_file() else None
-    if as_json:
-        content = {
-            "model": loaded.name,
-            "architecture": str(loaded.arch) if loaded.arch else None,
-            "notes": loaded.notes,
-            "preprocessing": loaded.preprocessing.to_json(),
-            "outputs": outputs,
-            "sites": [
-                {
-                    "name": s.name,
-                    "kind": s.kind,
-                    "channels": s.num_channels,
-                    "resolution": shapes.get(s.name),
-                    "alpha": alphas[s.name],
-                }
-                for s in found.sites
-            ],
-            "folded_candidates": folded,
-            "opset": loaded.opset if isinstance(loaded, OnnxModel) else None,
-            "bytes": size,
-            "left_alone": [vars(left) for left in found.left_alone],
-        }
-        typer.echo(json.dumps(content))
-        return
-    opt.say(f"outputs        {outputs or 'unknown'}")
-    if size is not None:
-        opset = f", opset {loaded.opset}" if isinstance(loaded, OnnxModel) else ""
-        opt.say(f"file           {size / 1e6:.1f} MB{opset}")
+    return _Facts(
+        loaded.survey(),
+        loaded.alphas(),
+        shapes,
+        outputs,
+        folded=loaded.folded() if isinstance(loaded, OnnxModel) else (),
+        opset=loaded.opset if isinstance(loaded, OnnxModel) else None,
+        size=file.stat().st_size if file.is_file() else None,
+    )
+
+
+def _print_facts(facts: _Facts, list_sites: bool) -> None:
+    from .render import table
+
+    found, single = facts.found, facts.single_value
+    opt.say(f"outputs        {facts.outputs or 'unknown'}")
+    if facts.size is not None:
+        opset = f", opset {facts.opset}" if facts.opset is not None else ""
+        opt.say(f"file           {facts.size / 1e6:.1f} MB{opset}")
+    opt.say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
     opt.say("")
-    single = [name for name, shape in shapes.items() if all(side == 1 for side in shape)]
     typer.echo(f"{len(found.sites) - len(single)} sites to weigh examples at")
-    if sites:
+    if list_sites:
         rows = [
-            [s.name, s.kind, s.num_channels, resolution(s.name), f"{alphas[s.name]:g}"] for s in found.sites
+            [s.name, s.kind, s.num_channels, facts.resolution(s.name), f"{facts.alphas[s.name]:g}"]
+            for s in found.sites
         ]
         table(["site", "kind", "channels", "map", "alpha"], rows)
     elif found.sites:
-        groups = Counter((s.kind, resolution(s.name)) for s in found.sites)
+        groups = Counter((s.kind, facts.resolution(s.name)) for s in found.sites)
         table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
     if single:
-        names = ", ".join(single[:3]) + (", ..." if len(single) > 3 else "")
+        names = opt.some(single, len(single) if list_sites else 3)
         typer.echo(f"{len(single)} more see one value per channel and stay plain: {names}")
-    if folded:
-        names = ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
-        typer.echo(f"\n{len(folded)} convolutions may have had a Batch Norm folded into them: {names}")
+        typer.echo("(an example has no variance there: its weight would mostly shrink the signal)")
+    if facts.folded:
+        typer.echo(
+            f"\n{len(facts.folded)} convolutions may have had a Batch Norm folded into them: "
+            + opt.some(facts.folded)
+        )
     if found.left_alone:
         typer.echo(f"\n{len(found.left_alone)} norms are left alone")
         reasons = Counter((left.kind, left.reason) for left in found.left_alone)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
+
+
+def _as_json(loaded: "TorchModel | OnnxModel", facts: _Facts, advice: Advice | None) -> dict[str, Any]:
+    content = {
+        "model": loaded.name,
+        "architecture": str(loaded.arch) if loaded.arch else None,
+        "notes": loaded.notes,
+        "preprocessing": loaded.preprocessing.to_json(),
+        "outputs": facts.outputs,
+        "norms": dict(facts.kinds),
+        "sites": [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "channels": s.num_channels,
+                "resolution": facts.shapes.get(s.name),
+                "alpha": facts.alphas[s.name],
+            }
+            for s in facts.found.sites
+        ],
+        "single_value_sites": facts.single_value,
+        "folded_candidates": facts.folded,
+        "opset": facts.opset,
+        "bytes": facts.size,
+        "left_alone": [vars(left) for left in facts.found.left_alone],
+    }
+    return content if advice is None else content | advice.to_json()

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -197,12 +197,16 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def skipped(reasons: Mapping[str, str]) -> str:
     """Say which images were left out, the first few by name."""
     if not reasons:
         return ""
-    names = ", ".join(list(reasons)[:3]) + (", ..." if len(reasons) > 3 else "")
-    return f"; left out, because they can't be read: {len(reasons)} ({names})"
+    return f"; left out, because they can't be read: {len(reasons)} ({some(list(reasons))})"
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -20,10 +20,10 @@ _CALIBRATION_ERROR = Metric("calibration error", CONFIDENCE.score, higher_is_bet
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows; the first column is left-aligned, numbers are right-aligned."""
+    """Print rows; the first column and reasons are left-aligned, numbers are right-aligned."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if index == 0 or column == "why" else "right", overflow="fold")
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     # Piped output must not be cut to a terminal's width that isn't there.

@@ -7,6 +7,7 @@ import torchvision
 
 from bnpatch.errors import BnpatchError
 from bnpatch.nn.surgery import patch, survey
+from tests.benchmarks import zoo
 from tests.nn.test_surgery import images, settle
 
 TIMM_TEST_MODELS = timm.list_models("test_*")
@@ -28,16 +29,23 @@ TORCHVISION_FAMILIES = """
     wide_resnet50_2
 """.split()
 
+# A sample of the sweep of tests/benchmarks/zoo.py: what is not above, tasks besides classification among it.
+ZOO = """
+    timm/cpubone_nano timm/efficientvim_m1 timm/iformer_t timm/lcnetv2_small timm/lowformer_b0
+    timm/mobilevitv2_050 timm/swiftformer_xs timm/xcit_nano_12_p8_224 torchvision/lraspp_mobilenet_v3_large
+    torchvision/mc3_18 torchvision/quantized_shufflenet_v2_x0_5 torchvision/raft_large
+    torchvision/ssdlite320_mobilenet_v3_large
+""".split()
+
 TORCHVISION_WITHOUT_BN = ["alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "vgg11", "vit_b_32"]
 
 
 def check(model, x):
-    kinds = {left.kind for left in survey(model).left_alone}
+    assert {site.name for site in survey(model).sites} == set(zoo.expected_sites(model))
     if not survey(model).sites:
         with pytest.raises(BnpatchError, match="norm"):
             patch(model)
         return 0
-    assert not [kind for kind in kinds if kind.startswith("BatchNorm")]
     with torch.inference_mode():
         before = model(x)
         assert torch.equal(patch(model)(x), before)
@@ -62,6 +70,17 @@ def test_torchvision(name):
     model = settle(torchvision.models.get_model(name, **kwargs))
     size = {"maxvit_t": 224, "inception_v3": 96}.get(name, 64)
     assert check(model, images(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_sample_of_the_zoo(name):
+    library, name = name.split("/")
+    model = settle(zoo.create(library, name))
+    family = zoo.Family(library, zoo.module_of(model), name, zoo.norm_classes(model))
+    result = zoo.Result(family, name, size=0)
+    zoo.check_conversion(family, model, result)
+    assert result.problem == ""
+    assert result.sites
 
 
 @pytest.mark.parametrize("name", TORCHVISION_WITHOUT_BN)

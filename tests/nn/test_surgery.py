@@ -168,6 +168,18 @@ def test_auxiliary_norms_of_a_split_norm_are_reported():
     assert patched[0].aux_bn[0].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_a_model_of_split_norms_is_converted_like_the_model_that_it_was(name):
+    model, x = settle(timm.create_model(name)), images(2, 3, 64, 64)
+    names = [site.name for site in survey(model).sites]
+    expected = patch(copy.deepcopy(model), 0.2)(x)
+    split = timm.layers.convert_splitbn_model(model).eval()
+    found = survey(split)
+    assert [(site.name, site.kind) for site in found.sites] == [(n, "SplitBatchNorm2d") for n in names]
+    assert [left.name for left in found.left_alone] == [f"{n}.aux_bn.0" for n in names]
+    assert torch.equal(patch(split, 0.2)(x), expected)  # activations included
+
+
 def test_linear_norm_sees_single_values_and_stays_plain():
     norm = settle(levit.LinearNorm(8, 8))
     x = images(2, 5, 8)

@@ -1,0 +1,93 @@
+"""Observe how far normalized values lie from their mean, on data, against what training allowed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnpatch.advice import OutputRange, inference_bound, training_bound
+from bnpatch.data import Examples
+from bnpatch.errors import BnpatchError
+from bnpatch.model import TorchModel
+from bnpatch.moments import Moments
+from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
+from bnpatch.nn.surgery import Site
+
+
+def output_ranges(
+    model: TorchModel,
+    examples: Examples,
+    *,
+    train_batch_size: int,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> tuple[OutputRange, ...]:
+    """Run examples through a model, with the weights that it has now, and note the range at every site.
+
+    Args:
+        model: in evaluation mode while this runs.
+        examples: from :func:`bnpatch.open_examples`.
+        train_batch_size: examples that were normalized together in training.
+        batch_size: examples at a time; it changes nothing but the speed.
+        on_batch: called with the number of examples done, for progress.
+
+    Returns:
+        The sites that the examples reached, in the order of the model. The bounds are for the sizes of
+        the maps that these examples have.
+
+    Raises:
+        BnpatchError: the model doesn't take the examples, or none can be read.
+    """
+    watched = [_Watched(site) for site in model.survey().sites]
+    with model.borrowed():
+        handles = [watch.site.module.register_forward_pre_hook(watch.note) for watch in watched]
+        try:
+            for batch in examples.batches(batch_size):
+                model.predict(batch.x)
+                on_batch(len(batch.x))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if examples.skipped and len(examples.skipped) == len(examples):
+        index, problem = next(iter(examples.skipped.items()))
+        raise BnpatchError(
+            f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
+            "look at the files",
+        )
+    return tuple(watch.range(train_batch_size) for watch in watched if watch.num_values)
+
+
+@dataclass
+class _Watched:
+    """A site, and what was seen there: values per example that are normalized together, and the largest."""
+
+    site: Site
+    num_values: int = 0
+    alpha: float = 0.0
+    largest: Tensor | None = None
+
+    def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        _, _, mean, var = self.site.parameters()
+        groups, weigh_single_values = 1, False
+        if isinstance(module, ExampleWeighedNorm):
+            groups, weigh_single_values = module.channels_per_group, module.weigh_single_values
+        values = math.prod(x.shape[2:])
+        self.num_values = values * groups
+        self.alpha = self.site.alpha if values > 1 or weigh_single_values else 0.0
+        eps: Any = module.eps
+        y = weighed_norm(x, Moments(mean, var), None, None, eps, self.alpha, groups)
+        largest = y.abs().amax().float()
+        # Stays on the device: reading it here would wait for every layer.
+        self.largest = largest if self.largest is None else self.largest.maximum(largest)
+
+    def range(self, train_batch_size: int) -> OutputRange:
+        assert self.largest is not None  # it was noted
+        return OutputRange(
+            self.site.name,
+            self.largest.item(),
+            training_bound(train_batch_size * self.num_values),
+            inference_bound(self.num_values, self.alpha),
+        )

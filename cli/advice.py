@@ -1,0 +1,159 @@
+"""What ``bnpatch inspect`` says about training, and about the range of normalized values."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    from bnpatch.advice import OutputRange, Technique
+    from bnpatch.model import TorchModel
+    from bnpatch.nn.paths import NormPaths
+
+_DEFAULT_TRAIN_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a torch model's structure, its training batch, and data say."""
+
+    sites: tuple[str, ...]
+    unnormalized: frozenset[str] | None
+    num_function_calls: int | None
+    train_batch_size: int
+    train_batch_source: str
+    ranges: "Sequence[OutputRange] | None"
+
+    @property
+    def techniques(self) -> "tuple[Technique, ...]":
+        """The paper's four things, judged."""
+        from bnpatch.advice import techniques
+
+        reached = None if self.unnormalized is None else len(self.unnormalized)
+        return techniques(self.train_batch_size, len(self.sites), reached)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "unnormalized": None if self.unnormalized is None else sorted(self.unnormalized),
+            "norms_by_function_calls": self.num_function_calls,
+            "train_batch_size": self.train_batch_size,
+            "train_batch_size_source": self.train_batch_source,
+            "techniques": [asdict(technique) for technique in self.techniques],
+            "output_ranges": None if self.ranges is None else [_range_as_json(r) for r in self.ranges],
+        }
+
+
+def advise(loaded: "TorchModel", data: str | None, asked: int | None, reading: opt.Reading) -> Advice:
+    """Ask the model, and where there is data, run it."""
+    batch = asked or loaded.train_batch_size or _DEFAULT_TRAIN_BATCH
+    source = "as asked" if asked else "from the checkpoint" if loaded.train_batch_size else "assumed"
+    sites = tuple(site.name for site in loaded.survey().sites)
+    ranges = _observe(loaded, data, batch, reading) if data is not None and sites else None
+    paths = _paths(loaded)
+    unnormalized = None if paths is None else paths.unnormalized.intersection(sites)
+    calls = None if paths is None else paths.num_function_calls
+    return Advice(sites, unnormalized, calls, batch, source, ranges)
+
+
+def _observe(
+    loaded: "TorchModel", data: str, train_batch_size: int, reading: opt.Reading
+) -> "Sequence[OutputRange]":
+    from bnpatch.output_range import output_ranges
+
+    from .render import progress_bar
+
+    # One pass needs no memory of it.
+    examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0), 0
+    with progress_bar() as progress:
+
+        def count(examples_done: int) -> None:
+            nonlocal done
+            done += examples_done
+            progress("observing", done, len(examples))
+
+        ranges = output_ranges(
+            loaded,
+            examples,
+            train_batch_size=train_batch_size,
+            batch_size=reading.batch_size,
+            on_batch=count,
+        )
+    left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
+    opt.say(f"data           {len(examples) - len(left_out)} images{opt.skipped(left_out)}")
+    return ranges
+
+
+def _paths(loaded: "TorchModel") -> "NormPaths | None":
+    import torch
+
+    from bnpatch.errors import BnpatchError
+    from bnpatch.nn.paths import norm_paths
+
+    dtype = next((p.dtype for p in loaded.module.parameters() if p.is_floating_point()), torch.float32)
+    example = torch.zeros(1, *loaded.preprocessing.input_size, device=loaded.device, dtype=dtype)
+    try:
+        return norm_paths(loaded.module, example)
+    except BnpatchError as error:
+        opt.say(f"note           {error.problem}")
+        return None
+
+
+def print_advice(advice: Advice, list_sites: bool) -> None:
+    """Print for people; with ``list_sites`` every name and every range."""
+    from .render import table
+
+    num_sites = len(advice.sites)
+    if calls := advice.num_function_calls:
+        typer.echo(
+            f"\n{calls} normalizations are function calls in the model's own code, and stay as they are"
+        )
+    if not num_sites:
+        return
+    if (reached := advice.unnormalized) is not None:
+        names = [name for name in advice.sites if name in reached]
+        typer.echo(
+            f"\nscales and shifts of {len(reached)} of {num_sites} sites reach the output past no other norm"
+            + (f": {opt.some(names, len(names) if list_sites else 3)}" if names else "")
+        )
+    typer.echo(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
+    rows = [[t.name, t.fits, t.reason] for t in advice.techniques]
+    table(["technique", "fits", "why"], rows)
+    if advice.ranges is not None:
+        _print_ranges(advice.ranges, list_sites)
+
+
+def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
+    from .render import table
+
+    beyond = [r for r in ranges if r.is_beyond_training]
+    typer.echo(
+        f"\nnormalized values, in standard deviations: {len(beyond)} of {len(ranges)} sites go beyond what "
+        "was possible in training"
+    )
+    shown = ranges if list_sites else beyond
+    if shown:
+        rows = [
+            [
+                r.name,
+                f"{r.observed:.1f}",
+                f"{r.training_bound:.1f}",
+                "none" if math.isinf(r.inference_bound) else f"{r.inference_bound:.1f}",
+                "beyond" if r.is_beyond_training else "",
+            ]
+            for r in shown
+        ]
+        table(["site", "observed", "bound in training", "bound at inference", ""], rows)
+
+
+def _range_as_json(found: "OutputRange") -> dict[str, Any]:
+    bound = found.inference_bound
+    values = {
+        **asdict(found),
+        "inference_bound": None if math.isinf(bound) else bound,
+    }  # JSON has no infinity
+    return {**values, "is_beyond_training": found.is_beyond_training}

@@ -1,0 +1,84 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnpatch.loading import load
+from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.surgery import patch
+from bnpatch.output_range import output_ranges
+from bnpatch.sources import open_examples
+from tests.nn.test_surgery import images, settle
+
+X = 3 * images(7, 3, 6, 6)
+
+
+class Net(nn.Sequential):
+    """Batch Norm on 6 x 6 maps and on single values, and one that no input reaches."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten()
+        )
+        self.unused = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        for layer in list(self)[:5]:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return settle(Net())
+
+
+def ranges(module, batch_size=64):
+    model = load(module)
+    examples = open_examples((X.numpy(), np.zeros(len(X), int)), model)
+    return output_ranges(model, examples, train_batch_size=8, batch_size=batch_size)
+
+
+def by_hand(module, x):
+    """``max |y - beta| / |gamma|`` of the layer's output."""
+    shape = (1, -1, 1, 1)
+    return ((module(x) - module.bias.view(shape)) / module.weight.view(shape)).abs().max().item()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_ranges_are_those_of_the_outputs(module, alpha, batch_size):
+    patch(module, alpha)
+    first, second = ranges(module, batch_size)
+    with torch.no_grad():
+        maps = module[0](X)
+        pooled = module[2](module[1](maps))
+        assert first.observed == pytest.approx(by_hand(module[1], maps), rel=1e-5)
+        assert second.observed == pytest.approx(by_hand(module[3], pooled), rel=1e-5)
+    assert (first.name, second.name) == ("1", "3")
+    assert first.training_bound == pytest.approx(math.sqrt(8 * 36 - 1))
+    assert second.training_bound == pytest.approx(math.sqrt(7))
+    assert first.inference_bound == (pytest.approx(math.sqrt(36 / alpha - 1)) if alpha else math.inf)
+    assert second.inference_bound == math.inf  # single values stay plain
+    assert first.observed < first.inference_bound
+
+
+def test_an_outlier_is_beyond_training_as_it_is_and_within_the_inference_bound_when_weighed(module):
+    far = X.clone()
+    far[0, :, 0, 0] = 1e4
+    model = load(module)
+    examples = open_examples((far.numpy(), np.zeros(len(X), int)), model)
+    assert output_ranges(model, examples, train_batch_size=8)[0].is_beyond_training
+    model.set_alphas({"1": 0.2})
+    weighed = output_ranges(model, examples, train_batch_size=8)[0]
+    assert 0.9 * weighed.inference_bound < weighed.observed <= weighed.inference_bound
+
+
+def test_leaves_no_trace(module):
+    module.train()
+    ranges(module)
+    assert module.training
+    assert not any(m._forward_pre_hooks or isinstance(m, ExampleWeighedNorm) for m in module.modules())
