@@ -17,8 +17,8 @@ from bnpatch.moments import Moments
 from bnpatch.objectives import Objective, Seen
 from bnpatch.sites import SiteFacts
 
-#: The label-free objectives are functions of a set: so many examples at a time, at least.
-SET_SIZE = 250
+#: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
+SET_SIZE, _PER_CLASS = 250, 2
 
 
 class Judge(Protocol):
@@ -78,16 +78,21 @@ class ByObjective:
         objective: see :mod:`bnpatch.objectives`.
         sites: what the objective needs to know of them.
         metrics: scored beside it, where there are labels.
+        num_classes: K.
         batch_size: examples at a time.
-        set_size: examples that are judged together.
     """
 
     metric: Metric
     objective: Objective
     sites: Mapping[str, SiteFacts]
     metrics: Sequence[Metric] = ()
+    num_classes: int = 2
     batch_size: int = 64
-    set_size: int = SET_SIZE
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are judged together: enough for a mean prediction that means something."""
+        return max(SET_SIZE, _PER_CLASS * self.num_classes)
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`Judge`: the objective once, and what labels there are of each example."""

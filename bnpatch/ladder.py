@@ -13,7 +13,15 @@ import numpy as np
 from bnpatch.calibrate import target_moments
 from bnpatch.data import Examples, Indices
 from bnpatch.judge import Judge
-from bnpatch.learn import LEARNING_BATCH, LEARNING_CHECKS, LEARNING_STEPS, STEP_COST, Shared, learn
+from bnpatch.learn import (
+    LEARNING_BATCH,
+    LEARNING_CHECKS,
+    LEARNING_STEPS,
+    STEP_COST,
+    NoGradientError,
+    Shared,
+    learn,
+)
 from bnpatch.metrics import Estimate, Values, paired_difference
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.race import RaceResult, Runner, block_sizes, race
@@ -298,14 +306,17 @@ class Ladder:
         study = self._study("alpha")
         if kept := study.recall(rung):
             return Setting(*kept)
-        is_torch = isinstance(self.model, TorchModel)
-        found = self._learn(start, shared) if is_torch else self._walk(start, shared)
+        try:
+            found = self._learn(start, shared)
+        except NoGradientError:
+            found = self._walk(start, shared)
         if not (self.interrupted or self._hurry()):
             study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
         return found
 
     def _learn(self, start: Setting, shared: Shared) -> Setting:
-        assert isinstance(self.model, TorchModel)
+        if not isinstance(self.model, TorchModel):
+            raise NoGradientError
         label = "learning a weight per layer"
         fit = self.fit[: min(len(self.fit), _LEARNED_EXAMPLES)]
 
@@ -321,6 +332,7 @@ class Ladder:
             lambda: self._sign * float(np.mean(self.selected(self.model.setting(), label))),
             start=start,
             shared=shared,
+            batch_size=max(LEARNING_BATCH, self.judge.set_size),
             seed=self.plan.seed,
             stop=self._hurry,
             on_batch=spent,

@@ -25,6 +25,10 @@ LEARNING_STEPS, LEARNING_BATCH, LEARNING_CHECKS = 100, 128, 10
 STEP_COST = 3
 
 
+class NoGradientError(Exception):
+    """The loss does not depend on the weights by way of anything that has a gradient."""
+
+
 @dataclass(frozen=True)
 class Shared:
     """Which sites are learned, and which of them share a weight: a name of group by name of site."""
@@ -73,6 +77,9 @@ def learn(
 
     Returns:
         The best setting.
+
+    Raises:
+        NoGradientError: the loss has none.
     """
     model.set(start)
     best, lowest = start, cost()
@@ -96,7 +103,10 @@ def learn(
             for batch in examples.batches(len(chosen), chosen):
                 with torch.enable_grad():
                     _set_learned(model, shared, logits)
-                    gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+                    value = loss(model, batch)
+                    if not value.requires_grad:
+                        raise NoGradientError
+                    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
@@ -105,8 +115,8 @@ def learn(
             if step % every == 0 or step == steps:
                 found = _setting(start, shared, logits)
                 model.set(found)
-                if (value := cost()) < lowest:
-                    best, lowest = found, value
+                if (judged := cost()) < lowest:
+                    best, lowest = found, judged
     return best
 
 

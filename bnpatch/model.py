@@ -55,6 +55,9 @@ class Patchable(Protocol):
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
         """Give the moments of the data at hand, by name of site, that lambda is the weight of."""
 
+    def targets(self) -> Mapping[str, Moments[Any]]:
+        """What :meth:`retarget` was given last."""
+
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments to norms that have none: from now on they are sites."""
 
@@ -197,6 +200,10 @@ class TorchModel:
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
         """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
         self._targets = {name: self._on_device(moments) for name, moments in targets.items()}
+
+    def targets(self) -> Mapping[str, Moments[Any]]:
+        """What :meth:`retarget` was given last."""
+        return self._targets
 
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments (C,) to norms that have none, by name: from now on they are sites.
@@ -479,6 +486,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None and (rank := os.environ.get("LOCAL_RANK")):
+            return torch.device(accelerator.type, int(rank))  # one of several processes, each with its own
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)

@@ -159,6 +159,10 @@ class OnnxModel:
         """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
         self._targets = {name: _float64(moments) for name, moments in targets.items()}
 
+    def targets(self) -> Mapping[str, Moments[Any]]:
+        """What :meth:`retarget` was given last."""
+        return self._targets
+
     def facts(self) -> dict[str, SiteFacts]:
         """What each site brings along, by name."""
         own = {s.module: s for s in self._patchable()}

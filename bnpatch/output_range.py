@@ -70,15 +70,20 @@ class _Watched:
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        _, _, mean, var = self.site.parameters()
-        groups, weigh_single_values = 1, False
+        groups, weigh_single_values, running = 1, False, None
         if isinstance(module, ExampleWeighedNorm):
             groups, weigh_single_values = module.channels_per_group, module.weigh_single_values
+            running = module.running
+        if running is None:
+            _, _, mean, var = self.site.parameters()
+            assert mean is not None  # a site without running moments has an override
+            assert var is not None
+            running = Moments(mean, var)
         values = math.prod(x.shape[2:])
         self.num_values = values * groups
         self.alpha = self.site.alpha if values > 1 or weigh_single_values else 0.0
         eps: Any = module.eps
-        y = weighed_norm(x, Moments(mean, var), None, None, eps, self.alpha, groups)
+        y = weighed_norm(x, running, None, None, eps, self.alpha, groups)
         largest = y.abs().amax().float()
         # Stays on the device: reading it here would wait for every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)

@@ -2,15 +2,16 @@
 
 The identity runs on all blocks first: it is what everything is compared with. Then trials climb a ladder. On
 the first rung some given points and some that a Gaussian process proposes are scored on a few blocks, which
-is enough to find the region. The two best go on to the second rung, four times as many blocks; there the
-process proposes further points, as many as the budget takes. The best of this rung runs on all blocks, and
-wins if it is better than the identity on all of them.
+is enough to find the region. The best, and the next best that lies apart from it, go on to the second rung,
+four times as many blocks; there the process proposes further points, as many as the budget takes. The best of
+this rung runs on all blocks, and wins if it is better than the identity on all of them.
 
-Whatever is compared is compared on the same examples, and a trial ends early as soon as another is better
-beyond doubt (Student's test of the paired differences, its level shared among all looks).
+Whatever is compared is compared on the same examples, with the identity's scores as a control variate, and a
+trial ends early as soon as another is better beyond doubt (Student's test of the paired differences, its
+level shared among all looks).
 
 The Gaussian process is Optuna's. It learns from trials that ended early, too: each is told at the score that
-it would have had on all blocks if it differed there from the leader as much as on the blocks that both have.
+it would have on all blocks if it differed there from the leader as much as on the blocks that both have.
 """
 
 import time

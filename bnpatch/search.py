@@ -37,6 +37,7 @@ from bnpatch.metrics import (
 )
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.onnx_model import OnnxModel
+from bnpatch.processes import Processes, Shared, dismiss, serve, start
 from bnpatch.recipe import Recipe
 from bnpatch.setting import Setting
 from bnpatch.sources import open_examples
@@ -277,7 +278,7 @@ class _Goal:
         }
         beside = STANDARD_METRICS if examples.labelled[indices].all() else ()
         objective = objectives[self.metric.name]
-        return ByObjective(self.metric, objective, model.facts(), beside, self.batch_size)
+        return ByObjective(self.metric, objective, model.facts(), beside, num_outputs, self.batch_size)
 
     def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
         """What gives the verdict on these examples, by labels where there are, and the metrics compared."""
@@ -318,40 +319,60 @@ class _Job:
                 {**self.model.identities(), **came_with.alphas},
                 {**self.model.setting().lambdas, **came_with.lambdas},
             )
-            whole = self.parts[0][0] if len(self.parts) == 1 else np.arange(len(self.examples))
             if self.plan.storage:
                 self.plan = replace(self.plan, fingerprint=self._fingerprint())
-            self.judge = self.goal.judge(self.model, self.seen, whole)
+            self.judge = self.goal.judge(self.model, self.seen, self._whole)
             held = np.concatenate([held_out for _, held_out in self.parts])
             self.final_judge, self.metrics = self.goal.final_judge(self.judge, self.test_examples, held)
-            ladder = self._ladder(whole, self.plan)
-            rungs = ladder.climb()
-            chosen = _chosen(rungs)
-            points: list[Point] = []
-            if self.max_overhead is not None:
-                chosen, points = self._thinned(chosen, ladder)
-                rungs = [*(replace(rung, chosen=False) for rung in rungs), chosen]
-            evidence = self._evidence(before, chosen.setting)
-            verdict = conclude(evidence, self.metrics)
-            setting = chosen.setting
-            if str(verdict) == "loss":
-                setting = before
-                self.notes.append(
-                    f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied"
-                )
-            elif lower := self._better_global(rungs, evidence):
-                self.notes.append(
-                    f"{chosen.name} does worse than {lower.name} on held-out examples: not applied"
-                )
-                rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
-                setting = lower.setting
-                verdict = conclude(self._evidence(before, setting), self.metrics)
-            self.model.set(setting)
-            recipe = self.model.recipe()
+            processes = start()
+            return self._search(before) if processes is None else self._search_together(before, processes)
+
+    @property
+    def _whole(self) -> Indices:
+        """All examples to tune on."""
+        return self.parts[0][0] if len(self.parts) == 1 else np.arange(len(self.examples), dtype=np.int64)
+
+    def _search_together(self, before: Setting, processes: Processes) -> TuneResult:
+        """The first process searches, the others score what it asks for; all return its result."""
+        judges = {
+            number: (judge, examples)
+            for number, (judge, examples) in enumerate(
+                ((self.judge, self.seen), (self.final_judge, self.test_examples))
+            )
+            if isinstance(judge, ByMetric)
+        }
+        if processes.rank > 0:
+            served: TuneResult = serve(processes, self.model, judges)
+            return served
+        if 0 in judges:
+            self.judge = Shared(judges[0][0], 0, processes)
+        if 1 in judges:
+            self.final_judge = Shared(judges[1][0], 1, processes)
+        result = None
+        try:
+            result = self._search(before)
+            return result
+        finally:
+            dismiss(processes, result)
+
+    def _search(self, before: Setting) -> TuneResult:
+        ladder = self._ladder(self._whole, self.plan)
+        rungs = ladder.climb()
+        points: list[Point] = []
+        if self.max_overhead is not None:
+            thinned, points = self._thinned(_chosen(rungs), ladder)
+            rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
+        rungs, setting, verdict = self._judge(before, rungs)
+        self.model.set(setting)
+        recipe = self.model.recipe()
         self.progress.finish()
         if not self.goal.needs_labels:
             name = self.goal.metric.name
             self.notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
+        if len(self.parts) > 1:
+            self.notes.append(
+                f"few examples: {len(self.parts)} parts of them took turns in being held out (cross-fitting)"
+            )
         skipped = {
             examples.source.name(index): why
             for examples in (self.examples, self.test_examples)
@@ -365,13 +386,27 @@ class _Job:
             setting,
             list(setting.alphas),
             ladder.passes,
-            len(set(whole.tolist()) - self.examples.skipped.keys()),
+            len(set(self._whole.tolist()) - self.examples.skipped.keys()),
             skipped,
             self.notes,
             ladder.interrupted,
             trade_off=points,
             recipe=recipe,
         )
+
+    def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict]:
+        """What held-out examples say of the chosen rung, and what is kept after that."""
+        chosen = _chosen(rungs)
+        evidence = self._evidence(before, chosen.setting)
+        verdict = conclude(evidence, self.metrics)
+        if str(verdict) == "loss":
+            self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
+            return rungs, before, verdict
+        if lower := self._better_global(rungs, evidence):
+            self.notes.append(f"{chosen.name} does worse than {lower.name} on held-out examples: not applied")
+            rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
+            return rungs, lower.setting, conclude(self._evidence(before, lower.setting), self.metrics)
+        return rungs, chosen.setting, verdict
 
     def _thinned(self, chosen: Rung, ladder: Ladder) -> tuple[Rung, list[Point]]:
         """As many of the sites as the limit on latency allows."""

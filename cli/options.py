@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -193,8 +194,9 @@ def in_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not the result."""
-    typer.echo(text, err=True)
+    """Tell a person something that is not the result; once, however many processes run."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

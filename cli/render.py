@@ -1,5 +1,6 @@
 """Tables and progress for people."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("examples, left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough for several processes
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("reading data", total=None)
 
         def progress(label: str, done: int, total: int) -> None:

@@ -147,6 +147,7 @@ def tune_alpha(
     """
     from bnpatch import tune_alpha
     from bnpatch.files import check_writable
+    from bnpatch.processes import is_first
     from bnpatch.report import write_results, write_trials
 
     from .render import progress_bar
@@ -188,6 +189,8 @@ def tune_alpha(
             on_trial=keep,
             **reading.settings(loaded),
         )
+    if not is_first():  # of several processes that share the work
+        return
     result.recipe.provenance["command"] = " ".join(sys.argv[1:])
     files = write_results(result, loaded, output)
     if as_json:

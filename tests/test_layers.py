@@ -61,6 +61,7 @@ FLOORS = {
     "learn": 7,
     "walk": 7,
     "race": 7,
+    "processes": 8,
     "verdict": 8,
     "ladder": 8,
     "sparse": 9,
