@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,7 +245,12 @@ def as_stored(values: Values) -> Values:
 
 def this_process() -> str:
     """The owner of what this process does."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_start(os.getpid())}"
+    return _named(os.getpid())
+
+
+@cache
+def _named(pid: int) -> str:
+    return f"{socket.gethostname()}:{pid}:{_start(pid)}"
 
 
 def _alive(owner: str, seen: float) -> bool:

@@ -106,7 +106,10 @@ class Site:
     @property
     def alpha(self) -> float:
         """The weight of the example: 0 where the site isn't patched (Group Norm is a site once it is)."""
-        return float(self.module.alpha) if isinstance(self.module, ExampleWeighedNorm) else 0.0
+        if not isinstance(self.module, ExampleWeighedNorm):
+            return 0.0
+        alpha = self.module.alpha
+        return alpha.item() if isinstance(alpha, Tensor) else alpha
 
 
 def survey(model: nn.Module) -> Survey[Site]:
