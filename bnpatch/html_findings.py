@@ -151,40 +151,40 @@ def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
     """The weights that are kept, from the input of the model to its output."""
     if is_identity(result):
         return tag("p", f"All {len(result.sites)} sites stay as they were.")
-    label, weights = weight_label(result), distances(result)
-    lambdas = dict(result.setting.lambdas)
-    texts = {
-        label: weight_axis(result),
-        "lambda": "lambda, the weight of re-estimated moments",
-    }
-    charts = [
-        tag("figure", tag("figcaption", tag("b", texts[name])), depth_chart(values, shapes, name))
-        for name, values in ((label, weights), ("lambda", lambdas))
-        if any(values.values())
-    ]
-    columns = [
-        "site",
-        *(["feature map"] if shapes else []),
-        "alpha",
-        *(["lambda"] if any(lambdas.values()) else []),
-    ]
-    rows = [
-        [
-            name,
-            *(["x".join(map(str, shapes.get(name, ()))) or "-"] if shapes else []),
-            f"{alpha:.4g}",
-            *([f"{lambdas[name]:.3g}"] if any(lambdas.values()) else []),
-        ]
-        for name, alpha in result.setting.alphas.items()
-    ]
-    stages = " Shading and numbers on top mark stages: sites of one size of feature map." if shapes else ""
+    label, lambdas = weight_label(result), dict(result.setting.lambdas)
+    charts, texts = [], []
+    for name, meaning, weights in (
+        (label, weight_axis(result), distances(result)),
+        ("lambda", "lambda, the weight of re-estimated moments", lambdas),
+    ):
+        if len(values := set(weights.values())) > 1:
+            caption = tag("figcaption", tag("b", meaning))
+            charts.append(tag("figure", caption, depth_chart(weights, shapes, name)))
+        elif any(values):
+            texts.append(f"{meaning}, is {values.pop():.4g} at all {len(weights)} sites.")
+    if charts:
+        texts.append("Bars stand for sites, in the order of the model.")
+        if shapes:
+            texts.append("Shading and numbers on top mark stages: sites of one size of feature map.")
     return join(
         [
-            tag("p", f"The weights that are kept, for each of the {len(rows)} sites.{stages}"),
-            tag("div", *charts, class_="charts"),
-            tag("details", tag("summary", "All weights"), table("By depth.", columns, rows)),
+            *(tag("p", text[0].upper() + text[1:]) for text in texts),
+            tag("div", *charts, class_="charts") if charts else None,
+            tag("details", tag("summary", "All weights"), _weights(result, shapes)),
         ]
     )
+
+
+def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
+    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.setting.alphas.items()}}
+    if any(result.setting.lambdas.values()):
+        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.setting.lambdas.items()}
+    if shapes:
+        columns["feature map"] = {
+            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown" for name in result.sites
+        }
+    rows = [[name, *(column[name] for column in columns.values())] for name in result.sites]
+    return table("From input to output.", ["site", *columns], rows)
 
 
 def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:

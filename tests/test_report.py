@@ -123,8 +123,9 @@ def test_weights_and_where_they_come_from(tuned, written):
     rows = {row[0]: row for table in page.tables if table[0][0] == "site" for row in table[1:]}
     assert list(rows) == tuned.sites
     for name, alpha in tuned.setting.alphas.items():
-        assert float(rows[name][2]) == pytest.approx(alpha, rel=1e-3)
-        assert rows[name][1].split("x")[0] in ("16", "8", "4", "2", "1")
+        assert float(rows[name][1]) == pytest.approx(alpha, rel=1e-3)
+        assert float(rows[name][2]) == pytest.approx(tuned.setting.lambdas[name], abs=5e-3)
+        assert rows[name][3].split("x")[0] in ("16", "8", "4", "2", "1")
     about = tuned.recipe.provenance
     assert page.row("data fingerprint")[1] == about["data"]["fingerprint"]
     assert f"torch {torch.__version__}".split("+")[0] in page.row("versions")[1]
@@ -324,7 +325,7 @@ def test_a_model_that_takes_no_blank_image_has_no_stages(tuned, model, written, 
 
     monkeypatch.setattr(type(model), "site_shapes", refuse)
     page = written(tuned)
-    assert next(table[0] for table in page.tables if table[0][0] == "site")[1] == "alpha"
+    assert "feature map" not in next(table[0] for table in page.tables if table[0][0] == "site")
 
 
 def test_gain_against_time(tuned, written):
