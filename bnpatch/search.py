@@ -75,6 +75,7 @@ class TuneResult:
         sites: names of the sites, in the order of the model.
         passes: how often the tuning examples were gone through; learning counts threefold.
         num_tuning: examples that the search saw, without the unreadable.
+        num_folds: parts that took turns in being held out, each judged by a search without it; else 1.
         skipped: examples that can't be read, by name, and why.
         notes: what a person should know about the result.
         interrupted: the user stopped the search early.
@@ -91,6 +92,7 @@ class TuneResult:
     sites: list[str]
     passes: float
     num_tuning: int
+    num_folds: int = 1
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -387,6 +389,7 @@ class _Job:
             list(setting.alphas),
             ladder.passes,
             len(set(self._whole.tolist()) - self.examples.skipped.keys()),
+            len(self.parts),
             skipped,
             self.notes,
             ladder.interrupted,

@@ -67,10 +67,17 @@ FLOORS = {
     "sparse": 9,
     "search": 10,
     "export": 7,
-    "report": 11,
-    "": 12,
-    "nn": 12,
-    "graph": 12,
+    "markup": 0,
+    "confusion": 0,
+    "summary": 11,
+    "curves": 12,
+    "charts": 13,
+    "html_findings": 14,
+    "html_report": 15,
+    "report": 16,
+    "": 17,
+    "nn": 17,
+    "graph": 17,
 }
 
 

@@ -1,0 +1,272 @@
+"""What a search found, section by section of the report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from bnpatch.charts import curve_chart, depth_chart, strip, trade_off_chart
+from bnpatch.confusion import class_changes, mistake_changes, most_changed
+from bnpatch.curves import Curve, race_curves
+from bnpatch.markup import Markup, join, table, tag
+from bnpatch.metrics import Estimate, Metric
+from bnpatch.search import TuneResult
+from bnpatch.sites import LeftAlone
+from bnpatch.summary import (
+    distances,
+    interval,
+    is_identity,
+    judged_on,
+    points,
+    title,
+    weight_axis,
+    weight_label,
+)
+from bnpatch.trade_off import Point, dominated, knee
+
+#: Rows of tables of classes and of confusions.
+MOST_CLASSES = 15
+
+#: Norms of one kind that are named; the others are counted.
+_NAMED = 4
+
+_CALIBRATION = Metric("calibration error", lambda outputs, targets: outputs, False, is_rate=True)
+
+
+def before_and_after(result: TuneResult) -> Markup:
+    """Every metric on the held-out examples, and the answers that flipped."""
+    verdict = result.verdict
+    if is_identity(result) and not verdict.changed and not any(c.change.value for c in result.comparisons):
+        rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in result.comparisons]
+        if verdict.calibration is not None:
+            rows.append(_named(_CALIBRATION, _estimated(_CALIBRATION, verdict.calibration.before)))
+        caption = f"The model as it is, on {judged_on(result)}. Small: 95% intervals."
+        return table(caption, ["metric", "as it is"], rows)
+    rows = [_compared(c.metric, c.before, c.after, c.change, c.verdict) for c in result.comparisons]
+    if (c := verdict.calibration) is not None:
+        rows.append(_compared(_CALIBRATION, c.before, c.after, c.change, c.verdict))
+    facts = []
+    if verdict.flips is not None:
+        facts += [
+            ("wrong, now right", f"{verdict.flips.gained:,}"),
+            ("right, now wrong", f"{verdict.flips.lost:,}"),
+        ]
+    if verdict.changed is not None:
+        facts.append(("answers changed", f"{verdict.changed:,} of {verdict.num_examples:,}"))
+    patched = "patched" if str(verdict) != "loss" else "patched (not kept)"
+    return join(
+        [
+            table(
+                f"On {judged_on(result)}. Small: 95% intervals; the change is paired, example by example.",
+                ["metric", "as it is", patched, "change"],
+                rows,
+            ),
+            tag(
+                "dl",
+                *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts),
+                class_="facts",
+            )
+            if facts
+            else None,
+        ]
+    )
+
+
+def _compared(metric: Metric, before: Estimate, after: Estimate, change: Estimate, verdict: str) -> list[str]:
+    sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
+    changed = [
+        metric.format(change.value, signed=True),
+        tag("small", interval(metric, change)),
+        tag("small", sign, class_=f"is-{verdict}" if verdict in ("gain", "loss") else None),
+    ]
+    return _named(metric, _estimated(metric, before), _estimated(metric, after), join(changed))
+
+
+def _named(metric: Metric, *cells: str) -> list[str]:
+    """A row of a table of metrics."""
+    hint = None if metric.higher_is_better else tag("small", "(lower is better)")
+    return [join([title(metric), " ", hint]), *cells]
+
+
+def _estimated(metric: Metric, estimate: Estimate) -> Markup:
+    return join([metric.format(estimate.value), tag("small", interval(metric, estimate, signed=False))])
+
+
+def ladder(result: TuneResult) -> Markup:
+    """Every rung with its score on the selection examples."""
+    metric = result.metric
+    changes = [rung.change for rung in result.rungs[1:] if math.isfinite(rung.change.high - rung.change.low)]
+    ends = [0.0, *(end for change in changes for end in (change.low, change.value, change.high))]
+    span = (min(ends), max(ends))
+    rows = []
+    for index, rung in enumerate(result.rungs):
+        change = [metric.format(rung.change.value, signed=True), tag("small", interval(metric, rung.change))]
+        name = tag("b", f"✓ {rung.name}", tag("small", " chosen")) if rung.chosen else rung.name
+        drawn = strip(rung.change, span) if rung.change in changes and span[0] < span[1] else ""
+        rows.append([name, metric.format(rung.mean), join(change) if index else "reference", drawn])
+    head = ["weights", title(metric), "change from the identity", ""]
+    return join(
+        [
+            tag(
+                "p",
+                "Each rung gives the weights more freedom. One is chosen by the selection examples, a part "
+                "of the tuning examples that no weight was learned from, if its gain over the identity is "
+                "beyond doubt there. Having been chosen by them, it looks better on them than it is: the "
+                "verdict comes from the held-out examples above.",
+            ),
+            table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
+        ]
+    )
+
+
+def curves(result: TuneResult) -> Markup | None:
+    """Every metric against one alpha for all sites; None where that was not tried."""
+    found = race_curves(result)
+    label = weight_label(result)
+    if not found:
+        return None
+    return join(
+        [
+            tag(
+                "p",
+                "One weight for all sites, on the tuning examples. Bands are 95% intervals of the change "
+                "from the identity on the same examples; hollow dots were given up after fewer examples.",
+            ),
+            tag("div", *(_figure(curve, weight_axis(result), label) for curve in found), class_="charts"),
+        ]
+    )
+
+
+def _figure(curve: Curve, axis: str, label: str) -> Markup:
+    shapes = {"identity": "■", "best": "◆"}
+    keys = [
+        tag("span", tag("i", shapes[kind], class_=kind), f" {text}", class_="key")
+        for kind, _, text in curve.marked(label)
+    ]
+    unit = " (%)" if curve.metric.is_rate else "" if curve.metric.higher_is_better else " (lower is better)"
+    caption = tag("figcaption", tag("b", f"{title(curve.metric)}{unit}"), *keys)
+    return tag("figure", caption, curve_chart(curve, axis, label))
+
+
+def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
+    """The weights that are kept, from the input of the model to its output."""
+    if is_identity(result):
+        return tag("p", f"All {len(result.sites)} sites stay as they were.")
+    label, lambdas = weight_label(result), dict(result.setting.lambdas)
+    charts, texts = [], []
+    for name, meaning, weights in (
+        (label, weight_axis(result), distances(result)),
+        ("lambda", "lambda, the weight of re-estimated moments", lambdas),
+    ):
+        if len(values := set(weights.values())) > 1:
+            caption = tag("figcaption", tag("b", meaning))
+            charts.append(tag("figure", caption, depth_chart(weights, shapes, name)))
+        elif any(values):
+            texts.append(f"{meaning}, is {values.pop():.4g} at all {len(weights)} sites.")
+    if charts:
+        texts.append("Bars stand for sites, in the order of the model.")
+        if shapes:
+            texts.append("Shading and numbers on top mark stages: sites of one size of feature map.")
+    return join(
+        [
+            *(tag("p", text[0].upper() + text[1:]) for text in texts),
+            tag("div", *charts, class_="charts") if charts else None,
+            tag("details", tag("summary", "All weights"), _weights(result, shapes)),
+        ]
+    )
+
+
+def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
+    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.setting.alphas.items()}}
+    if any(result.setting.lambdas.values()):
+        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.setting.lambdas.items()}
+    if shapes:
+        columns["feature map"] = {
+            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown" for name in result.sites
+        }
+    rows = [[name, *(column[name] for column in columns.values())] for name in result.sites]
+    return table("From input to output.", ["site", *columns], rows)
+
+
+def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
+    """What patches of some sites gain, and what they cost."""
+    best = knee(measured)
+    rows = []
+    for point, is_dominated in zip(measured, dominated(measured), strict=True):
+        reach, latency = 1.96 * point.standard_error, point.latency
+        gain = Estimate(point.gain, point.gain - reach, point.gain + reach)
+        sites = f"{point.num_sites}{' (as it is)' if not point.num_sites else ''}"
+        mark = "knee" if point is best else "beaten by another" if is_dominated else ""
+        time = [f"{latency.ratio:.2f}x", tag("small", f"{latency.low:.2f} to {latency.high:.2f}")]
+        gained = [points(metric, point.gain), tag("small", interval(metric, gain))]
+        rows.append([join([sites, tag("small", f" {mark}") if mark else None]), join(time), join(gained)])
+    caption = "Small: 95% intervals. The knee is where more time begins to gain little."
+    return join(
+        [
+            tag("figure", trade_off_chart(measured, metric)),
+            table(caption, ["patched sites", "time", f"gain in {title(metric)}"], rows),
+        ]
+    )
+
+
+def classes(result: TuneResult, names: Sequence[str] | None) -> Markup | None:
+    """What changes class by class; None where nothing is known of classes, or nothing changed."""
+    known = result.verdict.classes
+    if known is None or not result.verdict.changed:
+        return None
+
+    def name(index: int) -> str:
+        return names[index] if names and index < len(names) else str(index)
+
+    changes = class_changes(known)
+    shown = most_changed(changes, MOST_CLASSES)
+    recalls = [
+        [
+            name(c.target),
+            f"{c.examples:,}",
+            f"{100 * c.before / c.examples:.1f}%",
+            f"{100 * c.after / c.examples:.1f}%",
+            f"{100 * (c.after - c.before) / c.examples:+.1f}",
+        ]
+        for c in shown
+    ]
+    rest = len(changes) - len(shown)
+    which = (
+        f"The {len(shown)} classes that change most; {rest} others are left out." if rest else "All classes."
+    )
+    mistakes = [
+        [f"{name(m.target)} → {name(m.answer)}", f"{m.before:,}", f"{m.after:,}", f"{m.after - m.before:+,}"]
+        for m in mistake_changes(known, MOST_CLASSES)
+    ]
+    return join(
+        [
+            table(
+                f"Recall: the part of the examples of a class that is answered rightly. {which}",
+                ["class", "examples", "as it is", "patched", "change"],
+                recalls,
+            ),
+            table(
+                "Mistakes that change most, target → answer: how often they are made.",
+                ["mistake", "as it is", "patched", "change"],
+                mistakes,
+            ),
+        ]
+    )
+
+
+def left_alone(norms: Sequence[LeftAlone]) -> Markup:
+    """The normalization layers that are no sites, and why."""
+    if not norms:
+        return tag("p", "Nothing: every normalization layer of the model is a site.")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for norm in norms:
+        groups.setdefault((norm.kind, norm.reason), []).append(norm.name)
+    rows = []
+    for (kind, reason), members in groups.items():
+        more = len(members) - _NAMED
+        shown = ", ".join(islice(members, _NAMED)) + (f" and {more} others" if more > 0 else "")
+        rows.append(
+            [join([kind, tag("small", f" {len(members)} times")]), join([reason, tag("small", shown)])]
+        )
+    return table(
+        "Normalization layers that are not rewritten.", ["layer", "why, and which"], rows, class_="words"
+    )
