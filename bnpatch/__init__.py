@@ -29,6 +29,7 @@ _WHERE = {
     "TorchModel": "model",
     "TuneResult": "search",
     "apply": "loading",
+    "calibrate": "calibration",
     "evaluate": "evaluation",
     "export_onnx": "export",
     "load": "loading",
@@ -45,6 +46,7 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from bnpatch.calibration import calibrate as calibrate
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate

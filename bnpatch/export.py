@@ -8,12 +8,15 @@ model that it came from. A file that fails the comparison does not stay.
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
@@ -127,7 +130,7 @@ def _export_torch(
         name: Moments(*(part.cpu().numpy() for part in (moments.mean, moments.var)))
         for name, moments in source.running().items()
     }
-    with source.unpatched() as module:
+    with source.unpatched() as module, _norms_without_moments(module, source.running()):
         graph = module_to_graph(module, example_input.to(source.device))
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
@@ -135,6 +138,21 @@ def _export_torch(
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
     running = {name: moments for name, moments in running.items() if name in chosen}
     return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched
+
+
+@contextmanager
+def _norms_without_moments(module: nn.Module, running: Mapping[str, Moments[Tensor]]) -> Iterator[None]:
+    """Batch Norm that never kept running moments has those of data: else it would be exported in training."""
+    modules = dict(module.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is None}
+    for name, moments in running.items():
+        if name in norms:
+            norms[name].running_mean, norms[name].running_var = moments.mean, moments.var
+    try:
+        yield
+    finally:
+        for norm in norms.values():
+            norm.running_mean = norm.running_var = None
 
 
 def _compare(

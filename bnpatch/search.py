@@ -15,7 +15,7 @@ import optuna
 from torch import nn
 
 from bnpatch import __version__
-from bnpatch.calibrate import recover_folded as recover
+from bnpatch.calibration import recover_folded as recover
 from bnpatch.data import Examples, Indices, split
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import (

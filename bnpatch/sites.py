@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+#: The reason of a norm that becomes a site with running moments from data.
+NEEDS_CALIBRATION = "has no running moments of its own; images can give it some"
+#: What to do about it.
+CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
+
 
 class AnySite(Protocol):
     """A place where a model normalizes by running moments."""

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from bnpatch.graph.constants import Array, constant_of, names_of
 from bnpatch.graph.expr import Tape, Value
-from bnpatch.graph.forms import example_moments
+from bnpatch.graph.forms import centred_moments
 from bnpatch.graph.shapes import Dims, TensorType, infer_types
 from bnpatch.moments import Moments
 
@@ -93,10 +93,11 @@ def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> l
     for index, (output, rank) in enumerate(values):
         tape = Tape(f"bnpatch/observe/{index}", opset, set())
         value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
-        moments = example_moments(value, rank)
-        parts = [moments.mean, moments.var]
         if rank == 2:  # a single value per channel: no variance
             parts = [Value(tape, tape.op("Identity", value.value), value.dtype), value - value]
+        else:
+            moments = centred_moments(value, tuple(range(2, rank)))
+            parts = [moments.mean, moments.var]
         producer = output.producer()
         if producer is None:  # an input of the graph
             model.graph.insert_before(model.graph[0], tape.nodes)

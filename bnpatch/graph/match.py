@@ -4,6 +4,7 @@ A site has the name that it has in torch: exporters keep a module's dotted name 
 parameters (``layer1.0.bn1.weight``).
 """
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ MARK = "/bnpatch/"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per channel, not per group
 
 
@@ -29,8 +31,8 @@ class Site:
     """A place where a graph normalizes by moments that could take the example in.
 
     Attributes:
-        name: dotted name of the torch module where the parameters tell it, else the name of the node,
-            else that of its output; unique in the model.
+        name: dotted name of the torch module where the parameters or the exporter's notes tell it, else the
+            name of the node, else that of its output; unique in the model.
         module: the name before it was made unique: the same at all sites of one torch module.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
@@ -252,7 +254,16 @@ def _module_name(node: ir.Node, parameters: list[ir.Value | None]) -> str:
         for name in names_of(value):
             if match := _PARAMETER.match(name):
                 return match.group(1)
-    return node.name or node.outputs[0].name or node.op_type
+    return _scope(node) or node.name or node.outputs[0].name or node.op_type
+
+
+def _scope(node: ir.Node) -> str:
+    """The module in whose forward torch's exporter met the node; empty for the model itself."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        return str(scopes[-2]) if len(scopes) > 1 else ""  # the last is the node itself
+    except (ValueError, SyntaxError, TypeError):
+        return ""
 
 
 def _unique(name: str, used: set[str]) -> str:
