@@ -126,17 +126,15 @@ def _export_torch(
     source: TorchModel, example_input: Tensor, alpha_inputs: AlphaInputs | None
 ) -> tuple[ir.Model, tuple[str, ...]]:
     alphas, identities = source.alphas(), source.identities()
-    running = {
-        name: Moments(*(part.cpu().numpy() for part in (moments.mean, moments.var)))
-        for name, moments in source.running().items()
-    }
-    with source.unpatched() as module, _norms_without_moments(module, source.running()):
+    moments = source.running()
+    running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
+    with source.unpatched() as module, _norms_without_moments(module, moments):
         graph = module_to_graph(module, example_input.to(source.device))
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
-    running = {name: moments for name, moments in running.items() if name in chosen}
+    running = {name: m for name, m in running.items() if name in chosen}
     return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched
 
 

@@ -164,11 +164,12 @@ class OnnxModel:
     def running(self) -> dict[str, Moments[Any]]:
         """Running mean and variance (C,) that a site normalizes by now, where not those of the file."""
         sources = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
-        for site in self._patchable():
+        mixed = {}
+        for site in self._patchable():  # several sites where a module is used several times
             if weight := self._lambdas[site.module]:
                 source = sources.get(site.module) or _moments_of(site)
-                sources[site.module] = mix(weight, self._targets[site.module], source)
-        return sources
+                mixed[site.module] = mix(weight, self._targets[site.module], source)
+        return sources | mixed
 
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments (C,) to norms that have none, and to convolutions (as ``NAME`` + FOLDED).
@@ -238,11 +239,11 @@ class OnnxModel:
         """
         self._by_batch = self._by_batch or self._open_by_batch()
         session, names = self._by_batch
+        if not names:
+            return {}  # onnxruntime takes an empty list of outputs for all of them
         outputs = [name for pairs in names.values() for pair in pairs for name in pair]
-        rows = {
-            n: torch.from_numpy(p).flatten(1)
-            for n, p in zip(outputs, self.run(session, outputs, x), strict=True)
-        }
+        values = zip(outputs, self.run(session, outputs, x), strict=True)
+        rows = {name: torch.from_numpy(value).flatten(1) for name, value in values}
         moments = {}
         for module, pairs in names.items():
             pooled = pool(

@@ -308,7 +308,9 @@ def exported_small(norm, tmp_path, name="small"):
 def assert_same_moments(found, expected):
     assert found.keys() == expected.keys()
     for name, moments in expected.items():
-        np.testing.assert_allclose(found[name].mean, moments.mean, rtol=1e-4, atol=1e-5, err_msg=name)  # float32
+        np.testing.assert_allclose(
+            found[name].mean, moments.mean, rtol=1e-4, atol=1e-5, err_msg=name
+        )  # float32
         np.testing.assert_allclose(found[name].var, moments.var, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -326,14 +328,17 @@ def test_target_moments_and_every_setting_agree_with_torch(norm, tmp_path):
         found.append(target_moments(model, bnpatch.open_examples(DATA, model), batch_size=13))
     assert_same_moments(*found[::-1])
     if norm is group_norm:
-        running = {name: Moments(*(p.numpy() for p in (m.mean, m.var))) for name, m in models[0].running().items()}
+        running = {
+            name: Moments(*(p.numpy() for p in (m.mean, m.var))) for name, m in models[0].running().items()
+        }
         assert_same_moments(models[1].running(), running)
         models[1].calibrate(running)  # from now on exactly the same
     for model in models:
         model.retarget(found[0])
     for alpha, weight in SETTINGS:
         expected, got = (
-            set_and_predict(model, dict.fromkeys(found[0], alpha), dict.fromkeys(found[0], weight)) for model in models
+            set_and_predict(model, dict.fromkeys(found[0], alpha), dict.fromkeys(found[0], weight))
+            for model in models
         )
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # float32 through four norms
     names = list(found[0])
@@ -391,7 +396,7 @@ def test_calibration_keeps_the_weights_of_other_sites(tmp_path):
             self.bn, self.gn = torch.nn.BatchNorm2d(3), torch.nn.GroupNorm(3, 3)
 
         def forward(self, x):
-            return self.gn(self.bn(x)).mean((2, 3))
+            return self.gn(self.bn(x)).relu().mean((2, 3))
 
     export_onnx(Mixed().eval(), tmp_path / "mixed.onnx", INPUTS[:2])
     models = bnpatch.load(Mixed()), bnpatch.load(tmp_path / "mixed.onnx")
@@ -422,7 +427,9 @@ def test_recipes_pass_from_torch_to_onnx_and_back(tmp_path):
     calibrate(torch_model, INPUTS)
     shifted = (2 * INPUTS, DATA[1])
     torch_model.retarget(target_moments(torch_model, bnpatch.open_examples(shifted, torch_model)))
-    torch_model.set(Setting({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0}))
+    torch_model.set(
+        Setting({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
+    )
     recipe = torch_model.recipe()
     onnx_model.apply(recipe)
     torch.testing.assert_close(onnx_model.predict(INPUTS), torch_model.predict(INPUTS), rtol=1e-4, atol=1e-4)
@@ -435,7 +442,9 @@ def test_moments_of_sites_in_branches_are_missing(tmp_path):
     from tests.graph.build import batch_norm, parameters
     from tests.graph.test_match import in_if
 
-    proto = in_if(batch_norm(), parameters(3), x=("n", 3, 5, 4))
-    model = opened(tmp_path, proto)
-    assert model.moments_by_batch(images(2, 3, 5, 4)) == {}
-    assert model.predict(images(2, 3, 5, 4)).shape == (2, 3, 5, 4)
+    model = opened(tmp_path, in_if(batch_norm(), parameters()))
+    x = images(2, 6, 5, 4)
+    assert model.moments_by_batch(x) == {}
+    assert model.observe(x)[1] == {}
+    model.set_alphas(0.2)
+    assert model.predict(x).shape == (2, 6, 5, 4)
