@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from bnpatch.data import Batch, Examples, Indices
 from bnpatch.errors import BnpatchError
-from bnpatch.graph.folded import FOLDED, folded_candidates, observe
+from bnpatch.graph.folded import folded_candidates, observe
 from bnpatch.graph.session import open_session
 from bnpatch.loading import load
-from bnpatch.model import Patchable
+from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.onnx_model import OnnxModel
+from bnpatch.sites import FOLDED
 from bnpatch.sources import open_examples
 
 OnBatch = Callable[[int], None]
+#: From a batch to the moments of each example by name of convolution.
+Watch = Callable[[Tensor], dict[str, Moments[Any]]]
 
 
 def recover_folded(
@@ -34,7 +37,7 @@ def recover_folded(
     :mod:`bnpatch.graph.folded` for why they are enough. At alpha = 0 the model computes what it did.
 
     Args:
-        model: an ONNX model.
+        model: any model.
         examples: what it is used on.
         indices: which of them; None for all.
         batch_size: examples at a time; it changes the result by rounding only.
@@ -44,27 +47,44 @@ def recover_folded(
         The number of sites that were recovered.
 
     Raises:
-        BnpatchError: the model is not an ONNX one, has no such convolution, or no example can be read.
+        BnpatchError: the model has no such convolution, or no example can be read.
     """
-    if not isinstance(model, OnnxModel):
-        raise BnpatchError(f"{model.name} is not an ONNX model", "leave out --recover-folded")
-    graph = model.graph.clone()
-    candidates = [c for c in folded_candidates(graph) if c.node.graph is graph.graph]
-    if not candidates:
+    watch = _watch_torch(model) if isinstance(model, TorchModel) else _watch_onnx(model)
+    if watch is None:
         raise BnpatchError(
             f"{model.name} has no convolution that a Batch Norm may have been folded into",
             "leave out --recover-folded",
         )
-    names = observe(graph, candidates)
-    session = open_session(graph, model.device)
     pooled = _Pool()
-    for batch in examples.batches(batch_size, indices):
-        outputs = model.run(session, [name for pair in names for name in pair], batch.x)
-        for candidate, mean, var in zip(candidates, outputs[::2], outputs[1::2], strict=True):
-            pooled.add(candidate.name + FOLDED, Moments(mean, var))
-        on_batch(len(batch.indices))
-    model.calibrate(pooled.moments())
-    return len(candidates)
+    with model.borrowed():
+        for batch in examples.batches(batch_size, indices):
+            for name, rows in watch(batch.x).items():
+                pooled.add(name + FOLDED, rows)
+            on_batch(len(batch.indices))
+    found = pooled.moments()
+    model.calibrate(found)
+    return len(found)
+
+
+def _watch_torch(model: TorchModel) -> Watch | None:
+    names = model.folded()
+    return (lambda x: model.observe_outputs(names, x)) if names else None
+
+
+def _watch_onnx(model: Patchable) -> Watch | None:
+    if not isinstance(model, OnnxModel):
+        return None
+    graph = model.graph.clone()
+    candidates = [c for c in folded_candidates(graph) if c.node.graph is graph.graph]
+    names = [name for pair in observe(graph, candidates) for name in pair]
+    session = open_session(graph, model.device)
+
+    def watch(x: Tensor) -> dict[str, Moments[Any]]:
+        outputs = model.run(session, names, x)
+        pairs = zip(candidates, outputs[::2], outputs[1::2], strict=True)
+        return {candidate.name: Moments(mean, var) for candidate, mean, var in pairs}
+
+    return watch if candidates else None
 
 
 def calibrate(

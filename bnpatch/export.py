@@ -21,12 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
 from bnpatch.graph import read
+from bnpatch.graph.folded import insert_norms
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
+from bnpatch.sites import FOLDED
 from bnpatch.to_graph import module_to_graph
 
 #: Largest deviation that passes, relative to the largest output: float32 rounding through a deep network
@@ -133,6 +135,9 @@ def _export_torch(
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
+    used = {n: m for n, m in source.recovered().items() if alpha_inputs or alphas[n] or n in running}
+    insert_norms(graph, {name.removesuffix(FOLDED): moments for name, moments in used.items()})
+    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FOLDED)}
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
     running = {name: m for name, m in running.items() if name in chosen}
     return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched

@@ -16,13 +16,14 @@ from bnpatch.architecture import Architecture
 from bnpatch.errors import BnpatchError, first_line
 from bnpatch.files import atomic_path
 from bnpatch.moments import Moments, mix
+from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, recover
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.observe import accurate_moments, at_inputs, joined, pooled_rows
+from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncalibrated, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
-from bnpatch.sites import AnySite, Survey
+from bnpatch.sites import FOLDED, AnySite, Survey
 
 
 class Patchable(Protocol):
@@ -135,6 +136,11 @@ class TorchModel:
     def _take_over_running(self) -> None:
         """Account for running moments that the module came with, from another TorchModel of it."""
         for site in self.survey().sites:
+            if site.kind == VirtualNorm.__name__:
+                _, _, mean, var = site.parameters()
+                assert mean is not None  # it has buffers
+                assert var is not None
+                self._calibrated.setdefault(site.name, Moments(mean, var))
             if site.name in self._lambdas or site.name in self._calibrated:
                 continue
             if isinstance(site.module, ExampleWeighedNorm) and (running := site.module.running) is not None:
@@ -177,7 +183,8 @@ class TorchModel:
         for site in self.survey().sites:
             if site.name in names and isinstance(layer := site.module, ExampleWeighedNorm):
                 weight = self._lambdas.get(site.name, 0.0)
-                source = self._calibrated.get(site.name)  # None for the buffers
+                # None for the buffers, which a site that was recovered has, too
+                source = self._calibrated.get(site.name) if site.parameters()[2] is None else None
                 layer.running = mix(weight, self.target(site), self.source(site)) if weight else source
 
     def source(self, site: Site) -> Moments[Tensor]:
@@ -209,20 +216,46 @@ class TorchModel:
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments (C,) to norms that have none, by name: from now on they are sites.
 
-        They are at their identity; one that was calibrated before gets other moments and keeps its weights.
+        They are at their identity; Group Norm that was calibrated before gets other moments and keeps its
+        weights. The name of a convolution + FOLDED stands for the Batch Norm that was folded into it.
 
         Raises:
-            BnpatchError: a name is no such norm.
+            BnpatchError: a name is no such norm or convolution.
         """
         found = {name: self._on_device(part) for name, part in moments.items()}
-        new = {name: part for name, part in found.items() if name not in self._calibrated}
-        self.module = calibrated(self.module, new)
+        folded = {name.removesuffix(FOLDED): part for name, part in found.items() if self._is_folded(name)}
+        known = self._calibrated.keys() | {name + FOLDED for name in folded}
+        self.module = calibrated(self.module, {n: part for n, part in found.items() if n not in known})
+        recover(self.module, folded)
         self._calibrated.update(found)
         self._mix(found)
 
     def uncalibrated(self) -> tuple[str, ...]:
         """Norms that would be sites if they had running moments: Group Norm, for one."""
         return tuple(uncalibrated(self.module))
+
+    def recovered(self) -> dict[str, Moments[Any]]:
+        """Mean and variance (C,) of sites that were recovered from a folded Batch Norm, by name."""
+        names = [site.name for site in self.survey().sites if site.kind == VirtualNorm.__name__]
+        moments = {name: _to_numpy(self._calibrated[name]) for name in names}
+        return {name: part for name, part in moments.items() if part is not None}
+
+    def _is_folded(self, name: str) -> bool:
+        return name.endswith(FOLDED) and is_convolution(self.module, name.removesuffix(FOLDED))
+
+    def folded(self) -> tuple[str, ...]:
+        """Convolutions that a Batch Norm may have been folded into, found by running one blank image."""
+        with self.borrowed():
+            return folded_candidates(self.module, self._run_one)
+
+    @torch.inference_mode()
+    def observe_outputs(self, names: Iterable[str], x: Tensor) -> dict[str, Moments[Tensor]]:
+        """Run a batch, and return the moments (N, C) of each example at the output of modules, by name."""
+        seen: dict[str, list[Moments[Tensor]]] = {}
+        modules = {name: self.module.get_submodule(name) for name in names}
+        with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
+            self.forward(x)
+        return {name: joined(parts) for name, parts in seen.items()}
 
     def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
         parts = (
@@ -370,7 +403,17 @@ class TorchModel:
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name; patching does not change it."""
-        return {s.name: _fingerprint(s.num_channels, s.parameters()) for s in self.survey().sites}
+        return {site.name: self._fingerprint(site) for site in self.survey().sites}
+
+    def _fingerprint(self, site: Site) -> str:
+        if site.kind == VirtualNorm.__name__:  # of what the model has, not of what the data gave
+            return self._fingerprint_folded(site.name)
+        return _fingerprint(site.num_channels, site.parameters())
+
+    def _fingerprint_folded(self, name: str) -> str:
+        convolution: Any = self.module.get_submodule(name.removesuffix(FOLDED))
+        parts = (convolution.weight, convolution.bias)
+        return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
@@ -392,6 +435,7 @@ class TorchModel:
         waiting = {
             n: _fingerprint_uncalibrated(m) for n, m in uncalibrated(self.module).items() if n in found
         }
+        waiting |= {name: self._fingerprint_folded(name) for name in found if self._is_folded(name)}
         recipe.check_fits(self.fingerprints() | waiting)
         self.calibrate(found)
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
@@ -420,7 +464,7 @@ class TorchModel:
             for site in self.survey().sites
             if isinstance(site.module, ExampleWeighedNorm)
         }
-        lambdas, targets = dict(self._lambdas), dict(self._targets)
+        lambdas, targets, found = dict(self._lambdas), dict(self._targets), dict(self._calibrated)
         self.module.eval()
         try:
             yield
@@ -430,7 +474,8 @@ class TorchModel:
                 if site.name in before and isinstance(site.module, ExampleWeighedNorm):
                     site.module.alpha, site.module.running = before[site.name]
             self._lambdas, self._targets = lambdas, targets
-            self._calibrated = {name: m for name, m in self._calibrated.items() if name in before}
+            there = before.keys() | self.recovered().keys()
+            self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}
             for module, mode in modes:
                 module.training = mode
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.graph import match, read
 from bnpatch.graph.expr import Tape
-from bnpatch.graph.folded import FOLDED, folded_candidates, insert_norms, observe_values
+from bnpatch.graph.folded import folded_candidates, insert_norms, observe_values
 from bnpatch.graph.forms import append_by_batch
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import Signature, open_session, read_signature
@@ -29,7 +29,7 @@ from bnpatch.moments import Moments, mix, pool
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.setting import Setting
-from bnpatch.sites import CALIBRATE, NEEDS_CALIBRATION, AnySite, LeftAlone, Survey
+from bnpatch.sites import CALIBRATE, FOLDED, NEEDS_CALIBRATION, AnySite, LeftAlone, Survey
 from bnpatch.to_graph import program_to_graph
 
 #: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
@@ -51,7 +51,7 @@ class OnnxModel:
         notes: what a person should know about it.
         calibrated: running moments from data, by name of site: of norms that have none, and of the outputs
             of convolutions that a Batch Norm was folded into, whose sites have a name that ends in
-            :data:`~bnpatch.graph.folded.FOLDED`.
+            :data:`~bnpatch.sites.FOLDED`.
     """
 
     graph: ir.Model

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+#: What the name of a site that was recovered from a folded Batch Norm has after that of its convolution.
+FOLDED = ".folded"
+
 #: The reason of a norm that becomes a site with running moments from data.
 NEEDS_CALIBRATION = "has no running moments of its own; images can give it some"
 #: What to do about it.

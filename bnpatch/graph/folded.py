@@ -21,9 +21,7 @@ from bnpatch.graph.expr import Tape, Value
 from bnpatch.graph.forms import centred_moments
 from bnpatch.graph.shapes import Dims, TensorType, infer_types
 from bnpatch.moments import Moments
-
-#: What the name of a recovered site has after that of its convolution.
-FOLDED = ".folded"
+from bnpatch.sites import FOLDED
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")
@@ -148,7 +146,10 @@ def _graph_of(candidate: FoldedCandidate) -> ir.Graph | ir.Function:
 
 
 def _is_normalized(value: ir.Value) -> bool:
-    return any(use.node.op_type in _NORMS for use in value.uses())
+    users = [use.node for use in value.uses()]
+    # Group Norm as exporters write it is an Instance Norm of a Reshape.
+    users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
+    return any(node.op_type in _NORMS for node in users)
 
 
 def _name(node: ir.Node) -> str:

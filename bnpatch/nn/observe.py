@@ -29,6 +29,23 @@ def at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]
             handle.remove()
 
 
+@contextmanager
+def at_outputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Call ``do(name, output)`` after each of the modules ran, as long as the context lasts."""
+    handles = []
+    for name, module in modules.items():
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            do(name, output)
+
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def accurate_moments(x: Tensor) -> Moments[Tensor]:
     """Moments of each channel of each example: (N, C, *spatial) to (N, C), in float32 or wider.
 

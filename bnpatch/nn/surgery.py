@@ -31,6 +31,7 @@ CONVERTIBLE: Mapping[str, bool] = {
     "timm.layers.split_batchnorm.SplitBatchNorm2d": False,
     "timm.layers.norm_act.FrozenBatchNormAct2d": True,
     "torchvision.ops.misc.FrozenBatchNorm2d": True,
+    "bnpatch.nn.folded.VirtualNorm": True,
 }
 
 _OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
@@ -310,7 +311,8 @@ def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:
     if not found.left_alone:
         return (
             "the model has no normalization layer that bnpatch could patch",
-            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before",
+            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before, "
+            "or have it recovered (--recover-folded)",
         )
     if waiting := [left for left in found.left_alone if left.is_uncalibrated]:
         return (
