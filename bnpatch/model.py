@@ -17,13 +17,14 @@ from bnpatch.errors import BnpatchError, first_line
 from bnpatch.files import atomic_path
 from bnpatch.moments import Moments, mix
 from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, recover
+from bnpatch.nn.functional import functional_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncalibrated, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
-from bnpatch.sites import FOLDED, AnySite, Survey
+from bnpatch.sites import FOLDED, AnySite, LeftAlone, Survey
 
 
 class Patchable(Protocol):
@@ -247,6 +248,11 @@ class TorchModel:
         """Convolutions that a Batch Norm may have been folded into, found by running one blank image."""
         with self.borrowed():
             return folded_candidates(self.module, self._run_one)
+
+    def functional_norms(self) -> tuple[LeftAlone, ...]:
+        """Norms that are calls in a forward, found by running one blank image."""
+        with self.borrowed():
+            return functional_norms(self.module, self._run_one)
 
     @torch.inference_mode()
     def observe_outputs(self, names: Iterable[str], x: Tensor) -> dict[str, Moments[Tensor]]:

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 FOLDED = ".folded"
 
 #: The reason of a norm that becomes a site with running moments from data.
-NEEDS_CALIBRATION = "has no running moments of its own; images can give it some"
+NEEDS_CALIBRATION = "has no running moments of its own; they can be calibrated on images"
 #: What to do about it.
 CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
 

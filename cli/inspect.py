@@ -34,15 +34,17 @@ def inspect(
     found, alphas = loaded.survey(), loaded.alphas()
     try:
         shapes, outputs = loaded.site_shapes(), loaded.num_outputs()
+        folded = loaded.folded()
+        calls = () if isinstance(loaded, OnnxModel) else loaded.functional_norms()
     except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
         opt.say(f"note           {error.problem}")
-        shapes, outputs = {}, None
+        shapes, outputs, folded, calls = {}, None, (), ()
+    left_alone = (*found.left_alone, *calls)
 
     def resolution(name: str) -> str:
         shape = shapes.get(name)
         return "unknown" if shape is None else " x ".join(map(str, shape)) or "one value"
 
-    folded = loaded.folded() if isinstance(loaded, OnnxModel) else ()
     file = Path(model)
     size = file.stat().st_size if file.is_file() else None
     if as_json:
@@ -65,7 +67,7 @@ def inspect(
             "folded_candidates": folded,
             "opset": loaded.opset if isinstance(loaded, OnnxModel) else None,
             "bytes": size,
-            "left_alone": [vars(left) for left in found.left_alone],
+            "left_alone": [vars(left) for left in left_alone],
         }
         typer.echo(json.dumps(content))
         return
@@ -90,7 +92,7 @@ def inspect(
     if folded:
         names = ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
         typer.echo(f"\n{len(folded)} convolutions may have had a Batch Norm folded into them: {names}")
-    if found.left_alone:
-        typer.echo(f"\n{len(found.left_alone)} norms are left alone")
-        reasons = Counter((left.kind, left.reason) for left in found.left_alone)
+    if left_alone:
+        typer.echo(f"\n{len(left_alone)} norms are left alone")
+        reasons = Counter((left.kind, left.reason) for left in left_alone)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])

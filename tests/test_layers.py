@@ -38,6 +38,7 @@ FLOORS = {
     "recipe": 2,
     "nn.surgery": 2,
     "nn.folded": 3,
+    "nn.functional": 3,
     "model": 4,
     "onnx_model": 5,
     "sources": 6,

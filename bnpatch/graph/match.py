@@ -21,8 +21,8 @@ from bnpatch.sites import LeftAlone, Survey
 MARK = "/bnpatch/"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_LIBRARIES = ("torch.", "timm.", "torchvision.")  # whose classes with "norm" in their names are norms
 _PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per channel, not per group
 
 
@@ -258,12 +258,23 @@ def _module_name(node: ir.Node, parameters: list[ir.Value | None]) -> str:
 
 
 def _scope(node: ir.Node) -> str:
-    """The module in whose forward torch's exporter met the node; empty for the model itself."""
+    """The norm module that the node comes from, or the call in the forward of another one.
+
+    As torch's exporter noted it, from the model down to the call; empty where it did not.
+    """
     try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        return str(scopes[-2]) if len(scopes) > 1 else ""  # the last is the node itself
+        scopes, classes = (
+            [str(part) for part in ast.literal_eval(node.metadata_props.get(key, "[]"))]
+            for key in ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+        )
     except (ValueError, SyntaxError, TypeError):
         return ""
+    if len(scopes) < 2 or len(classes) < 2:
+        return ""
+    library, _, name = classes[-2].rpartition(".")
+    if library.startswith(_LIBRARIES) and "norm" in name.lower():
+        return scopes[-2]
+    return ".".join(filter(None, scopes[-2:]))
 
 
 def _unique(name: str, used: set[str]) -> str:
