@@ -37,6 +37,7 @@ _WHERE = {
     "open_examples": "sources",
     "patch": "nn.surgery",
     "pool": "moments",
+    "recover_folded": "calibration",
     "survey": "nn.surgery",
     "tune_alpha": "search",
     "unpatch": "nn.surgery",
@@ -47,6 +48,7 @@ __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from bnpatch.calibration import calibrate as calibrate
+    from bnpatch.calibration import recover_folded as recover_folded
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate

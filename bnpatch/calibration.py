@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from bnpatch.loading import load
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.onnx_model import OnnxModel
+from bnpatch.setting import Setting
 from bnpatch.sites import FOLDED
 from bnpatch.sources import open_examples
 
@@ -24,24 +26,26 @@ Watch = Callable[[Tensor], dict[str, Moments[Any]]]
 
 
 def recover_folded(
-    model: Patchable,
-    examples: Examples,
+    model: nn.Module | Patchable,
+    images: Any,
     *,
     indices: Indices | None = None,
     batch_size: int = 64,
     on_batch: OnBatch = lambda count: None,
+    **options: Any,
 ) -> int:
     """Give a model whose Batch Norm was folded into its convolutions sites again, in place.
 
-    The moments of what each such convolution puts out are taken over the examples, no labels needed; see
+    The moments of what each such convolution puts out are taken over the images, no labels needed; see
     :mod:`bnpatch.graph.folded` for why they are enough. At alpha = 0 the model computes what it did.
 
     Args:
-        model: any model.
-        examples: what it is used on.
+        model: a module, or what :func:`bnpatch.load` returns.
+        images: what it is used on, see :func:`calibrate`.
         indices: which of them; None for all.
         batch_size: examples at a time; it changes the result by rounding only.
         on_batch: called with the number of examples done, for progress.
+        options: see :func:`bnpatch.open_examples`.
 
     Returns:
         The number of sites that were recovered.
@@ -49,31 +53,40 @@ def recover_folded(
     Raises:
         BnpatchError: the model has no such convolution, or no example can be read.
     """
-    watch = _watch_torch(model) if isinstance(model, TorchModel) else _watch_onnx(model)
+    patchable = load(model) if isinstance(model, nn.Module) else model
+    examples = _open(images, patchable, options)
+    pooled, watch = _Pool(), None
+    with _as_it_came(patchable):
+        for batch in examples.batches(batch_size, indices):
+            watch = watch or _watch(patchable, batch.x[:1])
+            for name, rows in watch(batch.x).items():
+                pooled.add(name + FOLDED, rows)
+            on_batch(len(batch.indices))
+    found = pooled.moments()
+    patchable.calibrate(found)
+    return len(found)
+
+
+def _watch(model: Patchable, example: Tensor) -> Watch:
+    watch = None
+    if isinstance(model, TorchModel):
+        watch = _watch_torch(model, example)
+    elif isinstance(model, OnnxModel):
+        watch = _watch_onnx(model)
     if watch is None:
         raise BnpatchError(
             f"{model.name} has no convolution that a Batch Norm may have been folded into",
             "leave out --recover-folded",
         )
-    pooled = _Pool()
-    with model.borrowed():
-        for batch in examples.batches(batch_size, indices):
-            for name, rows in watch(batch.x).items():
-                pooled.add(name + FOLDED, rows)
-            on_batch(len(batch.indices))
-    found = pooled.moments()
-    model.calibrate(found)
-    return len(found)
+    return watch
 
 
-def _watch_torch(model: TorchModel) -> Watch | None:
-    names = model.folded()
+def _watch_torch(model: TorchModel, example: Tensor) -> Watch | None:
+    names = model.folded(example)
     return (lambda x: model.observe_outputs(names, x)) if names else None
 
 
-def _watch_onnx(model: Patchable) -> Watch | None:
-    if not isinstance(model, OnnxModel):
-        return None
+def _watch_onnx(model: OnnxModel) -> Watch | None:
     graph = model.graph.clone()
     candidates = [c for c in folded_candidates(graph) if c.node.graph is graph.graph]
     names = [name for pair in observe(graph, candidates) for name in pair]
@@ -134,9 +147,9 @@ def calibrate(
         return ()
     if "" in names and isinstance(model, nn.Module):
         raise BnpatchError("the model is itself a norm", "put it into a torch.nn.Sequential")
-    examples = images if isinstance(images, Examples) else _open(images, patchable, options)
+    examples = _open(images, patchable, options)
     pooled = _Pool()
-    with patchable.borrowed():
+    with _as_it_came(patchable):
         for batch in _random_batches(examples, indices, batch_size, seed):
             _, seen = patchable.observe(batch.x)
             for name in names:
@@ -189,7 +202,18 @@ def target_moments(
     return pooled.moments()
 
 
+@contextmanager
+def _as_it_came(model: Patchable) -> Iterator[None]:
+    """The model computes what it did before any patch; its weights are back when the context ends."""
+    with model.borrowed():
+        if identities := model.identities():
+            model.set(Setting(identities, dict.fromkeys(identities, 0.0)))
+        yield
+
+
 def _open(images: Any, model: Patchable, options: Mapping[str, Any]) -> Examples:
+    if isinstance(images, Examples):
+        return images
     if isinstance(images, (np.ndarray, Tensor)):  # what has to be a class index is not used
         images = (images, np.zeros(len(images), np.int64))
     return open_examples(images, model, **options)

@@ -244,10 +244,14 @@ class TorchModel:
     def _is_folded(self, name: str) -> bool:
         return name.endswith(FOLDED) and is_convolution(self.module, name.removesuffix(FOLDED))
 
-    def folded(self) -> tuple[str, ...]:
-        """Convolutions that a Batch Norm may have been folded into, found by running one blank image."""
+    def folded(self, example: Tensor | None = None) -> tuple[str, ...]:
+        """Convolutions that a Batch Norm may have been folded into, found by running one input.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
+        """
         with self.borrowed():
-            return folded_candidates(self.module, self._run_one)
+            return folded_candidates(self.module, lambda: self._run_one(example))
 
     def functional_norms(self) -> tuple[LeftAlone, ...]:
         """Norms that are calls in a forward, found by running one blank image."""

@@ -111,6 +111,18 @@ def test_the_split_into_batches_changes_rounding_only():
             torch.testing.assert_close(other[name].var, moments.var, rtol=1e-5, atol=0)
 
 
+def test_weights_that_are_set_do_not_change_what_is_found():
+    found = []
+    for alpha in (0.0, 0.8):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.GroupNorm(1, 3), nn.Flatten()).eval()
+        bnpatch.patch(module, alpha)
+        bnpatch.calibrate(module, INPUTS)
+        assert [site.alpha for site in bnpatch.survey(module).sites] == [alpha, 1.0]
+        found.append(module[2].running)
+    assert torch.equal(found[0].mean, found[1].mean)
+
+
 def test_only_the_images_named_are_taken():
     model, examples = opened(small(group_norm))
     values = inputs_of(model.module, "norm1", INPUTS[5:12])

@@ -52,7 +52,8 @@ def accurate_moments(x: Tensor) -> Moments[Tensor]:
     In two passes, so that no digits are lost where the mean is large against the standard deviation. The
     layer's own :func:`~bnpatch.nn.norm.example_moments` is faster, and loses them.
     """
-    values = x.reshape(*x.shape[:2], -1).to(torch.promote_types(x.dtype, torch.float32))
+    values = x.flatten(2) if x.ndim > 2 else x[..., None]
+    values = values.to(torch.promote_types(x.dtype, torch.float32))
     mean = values.mean(2)
     return Moments(mean, (values - mean[..., None]).square().mean(2))
 

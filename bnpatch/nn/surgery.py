@@ -312,7 +312,7 @@ def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:
         return (
             "the model has no normalization layer that bnpatch could patch",
             "if it had Batch Norm once, that was folded into the convolutions: patch the model from before, "
-            "or have it recovered (--recover-folded)",
+            "or see bnpatch.recover_folded",
         )
     if waiting := [left for left in found.left_alone if left.is_uncalibrated]:
         return (

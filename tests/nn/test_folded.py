@@ -137,6 +137,16 @@ def test_a_borrowed_model_keeps_what_was_recovered():
     assert model.recipe().to_json() == recipe
 
 
+def test_a_module_of_ones_own():
+    module = fused()[1]
+    before = module(X)
+    with pytest.raises(BnpatchError, match=r"no running moments: gn"):
+        bnpatch.patch(module, 0.1)
+    assert bnpatch.recover_folded(module, X) == 2
+    bnpatch.patch(module, {"conv1.folded": 0.1})
+    assert not torch.equal(module(X), before)
+
+
 def test_nothing_to_recover_is_said():
     model = load(fused()[0])
     with pytest.raises(BnpatchError, match="no convolution that a Batch Norm may have been folded into"):

@@ -27,6 +27,11 @@ def test_shapes_types_and_layouts():
     torch.testing.assert_close(found.var, x.float().flatten(2).var(2, correction=0))
 
 
+def test_no_examples_have_no_rows():
+    found = accurate_moments(torch.zeros(0, 4, 3, 3))
+    assert found.mean.shape == found.var.shape == (0, 4)
+
+
 def test_rows_of_unlike_number_are_pooled_as_one():
     x = sample((5, 4, 6))
     parts = [accurate_moments(x[:2]), accurate_moments(x[2:])]
