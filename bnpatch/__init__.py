@@ -29,6 +29,7 @@ _WHERE = {
     "TorchModel": "model",
     "TuneResult": "search",
     "apply": "loading",
+    "calibrate": "calibration",
     "evaluate": "evaluation",
     "export_onnx": "export",
     "load": "loading",
@@ -36,6 +37,7 @@ _WHERE = {
     "open_examples": "sources",
     "patch": "nn.surgery",
     "pool": "moments",
+    "recover_folded": "calibration",
     "survey": "nn.surgery",
     "tune_alpha": "search",
     "unpatch": "nn.surgery",
@@ -45,6 +47,8 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from bnpatch.calibration import calibrate as calibrate
+    from bnpatch.calibration import recover_folded as recover_folded
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate

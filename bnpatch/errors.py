@@ -26,11 +26,17 @@ class InvalidAlphaError(BnpatchError, ValueError):
     """A weight outside [0, 1]."""
 
 
-def check_alpha(alpha: float, where: str = "") -> float:
-    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1]."""
+def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
+    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1].
+
+    Args:
+        alpha: the weight.
+        where: the site that it is for.
+        name: what the weight is called.
+    """
     if not 0 <= alpha <= 1:
         place = f" at {where!r}" if where else ""
-        raise InvalidAlphaError(f"alpha = {alpha}{place} is not a weight", "it must lie in [0, 1]")
+        raise InvalidAlphaError(f"{name} = {alpha}{place} is not a weight", "it must lie in [0, 1]")
     return alpha
 
 

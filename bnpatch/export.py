@@ -8,22 +8,27 @@ model that it came from. A file that fails the comparison does not stay.
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
 from bnpatch.graph import read
+from bnpatch.graph.folded import insert_norms
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
+from bnpatch.sites import FOLDED
 from bnpatch.to_graph import module_to_graph
 
 #: Largest deviation that passes, relative to the largest output: float32 rounding through a deep network
@@ -123,18 +128,34 @@ def _export_torch(
     source: TorchModel, example_input: Tensor, alpha_inputs: AlphaInputs | None
 ) -> tuple[ir.Model, tuple[str, ...]]:
     alphas, identities = source.alphas(), source.identities()
-    running = {
-        name: Moments(*(part.cpu().numpy() for part in (moments.mean, moments.var)))
-        for name, moments in source.running().items()
-    }
-    with source.unpatched() as module:
+    moments = source.running()
+    running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
+    with source.unpatched() as module, _norms_without_moments(module, moments):
         graph = module_to_graph(module, example_input.to(source.device))
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
+    used = {n: m for n, m in source.recovered().items() if alpha_inputs or alphas[n] or n in running}
+    insert_norms(graph, {name.removesuffix(FOLDED): moments for name, moments in used.items()})
+    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FOLDED)}
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
-    running = {name: moments for name, moments in running.items() if name in chosen}
+    running = {name: m for name, m in running.items() if name in chosen}
     return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched
+
+
+@contextmanager
+def _norms_without_moments(module: nn.Module, running: Mapping[str, Moments[Tensor]]) -> Iterator[None]:
+    """Batch Norm that never kept running moments has those of data: else it would be exported in training."""
+    modules = dict(module.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is None}
+    for name, moments in running.items():
+        if name in norms:
+            norms[name].running_mean, norms[name].running_var = moments.mean, moments.var
+    try:
+        yield
+    finally:
+        for norm in norms.values():
+            norm.running_mean = norm.running_var = None
 
 
 def _compare(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bnpatch.calibrate import target_moments
+from bnpatch.calibration import target_moments
 from bnpatch.data import Examples, Indices
 from bnpatch.judge import Judge
 from bnpatch.learn import (
@@ -219,7 +219,7 @@ class Ladder:
     def _moved(self, kind: str, start: Setting, weight: float) -> Setting:
         """All sites so far from their identity; Group Norm's is at alpha = 1."""
         if kind == "lambda":
-            return Setting(start.alphas, dict.fromkeys(start.lambdas, weight))
+            return Setting(start.alphas, {**start.lambdas, **dict.fromkeys(self.model.targets(), weight)})
         return Setting({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
 
     def _race(self, kind: Literal["alpha", "lambda"], start: Setting, name: str = "") -> Setting:
@@ -300,8 +300,8 @@ class Ladder:
 
     def _find(self, start: Setting, per: str, lambdas: bool) -> Setting:
         groups = self._groups(per)
-        sites = list(self._identities)
-        shared = Shared(groups, {name: groups.get(name, name) for name in sites} if lambdas else {})
+        movable = self.model.targets() if lambdas else {}
+        shared = Shared(groups, {name: groups.get(name, name) for name in movable})
         rung = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
         study = self._study("alpha")
         if kept := study.recall(rung):

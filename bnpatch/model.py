@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from bnpatch import recipe as recipes
 from bnpatch.architecture import Architecture
-from bnpatch.errors import BnpatchError, check_alpha, first_line
+from bnpatch.errors import BnpatchError, first_line
 from bnpatch.files import atomic_path
-from bnpatch.moments import Moments, mix, pool
-from bnpatch.nn.norm import ExampleWeighedNorm, example_moments
+from bnpatch.moments import Moments, mix
+from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, recover
+from bnpatch.nn.functional import functional_norms
+from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncalibrated, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
-from bnpatch.sites import AnySite, SiteFacts, Survey
+from bnpatch.sites import FOLDED, AnySite, LeftAlone, SiteFacts, Survey
 
 
 class Patchable(Protocol):
@@ -53,13 +56,16 @@ class Patchable(Protocol):
         """Set weights by name of site."""
 
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, by name of site, that lambda is the weight of."""
+        """Give the moments of the data at hand, by name of site, that lambda is the weight of.
+
+        Sites that are not named keep theirs.
+        """
 
     def targets(self) -> Mapping[str, Moments[Any]]:
         """What :meth:`retarget` was given last."""
 
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Give running moments to norms that have none: from now on they are sites."""
+        """Give running moments to norms that have none: from now on they are sites, at their identity."""
 
     def uncalibrated(self) -> tuple[str, ...]:
         """Norms that would be sites if they had running moments."""
@@ -68,7 +74,7 @@ class Patchable(Protocol):
         """Outputs for a batch, and the moments of each example at the input of each site, (N, C)."""
 
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """The moments of a batch at the input of each site, (C,), all norms normalizing by those."""
+        """The moments of a batch at the input of each site, (C,), Batch Norm normalizing by those."""
 
     def predict(self, x: Tensor) -> Tensor:
         """Outputs for a batch: bytes are images, floats are inputs as they are."""
@@ -125,15 +131,38 @@ class TorchModel:
     amp: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
+    # By name of site; fields, so that they go along where dataclasses.replace makes another of this model.
+    _calibrated: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
+    _targets: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
+    _lambdas: dict[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.module.to(self.device)
-        self._calibrated: dict[str, Moments[Tensor]] = {}
-        self._targets: dict[str, Moments[Tensor]] = {}
-        self._lambdas: dict[str, float] = {}
+        self._calibrated, self._targets = (
+            {name: self._on_device(moments) for name, moments in known.items()}
+            for known in (self._calibrated, self._targets)
+        )
+        self._lambdas = dict(self._lambdas)
+        self._take_over_running()
         self._num_outputs: int | None = None
         self._returns_probabilities = False
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
+
+    def _take_over_running(self) -> None:
+        """Account for running moments that the module came with, from another TorchModel of it."""
+        for site in self.survey().sites:
+            if site.kind == VirtualNorm.__name__:
+                _, _, mean, var = site.parameters()
+                assert mean is not None  # it has buffers
+                assert var is not None
+                self._calibrated.setdefault(site.name, Moments(mean, var))
+            if site.name in self._lambdas or site.name in self._calibrated:
+                continue
+            if isinstance(site.module, ExampleWeighedNorm) and (running := site.module.running) is not None:
+                if site.parameters()[2] is None:
+                    self._calibrated[site.name] = running
+                else:  # nobody knows what they were mixed from
+                    self._targets[site.name], self._lambdas[site.name] = running, 1.0
 
     def survey(self) -> Survey[Site]:
         """See :func:`bnpatch.survey`."""
@@ -159,21 +188,19 @@ class TorchModel:
             BnpatchError: there is no site of a name, or lambda is to weigh what wasn't given.
             InvalidAlphaError: a weight is not in [0, 1].
         """
+        setting.check_lambdas({site.name for site in self.survey().sites}, self._targets)
         self.set_alphas(setting.alphas)
+        self._lambdas.update((name, float(weight)) for name, weight in setting.lambdas.items())
+        self._mix(setting.lambdas)
+
+    def _mix(self, names: Container[str]) -> None:
+        """Give the layers named the running moments that their lambda asks for."""
         for site in self.survey().sites:
-            weight = setting.lambdas.get(site.name)
-            if weight is None or not isinstance(layer := site.module, ExampleWeighedNorm):
-                continue
-            self._lambdas[site.name] = check_alpha(float(weight), site.name)
-            source = self.source(site)
-            if weight == 0:
-                layer.running = self._calibrated.get(site.name)
-                continue
-            if site.name not in self._targets:
-                raise BnpatchError(
-                    f"there are no target moments for site {site.name!r}", "re-estimate them on data"
-                )
-            layer.running = mix(weight, self._targets[site.name], source)
+            if site.name in names and isinstance(layer := site.module, ExampleWeighedNorm):
+                weight = self._lambdas.get(site.name, 0.0)
+                # None for the buffers, which a site that was recovered has, too
+                source = self._calibrated.get(site.name) if site.parameters()[2] is None else None
+                layer.running = mix(weight, self.target(site), self.source(site)) if weight else source
 
     def source(self, site: Site) -> Moments[Tensor]:
         """The running moments that a site came with, those of the checkpoint as a rule."""
@@ -198,8 +225,12 @@ class TorchModel:
         return self._targets[site.name]
 
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
-        self._targets = {name: self._on_device(moments) for name, moments in targets.items()}
+        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of.
+
+        Sites that are not named keep theirs.
+        """
+        self._targets.update((name, self._on_device(moments)) for name, moments in targets.items())
+        self._mix({name for name in targets if self._lambdas.get(name)})
 
     def targets(self) -> Mapping[str, Moments[Any]]:
         """What :meth:`retarget` was given last."""
@@ -208,16 +239,55 @@ class TorchModel:
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments (C,) to norms that have none, by name: from now on they are sites.
 
+        They are at their identity; Group Norm that was calibrated before gets other moments and keeps its
+        weights. The name of a convolution + FOLDED stands for the Batch Norm that was folded into it.
+
         Raises:
-            BnpatchError: a name is no such norm.
+            BnpatchError: a name is no such norm or convolution.
         """
         found = {name: self._on_device(part) for name, part in moments.items()}
-        self.module = calibrated(self.module, found)
+        folded = {name.removesuffix(FOLDED): part for name, part in found.items() if self._is_folded(name)}
+        known = self._calibrated.keys() | {name + FOLDED for name in folded}
+        self.module = calibrated(self.module, {n: part for n, part in found.items() if n not in known})
+        recover(self.module, folded)
         self._calibrated.update(found)
+        self._mix(found)
 
     def uncalibrated(self) -> tuple[str, ...]:
         """Norms that would be sites if they had running moments: Group Norm, for one."""
         return tuple(uncalibrated(self.module))
+
+    def recovered(self) -> dict[str, Moments[Any]]:
+        """Mean and variance (C,) of sites that were recovered from a folded Batch Norm, by name."""
+        names = [site.name for site in self.survey().sites if site.kind == VirtualNorm.__name__]
+        moments = {name: _to_numpy(self._calibrated[name]) for name in names}
+        return {name: part for name, part in moments.items() if part is not None}
+
+    def _is_folded(self, name: str) -> bool:
+        return name.endswith(FOLDED) and is_convolution(self.module, name.removesuffix(FOLDED))
+
+    def folded(self, example: Tensor | None = None) -> tuple[str, ...]:
+        """Convolutions that a Batch Norm may have been folded into, found by running one input.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
+        """
+        with self.borrowed():
+            return folded_candidates(self.module, lambda: self._run_one(example))
+
+    def functional_norms(self) -> tuple[LeftAlone, ...]:
+        """Norms that are calls in a forward, found by running one blank image."""
+        with self.borrowed():
+            return functional_norms(self.module, self._run_one)
+
+    @torch.inference_mode()
+    def observe_outputs(self, names: Iterable[str], x: Tensor) -> dict[str, Moments[Tensor]]:
+        """Run a batch, and return the moments (N, C) of each example at the output of modules, by name."""
+        seen: dict[str, list[Moments[Tensor]]] = {}
+        modules = {name: self.module.get_submodule(name) for name in names}
+        with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
+            self.forward(x)
+        return {name: joined(parts) for name, parts in seen.items()}
 
     def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
         parts = (
@@ -277,36 +347,41 @@ class TorchModel:
         """
         seen: dict[str, list[Moments[Tensor]]] = {}
         norms = {site.name: site.module for site in self.survey().sites} | uncalibrated(self.module)
-        watch = _at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(example_moments(x)))
+        watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
         with torch.inference_mode(not gradients), watch:
             outputs = self.forward(x)
-        return outputs, {
-            name: Moments(*(torch.cat(p) for p in zip(*((m.mean, m.var) for m in moments), strict=True)))
-            for name, moments in seen.items()
-        }
+        return outputs, {name: joined(parts) for name, parts in seen.items()}
 
     @torch.inference_mode()
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """Run a batch as in training: every site normalizes by the moments of the batch.
+        """Run a batch as in training: Batch Norm normalizes by the moments of the batch.
 
-        Running moments are left as they are.
+        Group Norm does what it always does. The model is left as it is.
 
         Returns:
-            Moments (C,) of the whole batch at the input of each site, by name.
+            Moments (C,) of the whole batch at the input of each site, by name; those of all uses together
+            where a module is used several times. A site that the batch does not reach is missing.
         """
-        seen: dict[str, Moments[Tensor]] = {}
-        layers: dict[str, Any] = {}
+        seen: dict[str, list[Moments[Tensor]]] = {}
 
         def normalize_by(name: str, x: Tensor) -> None:
-            pooled = pool(example_moments(x), axes=0)
-            seen[name] = layers[name].running = Moments(pooled.mean[0], pooled.var[0])
+            if not x.shape[0]:
+                return
+            parts = accurate_moments(x)
+            seen.setdefault(name, []).append(parts)
+            if (layer := layers[name]).identity == 0:
+                layer.running = pooled_rows(parts)
 
         with self.borrowed():
             self.set_alphas(self.identities())
-            layers = {site.name: site.module for site in self.survey().sites if site.identity == 0}
-            with _at_inputs(layers, normalize_by):
+            layers = {
+                site.name: site.module
+                for site in self.survey().sites
+                if isinstance(site.module, ExampleWeighedNorm)
+            }
+            with at_inputs(layers, normalize_by):
                 self.forward(x)
-        return seen
+        return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
 
     def identities(self) -> dict[str, float]:
         """The alpha by name of site at which the model computes what it did before any patch."""
@@ -357,13 +432,23 @@ class TorchModel:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         layers = {site.name: site.module for site in self.survey().sites}
-        with _at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
+        with at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
             self._run_one(example)
         return shapes
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name; patching does not change it."""
-        return {site.name: _fingerprint(site) for site in self.survey().sites}
+        return {site.name: self._fingerprint(site) for site in self.survey().sites}
+
+    def _fingerprint(self, site: Site) -> str:
+        if site.kind == VirtualNorm.__name__:  # of what the model has, not of what the data gave
+            return self._fingerprint_folded(site.name)
+        return _fingerprint(site.num_channels, site.parameters())
+
+    def _fingerprint_folded(self, name: str) -> str:
+        convolution: Any = self.module.get_submodule(name.removesuffix(FOLDED))
+        parts = (convolution.weight, convolution.bias)
+        return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
@@ -382,9 +467,12 @@ class TorchModel:
             BnpatchError: the recipe was made for another model; names the first site that differs.
         """
         found = {site.name: site.calibrated for site in recipe.sites if site.calibrated is not None}
-        known = set(self.uncalibrated())
-        self.calibrate({name: moments for name, moments in found.items() if name in known})
-        recipe.check_fits(self.fingerprints())
+        waiting = {
+            n: _fingerprint_uncalibrated(m) for n, m in uncalibrated(self.module).items() if n in found
+        }
+        waiting |= {name: self._fingerprint_folded(name) for name in found if self._is_folded(name)}
+        recipe.check_fits(self.fingerprints() | waiting)
+        self.calibrate(found)
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
         self.set(recipe.setting)
 
@@ -411,7 +499,7 @@ class TorchModel:
             for site in self.survey().sites
             if isinstance(site.module, ExampleWeighedNorm)
         }
-        lambdas = dict(self._lambdas)
+        lambdas, targets, found = dict(self._lambdas), dict(self._targets), dict(self._calibrated)
         self.module.eval()
         try:
             yield
@@ -420,8 +508,9 @@ class TorchModel:
             for site in self.survey().sites:
                 if site.name in before and isinstance(site.module, ExampleWeighedNorm):
                     site.module.alpha, site.module.running = before[site.name]
-            self._lambdas = lambdas
-            self._calibrated = {name: m for name, m in self._calibrated.items() if name in before}
+            self._lambdas, self._targets = lambdas, targets
+            there = before.keys() | self.recovered().keys()
+            self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}
             for module, mode in modes:
                 module.training = mode
 
@@ -447,7 +536,8 @@ class TorchModel:
 
     def _is_built_by(self, arch: Architecture) -> bool:
         """Does the architecture, built by its name, compute the same with these weights?"""
-        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False)
+        plain: dict[str, Any] = {"_calibrated": {}, "_targets": {}, "_lambdas": {}}
+        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False, **plain)
         try:
             twin.module.load_state_dict(self.module.state_dict(), strict=False)
             twin.apply(self.recipe())
@@ -459,23 +549,6 @@ class TorchModel:
         return own.shape == other.shape and torch.allclose(
             own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
         )
-
-
-@contextmanager
-def _at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """Call ``do(name, input)`` before each of the modules runs."""
-    handles = []
-    for name, module in modules.items():
-
-        def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            do(name, args[0])
-
-        handles.append(module.register_forward_pre_hook(before))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -512,15 +585,17 @@ def _output_tensor(y: Any) -> Tensor:
     return y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
 
 
-def _fingerprint(site: Site) -> str:
-    weight, bias, mean, var = site.parameters()
-    like = torch.zeros(site.num_channels)
-    defaults = (like + 1, like, like, like + 1)
-    parts = (
-        default if part is None else part
-        for part, default in zip((weight, bias, mean, var), defaults, strict=True)
-    )
+def _fingerprint(num_channels: int, parameters: Iterable[Tensor | None]) -> str:
+    """A hash of gamma, beta, running mean and variance; of what changes nothing where one is missing."""
+    zeros = torch.zeros(num_channels)
+    defaults = (zeros + 1, zeros, zeros, zeros + 1)
+    parts = (default if p is None else p for p, default in zip(parameters, defaults, strict=True))
     return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
+
+
+def _fingerprint_uncalibrated(norm: Any) -> str:
+    num_channels = getattr(norm, "num_channels", None) or norm.num_features  # Group Norm, Batch Norm
+    return _fingerprint(num_channels, (norm.weight, norm.bias, None, None))
 
 
 def _to_numpy(moments: Moments[Tensor] | None) -> Moments[Any] | None:

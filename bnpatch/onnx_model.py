@@ -21,7 +21,7 @@ from torch import Tensor
 from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.graph import match, read
 from bnpatch.graph.expr import Tape
-from bnpatch.graph.folded import FOLDED, folded_candidates, insert_norms, observe_values
+from bnpatch.graph.folded import folded_candidates, insert_norms, observe_values
 from bnpatch.graph.forms import append_by_batch
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import Signature, open_session, read_signature
@@ -29,7 +29,7 @@ from bnpatch.moments import Moments, mix, pool
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.setting import Setting
-from bnpatch.sites import AnySite, LeftAlone, SiteFacts, Survey
+from bnpatch.sites import CALIBRATE, FOLDED, NEEDS_CALIBRATION, AnySite, LeftAlone, SiteFacts, Survey
 from bnpatch.to_graph import program_to_graph
 
 #: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
@@ -51,7 +51,7 @@ class OnnxModel:
         notes: what a person should know about it.
         calibrated: running moments from data, by name of site: of norms that have none, and of the outputs
             of convolutions that a Batch Norm was folded into, whose sites have a name that ends in
-            :data:`~bnpatch.graph.folded.FOLDED`.
+            :data:`~bnpatch.sites.FOLDED`.
     """
 
     graph: ir.Model
@@ -66,29 +66,31 @@ class OnnxModel:
     arch: None = None
 
     def __post_init__(self) -> None:
+        self._alphas: dict[str, float] = {}
+        self._lambdas: dict[str, float] = {}
         self._targets: dict[str, Moments[Any]] = {}
         self._num_outputs: int | None = None
         self._take_sites()
 
     def _take_sites(self) -> None:
-        """Look at the graph again: every site is at its identity, and no session is open."""
+        """Look at the graph again: new sites are at their identity, and no session is open."""
         self._sites = match.survey(self._with_norms(self.calibrated))
-        self._alphas = self.identities()
-        self._lambdas = dict.fromkeys(self._alphas, 0.0)
+        identities = self.identities()
+        self._alphas = {name: self._alphas.get(name, alpha) for name, alpha in identities.items()}
+        self._lambdas = {name: self._lambdas.get(name, 0.0) for name in identities}
         self._plain: Any = None
         self._weighed: _Weighed | None = None
         self._observed: _Weighed | None = None
-        self._by_batch: tuple[Any, dict[str, tuple[str, str]]] | None = None
+        self._by_batch: tuple[Any, _Outputs] | None = None
 
     def survey(self) -> Survey[AnySite]:
         """The sites, one per module, and the norms that are left alone."""
         sites: dict[str, AnySite] = {}
         for site in self._patchable():
             sites.setdefault(site.module, _ModuleSite(site.module, site.kind, site.num_channels))
-        reason = "has no running moments; it would need them calibrated on data"
         missing = self.uncalibrated()
         left = {
-            s.module: LeftAlone(s.module, s.kind, reason, True)
+            s.module: LeftAlone(s.module, s.kind, NEEDS_CALIBRATION, True)
             for s in self._sites.sites
             if s.module in missing
         }
@@ -127,9 +129,10 @@ class OnnxModel:
         """
         if not self._alphas:
             remedy = "it was folded into the convolutions, most likely: add --recover-folded"
-            if reasons := [left.reason for left in self.survey().left_alone]:
-                remedy = f"its norms are left alone: {reasons[0]}"
-            raise BnpatchError(f"{self.name} has no Batch Norm that could be patched", remedy)
+            if left := self.survey().left_alone:
+                waits = any(norm.is_uncalibrated for norm in left)
+                remedy = CALIBRATE if waits else f"its norms are left alone: {left[0].reason}"
+            raise BnpatchError(f"{self.name} has no norm that could be patched", remedy)
         if not isinstance(alpha, Mapping):
             alpha = dict.fromkeys(self._alphas, float(alpha))
         if unknown := [name for name in alpha if name not in self._alphas]:
@@ -147,17 +150,16 @@ class OnnxModel:
             BnpatchError: there is no site of a name, or lambda is to weigh what wasn't given.
             InvalidAlphaError: a weight is not in [0, 1].
         """
+        setting.check_lambdas(self._lambdas, self._targets)
         self.set_alphas(setting.alphas)
-        for name, weight in setting.lambdas.items():
-            if weight and name not in self._targets:
-                raise BnpatchError(
-                    f"there are no target moments for site {name!r}", "re-estimate them on data"
-                )
-            self._lambdas[name] = check_alpha(float(weight), name)
+        self._lambdas.update((name, float(weight)) for name, weight in setting.lambdas.items())
 
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of."""
-        self._targets = {name: _float64(moments) for name, moments in targets.items()}
+        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of.
+
+        Sites that are not named keep theirs.
+        """
+        self._targets.update((name, _as_in_recipes(moments)) for name, moments in targets.items())
 
     def targets(self) -> Mapping[str, Moments[Any]]:
         """What :meth:`retarget` was given last."""
@@ -174,16 +176,18 @@ class OnnxModel:
     def running(self) -> dict[str, Moments[Any]]:
         """Running mean and variance (C,) that a site normalizes by now, where not those of the file."""
         sources = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
-        for site in self._patchable():
+        mixed = {}
+        for site in self._patchable():  # several sites where a module is used several times
             if weight := self._lambdas[site.module]:
                 source = sources.get(site.module) or _moments_of(site)
-                sources[site.module] = mix(weight, self._targets[site.module], source)
-        return sources
+                mixed[site.module] = mix(weight, self._targets[site.module], source)
+        return sources | mixed
 
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
         """Give running moments (C,) to norms that have none, and to convolutions (as ``NAME`` + FOLDED).
 
-        From now on they are sites, at their identity.
+        From now on they are sites, at their identity; one that was calibrated before gets other moments and
+        keeps its weights.
 
         Raises:
             BnpatchError: the model has no such norm or convolution.
@@ -193,7 +197,7 @@ class OnnxModel:
         }
         if unknown := [name for name in moments if name not in known]:
             raise BnpatchError(f"{self.name} has no norm {unknown[0]!r} to calibrate", "calibrate it again")
-        self.calibrated |= {name: _float64(part) for name, part in moments.items()}
+        self.calibrated |= {name: _as_in_recipes(part) for name, part in moments.items()}
         self._take_sites()
 
     @property
@@ -237,31 +241,26 @@ class OnnxModel:
         }
 
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """Run a batch as in training: every site normalizes by the moments of the batch.
+        """Run a batch as in training: Batch Norm normalizes by the moments of the batch.
 
-        A file with a fixed batch size does so for each such batch.
+        Group Norm does what it always does. A file with a fixed batch size does so for each such batch.
 
         Returns:
-            Moments (C,) of the whole batch at the input of each site, by name.
+            Moments (C,) of the whole batch at the input of each site, by name; those of all uses together
+            where a module is used several times. Sites in a branch (If, Loop) are missing.
         """
-        if self._by_batch is None:
-            graph, names = self._with_norms(self.calibrated), dict[str, tuple[str, str]]()
-
-            def append(tape: Tape, site: match.Site, *_: Any) -> ir.Value:
-                result, moments = append_by_batch(tape, site)
-                graph.graph.outputs.extend([moments.mean, moments.var])
-                names[site.module] = (moments.mean.name or "", moments.var.name or "")
-                return result
-
-            sites = [s.module for s in self._patchable() if s.identity == 0]
-            rewrite(graph, dict.fromkeys(sites, 1.0), weigh_single_values=True, append=append)
-            self._by_batch = open_session(graph, self.device), names
+        self._by_batch = self._by_batch or self._open_by_batch()
         session, names = self._by_batch
-        parts = iter(self.run(session, [name for pair in names.values() for name in pair], x))
+        if not names:
+            return {}  # onnxruntime takes an empty list of outputs for all of them
+        outputs = [name for pairs in names.values() for pair in pairs for name in pair]
+        values = zip(outputs, self.run(session, outputs, x), strict=True)
+        rows = {name: torch.from_numpy(value).flatten(1) for name, value in values}
         moments = {}
-        for module in names:
-            rows = Moments(*(torch.from_numpy(next(parts)).flatten(1) for _ in range(2)))
-            pooled = pool(rows, axes=0)
+        for module, pairs in names.items():
+            pooled = pool(
+                Moments(*(torch.cat([rows[n] for n in part]) for part in zip(*pairs, strict=True))), axes=0
+            )
             moments[module] = Moments(pooled.mean[0], pooled.var[0])
         return moments
 
@@ -292,10 +291,11 @@ class OnnxModel:
         portions = []
         for start in range(0, max(1, len(inputs)), step):
             portion = inputs[start : start + step]
-            missing = step - len(portion) if self.signature.batch else 0
-            padded = (
-                np.concatenate([portion, np.repeat(portion[-1:], missing, axis=0)]) if missing else portion
-            )
+            padded = portion
+            if self.signature.batch and len(
+                inputs
+            ):  # fill it up with other examples: moments of a batch need real ones
+                padded = inputs.take(range(start, start + step), axis=0, mode="wrap")
             try:
                 results = session.run(outputs, {self.signature.input: padded, **(feeds or {})})
             except Exception as error:  # onnxruntime's exceptions have no common class that is public
@@ -424,7 +424,7 @@ class OnnxModel:
     def _open_weighed(self, observe: bool = False) -> "_Weighed":
         """A session with all weights as inputs."""
         graph = self._with_norms(self.calibrated)
-        moments: dict[str, list[tuple[str, str]]] = {}
+        moments: _Outputs = {}
         if observe:
             sites = [s for s in match.survey(graph).sites if s.node.graph is graph.graph]  # not of a branch
             for site, pair in zip(
@@ -437,14 +437,37 @@ class OnnxModel:
         taken = {value.name for value in session.get_overridable_initializers()}
         modules = {site.name: site.module for site in self._patchable()}
         alphas = {name: modules[site] for site, name in done.alpha_inputs.items() if name in taken}
-        pairs = {modules[site]: pair for site, pair in done.running_inputs.items() if pair[0] in taken}
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        for site_name, pair in done.running_inputs.items():
+            if pair[0] in taken:
+                pairs.setdefault(modules[site_name], []).append(pair)
         return _Weighed(session, alphas, pairs, moments)
+
+    def _open_by_batch(self) -> "tuple[Any, _Outputs]":
+        """A session whose norms normalize by the batch, and the outputs that have its moments."""
+        graph, names = self._with_norms(self.calibrated), dict[str, list[tuple[str, str]]]()
+        outside = {s.module for s in match.survey(graph).sites if s.node.graph is not graph.graph}
+        sites = [s.module for s in self._patchable() if s.module not in outside]
+
+        def append(tape: Tape, site: match.Site, *_: Any) -> ir.Value:
+            result, moments = append_by_batch(tape, site)
+            graph.graph.outputs.extend([moments.mean, moments.var])
+            names.setdefault(site.module, []).append((moments.mean.name or "", moments.var.name or ""))
+            return result
+
+        # Any weight that is no site's identity has it rewritten.
+        running = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
+        rewrite(graph, dict.fromkeys(sites, 0.5), running=running, weigh_single_values=True, append=append)
+        return open_session(graph, self.device), names
 
     def _feeds(self, opened: "_Weighed") -> dict[str, npt.NDArray[Any]]:
         feeds = {name: np.asarray(self._alphas[site], np.float32) for name, site in opened.alphas.items()}
         for site, moments in self.running().items():
-            for name, part in zip(opened.running.get(site, ()), (moments.mean, moments.var), strict=False):
-                feeds[name] = np.asarray(part, np.float32)
+            for mean, var in opened.running.get(site, ()):
+                feeds |= {
+                    mean: np.asarray(moments.mean, np.float32),
+                    var: np.asarray(moments.var, np.float32),
+                }
         return feeds
 
 
@@ -455,14 +478,18 @@ class _Weighed:
     Attributes:
         session: onnxruntime's.
         alphas: the site whose alpha an input takes, by name of the input.
-        running: the inputs that take running mean and variance, by name of site.
-        moments: the outputs that have mean and variance of each example, one pair per use of a module.
+        running: the inputs that take running mean and variance.
+        moments: the outputs that have mean and variance of each example.
     """
 
     session: Any
     alphas: dict[str, str]
-    running: dict[str, tuple[str, str]]
-    moments: dict[str, list[tuple[str, str]]]
+    running: "_Outputs"
+    moments: "_Outputs"
+
+
+#: Pairs of names, for mean and variance, by name of site.
+_Outputs = dict[str, list[tuple[str, str]]]
 
 
 def _moments_of(site: match.Site) -> Moments[Any]:
@@ -484,8 +511,10 @@ def _as_tensors(moments: Moments[Any]) -> Moments[Tensor]:
     return Moments(*(torch.as_tensor(np.asarray(p, np.float32)) for p in (moments.mean, moments.var)))
 
 
-def _float64(moments: Moments[Any]) -> Moments[Any]:
-    return Moments(*(np.asarray(part, np.float64) for part in (moments.mean, moments.var)))
+def _as_in_recipes(moments: Moments[Any]) -> Moments[Any]:
+    """Rounded to float32, so that a recipe is exact, and held in float64, so that arithmetic is."""
+    parts = (np.asarray(part, np.float32) for part in (moments.mean, moments.var))
+    return Moments(*(part.astype(np.float64) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,11 @@ class SiteRecipe:
         if unknown := values.keys() - known:
             raise ValueError(f"a site has {min(unknown)!r}")
         target, calibrated = (
-            _decode(values[name]) if values.get(name) else None for name in ("target", "calibrated")
+            _decode(values[name]) if name in values else None for name in ("target", "calibrated")
         )
         weight = values.get("lambda", 0.0)
+        if weight and target is None:
+            raise ValueError("lambda without target")
         name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         return cls(name, kind, alpha, print_, weight, target, calibrated)
 

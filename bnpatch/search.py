@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bnpatch import __version__
 from bnpatch import objectives as label_free
 from bnpatch.augment import augmented
-from bnpatch.calibrate import calibrate
-from bnpatch.calibrate import recover_folded as recover
+from bnpatch.calibration import calibrate
+from bnpatch.calibration import recover_folded as recover
 from bnpatch.data import Examples, Indices, folds, split
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import STANDARD_METRICS, Comparison, warn_at_chance
@@ -428,7 +428,7 @@ class _Job:
 
     def _make_sites(self, recover_folded: bool) -> None:
         """Running moments from data where there are none."""
-        where: dict[str, Any] = {"examples": self.calib or self.examples, "batch_size": self.plan.batch_size}
+        where: dict[str, Any] = {"images": self.calib or self.examples, "batch_size": self.plan.batch_size}
         if self.calib is None:
             where["indices"] = self.parts[0][0]
         if recover_folded:

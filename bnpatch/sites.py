@@ -5,6 +5,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bnpatch.moments import Moments
 
+#: What the name of a site that was recovered from a folded Batch Norm has after that of its convolution.
+FOLDED = ".folded"
+
+#: The reason of a norm that becomes a site with running moments from data.
+NEEDS_CALIBRATION = "has no running moments of its own; they can be calibrated on images"
+#: What to do about it.
+CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
+
 
 class AnySite(Protocol):
     """A place where a model normalizes by running moments."""

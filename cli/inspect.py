@@ -14,7 +14,7 @@ from .advice import Advice, advise, print_advice
 if TYPE_CHECKING:
     from bnpatch.model import TorchModel
     from bnpatch.onnx_model import OnnxModel
-    from bnpatch.sites import AnySite, Survey
+    from bnpatch.sites import AnySite, LeftAlone, Survey
 
 
 @opt.in_groups
@@ -68,6 +68,7 @@ class _Facts:
     """What there is to see without data."""
 
     found: "Survey[AnySite]"
+    calls: "tuple[LeftAlone, ...]"  # of functions that normalize
     alphas: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     outputs: int | None
@@ -76,14 +77,16 @@ class _Facts:
     size: int | None  # of the file, in bytes
 
     @property
+    def left_alone(self) -> "tuple[LeftAlone, ...]":
+        return (*self.found.left_alone, *self.calls)
+
+    @property
     def single_value(self) -> list[str]:
         return [name for name, shape in self.shapes.items() if all(side == 1 for side in shape)]
 
     @property
     def kinds(self) -> Counter[str]:
-        return Counter(s.kind for s in self.found.sites) + Counter(
-            left.kind for left in self.found.left_alone
-        )
+        return Counter(s.kind for s in self.found.sites) + Counter(left.kind for left in self.left_alone)
 
     def resolution(self, name: str) -> str:
         shape = self.shapes.get(name)
@@ -96,16 +99,19 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
 
     try:
         shapes, outputs = loaded.site_shapes(), loaded.num_outputs()
+        folded = loaded.folded()
+        calls = () if isinstance(loaded, OnnxModel) else loaded.functional_norms()
     except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
         opt.say(f"note           {error.problem}")
-        shapes, outputs = {}, None
+        shapes, outputs, folded, calls = {}, None, (), ()
     file = Path(model)
     return _Facts(
         loaded.survey(),
+        calls,
         loaded.alphas(),
         shapes,
         outputs,
-        folded=loaded.folded() if isinstance(loaded, OnnxModel) else (),
+        folded=folded,
         opset=loaded.opset if isinstance(loaded, OnnxModel) else None,
         size=file.stat().st_size if file.is_file() else None,
     )
@@ -140,9 +146,9 @@ def _print_facts(facts: _Facts, list_sites: bool) -> None:
             f"\n{len(facts.folded)} convolutions may have had a Batch Norm folded into them: "
             + opt.some(facts.folded)
         )
-    if found.left_alone:
-        typer.echo(f"\n{len(found.left_alone)} norms are left alone")
-        reasons = Counter((left.kind, left.reason) for left in found.left_alone)
+    if facts.left_alone:
+        typer.echo(f"\n{len(facts.left_alone)} norms are left alone")
+        reasons = Counter((left.kind, left.reason) for left in facts.left_alone)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
 
 
@@ -168,6 +174,6 @@ def _as_json(loaded: "TorchModel | OnnxModel", facts: _Facts, advice: Advice | N
         "folded_candidates": facts.folded,
         "opset": facts.opset,
         "bytes": facts.size,
-        "left_alone": [vars(left) for left in facts.found.left_alone],
+        "left_alone": [vars(left) for left in facts.left_alone],
     }
     return content if advice is None else content | advice.to_json()

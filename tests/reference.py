@@ -14,6 +14,17 @@ def weighted_moments(values, weights):
     return mean, np.sum(weights * (values - mean) ** 2) / np.sum(weights)
 
 
+def mixed(weight, one, other):
+    """Moments of the distribution that draws from ``one`` with a weight, else from ``other``; per channel."""
+    found = []
+    for (mean, var), (mean2, var2) in zip(zip(*one, strict=True), zip(*other, strict=True), strict=True):
+        points = np.array(
+            [mean - var**0.5, mean + var**0.5, mean2 - var2**0.5, mean2 + var2**0.5], np.float64
+        )
+        found.append(weighted_moments(points, np.array([weight, weight, 1 - weight, 1 - weight]) / 2))
+    return tuple(np.array(part) for part in zip(*found, strict=True))
+
+
 def weighed_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1):
     x, running_mean, running_var, weight, bias = (
         np.asarray(a, np.float64) for a in (x, running_mean, running_var, weight, bias)

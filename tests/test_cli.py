@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_pa
     [
         ("{", "is not a recipe"),
         ("other", "the recipe is for another model"),
-        ("alpha", "an alpha must lie in [0, 1]"),
+        ("alpha", "alpha must lie in [0, 1]"),
         (None, "cannot read recipe.json"),
     ],
 )

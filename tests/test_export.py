@@ -6,10 +6,13 @@ import timm
 import torch
 
 import bnpatch
+from bnpatch.calibration import target_moments
 from bnpatch.errors import BnpatchError
 from bnpatch.export import ParityError, export_onnx
+from bnpatch.setting import Setting
 from bnpatch.to_graph import module_to_graph
-from tests.nn.test_surgery import images, settle
+from tests.nn.test_surgery import CALIBRATED, images, settle
+from tests.test_calibration import INPUTS
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "resnet10t"])
@@ -95,3 +98,58 @@ def test_large_models_keep_their_tensors_beside_the_file(checkpoint, tmp_path):
     torch.testing.assert_close(
         bnpatch.load(tmp_path / "model.onnx").predict(x), model.predict(x), rtol=1e-3, atol=1e-3
     )
+
+
+def test_lambda_costs_nothing_in_the_file(checkpoint, tmp_path, clean):
+    """Other running moments at alpha = 0: the same operators as before, and the outputs of the model."""
+    model = bnpatch.load(checkpoint)
+    export_onnx(model, tmp_path / "plain.onnx")
+    examples = bnpatch.open_examples(clean, model)
+    model.retarget(target_moments(model, examples))
+    names = list(model.alphas())
+    model.set(Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
+    done = export_onnx(model, tmp_path / "moved.onnx")
+    assert set(done.patched) == set(names)
+    plain, moved = (onnx.load(tmp_path / f"{n}.onnx").graph.node for n in ("plain", "moved"))
+    assert [n.op_type for n in moved if n.op_type != "Constant"] == [
+        n.op_type for n in plain if n.op_type != "Constant"
+    ]
+    x = torch.from_numpy(clean[0][:8, None])
+    again = bnpatch.load(tmp_path / "moved.onnx")
+    torch.testing.assert_close(again.predict(x), model.predict(x), rtol=1e-3, atol=1e-3)
+    from_file = bnpatch.load(tmp_path / "plain.onnx")
+    from_file.apply(model.recipe())
+    export_onnx(from_file, tmp_path / "again.onnx")
+    torch.testing.assert_close(
+        bnpatch.load(tmp_path / "again.onnx").predict(x), model.predict(x), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("norm", CALIBRATED)
+def test_calibrated_norms_are_exported(norm, tmp_path):
+    make, _ = CALIBRATED[norm]
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), make(), torch.nn.Tanh(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()
+    ).eval()
+    bnpatch.calibrate(module, INPUTS)
+    for alpha in (bnpatch.survey(module).sites[0].identity, 0.4):
+        bnpatch.patch(module, alpha)
+        done = bnpatch.export_onnx(module, tmp_path / "model.onnx", INPUTS[:2])
+        assert done.max_deviation < 1e-4
+    assert done.patched == ("1",)
+    assert type(bnpatch.unpatch(module)[1]) is type(make())
+    assert getattr(module[1], "running_mean", None) is None
+
+
+def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
+    module = timm.create_model("test_efficientnet_gn", num_classes=5).eval()
+    model = bnpatch.load(module, preprocessing={"img_size": 32})
+    x = images(12, 3, 32, 32)
+    bnpatch.calibrate(model, x)
+    model.retarget(target_moments(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model)))
+    names = list(model.alphas())
+    model.set(Setting(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
+    model.save(tmp_path / "model.pt", model.recipe())
+    again = bnpatch.load(tmp_path / "model.pt", unsafe_load=True)
+    assert torch.equal(again.predict(x), model.predict(x))
+    assert again.recipe().to_json() == model.recipe().to_json()

@@ -1,9 +1,11 @@
+import base64
 import json
 
 import numpy as np
 import pytest
 
 from bnpatch.errors import BnpatchError
+from bnpatch.moments import Moments
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 
 RECIPE = Recipe(
@@ -70,3 +72,60 @@ def test_fingerprint_survives_a_wider_dtype_and_sees_a_changed_value():
     assert fingerprint(values) == fingerprint([v.astype(np.float64) for v in values])
     values[1][0] += 1e-6
     assert fingerprint(values) != fingerprint([np.arange(3), np.ones(3)])
+
+
+def moments(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return Moments(*((scale * rng.random(5)).astype(np.float32).astype(np.float64) for _ in range(2)))
+
+
+def test_moments_round_trip_exactly(tmp_path):
+    """Of float32, also where they are denormal or huge."""
+    sites = (
+        SiteRecipe("bn1", "BatchNorm2d", 0.02, "aa", 0.3, moments(0)),
+        SiteRecipe("gn", "GroupNorm", 1.0, "bb", 1.0, moments(1, 2.0**-140), moments(2, 2.0**120)),
+        SiteRecipe("bn2", "BatchNorm2d", 0.0, "cc"),
+    )
+    Recipe(sites).save(tmp_path / "recipe.json")
+    read = Recipe.load(tmp_path / "recipe.json")
+    assert read.to_json() == Recipe(sites).to_json()
+    for site, known in zip(read.sites, sites, strict=True):
+        assert (site.name, site.alpha, site.lambda_) == (known.name, known.alpha, known.lambda_)
+        for mine, theirs in ((site.target, known.target), (site.calibrated, known.calibrated)):
+            assert (mine is None) is (theirs is None)
+            if mine is not None:
+                np.testing.assert_array_equal(mine.mean, theirs.mean)
+                np.testing.assert_array_equal(mine.var, theirs.var)
+    assert read.setting.lambdas == {"bn1": 0.3, "gn": 1.0, "bn2": 0.0}
+    assert "lambda" not in read.to_json()["sites"][2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lambda": 0.5}, "damaged recipe .*lambda.* without target"),
+        ({"lambda": 1.5, "target": "good"}, r"lambda = 1.5; lambda must lie in \[0, 1\]"),
+        ({"lambda": "0.5", "target": "good"}, r"lambda = 0.5; lambda must lie in \[0, 1\]"),
+        ({"lambda": 0.5, "target": "infinite"}, "damaged recipe .*moments that are none"),
+        ({"lambda": 0.5, "target": "negative"}, "damaged recipe .*moments that are none"),
+        ({"lambda": 0.5, "target": "unlike"}, "damaged recipe .*moments that are none"),
+        ({"calibrated": {"mean": "AAAA", "var": "AAAA"}}, "damaged recipe"),
+        ({"calibrated": {"mean": "!"}}, "damaged recipe"),
+        ({"calibrated": {}}, "damaged recipe"),
+        ({"gamma": 1}, "damaged recipe .*a site has 'gamma'"),
+    ],
+)
+def test_refuses_moments_that_make_no_sense(change, message):
+    wrong = {
+        "good": (np.zeros(2), np.ones(2)),
+        "infinite": (np.full(2, np.inf), np.ones(2)),
+        "negative": (np.zeros(2), -np.ones(2)),
+        "unlike": (np.zeros(3), np.ones(2)),
+    }
+    if isinstance(key := change.get("target"), str):
+        parts = (base64.b64encode(part.astype("<f4").tobytes()).decode() for part in wrong[key])
+        change = change | {"target": dict(zip(("mean", "var"), parts, strict=True))}
+    site = {"name": "a", "kind": "b", "alpha": 0.1, "fingerprint": ""}
+    Recipe.from_json({"format": 1, "provenance": {}, "sites": [site]})
+    with pytest.raises(BnpatchError, match=message):
+        Recipe.from_json({"format": 1, "provenance": {}, "sites": [site | change]})

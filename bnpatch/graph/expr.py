@@ -19,6 +19,9 @@ Constant = int | float | NDArray[Any] | np.generic
 #: The first opset whose ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
 
+#: The first opset whose Constant may have integers.
+_CONSTANTS_ARE_OF_ANY_TYPE = 9
+
 
 class Tape:
     """The nodes that replace one site, in order.
@@ -52,6 +55,8 @@ class Tape:
 
     def constant(self, value: Constant, dtype: ir.DataType) -> ir.Value:
         """A Constant node, valid in subgraphs and for every IR version, unlike an initializer."""
+        if dtype == ir.DataType.INT64 and self._opset < _CONSTANTS_ARE_OF_ANY_TYPE:
+            return self.op("Cast", self.constant(value, ir.DataType.FLOAT), dtype=dtype, to=int(dtype))
         array = np.asarray(value).astype(dtype.numpy())
         key = ("Constant", dtype, array.shape, array.tobytes())
         if key not in self._memo:

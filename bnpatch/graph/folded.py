@@ -18,12 +18,10 @@ import onnx_ir as ir
 
 from bnpatch.graph.constants import Array, constant_of, names_of
 from bnpatch.graph.expr import Tape, Value
-from bnpatch.graph.forms import example_moments
+from bnpatch.graph.forms import centred_moments
 from bnpatch.graph.shapes import Dims, TensorType, infer_types
 from bnpatch.moments import Moments
-
-#: What the name of a recovered site has after that of its convolution.
-FOLDED = ".folded"
+from bnpatch.sites import FOLDED
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")
@@ -93,10 +91,11 @@ def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> l
     for index, (output, rank) in enumerate(values):
         tape = Tape(f"bnpatch/observe/{index}", opset, set())
         value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
-        moments = example_moments(value, rank)
-        parts = [moments.mean, moments.var]
         if rank == 2:  # a single value per channel: no variance
             parts = [Value(tape, tape.op("Identity", value.value), value.dtype), value - value]
+        else:
+            moments = centred_moments(value, tuple(range(2, rank)))
+            parts = [moments.mean, moments.var]
         producer = output.producer()
         if producer is None:  # an input of the graph
             model.graph.insert_before(model.graph[0], tape.nodes)
@@ -147,7 +146,10 @@ def _graph_of(candidate: FoldedCandidate) -> ir.Graph | ir.Function:
 
 
 def _is_normalized(value: ir.Value) -> bool:
-    return any(use.node.op_type in _NORMS for use in value.uses())
+    users = [use.node for use in value.uses()]
+    # Group Norm as exporters write it is an Instance Norm of a Reshape.
+    users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
+    return any(node.op_type in _NORMS for node in users)
 
 
 def _name(node: ir.Node) -> str:

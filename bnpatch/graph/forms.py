@@ -142,6 +142,8 @@ def append_batch_norm(
 def append_by_batch(tape: Tape, site: Site) -> tuple[ir.Value, Moments[ir.Value]]:
     """Append the norm as it is in training: by the moments of the whole batch, which are returned too.
 
+    Group Norm stays Group Norm.
+
     Args:
         tape: takes the nodes.
         site: where.
@@ -152,16 +154,25 @@ def append_by_batch(tape: Tape, site: Site) -> tuple[ir.Value, Moments[ir.Value]
     """
     compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     x = Value(tape, site.input, site.dtype).cast(compute)
-    axes = (0, *range(2, len(site.dims)))
+    moments = centred_moments(x, (0, *range(2, len(site.dims))))
+    found = Moments(moments.mean.value, moments.var.value)
+    if site.identity == 1:
+        ignored = Moments(np.zeros(site.num_channels), np.ones(site.num_channels))  # by a weight of 0
+        return append_site(tape, site, ignored, 1.0, "direct"), found
+    columns = (-1, *(1,) * (len(site.dims) - 2))
+    weight, bias = (np.broadcast_to(v, site.num_channels).reshape(columns) for v in (site.weight, site.bias))
+    scale: Value = weight / (moments.var + site.eps).sqrt()
+    return ((x - moments.mean) * scale + bias).cast(site.dtype).value, found
+
+
+def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
+    """Moments over some axes, which stay with size 1, in two passes.
+
+    No digits are lost where the mean is large against the standard deviation; for what is measured once.
+    """
     mean = x.mean(axes)
     centred = x - mean
-    var = (centred * centred).mean(axes)
-    columns = (-1, *(1,) * (len(site.dims) - 2))
-    weight, bias, eps = (
-        np.broadcast_to(v, site.num_channels).reshape(columns) for v in (site.weight, site.bias, site.eps)
-    )
-    scale: Value = weight / (var + eps).sqrt()
-    return (centred * scale + bias).cast(site.dtype).value, Moments(mean.value, var.value)
+    return Moments(mean, (centred * centred).mean(axes))
 
 
 def _folded(tape: Tape, site: Site, running: Moments[Array], alpha: float) -> Value:

@@ -81,10 +81,11 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
 
 def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
     output = node.outputs[0]
-    uses = output.uses()
+    # What a CastLike reads of its second operand is the type.
+    uses = [use for use in output.uses() if not (use.node.op_type == "CastLike" and use.idx == 1)]
     if len(uses) != 1 or output.is_graph_output():
         return None
-    user = next(iter(uses)).node
+    user = uses[0].node
     same_graph = user.graph is node.graph
     return user if user.op_type == op_type and user.domain in ("", "ai.onnx") and same_graph else None
 

@@ -4,6 +4,7 @@ A site has the name that it has in torch: exporters keep a module's dotted name 
 parameters (``layer1.0.bn1.weight``).
 """
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from bnpatch.sites import LeftAlone, Survey
 MARK = "/bnpatch/"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_LIBRARIES = ("torch.", "timm.", "torchvision.")  # whose classes with "norm" in their names are norms
 _PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
 _GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per channel, not per group
 
@@ -29,8 +31,8 @@ class Site:
     """A place where a graph normalizes by moments that could take the example in.
 
     Attributes:
-        name: dotted name of the torch module where the parameters tell it, else the name of the node,
-            else that of its output; unique in the model.
+        name: dotted name of the torch module where the parameters or the exporter's notes tell it, else the
+            name of the node, else that of its output; unique in the model.
         module: the name before it was made unique: the same at all sites of one torch module.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
@@ -252,7 +254,27 @@ def _module_name(node: ir.Node, parameters: list[ir.Value | None]) -> str:
         for name in names_of(value):
             if match := _PARAMETER.match(name):
                 return match.group(1)
-    return node.name or node.outputs[0].name or node.op_type
+    return _scope(node) or node.name or node.outputs[0].name or node.op_type
+
+
+def _scope(node: ir.Node) -> str:
+    """The norm module that the node comes from, or the call in the forward of another one.
+
+    As torch's exporter noted it, from the model down to the call; empty where it did not.
+    """
+    try:
+        scopes, classes = (
+            [str(part) for part in ast.literal_eval(node.metadata_props.get(key, "[]"))]
+            for key in ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+        )
+    except (ValueError, SyntaxError, TypeError):
+        return ""
+    if len(scopes) < 2 or len(classes) < 2:
+        return ""
+    library, _, name = classes[-2].rpartition(".")
+    if library.startswith(_LIBRARIES) and "norm" in name.lower():
+        return scopes[-2]
+    return ".".join(filter(None, scopes[-2:]))
 
 
 def _unique(name: str, used: set[str]) -> str:

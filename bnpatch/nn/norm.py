@@ -216,11 +216,11 @@ class ExampleWeighedNorm(nn.Module):
             check(self, x)
         weight, bias, *_ = self.parameters_of_norm()
         running = self._moments()
-        no_weight = self._is_identity or (_has_single_values(x) and not self.weigh_single_values)
-        if no_weight and not running.mean.requires_grad:  # batch_norm has no gradient for running moments
+        alpha: float | Tensor = self._alpha if self._weighs(x) else 0.0
+        if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
             y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
         else:
-            y = weighed_norm(x, running, weight, bias, self.eps, self._alpha, self.channels_per_group)
+            y = weighed_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group)
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]
@@ -234,7 +234,11 @@ class ExampleWeighedNorm(nn.Module):
             return True  # the original class has the right error, or the right empty answer
         if self._running is not None and self.identity == 0:
             return False  # the original has other running moments
-        return self._is_identity or (_has_single_values(x) and not self.weigh_single_values)
+        return not self._weighs(x)
+
+    def _weighs(self, x: Tensor) -> bool:
+        """Has the example a say that it did not have in the original?"""
+        return not self._is_identity and (self.weigh_single_values or not _has_single_values(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
@@ -330,6 +334,12 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # eps = 0 and var = 1: batch_norm is left with the multiplication and the addition.
     y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=0.0)
     return y.reshape(x.shape)
+
+
+def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
+    """``batch_norm`` has no gradient for running moments, and takes all parameters in one dtype."""
+    is_learned = running.mean.requires_grad or running.var.requires_grad
+    return not is_learned and (weight is None or weight.dtype == running.mean.dtype)
 
 
 def _has_single_values(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.errors import BnpatchError, check_alpha
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.sites import LeftAlone, Survey
+from bnpatch.sites import CALIBRATE, NEEDS_CALIBRATION, LeftAlone, Survey
 
 _TORCH = "torch.nn.modules"
 
@@ -31,10 +31,9 @@ CONVERTIBLE: Mapping[str, bool] = {
     "timm.layers.split_batchnorm.SplitBatchNorm2d": False,
     "timm.layers.norm_act.FrozenBatchNormAct2d": True,
     "torchvision.ops.misc.FrozenBatchNorm2d": True,
+    "bnpatch.nn.folded.VirtualNorm": True,
 }
 
-#: The reason of a norm that becomes a site with running moments from data, see :func:`calibrated`.
-NEEDS_CALIBRATION = "has no running moments; it would need them calibrated on data"
 _OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
 
 _GROUP_NORMS = (
@@ -165,7 +164,7 @@ def patch(
     sites = [site for site in found.sites if where(site)]
     if not sites:
         raise BnpatchError(*_nothing_to_patch(found))
-    alphas = _alphas_by_name(alpha, sites)
+    alphas = _alphas_by_name(alpha, sites, found.left_alone)
     swaps: dict[int, nn.Module] = {}
     for site in sites:
         if isinstance(site.module, ExampleWeighedNorm):
@@ -295,14 +294,17 @@ def _why_not_unknown(module: nn.Module) -> str:
     return _OTHER_KIND if is_norm and is_leaf else ""
 
 
-def _alphas_by_name(alpha: float | Mapping[str, float], sites: list[Site]) -> dict[str, float]:
+def _alphas_by_name(
+    alpha: float | Mapping[str, float], sites: list[Site], left_alone: tuple[LeftAlone, ...]
+) -> dict[str, float]:
     if not isinstance(alpha, Mapping):
         return {site.name: check_alpha(float(alpha)) for site in sites}
     names = {name: site.name for site in sites for name in (site.name, *site.aliases)}
     if unknown := [name for name in alpha if name not in names]:
-        raise BnpatchError(
-            f"the model has no site {unknown[0]!r}", f"its sites are {_enumerate([s.name for s in sites])}"
-        )
+        remedy = f"its sites are {_enumerate([s.name for s in sites])}"
+        if any(left.name == unknown[0] and left.is_uncalibrated for left in left_alone):
+            remedy = CALIBRATE
+        raise BnpatchError(f"the model has no site {unknown[0]!r}", remedy)
     return {names[name]: check_alpha(float(value), name) for name, value in alpha.items()}
 
 
@@ -312,7 +314,13 @@ def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:
     if not found.left_alone:
         return (
             "the model has no normalization layer that bnpatch could patch",
-            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before",
+            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before, "
+            "or see bnpatch.recover_folded",
+        )
+    if waiting := [left for left in found.left_alone if left.is_uncalibrated]:
+        return (
+            f"the model's norms have no running moments: {_enumerate([w.name for w in waiting])}",
+            CALIBRATE,
         )
     kinds = {left.kind: left.reason for left in found.left_alone}
     kind, reason = next(iter(kinds.items()))

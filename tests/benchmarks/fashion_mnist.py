@@ -39,8 +39,8 @@ def read(folder, part):
 
 
 def make(name):
-    if name == "timm test_resnet":
-        return timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    if name.startswith("timm "):
+        return timm.create_model(name.removeprefix("timm "), num_classes=10, in_chans=1)
     return torchvision.models.resnet18(num_classes=10)
 
 

@@ -12,9 +12,11 @@ from timm.models import levit
 from torch import nn
 
 from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.moments import Moments
 from bnpatch.nn import surgery
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import patch, survey, unpatch
+from bnpatch.nn.surgery import calibrated, patch, survey, take_over, uncalibrated, unpatch
+from tests import reference
 
 
 def settle(model, seed=0):
@@ -250,6 +252,10 @@ def test_refuses_plainly():
         patch(nn.Linear(2, 2))
     with pytest.raises(BnpatchError, match=r"none of the model's 1 norms .* LayerNorm \(not this kind"):
         patch(nn.Sequential(nn.LayerNorm(2)))
+    with pytest.raises(BnpatchError, match=r"no running moments: 0; bnpatch\.calibrate\(model, images\)"):
+        patch(nn.Sequential(nn.GroupNorm(1, 2)))
+    with pytest.raises(BnpatchError, match=r"no site '1'; bnpatch\.calibrate"):
+        patch(nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), {"1": 0.5})
     with pytest.raises(BnpatchError, match="no site 'nope'; its sites are 0"):
         patch(nn.Sequential(nn.BatchNorm2d(2)), {"nope": 0.1})
     with pytest.raises(ValueError, match="must lie in"):
@@ -281,3 +287,95 @@ def test_reparameterizing_a_patched_model_warns_and_before_it_there_is_nothing_l
         timm.utils.reparameterize_model(patch(copy.deepcopy(model), 0.1))
     fused = timm.utils.reparameterize_model(model)
     assert len(survey(fused).sites) < len(survey(model).sites)
+
+
+CALIBRATED = {
+    "GroupNorm": (lambda: nn.GroupNorm(2, 8), 4),
+    "GroupNorm without affine": (lambda: nn.GroupNorm(2, 8, affine=False), 4),
+    "timm GroupNorm": (lambda: timm.layers.GroupNorm(8, 2), 4),
+    "GroupNorm1": (lambda: timm.layers.GroupNorm1(8), 8),
+    "GroupNormAct": (lambda: norm_act.GroupNormAct(8, 2, drop_layer=nn.Hardtanh), 4),
+    "GroupNorm1Act": (lambda: norm_act.GroupNorm1Act(8), 8),
+    "GroupNorm1NoBias": (lambda: importlib.import_module("timm.models.metaformer").GroupNorm1NoBias(8), 8),
+    "BatchNorm2d without running moments": (lambda: nn.BatchNorm2d(8, track_running_stats=False), 1),
+}
+
+
+def moments(num_channels=8, seed=0):
+    mean = images(num_channels, seed=seed)
+    return Moments(mean, images(num_channels, seed=seed + 1).abs() + 0.3)
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_calibrated_norms_are_sites(case):
+    make, channels_per_group = CALIBRATED[case]
+    norm = make().eval()
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    model, x = nn.Sequential(nn.Identity(), norm), images(2, 8, 4, 4)
+    before, keys, state = model(x), list(model.state_dict()), vars(norm).keys()
+    assert list(uncalibrated(model)) == ["1"]
+    assert not survey(model).sites
+    running = moments()
+    calibrated(model, {"1": running})
+    assert not uncalibrated(model)
+    (site,) = survey(model).sites
+    is_batch_norm = isinstance(norm, nn.BatchNorm2d)
+    assert (site.name, site.kind, site.alpha) == ("1", type(norm).__name__, 0.0 if is_batch_norm else 1.0)
+    assert site.num_channels == 8
+    assert site.identity == site.alpha
+    assert list(model.state_dict()) == keys
+    if not is_batch_norm:  # which has no identity that is free of the batch
+        assert torch.equal(model(x), before)
+    bare = copy.deepcopy(model[1])
+    tail = [bare._modules.pop(name, nn.Identity()) for name in ("drop", "act")]
+    for alpha in (0.0, 0.4):
+        patch(model, alpha)
+        patch(nn.Sequential(bare), alpha)
+        weight, bias, *_ = (None if p is None else p.detach() for p in bare.parameters_of_norm())
+        weight, bias = (p if p is not None else torch.full((8,), v) for p, v in ((weight, 1.0), (bias, 0.0)))
+        expected = reference.weighed_norm(
+            x, running.mean, running.var, weight, bias, norm.eps, alpha, channels_per_group
+        )
+        y = bare(x)
+        torch.testing.assert_close(
+            y.double().detach(), torch.from_numpy(expected), rtol=0, atol=2e-5
+        )  # float32
+        assert torch.equal(nn.Sequential(*tail)(y), model(x))  # what followed the norm still follows it
+    model = unpatch(model)
+    assert type(model[1]) is type(make())
+    assert torch.equal(model(x), before)
+    assert vars(model[1]).keys() == state
+
+
+def test_only_norms_that_wait_for_it_are_calibrated():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
+    assert list(uncalibrated(model)) == ["1"]
+    for name in ("0", "nope"):
+        with pytest.raises(BnpatchError, match=f"no norm '{name}' to calibrate"):
+            calibrated(model, {"1": moments(), name: moments()})
+    assert [type(m) for m in model] == [nn.BatchNorm2d, nn.GroupNorm]
+    calibrated(model, {"1": moments()})
+    assert [site.name for site in survey(model).sites] == ["0", "1"]
+
+
+def test_a_root_that_is_group_norm_is_returned():
+    root = calibrated(nn.GroupNorm(2, 8), {"": moments()})
+    assert isinstance(root, ExampleWeighedNorm)
+    assert type(unpatch(root)) is nn.GroupNorm
+
+
+def test_what_was_taken_over_can_be_taken_over_again():
+    """Giving layers back and taking them over with their options changes nothing."""
+    model = settle(nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8)))
+    calibrated(model, {"1": moments()})
+    patch(model, {"0": 0.2, "1": 0.7}, weigh_single_values=True)
+    model[0].running = moments(seed=4)
+    x = images(2, 8, 4, 4)
+    before = model(x)
+    options = {site.name: site.module.options for site in survey(model).sites}
+    model = unpatch(model)
+    assert [type(m) for m in model] == [nn.BatchNorm2d, nn.GroupNorm]
+    take_over(model, options)
+    assert torch.equal(model(x), before)
+    assert model[1].weigh_single_values
