@@ -35,7 +35,7 @@ FLOORS = {
     "data": 1,
     "augment": 2,
     "images": 2,
-    "folders": 4,
+    "folders": 5,
     "classes": 1,
     "checkpoint": 1,
     "architecture": 1,
