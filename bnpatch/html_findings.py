@@ -97,10 +97,11 @@ def ladder(result: TuneResult) -> Markup:
     changes = [rung.change for rung in result.rungs[1:] if math.isfinite(rung.change.high - rung.change.low)]
     ends = [0.0, *(end for change in changes for end in (change.low, change.value, change.high))]
     span = (min(ends), max(ends))
+    mark = " chosen, but not kept" if str(result.verdict) == "loss" else " chosen"
     rows = []
     for index, rung in enumerate(result.rungs):
         change = [metric.format(rung.change.value, signed=True), tag("small", interval(metric, rung.change))]
-        name = tag("b", f"✓ {rung.name}", tag("small", " chosen")) if rung.chosen else rung.name
+        name = tag("b", f"✓ {rung.name}", tag("small", mark)) if rung.chosen else rung.name
         drawn = strip(rung.change, span) if rung.change in changes and span[0] < span[1] else ""
         rows.append([name, metric.format(rung.mean), join(change) if index else "reference", drawn])
     head = ["weights", title(metric), "change from the identity", ""]
@@ -199,10 +200,16 @@ def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
         time = [f"{latency.ratio:.2f}x", tag("small", f"{latency.low:.2f} to {latency.high:.2f}")]
         gained = [points(metric, point.gain), tag("small", interval(metric, gain))]
         rows.append([join([sites, tag("small", f" {mark}") if mark else None]), join(time), join(gained)])
-    caption = "Small: 95% intervals. The knee is where more time begins to gain little."
+    caption = "Small: 95% intervals. The knee, in a ring, is where more time begins to gain little."
     return join(
         [
-            tag("figure", trade_off_chart(measured, metric)),
+            tag(
+                "figure",
+                tag(
+                    "figcaption", tag("b", f"gain in {title(metric)}{' (points)' if metric.is_rate else ''}")
+                ),
+                trade_off_chart(measured, metric),
+            ),
             table(caption, ["patched sites", "time", f"gain in {title(metric)}"], rows),
         ]
     )
