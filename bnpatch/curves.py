@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -119,27 +120,7 @@ def plot_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
     figure = Figure(figsize=(6.4, 2.1 + 1.9 * len(curves)), layout="constrained")
     axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axis, curve in zip(axes, curves, strict=True):
-        scale = 100 if curve.metric.is_rate else 1
-        x = np.array([point.weight for point in curve.points])
-        y, low, high = (
-            scale * np.array([getattr(point, name) for point in curve.points])
-            for name in ("value", "low", "high")
-        )
-        axis.fill_between(x, low, high, where=np.isfinite(high - low), color="#3d4f63", alpha=0.15, zorder=0)
-        axis.plot(x, y, "-", color="#9aa5b1", linewidth=1.2, zorder=1)
-        whole = np.array([point.is_whole for point in curve.points])
-        axis.plot(x[whole], y[whole], "o", color="#3d4f63", markersize=4, zorder=2, clip_on=False)
-        part = {"label": "seen on fewer examples"} if not whole.all() and curve is curves[0] else {}
-        axis.plot(x[~whole], y[~whole], "o", color="#b3bdc7", markersize=4, zorder=2, clip_on=False, **part)
-        for kind, point, text in curve.marked(label):
-            style, colour = _MARKS[kind]
-            value = scale * point.value
-            axis.plot(
-                point.weight, value, style, color=colour, markersize=8, label=text, zorder=3, clip_on=False
-            )
-        axis.set_ylabel(f"{curve.metric.name}{' (%)' if curve.metric.is_rate else ''}")
-        axis.grid(alpha=0.25)
-        axis.legend(loc="best", frameon=False, fontsize=9)
+        _draw(axis, curve, label)
     axes[-1].set_xscale("function", functions=(lambda a: np.sqrt(np.maximum(a, 0)), np.square))
     axes[-1].set_xticks(WEIGHT_TICKS, [f"{tick:g}" for tick in WEIGHT_TICKS], minor=False)
     axes[-1].set_xlim(0, 1)
@@ -151,3 +132,25 @@ def plot_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return True
+
+
+def _draw(axis: Any, curve: Curve, weight: str) -> None:
+    scale = 100 if curve.metric.is_rate else 1
+    x = np.array([point.weight for point in curve.points])
+    y, low, high = (
+        scale * np.array([getattr(point, name) for point in curve.points])
+        for name in ("value", "low", "high")
+    )
+    axis.fill_between(x, low, high, where=np.isfinite(high - low), color="#3d4f63", alpha=0.15, zorder=0)
+    axis.plot(x, y, "-", color="#9aa5b1", linewidth=1.2, zorder=1)
+    whole = np.array([point.is_whole for point in curve.points])
+    for seen, colour, name in ((whole, "#3d4f63", None), (~whole, "#b3bdc7", "seen on fewer examples")):
+        if seen.any():  # a line without points has no extent, which upsets the layout
+            axis.plot(x[seen], y[seen], "o", color=colour, markersize=4, label=name, zorder=2, clip_on=False)
+    for kind, point, text in curve.marked(weight):
+        style, colour = _MARKS[kind]
+        value = scale * point.value
+        axis.plot(point.weight, value, style, color=colour, markersize=8, label=text, zorder=3, clip_on=False)
+    axis.set_ylabel(f"{curve.metric.name}{' (%)' if curve.metric.is_rate else ''}")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="best", frameon=False, fontsize=9)

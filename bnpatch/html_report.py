@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bnpatch import html_details as details
 from bnpatch import html_findings as findings
 from bnpatch.errors import BnpatchError
 from bnpatch.markup import Markup, join, table, tag
@@ -41,10 +42,10 @@ def report_page(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path,
         ("The weights by depth", findings.depth(result, _shapes(model))),
         (
             "Gain against time",
-            findings.trade_off(measured, result.comparisons[0].metric) if measured else None,
+            details.trade_off(measured, result.comparisons[0].metric) if measured else None,
         ),
-        ("Classes", findings.classes(result, model.class_names)),
-        ("Left alone", findings.left_alone(model.survey().left_alone)),
+        ("Classes", details.classes(result, model.class_names)),
+        ("Left alone", details.left_alone(model.survey().left_alone)),
         ("Apply it", _apply(result, model, recipe, patched)),
         ("Where this comes from", _provenance(result.recipe)),
     ]

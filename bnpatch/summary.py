@@ -15,7 +15,9 @@ def verdict_sentence(result: TuneResult) -> str:
     where = f"on {judged_on(result)}"
     if len(result.rungs) == 1:
         return "Keep the model as it is: the search ended before anything else was tried."
-    if result.chosen is result.rungs[0]:
+    # A model that came with weights may change, and for the better, by losing them.
+    same = result.num_folds > 1 or not any(c.change.value for c in result.comparisons)
+    if result.chosen is result.rungs[0] and same:
         return "Keep the model as it is: nothing that was tried does better beyond doubt."
     if str(result.verdict) == "gain":
         way = "rises" if change.value > 0 else "falls"

@@ -1,6 +1,7 @@
 """``bnpatch tune-alpha``."""
 
 import json
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -191,7 +192,7 @@ def tune_alpha(
         )
     if not is_first():  # of several processes that share the work
         return
-    result.recipe.provenance["command"] = " ".join(sys.argv[1:])
+    result.recipe.provenance["command"] = shlex.join(sys.argv[1:])
     files = write_results(result, loaded, output)
     if as_json:
         content = {
@@ -209,6 +210,8 @@ def tune_alpha(
 
 
 def _show(result: "TuneResult", files: list[Path]) -> None:
+    from bnpatch.summary import verdict_sentence
+
     from .render import ladder_table, verdict_table
 
     left_out = opt.skipped(result.skipped)
@@ -220,26 +223,7 @@ def _show(result: "TuneResult", files: list[Path]) -> None:
     ladder_table(result)
     typer.echo("")
     verdict_table(result.verdict)
-    typer.echo(f"\n{verdict(result)}\n")
+    typer.echo(f"\n{verdict_sentence(result)}\n")
     for note in result.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"wrote {', '.join(str(f) for f in files)}")
-
-
-def verdict(result: "TuneResult") -> str:
-    """One sentence that a user can act on."""
-    judged = result.comparisons[0]
-    change = judged.metric.format(judged.change.value, signed=True)
-    what = result.chosen.name
-    if result.alpha is not None and what == "alpha":
-        what = f"alpha = {result.alpha:.4g}"
-    if result.chosen.name == "identity":
-        return "no significant gain: nothing that was tried beats the model as it is. Keep it."
-    if str(result.verdict) == "gain":
-        return f"{what}: {change} in {judged.metric.name} on examples that the search did not see."
-    if str(result.verdict) == "loss":
-        return f"{what} did best in tuning but loses on unseen examples: the recipe keeps the model as it is."
-    return (
-        f"no significant gain ({what} did best in tuning): keep the model as it is. "
-        "The files hold these weights all the same."
-    )

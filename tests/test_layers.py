@@ -75,6 +75,7 @@ FLOORS = {
     "summary": 11,
     "curves": 12,
     "charts": 13,
+    "html_details": 14,
     "html_findings": 14,
     "html_report": 15,
     "report": 16,

@@ -225,6 +225,7 @@ def test_a_loss_is_not_kept(tuned, written):
         in page.text
     )
     assert "patched (not kept)" in page.text
+    assert f"✓ {tuned.chosen.name} chosen, but not kept" in page.text
     assert page.row("accuracy")[3].endswith("▼ loss")
     assert "There is nothing to apply" in page.text
 
