@@ -27,6 +27,7 @@ from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
+from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
 from bnpatch.sites import FOLDED
 from bnpatch.to_graph import module_to_graph
@@ -140,7 +141,15 @@ def _export_torch(
     alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FOLDED)}
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
     running = {name: m for name, m in running.items() if name in chosen}
-    return graph, rewrite(graph, chosen, running=running, alpha_inputs=alpha_inputs).patched
+    weigh_single_values = any(
+        site.module.weigh_single_values
+        for site in source.survey().sites
+        if isinstance(site.module, ExampleWeighedNorm)
+    )
+    done = rewrite(
+        graph, chosen, running=running, alpha_inputs=alpha_inputs, weigh_single_values=weigh_single_values
+    )
+    return graph, done.patched
 
 
 @contextmanager

@@ -377,7 +377,8 @@ class Ladder:
         """Which sites share a weight; those where an example has a single value stay at their identity."""
         batch = next(self.examples.batches(1, self.tuning))
         shapes = self.model.site_shapes(batch.x)
-        weighed = [n for n in self._identities if n not in shapes or math.prod(shapes[n]) > 1]
+        everywhere = self.model.weigh_single_values
+        weighed = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
         if per == "layer":
             return {name: name for name in weighed}
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighed}

@@ -32,6 +32,7 @@ def load(
     output: str | None = None,
     device: str | None = None,
     amp: bool = False,
+    weigh_single_values: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> TorchModel | OnnxModel:
     """Load a model, ready to predict.
@@ -47,6 +48,8 @@ def load(
         output: which output of an ONNX file to read; the first by default.
         device: where to compute; None for the accelerator if there is one (a module stays where it is).
         amp: compute in half precision where autocast thinks it safe.
+        weigh_single_values: weigh examples also at sites where one has a single value per channel (on 1 x 1
+            maps, after flattening). It has no variance there, so that its weight mostly shrinks the signal.
         preprocessing: what to use instead of the model's own: img_size, mean, std, interpolation,
             crop_pct, crop_mode; None values are ignored.
 
@@ -54,7 +57,13 @@ def load(
         BnpatchError: there is no such model, or it can't be loaded.
     """
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in (".onnx", ".pt2"):
-        return load_onnx(model, output=output, device=_onnx_device(device), preprocessing=preprocessing)
+        return load_onnx(
+            model,
+            output=output,
+            device=_onnx_device(device),
+            preprocessing=preprocessing,
+            weigh_single_values=weigh_single_values,
+        )
     if isinstance(model, nn.Module):
         loaded = _of_module(model)
         device = device or str(_device_of(model))
@@ -67,6 +76,7 @@ def load(
         loaded,
         device=pick_device(device or "auto"),
         amp=amp,
+        weigh_single_values=weigh_single_values or loaded.weigh_single_values,
         preprocessing=loaded.preprocessing.override(channels=channels, **(preprocessing or {})),
     )
 

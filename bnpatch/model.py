@@ -35,6 +35,7 @@ class Patchable(Protocol):
     class_names: tuple[str, ...] | None
     class_order: str
     device: torch.device
+    weigh_single_values: bool
 
     @property
     def arch(self) -> Architecture | None:
@@ -117,6 +118,7 @@ class TorchModel:
         arch: how to build it again; None where only the module itself can be stored.
         device: where it computes.
         amp: compute in the device's half precision where autocast thinks it safe.
+        weigh_single_values: weigh also where an example has one value per channel.
         notes: what a person should know about how it was loaded.
         train_batch_size: examples per training step and device, where the checkpoint says it.
     """
@@ -129,6 +131,7 @@ class TorchModel:
     arch: Architecture | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
+    weigh_single_values: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
     # By name of site; fields, so that they go along where dataclasses.replace makes another of this model.
@@ -170,7 +173,7 @@ class TorchModel:
 
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
         """See :func:`bnpatch.patch`."""
-        self.module = patch(self.module, alpha)
+        self.module = patch(self.module, alpha, weigh_single_values=self.weigh_single_values)
 
     def alphas(self) -> dict[str, float]:
         """The weight of the example by name of site; 0 where a site isn't patched."""
@@ -458,7 +461,7 @@ class TorchModel:
             target = self._targets[site.name] if weight else None
             moments = (_to_numpy(m) for m in (target, self._calibrated.get(site.name)))
             sites.append(SiteRecipe(site.name, site.kind, site.alpha, hashes[site.name], weight, *moments))
-        return Recipe(tuple(sites), dict(provenance or {}))
+        return Recipe(tuple(sites), dict(provenance or {}), self.weigh_single_values)
 
     def apply(self, recipe: Recipe) -> None:
         """Patch the model with a recipe.
@@ -473,6 +476,7 @@ class TorchModel:
         waiting |= {name: self._fingerprint_folded(name) for name in found if self._is_folded(name)}
         recipe.check_fits(self.fingerprints() | waiting)
         self.calibrate(found)
+        self.weigh_single_values = recipe.weigh_single_values
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
         self.set(recipe.setting)
 

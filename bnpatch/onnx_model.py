@@ -48,6 +48,7 @@ class OnnxModel:
         class_names: names of the outputs in their order, where known.
         class_order: how class folders are sorted where names don't tell.
         device: cpu or cuda.
+        weigh_single_values: weigh also where an example has one value per channel.
         notes: what a person should know about it.
         calibrated: running moments from data, by name of site: of norms that have none, and of the outputs
             of convolutions that a Batch Norm was folded into, whose sites have a name that ends in
@@ -61,6 +62,7 @@ class OnnxModel:
     class_names: tuple[str, ...] | None = None
     class_order: str = "natural"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    weigh_single_values: bool = False
     notes: list[str] = field(default_factory=list)
     calibrated: dict[str, Moments[Any]] = field(default_factory=dict)
     arch: None = None
@@ -350,7 +352,7 @@ class OnnxModel:
             target = self._targets[site.name] if weight else None
             weights = (self._alphas[site.name], hashes[site.name], weight)
             sites.append(SiteRecipe(site.name, site.kind, *weights, target, self.calibrated.get(site.name)))
-        return Recipe(tuple(sites), dict(provenance or {}))
+        return Recipe(tuple(sites), dict(provenance or {}), self.weigh_single_values)
 
     def apply(self, recipe: Recipe) -> None:
         """Patch the model with a recipe.
@@ -362,6 +364,7 @@ class OnnxModel:
         if found:
             self.calibrate(found)
         recipe.check_fits(self.fingerprints())
+        self.weigh_single_values = recipe.weigh_single_values
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
         self.set(recipe.setting)
 
@@ -393,7 +396,13 @@ class OnnxModel:
         patched: tuple[str, ...] = ()
         if alpha_inputs is not None or not self._is_as_read:
             running = {name: m for name, m in self.running().items() if name in there}
-            patched = rewrite(graph, there, running=running, alpha_inputs=alpha_inputs).patched
+            patched = rewrite(
+                graph,
+                there,
+                running=running,
+                alpha_inputs=alpha_inputs,
+                weigh_single_values=self.weigh_single_values,
+            ).patched
         graph.metadata_props[PREPROCESSING] = json.dumps(self.preprocessing.to_json())
         if self.class_names:
             graph.metadata_props[CLASS_NAMES] = json.dumps(self.class_names)
@@ -432,7 +441,14 @@ class OnnxModel:
             ):
                 moments.setdefault(site.module, []).append(pair)
         running = {name: m for name, m in self.calibrated.items() if not name.endswith(FOLDED)}
-        done = rewrite(graph, self._alphas, running=running, alpha_inputs="per-site", running_inputs=True)
+        done = rewrite(
+            graph,
+            self._alphas,
+            running=running,
+            alpha_inputs="per-site",
+            running_inputs=True,
+            weigh_single_values=self.weigh_single_values,
+        )
         session = open_session(graph, self.device)
         taken = {value.name for value in session.get_overridable_initializers()}
         modules = {site.name: site.module for site in self._patchable()}
@@ -530,6 +546,7 @@ def load_onnx(
     output: str | None = None,
     device: torch.device | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    weigh_single_values: bool = False,
 ) -> OnnxModel:
     """Read an ONNX file, ready to predict.
 
@@ -539,6 +556,7 @@ def load_onnx(
         output: which output to read; the first by default.
         device: cpu or cuda.
         preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
+        weigh_single_values: see :func:`bnpatch.load`.
 
     Raises:
         BnpatchError: the file can't be read, or takes something else than one batch of images.
@@ -567,6 +585,7 @@ def load_onnx(
         base.override(channels=channels, **wanted),
         class_names=tuple(json.loads(names)) if names else None,
         device=device or torch.device("cpu"),
+        weigh_single_values=weigh_single_values,
         notes=notes,
     )
     if len(model.folded()) > len(model.survey().sites):

@@ -77,10 +77,12 @@ class Recipe:
         sites: the sites, in the order of the model.
         provenance: how the weights were found: metric, data, results with confidence intervals, seed,
             versions, command line. Plain JSON values; nothing in it changes what the recipe does.
+        weigh_single_values: weigh also where an example has one value per channel.
     """
 
     sites: tuple[SiteRecipe, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+    weigh_single_values: bool = False
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -115,6 +117,7 @@ class Recipe:
         return {
             "format": FORMAT,
             "sites": [site.to_json() for site in self.sites],
+            **({"weigh_single_values": True} if self.weigh_single_values else {}),
             "provenance": dict(self.provenance),
         }
 
@@ -148,7 +151,7 @@ class Recipe:
                     raise BnpatchError(
                         f"{source}: site {site.name!r} has {name} = {value}", f"{name} must lie in [0, 1]"
                     )
-        return cls(sites, provenance)
+        return cls(sites, provenance, content.get("weigh_single_values") is True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":

@@ -70,6 +70,14 @@ class Loading:
     amp: Annotated[
         bool, _option("--amp", help="Compute in half precision where that is safe.", panel=_LOADING)
     ] = False
+    weigh_single_values: Annotated[
+        bool,
+        _option(
+            "--weigh-single-values",
+            help="Weigh examples also where one has a single value per channel. Rarely of use.",
+            panel=_LOADING,
+        ),
+    ] = False
     img_size: Annotated[int | None, _option(min=1, help="Side in pixels.", panel=_IMAGES)] = None
     mean: Annotated[str | None, _option(help="E.g. 0.485,0.456,0.406.", panel=_IMAGES)] = None
     std: Annotated[str | None, _option(help="E.g. 0.229,0.224,0.225.", panel=_IMAGES)] = None
@@ -97,6 +105,7 @@ class Loading:
             output=self.output_name,
             device=self.device,
             amp=self.amp,
+            weigh_single_values=self.weigh_single_values,
             preprocessing={
                 "img_size": self.img_size,
                 "mean": _numbers(self.mean, "--mean"),

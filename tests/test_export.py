@@ -153,3 +153,20 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
     again = bnpatch.load(tmp_path / "model.pt", unsafe_load=True)
     assert torch.equal(again.predict(x), model.predict(x))
     assert again.recipe().to_json() == model.recipe().to_json()
+
+
+def test_single_values_are_weighed_where_asked(checkpoint, tmp_path):
+    """By the model, its recipe, its export, and the export with the recipe alike; not by default."""
+    x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = bnpatch.load(checkpoint, weigh_single_values=True)
+    assert (1, 1) in model.site_shapes().values()
+    exported = bnpatch.export_onnx(model, tmp_path / "plain.onnx").path
+    model.set_alphas(0.5)
+    weighed, recipe = model.predict(x), bnpatch.Recipe.from_json(model.recipe().to_json())
+    assert len(bnpatch.export_onnx(model, tmp_path / "weighed.onnx").patched) == 15
+    other = bnpatch.load(checkpoint)
+    other.set_alphas(0.5)
+    assert (other.predict(x) - weighed).abs().max() > 0.1
+    for fresh in (bnpatch.load(checkpoint), bnpatch.load(exported)):
+        fresh.apply(recipe)
+        torch.testing.assert_close(fresh.predict(x), weighed, rtol=1e-4, atol=1e-4)
