@@ -162,10 +162,18 @@ class ExampleWeighedNorm(nn.Module):
         if self._is_plain(x):
             y: Tensor = self.as_origin().forward(x)
             return y
-        if check := getattr(self.origin_class, "_check_input_dim", None):
-            check(self, x)
+        self.check_input(x)
         weight, bias, mean, var = self.parameters_of_norm()
         y = weighed_norm(x, Moments(mean, var), weight, bias, self.eps, self._alpha, self.channels_per_group)
+        return self.finish(y)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise the original's error where ``x`` has the wrong rank."""
+        if check := getattr(self.origin_class, "_check_input_dim", None):
+            check(self, x)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the original does after the normalization, if anything."""
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]
@@ -224,7 +232,7 @@ def weighed_norm(
     shift = -moments.mean * scale
     if bias is not None:
         shift = shift + bias.to(dtype)
-    return _affine(x, scale, shift)
+    return affine(x, scale, shift)
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:
@@ -260,7 +268,7 @@ def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments
     return Moments(*(m.expand_as(groups.mean).reshape(shape) for m in (pooled.mean, pooled.var)))
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift`` with (N, C) coefficients, computed in their dtype, returned in that of x."""
     if _is_channels_last(x):
         shape = (*scale.shape, *(1,) * (x.ndim - 2))

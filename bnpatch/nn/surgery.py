@@ -167,7 +167,7 @@ def patch(
                 always_inference=CONVERTIBLE[_qualified_name(type(site.module))],
                 weigh_single_values=bool(weigh_single_values),
             )
-    return _swap(model, swaps)
+    return swap(model, swaps)
 
 
 def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: True) -> nn.Module:
@@ -181,10 +181,11 @@ def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: Tr
         The model; another object only where the model itself is a norm.
     """
     layers = [s.module for s in survey(model).sites if isinstance(s.module, ExampleWeighedNorm) and where(s)]
-    return _swap(model, {id(layer): layer.give_back() for layer in layers})
+    return swap(model, {id(layer): layer.give_back() for layer in layers})
 
 
-def _swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
+    """Put other modules in the place of some, given by ``id``, wherever in the model they are used."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in swaps:
