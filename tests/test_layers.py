@@ -38,6 +38,7 @@ FLOORS = {
     "nn.training_norm": 2,
     "nn.surgery": 2,
     "nn.conversion": 3,
+    "decay": 3,
     "model": 3,
     "onnx_model": 5,
     "sources": 6,

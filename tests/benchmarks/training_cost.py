@@ -1,7 +1,8 @@
 """What the members of the family cost in training: time and memory of a step, forward and backward.
 
-All layers alternate within one process, so that a drift of the machine hits all; times are of the processor, which
-other programs disturb less than those of the clock; the ratios are medians over rounds. ``python -m tests.benchmarks.training_cost [--threads 1] [--rounds 15]``.
+All layers alternate within one process, so that a drift of the machine hits all; times are of the
+processor, which other programs disturb less than those of the clock; ratios are medians over rounds.
+``python -m tests.benchmarks.training_cost [--threads 1] [--rounds 15]``.
 """
 
 import argparse
