@@ -133,7 +133,7 @@ class TorchModel:
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
-        y = _output_tensor(y)
+        y = output_tensor(y)
         return (
             y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self._returns_probabilities else y
         )
@@ -288,7 +288,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _output_tensor(y: Any) -> Tensor:
+def output_tensor(y: Any) -> Tensor:
     """The tensor among what a model returns; (N, K, 1, 1) is (N, K)."""
     if isinstance(y, Mapping):
         y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))
