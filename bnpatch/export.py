@@ -22,7 +22,8 @@ from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
 from bnpatch.loading import load
 from bnpatch.model import TorchModel
-from bnpatch.nn.surgery import patch, unpatch
+from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.surgery import swap
 from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
 from bnpatch.to_graph import module_to_graph
 
@@ -123,18 +124,19 @@ def _export_torch(
     source: TorchModel, example_input: Tensor, alpha_inputs: AlphaInputs | None
 ) -> tuple[ir.Model, tuple[str, ...]]:
     alphas = source.alphas()
-    was_patched = {site.name: site.alpha for site in source.survey().sites if site.is_patched}
-    source.module = unpatch(source.module)
+    layers = [s.module for s in source.survey().sites if isinstance(s.module, ExampleWeighedNorm)]
+    origins = [layer.as_origin() for layer in layers]
+    source.module = swap(source.module, {id(a): b for a, b in zip(layers, origins, strict=True)})
     try:
         graph = module_to_graph(source.module, example_input.to(source.device))
     finally:
-        if was_patched:
-            source.module = patch(source.module, was_patched, where=lambda site: site.name in was_patched)
+        source.module = swap(source.module, {id(b): a for a, b in zip(layers, origins, strict=True)})
+    groups = {s.name: s.channels_per_group for s in source.survey().sites if s.channels_per_group > 1}
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
     chosen = alphas if alpha_inputs else {name: alpha for name, alpha in alphas.items() if alpha}
-    return graph, rewrite(graph, chosen, alpha_inputs=alpha_inputs).patched
+    return graph, rewrite(graph, chosen, channels_per_group=groups, alpha_inputs=alpha_inputs).patched
 
 
 def _compare(

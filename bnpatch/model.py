@@ -201,7 +201,10 @@ class TorchModel:
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
         hashes = self.fingerprints()
-        sites = (SiteRecipe(s.name, s.kind, s.alpha, hashes[s.name]) for s in self.survey().sites)
+        sites = (
+            SiteRecipe(s.name, s.kind, s.alpha, hashes[s.name], channels_per_group=s.channels_per_group)
+            for s in self.survey().sites
+        )
         return Recipe(tuple(sites), dict(provenance or {}))
 
     def apply(self, recipe: Recipe) -> None:
@@ -212,6 +215,10 @@ class TorchModel:
         """
         recipe.check_fits(self.fingerprints())
         self.set_alphas(recipe.alphas)
+        groups = {site.name: site.channels_per_group for site in recipe.sites}
+        for site in self.survey().sites:
+            if isinstance(site.module, ExampleWeighedNorm):
+                site.module.channels_per_group = groups.get(site.name, 1)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

@@ -226,8 +226,14 @@ class OnnxModel:
         """Patch the model with a recipe.
 
         Raises:
-            BnpatchError: the recipe was made for another model; names the first site that differs.
+            BnpatchError: the recipe was made for another model; names the first site that differs. Or it
+                pools channels, which the file doesn't.
         """
+        if pooled := [site.name for site in recipe.sites if site.channels_per_group > 1 and site.alpha]:
+            raise BnpatchError(
+                f"the recipe pools channels at {pooled[0]!r}, of which an ONNX file knows nothing",
+                "export the torch checkpoint with the recipe",
+            )
         found = {
             site.name.removesuffix(FOLDED): Moments(*(np.array(site.calibrated[k]) for k in ("mean", "var")))
             for site in recipe.sites

@@ -27,6 +27,7 @@ class SiteRecipe:
         alpha: the weight of the example.
         fingerprint: a hash of its parameters.
         calibrated: mean and variance, where running moments were taken from data.
+        channels_per_group: consecutive channels whose moments are pooled.
     """
 
     name: str
@@ -34,6 +35,7 @@ class SiteRecipe:
     alpha: float
     fingerprint: str
     calibrated: Mapping[str, Sequence[float]] | None = None
+    channels_per_group: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Recipe:
             if not isinstance(site.alpha, (int, float)) or not 0 <= site.alpha <= 1:
                 raise BnpatchError(
                     f"{source}: site {site.name!r} has alpha = {site.alpha}", "an alpha must lie in [0, 1]"
+                )
+            if not isinstance(site.channels_per_group, int) or site.channels_per_group < 1:
+                raise BnpatchError(
+                    f"{source}: site {site.name!r} pools {site.channels_per_group} channels",
+                    "it must be 1 or more",
                 )
         return cls(sites, provenance)
 

@@ -43,7 +43,7 @@ def trained(net, optimizer):
     ("kind", "coupled", "options"),
     [
         (torch.optim.SGD, True, {"momentum": 0.9, "nesterov": True}),
-        # The shift before a later norm may have no gradient but rounding: eps keeps that from steps of size lr.
+        # A shift before a later norm may have no gradient but rounding: eps keeps that from a step of lr.
         (torch.optim.Adam, True, {"eps": 1e-2}),
         (torch.optim.AdamW, False, {"eps": 1e-2}),
         (torch.optim.RMSprop, True, {"eps": 1e-2}),

@@ -6,7 +6,7 @@ its identity, so that a runtime folds it as before.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,7 @@ def rewrite(
     alphas: Mapping[str, float],
     *,
     running: Mapping[str, Moments[Array]] | None = None,
+    channels_per_group: Mapping[str, int] | None = None,
     alpha_inputs: AlphaInputs | None = None,
     weigh_single_values: bool = False,
     append: Append = append_site,
@@ -63,6 +64,8 @@ def rewrite(
             sites of the module. Sites that are not named are left alone.
         running: running mean and variance, each of shape (C,), by name of site: in the place of those
             in the model, or where the model has none (Group Norm).
+        channels_per_group: consecutive channels whose moments are pooled, by name of module, where
+            that isn't what the model says: a Batch/Group Norm is stored as Batch Norm.
         alpha_inputs: None writes the alphas into the graph as constants, and leaves sites at identity
             as they are. ``"global"`` reads one alpha from a graph input, ``"per-site"`` one from an
             input for each; the inputs are float32 scalars with ``alphas`` as defaults.
@@ -77,6 +80,7 @@ def rewrite(
             not fit.
     """
     found = survey(model)
+    groups = channels_per_group or {}
     by_site = _alphas_by_site(alphas, found.sites)
     if alpha_inputs == "global" and len(set(by_site.values())) > 1:
         raise ValueError("one alpha input for all sites has one default, but the alphas differ")
@@ -101,7 +105,8 @@ def rewrite(
         assert site_moments is not None  # checked above
         tape = Tape(f"{site.name}{MARK.rstrip('/')}", opset, taken)
         alpha = inputs.get(site.name, by_site[site.name])
-        _replace(site, tape, append(tape, site, site_moments, alpha))
+        pooled = replace(site, channels_per_group=groups.get(site.module, site.channels_per_group))
+        _replace(site, tape, append(tape, pooled, site_moments, alpha))
     left = tuple(
         LeftAlone(site.name, site.kind, reasons[site.name]) for site in found.sites if reasons[site.name]
     )

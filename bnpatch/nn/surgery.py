@@ -96,6 +96,11 @@ class Site:
         return isinstance(self.module, ExampleWeighedNorm)
 
     @property
+    def channels_per_group(self) -> int:
+        """Consecutive channels whose moments are pooled; 1 is Batch Norm."""
+        return self.module.channels_per_group if isinstance(self.module, ExampleWeighedNorm) else 1
+
+    @property
     def alpha(self) -> float:
         """The weight of the example: 0 where the site isn't patched."""
         return float(self.module.alpha) if isinstance(self.module, ExampleWeighedNorm) else 0.0

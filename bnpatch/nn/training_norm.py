@@ -245,7 +245,10 @@ class _PooledNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, rstd)
         batch = pool(group, 1)
         moments = (t.expand(1, 1, *ctx.groups[2:]).reshape(-1) for t in (batch.mean, batch.var))
-        outputs = affine(x, scale, bias.to(rstd) - mean * scale), *moments
+        y = affine(x, scale, bias.to(rstd) - mean * scale)
+        # affine returns a view of what nobody else holds. Autograd lets nobody write into a view that was
+        # made in here, as ReLU(inplace=True) wants to.
+        outputs = torch.ops.aten._unsafe_view(y, y.shape), *moments
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

@@ -254,6 +254,18 @@ def test_the_fused_activation_of_timm_stays():
     assert (converted(sample((4, 6, 5, 5), torch.float32)) >= 0).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("spec", [NormSpec.ghost(2), NormSpec.batch_group(3), NormSpec.batch_renorm()])
+def test_an_activation_may_write_into_the_output(spec, layout):
+    x, results = sample((4, 6, 5, 4), layout=layout), []
+    for inplace in (True, False):
+        leaf = x.clone().requires_grad_()
+        net = nn.Sequential(layer(spec), nn.ReLU(inplace)).train()
+        net(leaf).square().sum().backward()
+        results.append(leaf.grad)
+    assert torch.equal(*results)
+
+
 def test_frozen_layers_are_not_converted():
     frozen = timm.layers.FrozenBatchNormAct2d(6)
     with pytest.raises(BnpatchError, match="frozen"):

@@ -1,0 +1,112 @@
+"""Training images: timm's augmentations, shuffled in a way that a resumed run repeats."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bnpatch.data import Examples, Indices
+from bnpatch.errors import BnpatchError
+from bnpatch.finetune.settings import Augmentation
+from bnpatch.preprocessing import Preprocessing
+
+#: From (class indices (N,), batch size, random generator) to the batches of an epoch.
+Batching = Callable[[Indices, int, np.random.Generator], Sequence[Indices]]
+
+
+def shuffled(targets: Indices, batch_size: int, rng: np.random.Generator) -> Sequence[Indices]:
+    """All examples in random order; what is left over at the end is dropped."""
+    order = rng.permutation(len(targets))
+    return np.split(order, range(batch_size, len(order), batch_size))[: len(order) // batch_size]
+
+
+class TrainingImages(Dataset[tuple[int, Tensor | None, str]]):
+    """Augmented inputs of examples; inputs as they are stay that way.
+
+    Args:
+        examples: from :func:`bnpatch.open_examples`; their cache isn't used, since every epoch differs.
+        preprocessing: of the model.
+        augmentation: what to do to images.
+    """
+
+    def __init__(self, examples: Examples, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
+        self.source = examples.source
+        self.transform = _transform(preprocessing, augmentation)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        """The index, the input, and why there is none."""
+        try:
+            item = self.source.read(index)
+            return index, item if isinstance(item, Tensor) else self.transform(item), ""
+        except Exception as error:  # one broken image is not the end of a run
+            return index, None, f"{type(error).__name__}: {error}"
+
+
+def load_batches(
+    images: TrainingImages, targets: Indices, batches: Sequence[Indices], workers: int
+) -> DataLoader[Any]:
+    """Inputs (N, C, H, W), class indices (N,) and what can't be read (index to reason), batch by batch."""
+    return DataLoader(
+        images,
+        batch_sampler=[batch.tolist() for batch in batches],
+        collate_fn=_Collate(targets),
+        num_workers=workers,
+    )
+
+
+class _Collate:
+    """Stacks what could be read. A class, since worker processes can't be sent a closure."""
+
+    def __init__(self, targets: Indices) -> None:
+        self.targets = targets
+
+    def __call__(self, items: list[tuple[int, Tensor | None, str]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        good = {index: x for index, x, _ in items if x is not None}
+        problems = {index: problem for index, _, problem in items if problem}
+        if not good:
+            raise BnpatchError(
+                f"no image of a batch can be read: {next(iter(problems.values()))}", "look at the files"
+            )
+        return torch.stack(list(good.values())), torch.from_numpy(self.targets[list(good)]), problems
+
+
+def check_same_classes(train: Examples, val: Examples, names: Sequence[str] | None) -> None:
+    """See that validation has no class that training hasn't.
+
+    Raises:
+        BnpatchError: it has one.
+    """
+    extra = np.setdiff1d(val.targets, train.targets)
+    if len(extra):
+        index = int(extra[0])
+        name = repr(names[index]) if names and index < len(names) else str(index)
+        raise BnpatchError(
+            f"the validation data has the class {name}, of which the training data has no example",
+            "give data sets with the same classes",
+        )
+
+
+def _transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Callable[[Any], Tensor]:
+    from timm.data import create_transform
+
+    made: Callable[[Any], Tensor] = create_transform(
+        input_size=preprocessing.input_size,
+        is_training=True,
+        scale=(augmentation.min_scale, 1.0),
+        # The whole image, undistorted, where nothing is to be cropped.
+        ratio=(1.0, 1.0) if augmentation.min_scale == 1 else None,
+        hflip=augmentation.hflip,
+        color_jitter=0.0,
+        auto_augment=augmentation.auto_augment,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        re_prob=augmentation.random_erasing,
+    )
+    return made
