@@ -24,13 +24,18 @@ _WHERE = {
     "ExampleWeighedNorm": "nn.norm",
     "Metric": "metrics",
     "Moments": "moments",
+    "NormDecay": "decay",
+    "NormSpec": "spec",
     "Recipe": "recipe",
+    "Settings": "finetune.settings",
     "OnnxModel": "onnx_model",
     "TorchModel": "model",
     "TuneResult": "search",
     "apply": "loading",
+    "convert_norms": "nn.conversion",
     "evaluate": "evaluation",
     "export_onnx": "export",
+    "fine_tune": "finetune.run",
     "load": "loading",
     "mix": "moments",
     "open_examples": "sources",
@@ -45,10 +50,13 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from bnpatch.decay import NormDecay as NormDecay
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate
     from bnpatch.export import export_onnx as export_onnx
+    from bnpatch.finetune.run import fine_tune as fine_tune
+    from bnpatch.finetune.settings import Settings as Settings
     from bnpatch.loading import apply as apply
     from bnpatch.loading import load as load
     from bnpatch.metrics import Metric as Metric
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
     from bnpatch.moments import Moments as Moments
     from bnpatch.moments import mix as mix
     from bnpatch.moments import pool as pool
+    from bnpatch.nn.conversion import convert_norms as convert_norms
     from bnpatch.nn.norm import ExampleWeighedNorm as ExampleWeighedNorm
     from bnpatch.nn.norm import weighed_norm as weighed_norm
     from bnpatch.nn.surgery import patch as patch
@@ -66,6 +75,7 @@ if TYPE_CHECKING:
     from bnpatch.search import TuneResult as TuneResult
     from bnpatch.search import tune_alpha as tune_alpha
     from bnpatch.sources import open_examples as open_examples
+    from bnpatch.spec import NormSpec as NormSpec
 
 
 def __getattr__(name: str) -> Any:

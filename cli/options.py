@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ def in_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 def say(text: str) -> None:
     """Tell a person something that is not the result."""
-    typer.echo(text, err=True)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started, one speaks
+        typer.echo(text, err=True)
 
 
 def skipped(reasons: Mapping[str, str]) -> str:

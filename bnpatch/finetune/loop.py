@@ -56,6 +56,7 @@ def train(
     val_examples: Examples,
     settings: Settings,
     *,
+    subset: Indices | None = None,
     selection: Indices | None = None,
     output: Path | None = None,
     resume: bool = False,
@@ -75,6 +76,7 @@ def train(
         train_examples: what to train on.
         val_examples: what to choose the best epoch by.
         settings: how.
+        subset: which of the training examples to use; None for all.
         selection: which of the validation examples to use; None for all.
         output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
         resume: go on from ``last.pt``, if it is there.
@@ -89,7 +91,9 @@ def train(
         BnpatchError: the settings don't fit the model or the data, or ``last.pt`` is of another run.
     """
     check_same_classes(train_examples, val_examples, model.class_names)
-    run = _Run(model, train_examples, val_examples, settings, selection, output, batching, accelerator)
+    run = _Run(
+        model, train_examples, val_examples, settings, subset, selection, output, batching, accelerator
+    )
     run.progress, run.tell = progress, tell
     if resume and output is not None and (output / "last.pt").exists():
         run.load(load_state(output / "last.pt", run.identity))
@@ -116,6 +120,7 @@ class _Run:
         train_examples: Examples,
         val_examples: Examples,
         settings: Settings,
+        subset: Indices | None,
         selection: Indices | None,
         output: Path | None,
         batching: Batching,
@@ -123,6 +128,7 @@ class _Run:
     ) -> None:
         self.model, self.settings, self.output, self.batching = model, settings, output, batching
         self.examples, self.val_examples = train_examples, val_examples
+        self.subset = np.arange(len(train_examples)) if subset is None else subset
         self.selection = np.arange(len(val_examples)) if selection is None else selection
         self.images = TrainingImages(train_examples, model.preprocessing, settings.augmentation)
         self.micro, self.accumulate = settings.batch_size, settings.accumulate
@@ -132,16 +138,16 @@ class _Run:
         self.notes: list[str] = []
         self.accelerator = accelerator or new_accelerator(settings, model.device)
         per_step = self.micro * self.accumulate * self.accelerator.num_processes
-        if len(train_examples) < per_step:
+        if len(self.subset) < per_step:
             raise BnpatchError(
-                f"{len(train_examples)} training examples are fewer than the {per_step} of a step",
+                f"{len(self.subset)} training examples are fewer than the {per_step} of a step",
                 "lower --batch-size",
             )
         self.identity = {
             "model": model.name,
             "architecture": str(model.arch),
             "data": {"train": train_examples.fingerprint(), "val": val_examples.fingerprint()},
-            "selection": hashlib.sha256(self.selection.tobytes()).hexdigest()[:16],
+            "parts": [hashlib.sha256(p.tobytes()).hexdigest()[:16] for p in (self.subset, self.selection)],
             "settings": settings.to_json(),
             "processes": self.accelerator.num_processes,
         }
@@ -150,15 +156,18 @@ class _Run:
         model.module.to(model.device)
         if settings.spec.channels_per_group > 1:
             self._recalibrate()
-        self.engine = Engine(model, settings, len(train_examples) // per_step, self.accelerator)
+        self.engine = Engine(model, settings, len(self.subset) // per_step, self.accelerator)
         self.state = self._snapshot()
 
     def _recalibrate(self) -> None:
         """Take moments for layers that normalize otherwise than those that the running moments are of."""
-        rng = np.random.default_rng(self.settings.seed)
-        batches = self.batching(self.examples.targets, self.micro, rng)[:_CALIBRATION_BATCHES]
+        batches = self._batches(np.random.default_rng(self.settings.seed))[:_CALIBRATION_BATCHES]
         loader = load_batches(self.images, self.examples.targets, batches, self.settings.workers)
         recalibrate(self.model.module, (x.to(self.model.device) for x, _, _ in loader))
+
+    def _batches(self, rng: np.random.Generator) -> list[Indices]:
+        batches = self.batching(self.examples.targets[self.subset], self.micro, rng)
+        return [self.subset[batch] for batch in batches]
 
     @property
     def epoch(self) -> int:
@@ -196,7 +205,7 @@ class _Run:
         """One pass over the training examples; the mean loss."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         seed = np.random.SeedSequence([self.settings.seed, self.epoch])
-        batches = self.batching(self.examples.targets, self.micro, np.random.default_rng(seed))
+        batches = self._batches(np.random.default_rng(seed))
         steps = len(batches) // (processes * self.accumulate)
         mine = batches[: steps * processes * self.accumulate][rank::processes]
         _seed_everything(int(seed.generate_state(1)[0]) + rank)
@@ -236,12 +245,12 @@ class _Run:
         from accelerate.utils import gather_object
 
         mine = self.selection[self.accelerator.process_index :: self.accelerator.num_processes]
-        metrics = {m.name: m for m in (ACCURACY, CROSS_ENTROPY, METRICS[self.settings.metric])}
+        metrics = (ACCURACY, CROSS_ENTROPY)
         scored = replace(self.model, module=self.engine.scored)
-        scores = evaluate(scored, self.val_examples, list(metrics.values()), indices=mine)
+        scores = evaluate(scored, self.val_examples, metrics, indices=mine)
         parts = gather_object([(len(scores), {name: v.sum() for name, v in scores.values.items()})])
         total = sum(count for count, _ in parts)
-        return {name: float(sum(sums[name] for _, sums in parts) / total) for name in metrics}
+        return {m.name: float(sum(sums[m.name] for _, sums in parts) / total) for m in metrics}
 
     def keep(self) -> None:
         """Remember the epoch, on disk too."""

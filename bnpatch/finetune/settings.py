@@ -6,7 +6,7 @@ from typing import Any
 
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
-from bnpatch.metrics import METRICS
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.spec import NormSpec
 
 _PRECISIONS = ("no", "fp16", "bf16")
@@ -59,7 +59,7 @@ class Settings:
         smoothing: label smoothing.
         ema: decay of averaged weights, which are then evaluated and kept; None for none.
         patience: epochs without a better score after which training stops; None for never.
-        metric: the validation score by which the best epoch is chosen.
+        metric: the validation score by which the best epoch is chosen, accuracy or cross-entropy.
         precision: no, fp16 or bf16.
         augmentation: what is done to the training images.
         workers: processes that decode training images.
@@ -93,8 +93,10 @@ class Settings:
                 raise BnpatchError(f"{name} is {getattr(self, name)}", "give 1 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise BnpatchError(f"a learning rate of {self.lr} is none", "give a positive --lr")
-        if self.metric not in METRICS:
-            raise BnpatchError(f"there is no metric {self.metric!r}", f"choose one of {', '.join(METRICS)}")
+        if self.metric not in (known := (ACCURACY.name, CROSS_ENTROPY.name)):
+            raise BnpatchError(
+                f"there is no metric {self.metric!r} to train by", f"choose {' or '.join(known)}"
+            )
         if self.precision not in _PRECISIONS:
             raise BnpatchError(
                 f"there is no precision {self.precision!r}", f"choose {', '.join(_PRECISIONS)}"

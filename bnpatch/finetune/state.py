@@ -14,6 +14,7 @@ import torch
 
 from bnpatch.errors import BnpatchError
 from bnpatch.files import atomic_path, write_text
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 
 _FORMAT = 1
 
@@ -39,6 +40,10 @@ class Epoch:
     accuracy: float
     cross_entropy: float
     seconds: float
+
+    def score(self, metric: str) -> float:
+        """The validation score of a metric, accuracy or cross-entropy."""
+        return {ACCURACY.name: self.accuracy, CROSS_ENTROPY.name: self.cross_entropy}[metric]
 
 
 def write_history(history: list[Epoch], path: str | os.PathLike[str]) -> None:

@@ -91,8 +91,8 @@ class Site:
 
     @property
     def single_value(self) -> bool:
-        """An example has a single value per channel, hence no variance, as far as shapes tell."""
-        return all(size == 1 for size in self.dims[2:])
+        """An example has a single value per group, hence no variance, as far as shapes tell."""
+        return self.channels_per_group == 1 and all(size == 1 for size in self.dims[2:])
 
 
 def survey(model: ir.Model) -> Survey[Site]:

@@ -18,7 +18,7 @@ from bnpatch.graph.expr import Tape
 from bnpatch.graph.forms import append_site
 from bnpatch.graph.match import MARK, Site, survey
 from bnpatch.moments import Moments
-from bnpatch.sites import LeftAlone
+from bnpatch.sites import LeftAlone, Survey
 
 #: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
 Append = Callable[[Tape, Site, Moments[Array], float | ir.Value], ir.Value]
@@ -79,8 +79,7 @@ def rewrite(
         ValueError: the alphas of a global input differ; running moments do
             not fit.
     """
-    found = survey(model)
-    groups = channels_per_group or {}
+    found = _regrouped(survey(model), channels_per_group or {})
     by_site = _alphas_by_site(alphas, found.sites)
     if alpha_inputs == "global" and len(set(by_site.values())) > 1:
         raise ValueError("one alpha input for all sites has one default, but the alphas differ")
@@ -105,13 +104,20 @@ def rewrite(
         assert site_moments is not None  # checked above
         tape = Tape(f"{site.name}{MARK.rstrip('/')}", opset, taken)
         alpha = inputs.get(site.name, by_site[site.name])
-        pooled = replace(site, channels_per_group=groups.get(site.module, site.channels_per_group))
-        _replace(site, tape, append(tape, pooled, site_moments, alpha))
+        _replace(site, tape, append(tape, site, site_moments, alpha))
     left = tuple(
         LeftAlone(site.name, site.kind, reasons[site.name]) for site in found.sites if reasons[site.name]
     )
     names = {site: value.name or "" for site, value in inputs.items()}
     return Rewritten(model, tuple(site.name for site in chosen), (*left, *found.left_alone), names)
+
+
+def _regrouped(found: Survey[Site], groups: Mapping[str, int]) -> Survey[Site]:
+    sites = (
+        replace(site, channels_per_group=groups.get(site.module, site.channels_per_group))
+        for site in found.sites
+    )
+    return Survey(tuple(sites), found.left_alone)
 
 
 def _alphas_by_site(alphas: Mapping[str, float], sites: tuple[Site, ...]) -> dict[str, float]:

@@ -184,7 +184,7 @@ class ExampleWeighedNorm(nn.Module):
             return True
         if x.ndim < 2 or x.shape[1] != self.running_mean.numel() or not x.numel():
             return True  # the original class has the right error, or the right empty answer
-        return _has_single_values(x) and not self.weigh_single_values
+        return _has_single_values(x) and self.channels_per_group == 1 and not self.weigh_single_values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,362 @@
+"""``bnpatch fine-tune``."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    from bnpatch.data import Examples
+    from bnpatch.finetune.choose import Choice
+    from bnpatch.finetune.run import FineTuneResult
+    from bnpatch.finetune.settings import Settings
+    from bnpatch.model import TorchModel
+
+_NORMS = "Techniques"
+_TRAINING = "Training"
+
+
+def _option(*names: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """Which of the paper's techniques to train with."""
+
+    ghost_batch_size: Annotated[
+        str,
+        _option(help="Examples whose moments are pooled; auto, or 0 for the whole batch.", panel=_NORMS),
+    ] = "auto"
+    channels_per_group: Annotated[
+        int | None,
+        _option(min=1, help="Pool so many channels too (Batch/Group Norm). Default: as auto.", panel=_NORMS),
+    ] = None
+    norm_weight_decay: Annotated[
+        str, _option(help="Decay of scales and shifts; auto, or a number.", panel=_NORMS)
+    ] = "auto"
+    norm_weight_decay_sites: Annotated[
+        str, _option(help="reachable: where no later norm undoes it; or all.", panel=_NORMS)
+    ] = "reachable"
+    gamma_toward: Annotated[
+        int, _option(min=0, max=1, help="Where scales decay to, 1 or 0.", panel=_NORMS)
+    ] = 1
+    decoupled: Annotated[
+        bool,
+        _option(
+            "--decoupled", help="Decay scales and shifts as AdamW does, not as an L2 loss.", panel=_NORMS
+        ),
+    ] = False
+    choose: Annotated[
+        str, _option(help="What auto means: guidance (by batch size) or search (by trying).", panel=_NORMS)
+    ] = "guidance"
+    choose_trials: Annotated[int, _option(min=2, help="Short runs of the search.", panel=_NORMS)] = 12
+    choose_epochs: Annotated[int, _option(min=1, help="Epochs of each of them.", panel=_NORMS)] = 3
+
+    def settle(self, model: "TorchModel", examples: "Examples", settings: "Settings") -> "Settings":
+        """Settings with the techniques that are asked for, or chosen; says why."""
+        from bnpatch.decay import NormDecay
+        from bnpatch.finetune.choose import decay_sites
+        from bnpatch.spec import NormSpec
+
+        self._check()
+        is_auto = self.ghost_batch_size == "auto" and self.channels_per_group is None
+        if is_auto or self.norm_weight_decay == "auto":
+            chosen = self._choose(model, examples, settings)
+            for reason in chosen.reasons:
+                opt.say(f"               {reason}")
+            settings = chosen.settings(settings)
+        if not is_auto:
+            ghost = None if self.ghost_batch_size == "auto" else int(self.ghost_batch_size)
+            settings = replace(settings, spec=NormSpec(self.channels_per_group or 1, ghost or None))
+        rate = None if self.norm_weight_decay == "auto" else float(self.norm_weight_decay)
+        decay = settings.norm_decay if rate is None else NormDecay(rate, sites=decay_sites(model))
+        if decay is not None:
+            sites = "all" if self.norm_weight_decay_sites == "all" else decay.sites
+            decay = replace(
+                decay, sites=sites, gamma_toward=float(self.gamma_toward), coupled=not self.decoupled
+            )
+        return replace(settings, norm_decay=decay)
+
+    def _check(self) -> None:
+        from bnpatch.errors import BnpatchError
+
+        for name, value in (
+            ("ghost-batch-size", self.ghost_batch_size),
+            ("norm-weight-decay", self.norm_weight_decay),
+        ):
+            number = int if name.startswith("ghost") else float
+            try:
+                is_number = value == "auto" or number(value) >= 0
+            except ValueError:
+                is_number = False
+            if not is_number:
+                raise BnpatchError(f"--{name} {value!r} is neither auto nor a number", "give one of these")
+        if self.norm_weight_decay_sites not in ("reachable", "all"):
+            raise BnpatchError(
+                f"--norm-weight-decay-sites {self.norm_weight_decay_sites!r}", "choose reachable or all"
+            )
+        if self.choose not in ("guidance", "search"):
+            raise BnpatchError(f"--choose {self.choose!r}", "choose guidance or search")
+
+    def _choose(self, model: "TorchModel", examples: "Examples", settings: "Settings") -> "Choice":
+        from bnpatch.finetune.choose import by_guidance, by_search
+
+        from .render import progress_bar
+
+        if self.choose == "guidance":
+            return by_guidance(model, settings)
+        with progress_bar() as progress:
+
+            def show(name: str, score: float | None) -> None:
+                opt.say(f"tried          {name}: {'given up' if score is None else f'{score:.4f}'}")
+
+            return by_search(
+                model,
+                examples,
+                settings,
+                trials=self.choose_trials,
+                epochs=self.choose_epochs,
+                on_trial=show,
+                progress=progress,
+            )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train."""
+
+    epochs: Annotated[int, _option(min=1, help="Passes over the images.", panel=_TRAINING)] = 10
+    lr: Annotated[float, _option(help="Learning rate at its top.", panel=_TRAINING)] = 0.01
+    optimizer: Annotated[str, _option(help="Name of timm's: sgd, adamw, lamb.", panel=_TRAINING)] = "sgd"
+    momentum: Annotated[float, _option(panel=_TRAINING)] = 0.9
+    weight_decay: Annotated[float, _option(min=0, help="Of the other weights.", panel=_TRAINING)] = 1e-4
+    schedule: Annotated[str, _option(help="cosine, tanh, step, poly.", panel=_TRAINING)] = "cosine"
+    warmup_epochs: Annotated[int, _option(min=0, panel=_TRAINING)] = 0
+    accumulate: Annotated[int, _option(min=1, help="Batches per step.", panel=_TRAINING)] = 1
+    clip_grad: Annotated[float | None, _option(min=0, help="Largest norm of it.", panel=_TRAINING)] = None
+    smoothing: Annotated[float, _option(min=0, max=1, help="Of labels.", panel=_TRAINING)] = 0.0
+    ema: Annotated[
+        float | None, _option(min=0, max=1, help="Average the weights, decaying so.", panel=_TRAINING)
+    ] = None
+    patience: Annotated[
+        int | None, _option(min=1, help="Stop after so many epochs without a better score.", panel=_TRAINING)
+    ] = None
+    precision: Annotated[str, _option(help="no, fp16 or bf16.", panel=_TRAINING)] = "no"
+    min_scale: Annotated[
+        float, _option(help="Smallest part of an image that a crop keeps; 1: no crop.", panel=_TRAINING)
+    ] = 0.35
+    hflip: Annotated[float, _option(min=0, max=1, help="Flip with this probability.", panel=_TRAINING)] = 0.5
+    auto_augment: Annotated[
+        str | None, _option(help="timm's policy, as rand-m9-mstd0.5.", panel=_TRAINING)
+    ] = None
+    random_erasing: Annotated[float, _option(min=0, max=1, panel=_TRAINING)] = 0.0
+    mixup: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
+    cutmix: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
+
+    def settings(self, metric: str, batch_size: int, workers: int, seed: int) -> "Settings":
+        """The library's settings, without techniques."""
+        from bnpatch.finetune.settings import Augmentation, Settings
+
+        images = ("min_scale", "hflip", "auto_augment", "random_erasing", "mixup", "cutmix")
+        values = dict(vars(self))
+        augmentation = Augmentation(**{name: values.pop(name) for name in images})
+        return Settings(
+            **values,
+            augmentation=augmentation,
+            metric=metric,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+        )
+
+
+@opt.in_groups
+def fine_tune(
+    *,
+    model: opt.Model,
+    data: opt.Data,
+    val: Annotated[str, typer.Option(help="Validation images, in the same classes.", show_default=False)],
+    metric: Annotated[str, typer.Option(help="accuracy or cross-entropy.")] = "accuracy",
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="Give the model a new classifier for the classes of --data.")
+    ] = False,
+    trials: Annotated[int, typer.Option(min=1, help="Weights of the example to try afterwards.")] = 15,
+    holdout: Annotated[
+        float, typer.Option(help="Part of --val that gives the verdict, unseen by everything.")
+    ] = 0.5,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run was cut off.")] = False,
+    seeds: Annotated[
+        int, typer.Option(min=0, help="Compare the techniques one by one over so many seeds; 0: don't.")
+    ] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "bnpatch-out"
+    ),
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+    techniques: Techniques,
+    training: Training,
+    reading: opt.Reading,
+    loading: opt.Loading,
+) -> None:
+    """Train a checkpoint further with better normalization, then tune alpha.
+
+    Ghost Batch Norm, weight decay on scales and shifts, and Batch/Group Norm are chosen by batch size
+    and architecture unless you say. Writes metrics.csv, best.pt and last.pt, then recipe.json,
+    patched.pt, alpha-curve.png and trials.csv.
+
+    Examples:
+    bnpatch fine-tune model.pt --data train/ --val val/
+
+    bnpatch fine-tune timm:resnet50.a1_in1k --data birds/train --val birds/val --new-head --epochs 30
+
+    accelerate launch -m bnpatch_cli fine-tune model.pt --data train/ --val val/ --precision bf16
+    """
+    from bnpatch.errors import BnpatchError
+    from bnpatch.files import check_writable
+    from bnpatch.finetune.engine import new_accelerator
+    from bnpatch.finetune.run import fine_tune
+    from bnpatch.model import TorchModel
+    from bnpatch.report import write_results
+
+    from .render import progress_bar
+
+    check_writable(output)
+    loaded = loading.open(model)
+    if not isinstance(loaded, TorchModel):
+        raise BnpatchError(f"{model} is an ONNX file, which can't be trained", "give the torch checkpoint")
+    loaded = _with_head(loaded, data, new_head)
+    options = reading.settings(loaded)
+    train_options = {**options, "split_name": "train" if reading.split == "validation" else reading.split}
+    examples = _opened(data, loaded, seed, train_options)
+    val_examples = _opened(val, loaded, seed, options)
+    settings = training.settings(metric, reading.batch_size, reading.workers or 0, seed)
+    accelerator = new_accelerator(settings, loaded.device)
+    settings = techniques.settle(loaded, examples, settings)
+    opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
+    untrained = replace(loaded, module=_copy(loaded.module)) if seeds else None
+    show = opt.say if accelerator.is_main_process else lambda text: None
+    with progress_bar() as progress:
+        result = fine_tune(
+            loaded,
+            examples,
+            val_examples,
+            settings,
+            holdout=holdout,
+            trials=trials,
+            output=output,
+            resume=resume,
+            progress=progress if accelerator.is_main_process else lambda label, done, total: None,
+            on_epoch=lambda epoch: show(
+                f"epoch {epoch.epoch:<8} loss {epoch.train_loss:.4f}, "
+                f"accuracy {100 * epoch.accuracy:.2f}%, cross-entropy {epoch.cross_entropy:.4f} "
+                f"({epoch.seconds:.0f} s)"
+            ),
+            tell=lambda note: show(f"note           {note}"),
+            accelerator=accelerator,
+        )
+    rows: list[dict[str, Any]] = []
+    if untrained is not None:
+        rows = _ablation(untrained, examples, val_examples, settings, seeds, holdout, show)
+    if result.tuning is None:
+        return
+    result.tuning.recipe.provenance["command"] = " ".join(sys.argv[1:])
+    result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
+    files = write_results(result.tuning, loaded, output)
+    _show(result, files, rows, as_json)
+
+
+def _with_head(model: "TorchModel", data: str, asked: bool) -> "TorchModel":
+    if not asked:
+        return model
+    from bnpatch.classes import ClassOrder
+    from bnpatch.finetune.head import classes_of, new_head
+
+    return new_head(model, classes_of(data, ClassOrder(model.class_order)))
+
+
+def _copy(module: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def _opened(data: str, model: "TorchModel", seed: int, options: dict[str, Any]) -> "Examples":
+    from bnpatch import open_examples
+
+    return open_examples(data, model, seed=seed, **options)
+
+
+def _decay(settings: "Settings") -> str:
+    decay = settings.norm_decay
+    if decay is None or not decay.rate:
+        return "of scales and shifts: none"
+    where = "all sites" if decay.sites == "all" else f"{len(decay.sites)} sites"
+    how = "coupled" if decay.coupled else "decoupled"
+    return f"of scales toward {decay.gamma_toward:.0f} and of shifts: {decay.rate:.2g}, {how}, at {where}"
+
+
+def _ablation(
+    model: "TorchModel",
+    examples: "Examples",
+    val_examples: "Examples",
+    settings: "Settings",
+    seeds: int,
+    holdout: float,
+    show: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    from bnpatch.finetune.ablation import ablate
+
+    from .render import progress_bar
+
+    with progress_bar() as progress:
+        rows = ablate(
+            model,
+            examples,
+            val_examples,
+            settings,
+            seeds=seeds,
+            holdout=holdout,
+            tell=show,
+            progress=progress,
+        )
+    return [row.to_json() for row in rows]
+
+
+def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]], as_json: bool) -> None:
+    from .render import comparison_table, table
+    from .tune import verdict
+
+    tuning, training = result.tuning, result.training
+    assert tuning is not None  # of the main process
+    if as_json:
+        content = {
+            "best_epoch": training.best.epoch,
+            "epochs": len(training.history),
+            "stopped_early": training.stopped_early,
+            "alpha": tuning.alpha,
+            "verdict": tuning.verdict,
+            "contributions": rows,
+            "files": [str(f) for f in files],
+            **tuning.recipe.provenance,
+        }
+        typer.echo(json.dumps(content))
+        return
+    ended = ", stopped early" if training.stopped_early else ""
+    opt.say(f"best           epoch {training.best.epoch} of {len(training.history)}{ended}")
+    if training.skipped:
+        opt.say(f"training       {len(training.history)} epochs{opt.skipped(training.skipped)}")
+    typer.echo("")
+    comparison_table(tuning.comparisons, "held-out")
+    typer.echo(f"\n{verdict(tuning)}\n")
+    if rows:
+        columns = ["contribution, held-out", "accuracy", "change", "cross-entropy", "change"]
+        table(columns, [[row["name"], *row["cells"]] for row in rows])
+        typer.echo("")
+    typer.echo(f"wrote {', '.join(str(f) for f in files)}")
