@@ -27,7 +27,7 @@ _WHERE = {
     "NormDecay": "decay",
     "NormSpec": "spec",
     "Recipe": "recipe",
-    "Settings": "finetune.settings",
+    "FineTuneSettings": "finetune.settings",
     "OnnxModel": "onnx_model",
     "TorchModel": "model",
     "TuneResult": "search",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from bnpatch.evaluation import evaluate as evaluate
     from bnpatch.export import export_onnx as export_onnx
     from bnpatch.finetune.run import fine_tune as fine_tune
-    from bnpatch.finetune.settings import Settings as Settings
+    from bnpatch.finetune.settings import FineTuneSettings as FineTuneSettings
     from bnpatch.loading import apply as apply
     from bnpatch.loading import load as load
     from bnpatch.metrics import Metric as Metric

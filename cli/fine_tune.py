@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bnpatch.data import Examples
     from bnpatch.finetune.choose import Choice
     from bnpatch.finetune.run import FineTuneResult
-    from bnpatch.finetune.settings import Settings
+    from bnpatch.finetune.settings import FineTuneSettings
     from bnpatch.model import TorchModel
 
 _NORMS = "Techniques"
@@ -59,8 +59,10 @@ class Techniques:
     choose_trials: Annotated[int, _option(min=2, help="Short runs of the search.", panel=_NORMS)] = 12
     choose_epochs: Annotated[int, _option(min=1, help="Epochs of each of them.", panel=_NORMS)] = 3
 
-    def settle(self, model: "TorchModel", examples: "Examples", settings: "Settings") -> "Settings":
-        """Settings with the techniques that are asked for, or chosen; says why."""
+    def settle(
+        self, model: "TorchModel", examples: "Examples", settings: "FineTuneSettings"
+    ) -> "FineTuneSettings":
+        """FineTuneSettings with the techniques that are asked for, or chosen; says why."""
         from bnpatch.decay import NormDecay
         from bnpatch.finetune.choose import decay_sites
         from bnpatch.spec import NormSpec
@@ -105,7 +107,7 @@ class Techniques:
         if self.choose not in ("guidance", "search"):
             raise BnpatchError(f"--choose {self.choose!r}", "choose guidance or search")
 
-    def _choose(self, model: "TorchModel", examples: "Examples", settings: "Settings") -> "Choice":
+    def _choose(self, model: "TorchModel", examples: "Examples", settings: "FineTuneSettings") -> "Choice":
         from bnpatch.finetune.choose import by_guidance, by_search
 
         from .render import progress_bar
@@ -160,14 +162,14 @@ class Training:
     mixup: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
     cutmix: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
 
-    def settings(self, metric: str, batch_size: int, workers: int, seed: int) -> "Settings":
+    def settings(self, metric: str, batch_size: int, workers: int, seed: int) -> "FineTuneSettings":
         """The library's settings, without techniques."""
-        from bnpatch.finetune.settings import Augmentation, Settings
+        from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 
         images = ("min_scale", "hflip", "auto_augment", "random_erasing", "mixup", "cutmix")
         values = dict(vars(self))
         augmentation = Augmentation(**{name: values.pop(name) for name in images})
-        return Settings(
+        return FineTuneSettings(
             **values,
             augmentation=augmentation,
             metric=metric,
@@ -293,7 +295,7 @@ def _opened(data: str, model: "TorchModel", seed: int, options: dict[str, Any]) 
     return open_examples(data, model, seed=seed, **options)
 
 
-def _decay(settings: "Settings") -> str:
+def _decay(settings: "FineTuneSettings") -> str:
     decay = settings.norm_decay
     if decay is None or not decay.rate:
         return "of scales and shifts: none"
@@ -306,7 +308,7 @@ def _ablation(
     model: "TorchModel",
     examples: "Examples",
     val_examples: "Examples",
-    settings: "Settings",
+    settings: "FineTuneSettings",
     seeds: int,
     holdout: float,
     show: Callable[[str], None],

@@ -13,7 +13,7 @@ from bnpatch.decay import NormDecay
 from bnpatch.evaluation import evaluate
 from bnpatch.finetune.choose import CHANNELS_PER_GROUP, by_guidance, decay_sites
 from bnpatch.finetune.loop import train
-from bnpatch.finetune.settings import Settings
+from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric
 from bnpatch.model import TorchModel
 from bnpatch.search import tune_alpha
@@ -47,8 +47,8 @@ class Contribution:
         return {"name": self.name, "scores": self.scores, "changes": self.changes, "cells": cells}
 
 
-def variants(model: TorchModel, settings: Settings) -> dict[str, tuple[Settings, bool]]:
-    """Settings by name of what they show, and whether alpha is tuned.
+def variants(model: TorchModel, settings: FineTuneSettings) -> dict[str, tuple[FineTuneSettings, bool]]:
+    """FineTuneSettings by name of what they show, and whether alpha is tuned.
 
     Of Ghost and Batch/Group Norm, which exclude each other, all has the one of the settings.
     """
@@ -83,7 +83,7 @@ def ablate(
     model: TorchModel,
     train_examples: Examples,
     val_examples: Examples,
-    settings: Settings,
+    settings: FineTuneSettings,
     *,
     seeds: int = 1,
     holdout: float = 0.5,
@@ -142,7 +142,7 @@ def _held_out(
     model: TorchModel,
     examples: Examples,
     held_out: Indices,
-    settings: Settings,
+    settings: FineTuneSettings,
     holdout: float,
     trials: int,
 ) -> dict[str, float]:

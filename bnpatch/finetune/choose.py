@@ -12,7 +12,7 @@ from bnpatch.data import Examples, split
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.loop import NotFiniteLossError, train
-from bnpatch.finetune.settings import Settings
+from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
 from bnpatch.metrics import METRICS
 from bnpatch.model import TorchModel
@@ -39,7 +39,7 @@ class Choice:
     norm_decay: NormDecay | None
     reasons: tuple[str, ...]
 
-    def settings(self, settings: Settings) -> Settings:
+    def settings(self, settings: FineTuneSettings) -> FineTuneSettings:
         """The settings with these techniques."""
         return replace(settings, spec=self.spec, norm_decay=self.norm_decay)
 
@@ -50,7 +50,7 @@ def decay_sites(model: TorchModel) -> frozenset[str]:
     return unnormalized_sites(model.module, example)
 
 
-def by_guidance(model: TorchModel, settings: Settings) -> Choice:
+def by_guidance(model: TorchModel, settings: FineTuneSettings) -> Choice:
     """What the paper says of this batch size and of this architecture, at the rate of the weight decay."""
     sites, batch_size = decay_sites(model), settings.batch_size
     judged = techniques(batch_size, len(model.survey().sites), len(sites))
@@ -70,7 +70,7 @@ def by_guidance(model: TorchModel, settings: Settings) -> Choice:
 def by_search(
     model: TorchModel,
     examples: Examples,
-    settings: Settings,
+    settings: FineTuneSettings,
     *,
     trials: int = 12,
     epochs: int = 3,
@@ -98,6 +98,7 @@ def by_search(
     """
     subset, selection = split(examples.targets, holdout, settings.seed)
     metric, sites = METRICS[settings.metric], decay_sites(model)
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         direction="maximize" if metric.higher_is_better else "minimize",
@@ -139,10 +140,14 @@ def by_search(
         return result.best.score(settings.metric)
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        on_trial(_describe(tried[trial.number]), trial.value)
+        is_complete = trial.state == optuna.trial.TrialState.COMPLETE  # a pruned one has a value too
+        on_trial(_describe(tried[trial.number]), trial.value if is_complete else None)
 
-    study.optimize(objective, trials, catch=(NotFiniteLossError,), callbacks=[ended])
-    if not any(trial.value is not None for trial in study.trials):
+    try:
+        study.optimize(objective, trials, catch=(NotFiniteLossError,), callbacks=[ended])
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise BnpatchError("every run diverged", "lower --lr")
     best = tried[study.best_trial.number]
     reason = f"best of {trials} runs of {epochs} epochs, {settings.metric} {metric.format(study.best_value)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnpatch.decay import decay_norms, parameter_groups
 from bnpatch.errors import BnpatchError
-from bnpatch.finetune.settings import Settings
+from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.model import TorchModel, output_tensor
 
 
@@ -28,7 +28,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: TorchModel, settings: Settings, updates_per_epoch: int, accelerator: Any
+        self, model: TorchModel, settings: FineTuneSettings, updates_per_epoch: int, accelerator: Any
     ) -> None:
         from timm.data import Mixup
         from timm.utils import ModelEmaV3
@@ -133,7 +133,7 @@ class Engine:
         return module
 
 
-def new_accelerator(settings: Settings, device: torch.device) -> Any:
+def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
     """An ``accelerate.Accelerator``; under ``accelerate launch`` it knows of the other processes.
 
     Raises:
@@ -167,7 +167,7 @@ def copied(value: Any) -> Any:
     return value
 
 
-def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, settings: FineTuneSettings) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
     groups = parameter_groups(module, settings.weight_decay, settings.norm_decay)
@@ -183,7 +183,7 @@ def _optimizer(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _schedule(optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int) -> Any:
+def _schedule(optimizer: torch.optim.Optimizer, settings: FineTuneSettings, updates_per_epoch: int) -> Any:
     from timm.scheduler import create_scheduler_v2
 
     try:

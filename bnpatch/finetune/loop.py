@@ -17,7 +17,7 @@ from bnpatch.evaluation import evaluate
 from bnpatch.finetune.data import Batching, TrainingImages, check_same_classes, load_batches, shuffled
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
 from bnpatch.finetune.moments import merge_processes, recalibrate
-from bnpatch.finetune.settings import Settings
+from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch, load_state, save_state, write_history
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, METRICS
 from bnpatch.model import TorchModel
@@ -54,7 +54,7 @@ def train(
     model: TorchModel,
     train_examples: Examples,
     val_examples: Examples,
-    settings: Settings,
+    settings: FineTuneSettings,
     *,
     subset: Indices | None = None,
     selection: Indices | None = None,
@@ -119,7 +119,7 @@ class _Run:
         model: TorchModel,
         train_examples: Examples,
         val_examples: Examples,
-        settings: Settings,
+        settings: FineTuneSettings,
         subset: Indices | None,
         selection: Indices | None,
         output: Path | None,

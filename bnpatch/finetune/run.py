@@ -8,7 +8,7 @@ from typing import Any
 from bnpatch.data import Examples, split
 from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.loop import FineTuned, train
-from bnpatch.finetune.settings import Settings
+from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
 from bnpatch.model import TorchModel
 from bnpatch.search import TuneResult, tune_alpha
@@ -32,7 +32,7 @@ def fine_tune(
     model: TorchModel,
     train_examples: Examples,
     val_examples: Examples,
-    settings: Settings | None = None,
+    settings: FineTuneSettings | None = None,
     *,
     holdout: float = 0.5,
     trials: int = 15,
@@ -66,7 +66,7 @@ def fine_tune(
         BnpatchError: the settings don't fit the model or the data, training diverged, or the resume file
             is of another run.
     """
-    settings = settings or Settings()
+    settings = settings or FineTuneSettings()
     accelerator = accelerator or new_accelerator(settings, model.device)
     selection, _ = split(val_examples.targets, holdout, settings.seed)
     training = train(

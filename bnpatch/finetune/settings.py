@@ -40,7 +40,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FineTuneSettings:
     """How to train.
 
     Attributes:

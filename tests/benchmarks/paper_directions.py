@@ -25,7 +25,7 @@ import bnpatch
 from bnpatch.decay import NormDecay
 from bnpatch.finetune.data import shuffled
 from bnpatch.finetune.loop import train
-from bnpatch.finetune.settings import Augmentation, Settings
+from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 from bnpatch.model import TorchModel
 from bnpatch.nn.paths import unnormalized_sites
 from bnpatch.preprocessing import Preprocessing
@@ -101,7 +101,7 @@ class Lab:
 
     def settings(self, seed, **values):
         plain = Augmentation(min_scale=1.0, hflip=0.0)
-        return Settings(
+        return FineTuneSettings(
             **{"batch_size": 64, "lr": self.args.lr, "weight_decay": 5e-4, **values},
             epochs=self.args.epochs,
             seed=seed,

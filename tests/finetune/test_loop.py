@@ -17,11 +17,11 @@ import bnpatch
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.loop import NotFiniteLossError, train
-from bnpatch.finetune.settings import Augmentation, Settings
+from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 from bnpatch.spec import NormSpec
 
 PLAIN = Augmentation(min_scale=1.0, hflip=0.0)
-SETTINGS = Settings(spec=NormSpec.ghost(8), epochs=2, batch_size=32, lr=0.02, augmentation=PLAIN)
+SETTINGS = FineTuneSettings(spec=NormSpec.ghost(8), epochs=2, batch_size=32, lr=0.02, augmentation=PLAIN)
 
 
 @pytest.fixture(scope="module")
