@@ -165,6 +165,13 @@ def compare(
     if {**model.alphas(), **alphas} != model.alphas():
         model.set_alphas(alphas)
         after = evaluate(model, examples, metrics, **options)
+    return compare_scores(before, after, metrics)
+
+
+def compare_scores(
+    before: Scores, after: Scores, metrics: Sequence[Metric] = STANDARD_METRICS
+) -> list[Comparison]:
+    """Compare scores of the same examples, pair by pair."""
     return [
         Comparison(
             metric,

@@ -344,6 +344,7 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
             "stopped_early": training.stopped_early,
             "alpha": tuning.alpha,
             "verdict": tuning.verdict,
+            "fine_tuned": {c.metric.name: c.to_json() for c in result.comparisons},
             "contributions": rows,
             "files": [str(f) for f in files],
             **tuning.recipe.provenance,
@@ -355,7 +356,9 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
     if training.skipped:
         opt.say(f"training       {len(training.history)} epochs{opt.skipped(training.skipped)}")
     typer.echo("")
-    comparison_table(tuning.comparisons, "held-out")
+    comparison_table(result.comparisons, "held-out", "checkpoint", "fine-tuned")
+    typer.echo("\nof which by example weighing:\n")
+    comparison_table(tuning.comparisons, "held-out", "alpha = 0", "alpha tuned")
     typer.echo(f"\n{verdict(tuning)}\n")
     if rows:
         columns = ["contribution, held-out", "accuracy", "change", "cross-entropy", "change"]

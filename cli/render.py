@@ -26,10 +26,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console.print(made)
 
 
-def comparison_table(comparisons: Sequence[Comparison], examples: str) -> None:
+def comparison_table(
+    comparisons: Sequence[Comparison], examples: str, before: str = "as it is", after: str = "patched"
+) -> None:
     """Before, after, and the paired change with its interval, of what ``examples`` says."""
     table(
-        [examples, "as it is", "patched", "change", "95% interval", ""],
+        [examples, before, after, "change", "95% interval", ""],
         [
             [
                 c.metric.name,

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import bnpatch
+from bnpatch.data import split
+from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.recipe import Recipe
 from tests.test_cli import cli, one_line  # noqa: F401, a fixture
 
@@ -40,7 +42,8 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):  # noqa: F811
     assert "Ghost Batch Norm of 16 examples" in err
     assert re.search(r"Batch/Group Norm: no; .*32", err)  # the guidance, with its reason
     assert re.search(r"epoch 2 +loss \d", err)
-    assert re.search(r"accuracy +\d+\.\d\d% +\d+\.\d\d%", out)
+    assert re.search(r"checkpoint +fine-tuned.*\naccuracy +\d+\.\d\d% +\d+\.\d\d%", out)
+    assert re.search(r"alpha = 0 +alpha tuned.*\naccuracy +\d+\.\d\d% +\d+\.\d\d%", out)
     folder = tmp_path / "bnpatch-out"
     assert {p.name for p in folder.iterdir()} == {
         *("best.pt", "last.pt", "metrics.csv"),
@@ -77,6 +80,15 @@ def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
     assert next(iter(rows)) == "none"
     assert list(rows)[-1] == "all"
     assert len(rows) == 6
+    original = bnpatch.load(checkpoint, device="cpu")
+    val = bnpatch.open_examples(str(data / "val.npz"), original)
+    (_, held_out) = split(val.targets, 0.5, 0)
+    as_it_came = bnpatch.evaluate(original, val, indices=held_out).mean(CROSS_ENTROPY)
+    compared = content["fine_tuned"]["cross-entropy"]
+    assert compared["before"]["value"] == pytest.approx(as_it_came)
+    patched = bnpatch.load("bnpatch-out/patched.pt", device="cpu")
+    now = bnpatch.evaluate(patched, val, indices=held_out).mean(CROSS_ENTROPY)
+    assert compared["after"]["value"] == pytest.approx(now, rel=1e-5)
     assert set(rows["none"]["changes"]["accuracy"]) == {0.0}
     scores = [row["scores"]["cross-entropy"] for row in rows.values()]
     assert {len(s) for s in scores} == {2}

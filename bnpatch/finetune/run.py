@@ -1,11 +1,12 @@
 """From a checkpoint to a better one: train further, then tune alpha."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bnpatch.data import Examples, split
+from bnpatch.evaluation import Comparison, compare_scores, evaluate
 from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.loop import FineTuned, train
 from bnpatch.finetune.settings import FineTuneSettings
@@ -22,10 +23,13 @@ class FineTuneResult:
         training: how training went.
         tuning: the search for alpha on the trained model, with its verdict on held-out examples; None in
             all processes but the main one.
+        comparisons: held-out examples, metric by metric: the model as it came, and as it is now, with
+            the alphas of the recipe.
     """
 
     training: FineTuned
     tuning: TuneResult | None
+    comparisons: list[Comparison] = field(default_factory=list)
 
 
 def fine_tune(
@@ -43,7 +47,7 @@ def fine_tune(
     tell: Callable[[str], None] = lambda note: None,
     accelerator: Any = None,
 ) -> FineTuneResult:
-    """Train a model further with the techniques of the settings, in place, then tune its alpha.
+    """Train a model further with the techniques of the settings, in place, then tune its alpha and set it.
 
     The validation examples are split in two: one part chooses the best epoch and alpha, the other gives
     the verdict and is seen by neither.
@@ -68,7 +72,8 @@ def fine_tune(
     """
     settings = settings or FineTuneSettings()
     accelerator = accelerator or new_accelerator(settings, model.device)
-    selection, _ = split(val_examples.targets, holdout, settings.seed)
+    selection, held_out = split(val_examples.targets, holdout, settings.seed)
+    before = evaluate(model, val_examples, indices=held_out) if accelerator.is_main_process else None
     training = train(
         model,
         train_examples,
@@ -94,4 +99,7 @@ def fine_tune(
         seed=settings.seed,
         progress=progress,
     )
-    return FineTuneResult(training, tuning)
+    model.apply(tuning.recipe)
+    after = evaluate(model, val_examples, indices=held_out)
+    assert before is not None  # in the main process
+    return FineTuneResult(training, tuning, compare_scores(before, after))

@@ -130,7 +130,8 @@ def grouped_norm(
         channel with those of its group. No gradient flows through the moments.
     """
     sizes = _group_sizes(len(x), examples_per_group, joined=channels_per_group == 1)
-    parts = torch.split(x, [size * count for size, count in sizes])
+    # The backward pass of a split is a copy, even of a split into one.
+    parts = [x] if len(sizes) == 1 else torch.split(x, [size * count for size, count in sizes])
     outputs, batch, done = [], None, 0
     for (size, _), part in zip(sizes, parts, strict=True):
         if channels_per_group == 1:

@@ -10,6 +10,7 @@ import statistics
 import time
 
 import torch
+import torchvision
 from torch import nn
 
 from bnpatch.nn.conversion import convert_norms
@@ -19,19 +20,32 @@ SHAPES = ((32, 64, 56, 56), (32, 128, 28, 28), (32, 256, 14, 14), (32, 512, 7, 7
 CHANNELS_PER_GROUP = 16
 
 
-def layers(num_channels, batch):
-    def converted(spec):
-        return convert_norms(nn.BatchNorm2d(num_channels), spec).train()
+SPECS = {
+    "Ghost 16": NormSpec.ghost(16),
+    "Ghost 4": NormSpec.ghost(4),
+    "Batch/Group 2": NormSpec.batch_group(CHANNELS_PER_GROUP, 2),
+    "Batch/Group": NormSpec.batch_group(CHANNELS_PER_GROUP),
+    "Renorm": NormSpec.batch_renorm(),
+}
 
-    return {
-        "Batch": nn.BatchNorm2d(num_channels).train(),
-        "Group": nn.GroupNorm(num_channels // CHANNELS_PER_GROUP, num_channels).train(),
-        "Ghost 16": converted(NormSpec.ghost(16)),
-        "Ghost 4": converted(NormSpec.ghost(4)),
-        "Batch/Group 2": converted(NormSpec.batch_group(CHANNELS_PER_GROUP, 2)),
-        "Batch/Group": converted(NormSpec.batch_group(CHANNELS_PER_GROUP, batch)),
-        "Renorm": converted(NormSpec.batch_renorm()),
+
+def group_norm(num_channels):
+    return nn.GroupNorm(num_channels // CHANNELS_PER_GROUP, num_channels)
+
+
+def layers(num_channels):
+    converted = {name: convert_norms(nn.BatchNorm2d(num_channels), spec) for name, spec in SPECS.items()}
+    named = {"Batch": nn.BatchNorm2d(num_channels), "Group": group_norm(num_channels), **converted}
+    return {name: layer.train() for name, layer in named.items()}
+
+
+def models():
+    converted = {name: convert_norms(torchvision.models.resnet18(), spec) for name, spec in SPECS.items()}
+    named = {
+        "Batch": torchvision.models.resnet18(),
+        "Group": torchvision.models.resnet18(norm_layer=group_norm),
     }
+    return {name: model.train() for name, model in {**named, **converted}.items()}
 
 
 def step(layer, x, dy):
@@ -62,31 +76,36 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print("| shape | layer | step | of Batch Norm | of Group Norm | kept for backward, of the input |")
+    print("| what | norm | step | of Batch Norm | of Group Norm | kept for backward, of the input |")
     print("| --- | --- | --- | --- | --- | --- |")
     for shape in SHAPES:
-        x, dy = torch.randn(shape), torch.randn(shape)
-        named = layers(shape[1], shape[0])
-        times = {name: [] for name in named}
-        for round_ in range(args.rounds + 2):
-            for name, layer in named.items():
-                started = time.process_time()
-                step(layer, x, dy)
-                if round_ >= 2:
-                    times[name].append(time.process_time() - started)
+        compare(" x ".join(map(str, shape)), layers(shape[1]), torch.randn(shape), args.rounds)
+    compare("resnet18, 32 of 64 x 64", models(), torch.randn(32, 3, 64, 64), max(5, args.rounds // 3))
+
+
+def compare(what, named, x, rounds):
+    times = {name: [] for name in named}
+    dy = torch.randn_like(next(iter(named.values()))(x))
+    for round_ in range(rounds + 2):
         for name, layer in named.items():
-            of = (
-                statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-                for other in ("Batch", "Group")
-            )
-            cells = [
-                " x ".join(map(str, shape)),
-                name,
-                f"{1000 * statistics.median(times[name]):.1f} ms",
-                *(f"{ratio:.2f}x" for ratio in of),
-                f"{saved_bytes(layer, x) / (x.numel() * x.element_size()):.3f}",
-            ]
-            print("| " + " | ".join(cells) + " |", flush=True)
+            started = time.process_time()
+            step(layer, x, dy)
+            if round_ >= 2:
+                times[name].append(time.process_time() - started)
+    for name, layer in named.items():
+        of = (
+            statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+            for other in ("Batch", "Group")
+        )
+        kept = saved_bytes(layer, x) / (x.numel() * x.element_size())
+        cells = [
+            what,
+            name,
+            f"{1000 * statistics.median(times[name]):.1f} ms",
+            *(f"{ratio:.2f}x" for ratio in of),
+            f"{kept:.3f}",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
