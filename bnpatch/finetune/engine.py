@@ -137,8 +137,10 @@ def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
     """An ``accelerate.Accelerator``; under ``accelerate launch`` it knows of the other processes.
 
     Raises:
-        BnpatchError: accelerate isn't installed.
+        BnpatchError: accelerate isn't installed, or the device hasn't got the precision.
     """
+    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would go on in float32
+        raise BnpatchError("a CPU does not train in fp16", "choose --precision bf16 or no")
     try:
         from accelerate import Accelerator, PartialState
         from accelerate.state import AcceleratorState

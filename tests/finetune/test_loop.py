@@ -273,3 +273,9 @@ def test_validation_must_have_no_class_of_its_own(opened, digits):
 def test_half_precision(opened):
     _, result = run(opened, replace(SETTINGS, epochs=1, precision="bf16"))
     assert np.isfinite(result.best.train_loss)
+
+
+def test_a_precision_that_the_device_lacks(opened):
+    with pytest.raises(BnpatchError, match="a CPU does not train in fp16"):
+        run(opened, replace(SETTINGS, precision="fp16"))
+    run(opened, replace(SETTINGS, epochs=1))  # the refused one has left nothing behind
