@@ -73,7 +73,7 @@ def fine_tune(
     loaded = loading.open(model)
     if not isinstance(loaded, TorchModel):
         raise BnpatchError(f"{model} is an ONNX file, which can't be trained", "give the torch checkpoint")
-    loaded = _with_head(loaded, data, new_head)
+    loaded = _with_head(loaded, data, new_head, seed)
     options = reading.settings(loaded)
     train_options = {**options, "split_name": "train" if reading.split == "validation" else reading.split}
     examples = _opened(data, loaded, seed, train_options)
@@ -114,13 +114,13 @@ def fine_tune(
     _show(result, files, rows, as_json)
 
 
-def _with_head(model: "TorchModel", data: str, asked: bool) -> "TorchModel":
+def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "TorchModel":
     if not asked:
         return model
     from bnpatch.classes import ClassOrder
     from bnpatch.finetune.head import classes_of, new_head
 
-    return new_head(model, classes_of(data, ClassOrder(model.class_order)))
+    return new_head(model, classes_of(data, ClassOrder(model.class_order)), seed)
 
 
 def _copy(module: Any) -> Any:

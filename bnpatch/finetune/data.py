@@ -1,6 +1,7 @@
 """Training images: timm's augmentations, shuffled in a way that a resumed run repeats."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,52 @@ class _Collate:
                 f"no image of a batch can be read: {next(iter(problems.values()))}", "look at the files"
             )
         return torch.stack(list(good.values())), torch.from_numpy(self.targets[list(good)]), problems
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Some training examples, in the batches of a process of a run.
+
+    Attributes:
+        examples: from :func:`bnpatch.open_examples`.
+        subset: which of them to use.
+        images: their augmented inputs.
+        batching: how an epoch is divided into batches.
+        seed: of the run.
+        workers: processes that decode.
+        rank: number of this process.
+        processes: how many share the batches.
+    """
+
+    examples: Examples
+    subset: Indices
+    images: TrainingImages
+    batching: Batching
+    seed: int
+    workers: int
+    rank: int = 0
+    processes: int = 1
+
+    def batches(self, epoch: int, batch_size: int, accumulate: int = 1) -> list[Indices]:
+        """The batches of this process in an epoch, as many as make whole steps of the optimizer."""
+        rng = np.random.default_rng(self._seed(epoch))
+        batches = self.batching(self.examples.targets[self.subset], batch_size, rng)
+        per_step = self.processes * accumulate
+        whole = len(batches) // per_step * per_step
+        return [self.subset[batch] for batch in batches[:whole][self.rank :: self.processes]]
+
+    def load(self, batches: Sequence[Indices]) -> DataLoader[Any]:
+        """See :func:`load_batches`."""
+        return load_batches(self.images, self.examples.targets, batches, self.workers)
+
+    def seed_everything(self, epoch: int) -> None:
+        """Seed all global generators, so that an epoch is a function of the seed and its number."""
+        from accelerate.utils import set_seed
+
+        set_seed((int(self._seed(epoch).generate_state(1)[0]) + self.rank) % 2**32)
+
+    def _seed(self, epoch: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence([self.seed, epoch])
 
 
 def check_same_classes(train: Examples, val: Examples, names: Sequence[str] | None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from bnpatch.classes import ClassOrder
@@ -31,26 +32,36 @@ def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
     raise BnpatchError(f"cannot count the classes of {data}", "give a folder with a folder per class")
 
 
-def new_head(model: TorchModel, class_names: tuple[str, ...]) -> TorchModel:
+def new_head(model: TorchModel, class_names: tuple[str, ...], seed: int = 0) -> TorchModel:
     """The model with an untrained classifier for these classes; its module is changed in place.
+
+    Args:
+        model: from :func:`bnpatch.load`.
+        class_names: in the order of the outputs.
+        seed: of the initial weights.
 
     Raises:
         BnpatchError: there is no linear classifier to be found.
     """
+    outputs = model.num_outputs()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _replace_classifier(model, outputs, len(class_names))
+    arch = replace(model.arch, num_classes=len(class_names)) if model.arch else None
+    return replace(model, class_names=class_names, arch=arch)
+
+
+def _replace_classifier(model: TorchModel, outputs: int, num_classes: int) -> None:
     module: Any = model.module
     if hasattr(module, "reset_classifier"):  # timm
-        module.reset_classifier(len(class_names))
-    else:
-        outputs = model.num_outputs()
-        heads = {
-            name: child
-            for name, child in module.named_modules()
-            if isinstance(child, nn.Linear) and child.out_features == outputs
-        }
-        if not heads:
-            raise BnpatchError(f"{model.name} has no linear classifier", "give it a new one in Python")
-        for name, old in heads.items():  # several, where there are auxiliary ones
-            head = nn.Linear(old.in_features, len(class_names), bias=old.bias is not None)
-            module.set_submodule(name, head)
-    arch = replace(model.arch, num_classes=len(class_names)) if model.arch else None
-    return replace(model, module=module, class_names=class_names, arch=arch)
+        module.reset_classifier(num_classes)
+        return
+    heads = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and child.out_features == outputs
+    }
+    if not heads:
+        raise BnpatchError(f"{model.name} has no linear classifier", "give it a new one in Python")
+    for name, old in heads.items():  # several, where there are auxiliary ones
+        module.set_submodule(name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))

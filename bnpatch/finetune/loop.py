@@ -14,7 +14,7 @@ from torch import Tensor
 from bnpatch.data import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import evaluate
-from bnpatch.finetune.data import Batching, TrainingImages, check_same_classes, load_batches, shuffled
+from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
 from bnpatch.finetune.moments import merge_processes, recalibrate
 from bnpatch.finetune.settings import FineTuneSettings
@@ -126,48 +126,50 @@ class _Run:
         batching: Batching,
         accelerator: Any,
     ) -> None:
-        self.model, self.settings, self.output, self.batching = model, settings, output, batching
+        self.model, self.settings, self.output = model, settings, output
         self.examples, self.val_examples = train_examples, val_examples
-        self.subset = np.arange(len(train_examples)) if subset is None else subset
         self.selection = np.arange(len(val_examples)) if selection is None else selection
-        self.images = TrainingImages(train_examples, model.preprocessing, settings.augmentation)
+        self.accelerator = accelerator or new_accelerator(settings, model.device)
+        self.data = TrainingData(
+            train_examples,
+            np.arange(len(train_examples)) if subset is None else subset,
+            TrainingImages(train_examples, model.preprocessing, settings.augmentation),
+            batching,
+            settings.seed,
+            settings.workers,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         self.micro, self.accumulate = settings.batch_size, settings.accumulate
         self.history: list[Epoch] = []
         self.best: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.notes: list[str] = []
-        self.accelerator = accelerator or new_accelerator(settings, model.device)
         per_step = self.micro * self.accumulate * self.accelerator.num_processes
-        if len(self.subset) < per_step:
+        if len(self.data.subset) < per_step:
             raise BnpatchError(
-                f"{len(self.subset)} training examples are fewer than the {per_step} of a step",
+                f"{len(self.data.subset)} training examples are fewer than the {per_step} of a step",
                 "lower --batch-size",
             )
         self.identity = {
             "model": model.name,
             "architecture": str(model.arch),
+            "norms": model.fingerprints(),
             "data": {"train": train_examples.fingerprint(), "val": val_examples.fingerprint()},
-            "parts": [hashlib.sha256(p.tobytes()).hexdigest()[:16] for p in (self.subset, self.selection)],
+            "parts": [
+                hashlib.sha256(p.tobytes()).hexdigest()[:16] for p in (self.data.subset, self.selection)
+            ],
             "settings": settings.to_json(),
             "processes": self.accelerator.num_processes,
         }
         model.module = convert_norms(model.module, settings.spec)
         model.device = self.accelerator.device
         model.module.to(model.device)
-        if settings.spec.channels_per_group > 1:
-            self._recalibrate()
-        self.engine = Engine(model, settings, len(self.subset) // per_step, self.accelerator)
+        if settings.spec.channels_per_group > 1:  # the running moments are of other activations
+            batches = self.data.batches(0, self.micro)[:_CALIBRATION_BATCHES]
+            recalibrate(model.module, (x.to(model.device) for x, _, _ in self.data.load(batches)))
+        self.engine = Engine(model, settings, len(self.data.subset) // per_step, self.accelerator)
         self.state = self._snapshot()
-
-    def _recalibrate(self) -> None:
-        """Take moments for layers that normalize otherwise than those that the running moments are of."""
-        batches = self._batches(np.random.default_rng(self.settings.seed))[:_CALIBRATION_BATCHES]
-        loader = load_batches(self.images, self.examples.targets, batches, self.settings.workers)
-        recalibrate(self.model.module, (x.to(self.model.device) for x, _, _ in loader))
-
-    def _batches(self, rng: np.random.Generator) -> list[Indices]:
-        batches = self.batching(self.examples.targets[self.subset], self.micro, rng)
-        return [self.subset[batch] for batch in batches]
 
     @property
     def epoch(self) -> int:
@@ -203,29 +205,27 @@ class _Run:
 
     def _train(self) -> float:
         """One pass over the training examples; the mean loss."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        seed = np.random.SeedSequence([self.settings.seed, self.epoch])
-        batches = self._batches(np.random.default_rng(seed))
-        steps = len(batches) // (processes * self.accumulate)
-        mine = batches[: steps * processes * self.accumulate][rank::processes]
-        _seed_everything(int(seed.generate_state(1)[0]) + rank)
-        loader = load_batches(self.images, self.examples.targets, mine, self.settings.workers)
+        batches = self.data.batches(self.epoch, self.micro, self.accumulate)
+        self.data.seed_everything(self.epoch)
         self.engine.train()
         total, count = torch.zeros((), device=self.model.device), 0
-        for index, (x, targets, problems) in enumerate(loader):
+        for index, (x, targets, problems) in enumerate(self.data.load(batches)):
             self.skipped |= {self.examples.source.name(i): problem for i, problem in problems.items()}
             is_last = (index + 1) % self.accumulate == 0
             total += self.engine.add_gradient(x, targets, self.accumulate, is_last) * len(x)
             count += len(x)
             if is_last:
-                self.engine.step(self.epoch * steps + index // self.accumulate)
-            if (index + 1) % _CHECK_EVERY == 0 or index + 1 == len(mine):
+                self.engine.step((self.epoch * len(batches) + index) // self.accumulate)
+            if (index + 1) % _CHECK_EVERY == 0 or index + 1 == len(batches):
                 self._check_finite(total)
-            label, size = f"epoch {self.epoch + 1} of {self.settings.epochs}", self.micro * processes
-            done = self.epoch * len(mine) + index + 1
-            self.progress(label, done * size, self.settings.epochs * len(mine) * size)
+            self._show(index + 1, len(batches))
         sums = self.engine.total(torch.stack([total, total.new_tensor(count)]))
         return float(sums[0] / sums[1])
+
+    def _show(self, done: int, batches: int) -> None:
+        epochs, size = self.settings.epochs, self.micro * self.accelerator.num_processes
+        label = f"epoch {self.epoch + 1} of {epochs}"
+        self.progress(label, (self.epoch * batches + done) * size, epochs * batches * size)
 
     def _check_finite(self, total: Tensor) -> None:
         if bool(torch.isfinite(self.engine.total(total))):
@@ -316,9 +316,3 @@ class _Run:
         best = self.history[self.best["epoch"] - 1]
         stopped = self.epoch < self.settings.epochs
         return FineTuned(self.history, best, self.skipped, stopped, self.notes)
-
-
-def _seed_everything(seed: int) -> None:
-    from accelerate.utils import set_seed
-
-    set_seed(seed % 2**32)

@@ -156,14 +156,14 @@ class Lab:
                     ALPHAS[by_loss],
                 ]
             )
-        means = np.mean(cells, 0)
-        half = np.std(cells, 0, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else np.full(6, np.nan)
+        means, n = np.mean(cells, 0), len(cells)
+        errors = [f" ± {e:.2g}" for e in np.std(cells, 0, ddof=1) / np.sqrt(n)] if n > 1 else [""] * 6
         shown = [
-            f"{means[0]:.2f} ± {half[0]:.2f}",
-            f"{means[2]:+.2f} ± {half[2]:.2f}",
+            f"{means[0]:.2f}{errors[0]}",
+            f"{means[2]:+.2f}{errors[2]}",
             f"{means[3]:.3f}",
-            f"{means[1]:.4f} ± {half[1]:.4f}",
-            f"{means[4]:+.4f} ± {half[4]:.4f}",
+            f"{means[1]:.4f}{errors[1]}",
+            f"{means[4]:+.4f}{errors[4]}",
             f"{means[5]:.3f}",
         ]
         print("| " + " | ".join([name, *shown]) + " |", flush=True)

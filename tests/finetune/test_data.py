@@ -5,7 +5,7 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.errors import BnpatchError
-from bnpatch.finetune.data import TrainingImages, load_batches, shuffled
+from bnpatch.finetune.data import TrainingData, TrainingImages, load_batches, shuffled
 from bnpatch.finetune.settings import Augmentation
 
 
@@ -52,3 +52,21 @@ def test_inputs_as_they_are_stay_that_way(checkpoint):
     examples = bnpatch.open_examples((x, y), model)
     images = TrainingImages(examples, model.preprocessing, Augmentation(auto_augment="rand-m9"))
     assert torch.equal(images[3][1], torch.from_numpy(x[3]))
+
+
+def test_processes_share_the_batches_of_whole_steps():
+    class Held:
+        targets = np.zeros(100, np.int64)
+
+    subset = np.arange(0, 100, 2)
+    parts = [
+        TrainingData(Held, subset, None, shuffled, 3, 0, rank, 2).batches(epoch=1, batch_size=4, accumulate=3)
+        for rank in range(2)
+    ]
+    assert [len(part) for part in parts] == [6, 6]  # 12 batches of 4 in 50 are 2 steps of 6
+    together = np.concatenate([*parts[0], *parts[1]])
+    assert len(np.unique(together)) == 48
+    assert np.isin(together, subset).all()
+    alone = TrainingData(Held, subset, None, shuffled, 3, 0).batches(1, 8, 3)
+    for step, batch in enumerate(alone):  # a step is of the same examples, however many processes make it
+        assert set(batch) == set(np.concatenate([part[step] for part in parts]))

@@ -22,7 +22,9 @@ def test_another_number_of_classes(arch, tmp_path):
     model = bnpatch.load(tmp_path / "model.pt", arch=arch, device="cpu", preprocessing={"img_size": 32})
     assert model.num_outputs() == 10
     before = next(model.module.parameters()).clone()
+    state = torch.get_rng_state()
     changed = new_head(model, ("cat", "dog", "fish"))
+    assert torch.equal(torch.get_rng_state(), state)
     assert changed.num_outputs() == 3
     assert torch.equal(next(changed.module.parameters()), before)
     changed.save(tmp_path / "changed.pt", changed.recipe())

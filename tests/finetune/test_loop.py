@@ -279,3 +279,9 @@ def test_a_precision_that_the_device_lacks(opened):
     with pytest.raises(BnpatchError, match="a CPU does not train in fp16"):
         run(opened, replace(SETTINGS, precision="fp16"))
     run(opened, replace(SETTINGS, epochs=1))  # the refused one has left nothing behind
+
+
+def test_says_what_to_install(opened, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(BnpatchError, match=r"needs accelerate; pip install 'bnpatch\[fine-tune\]'"):
+        run(opened)
