@@ -1,5 +1,6 @@
 """``bnpatch fine-tune``."""
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def fine_tune(
     """
     from bnpatch.errors import BnpatchError
     from bnpatch.files import check_writable
+    from bnpatch.finetune.data import check_same_folders
     from bnpatch.finetune.engine import new_accelerator
     from bnpatch.finetune.run import fine_tune
     from bnpatch.model import TorchModel
@@ -73,6 +75,7 @@ def fine_tune(
     loaded = loading.open(model)
     if not isinstance(loaded, TorchModel):
         raise BnpatchError(f"{model} is an ONNX file, which can't be trained", "give the torch checkpoint")
+    check_same_folders(data, val)
     loaded = _with_head(loaded, data, new_head, seed)
     options = reading.settings(loaded)
     train_options = {**options, "split_name": "train" if reading.split == "validation" else reading.split}
@@ -82,7 +85,7 @@ def fine_tune(
     accelerator = new_accelerator(settings, loaded.device)
     settings = techniques.settle(loaded, examples, settings)
     opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
-    untrained = replace(loaded, module=_copy(loaded.module)) if seeds else None
+    untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if seeds else None
     show = opt.say if accelerator.is_main_process else lambda text: None
     with progress_bar() as progress:
         result = fine_tune(
@@ -121,12 +124,6 @@ def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "Torch
     from bnpatch.finetune.head import classes_of, new_head
 
     return new_head(model, classes_of(data, ClassOrder(model.class_order)), seed)
-
-
-def _copy(module: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(module)
 
 
 def _opened(data: str, model: "TorchModel", seed: int, options: dict[str, Any]) -> "Examples":

@@ -58,7 +58,7 @@ class Techniques:
     def settle(
         self, model: "TorchModel", examples: "Examples", settings: "FineTuneSettings"
     ) -> "FineTuneSettings":
-        """FineTuneSettings with the techniques that are asked for, or chosen; says why."""
+        """Settings with the techniques that are asked for, or chosen; says why."""
         from bnpatch.decay import NormDecay
         from bnpatch.finetune.choose import decay_sites
         from bnpatch.spec import NormSpec

@@ -52,7 +52,7 @@ FLOORS = {
     "report": 9,
     "finetune.settings": 4,
     "finetune.data": 5,
-    "finetune.head": 4,
+    "finetune.head": 6,
     "finetune.moments": 3,
     "finetune.state": 2,
     "finetune.engine": 5,

@@ -48,34 +48,25 @@ class Contribution:
 
 
 def variants(model: TorchModel, settings: FineTuneSettings) -> dict[str, tuple[FineTuneSettings, bool]]:
-    """FineTuneSettings by name of what they show, and whether alpha is tuned.
+    """Settings by name of what they show, and whether alpha is tuned.
 
-    Of Ghost and Batch/Group Norm, which exclude each other, all has the one of the settings.
+    A technique that the settings ask for is shown as they ask for it, another as the guidance has it. Ghost
+    and Batch/Group Norm exclude each other: all has the one of the settings, or of the guidance.
     """
-    guided = by_guidance(model, settings)
+    guided, spec = by_guidance(model, settings), settings.spec
     plain = replace(settings, spec=NormSpec.batch(), norm_decay=None)
-    decay = (
-        settings.norm_decay or guided.norm_decay or NormDecay(settings.weight_decay, sites=decay_sites(model))
-    )
-    ghost = (
-        settings.spec
-        if settings.spec.examples_per_group
-        else NormSpec.ghost(max(2, settings.batch_size // 4))
-    )
-    pooled = (
-        settings.spec if settings.spec.channels_per_group > 1 else NormSpec.batch_group(CHANNELS_PER_GROUP)
-    )
-    everything = settings.spec if settings.spec != NormSpec.batch() else guided.spec
-    found = {
-        NONE: (plain, False),
-        "example weighing": (plain, True),
-        f"{ghost}": (replace(plain, spec=ghost), False),
-        "decay of scales and shifts": (replace(plain, norm_decay=decay), False),
-        f"{pooled}": (replace(plain, spec=pooled), False),
-        "all": (replace(plain, spec=everything, norm_decay=decay), True),
-    }
-    if settings.batch_size < 2:
-        del found[f"{ghost}"]
+    decay = settings.norm_decay or guided.norm_decay
+    decay = decay or NormDecay(settings.weight_decay, sites=decay_sites(model))
+    is_ghost = spec.channels_per_group == 1 and spec.examples_per_group is not None
+    pooled = spec if spec.channels_per_group > 1 else NormSpec.batch_group(CHANNELS_PER_GROUP)
+    everything = guided.spec if spec == NormSpec.batch() else spec
+    found = {NONE: (plain, False), "example weighing": (plain, True)}
+    if is_ghost or settings.batch_size > 2:
+        ghost = spec if is_ghost else NormSpec.ghost(max(2, settings.batch_size // 4))
+        found[str(ghost)] = (replace(plain, spec=ghost), False)
+    found["decay of scales and shifts"] = (replace(plain, norm_decay=decay), False)
+    found[str(pooled)] = (replace(plain, spec=pooled), False)
+    found["all"] = (replace(plain, spec=everything, norm_decay=decay), True)
     return found
 
 

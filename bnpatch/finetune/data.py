@@ -1,7 +1,9 @@
 """Training images: timm's augmentations, shuffled in a way that a resumed run repeats."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,30 @@ def check_same_classes(train: Examples, val: Examples, names: Sequence[str] | No
         name = repr(names[index]) if names and index < len(names) else str(index)
         raise BnpatchError(
             f"the validation data has the class {name}, of which the training data has no example",
+            "give data sets with the same classes",
+        )
+
+
+def class_folders(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the folders in a folder, without the hidden ones that tools leave behind."""
+    return [e.name for e in Path(folder).iterdir() if e.is_dir() and not e.name.startswith(".")]
+
+
+def check_same_folders(train: str | os.PathLike[str], val: str | os.PathLike[str]) -> None:
+    """See that two folders have the same class folders, where both are folders.
+
+    As many others would be taken in order, and every class for another.
+
+    Raises:
+        BnpatchError: they haven't.
+    """
+    if not (Path(train).is_dir() and Path(val).is_dir()):
+        return
+    names = [set(class_folders(folder)) for folder in (train, val)]
+    if only_one := sorted(names[0] ^ names[1]):
+        has, lacks = (train, val) if only_one[0] in names[0] else (val, train)
+        raise BnpatchError(
+            f"{has} has the class folder {only_one[0]!r}, {lacks} has not",
             "give data sets with the same classes",
         )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bnpatch.classes import ClassOrder
 from bnpatch.errors import BnpatchError
+from bnpatch.finetune.data import class_folders
 from bnpatch.model import TorchModel
 
 
@@ -23,7 +24,7 @@ def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
         return tuple(map(str, range(int(np.max(data[1])) + 1)))
     path = Path(data)
     if path.is_dir():
-        return tuple(order.sort([entry.name for entry in path.iterdir() if entry.is_dir()]))
+        return tuple(order.sort(class_folders(path)))
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             labels = next((arrays[k] for k in ("y", "labels", "targets") if k in arrays), None)

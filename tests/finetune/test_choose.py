@@ -112,6 +112,22 @@ def test_contributions_come_one_by_one(residual):
     ]
 
 
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"batch_size": 2}, ["Batch/Group Norm of 16 channels and all examples"]),
+        (
+            {"batch_size": 32, "spec": NormSpec.batch_group(8, 4)},
+            ["Ghost Batch Norm of 8 examples", "Batch/Group Norm of 8 channels and 4 examples"],
+        ),
+    ],
+)
+def test_each_technique_is_there_once(residual, settings, names):
+    found = variants(residual, FineTuneSettings(**settings))
+    assert [name for name in found if "Norm of" in name] == names
+    assert str(found["all"][0].spec) == names[-1]
+
+
 def test_changes_have_an_interval_where_there_are_seeds():
     one, three = (
         Contribution("x", {"accuracy": [0.5] * n, "cross-entropy": [1.0] * n}, changes).to_json()["cells"]

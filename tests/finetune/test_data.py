@@ -5,7 +5,13 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.errors import BnpatchError
-from bnpatch.finetune.data import TrainingData, TrainingImages, load_batches, shuffled
+from bnpatch.finetune.data import (
+    TrainingData,
+    TrainingImages,
+    check_same_folders,
+    load_batches,
+    shuffled,
+)
 from bnpatch.finetune.settings import Augmentation
 
 
@@ -70,3 +76,15 @@ def test_processes_share_the_batches_of_whole_steps():
     alone = TrainingData(Held, subset, None, shuffled, 3, 0).batches(1, 8, 3)
     for step, batch in enumerate(alone):  # a step is of the same examples, however many processes make it
         assert set(batch) == set(np.concatenate([part[step] for part in parts]))
+
+
+def test_two_folders_must_have_the_same_classes(tmp_path):
+    for folder, names in (("train", "abc"), ("val", "abd"), ("few", "ab")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+    check_same_folders(tmp_path / "train", tmp_path / "train")
+    check_same_folders(tmp_path / "train", tmp_path / "val.npz")  # its classes are numbers
+    with pytest.raises(BnpatchError, match=r"train has the class folder 'c', .*val has not"):
+        check_same_folders(tmp_path / "train", tmp_path / "val")
+    with pytest.raises(BnpatchError, match=r"train has the class folder 'c', .*few has not"):
+        check_same_folders(tmp_path / "few", tmp_path / "train")
