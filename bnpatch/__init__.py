@@ -24,14 +24,19 @@ _WHERE = {
     "ExampleWeighedNorm": "nn.norm",
     "Metric": "metrics",
     "Moments": "moments",
+    "NormDecay": "decay",
+    "NormSpec": "spec",
     "Recipe": "recipe",
+    "FineTuneSettings": "finetune.settings",
     "OnnxModel": "onnx_model",
     "TorchModel": "model",
     "TuneResult": "search",
     "apply": "loading",
     "calibrate": "calibration",
+    "convert_norms": "nn.conversion",
     "evaluate": "evaluation",
     "export_onnx": "export",
+    "fine_tune": "finetune.run",
     "load": "loading",
     "mix": "moments",
     "open_examples": "sources",
@@ -49,10 +54,13 @@ __all__ = sorted(_WHERE)
 if TYPE_CHECKING:
     from bnpatch.calibration import calibrate as calibrate
     from bnpatch.calibration import recover_folded as recover_folded
+    from bnpatch.decay import NormDecay as NormDecay
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
     from bnpatch.evaluation import evaluate as evaluate
     from bnpatch.export import export_onnx as export_onnx
+    from bnpatch.finetune.run import fine_tune as fine_tune
+    from bnpatch.finetune.settings import FineTuneSettings as FineTuneSettings
     from bnpatch.loading import apply as apply
     from bnpatch.loading import load as load
     from bnpatch.metrics import Metric as Metric
@@ -60,6 +68,7 @@ if TYPE_CHECKING:
     from bnpatch.moments import Moments as Moments
     from bnpatch.moments import mix as mix
     from bnpatch.moments import pool as pool
+    from bnpatch.nn.conversion import convert_norms as convert_norms
     from bnpatch.nn.norm import ExampleWeighedNorm as ExampleWeighedNorm
     from bnpatch.nn.norm import weighed_norm as weighed_norm
     from bnpatch.nn.surgery import patch as patch
@@ -70,6 +79,7 @@ if TYPE_CHECKING:
     from bnpatch.search import TuneResult as TuneResult
     from bnpatch.search import tune_alpha as tune_alpha
     from bnpatch.sources import open_examples as open_examples
+    from bnpatch.spec import NormSpec as NormSpec
 
 
 def __getattr__(name: str) -> Any:

@@ -190,6 +190,13 @@ def compare(
     model.set(setting)
     if model.setting() != was:
         after = evaluate(model, examples, metrics, **options)
+    return compare_scores(before, after, metrics)
+
+
+def compare_scores(
+    before: Scores, after: Scores, metrics: Sequence[Metric] = STANDARD_METRICS
+) -> list[Comparison]:
+    """Compare scores of the same examples, pair by pair."""
     return [
         Comparison(
             metric,

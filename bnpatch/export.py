@@ -147,7 +147,12 @@ def _export_torch(
         if isinstance(site.module, ExampleWeighedNorm)
     )
     done = rewrite(
-        graph, chosen, running=running, alpha_inputs=alpha_inputs, weigh_single_values=weigh_single_values
+        graph,
+        chosen,
+        running=running,
+        channels_per_group={s.name: s.channels_per_group for s in source.survey().sites},
+        alpha_inputs=alpha_inputs,
+        weigh_single_values=weigh_single_values,
     )
     return graph, done.patched
 

@@ -20,7 +20,7 @@ from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, re
 from bnpatch.nn.functional import functional_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
-from bnpatch.nn.surgery import Site, calibrated, patch, survey, take_over, uncalibrated, unpatch
+from bnpatch.nn.surgery import Site, calibrated, patch, survey, swap, uncalibrated, unpatch
 from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
@@ -332,7 +332,7 @@ class TorchModel:
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
-        y = _output_tensor(y)
+        y = output_tensor(y)
         return (
             y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self._returns_probabilities else y
         )
@@ -459,8 +459,10 @@ class TorchModel:
         for site in self.survey().sites:
             weight = self._lambdas.get(site.name, 0.0)
             target = self._targets[site.name] if weight else None
-            moments = (_to_numpy(m) for m in (target, self._calibrated.get(site.name)))
-            sites.append(SiteRecipe(site.name, site.kind, site.alpha, hashes[site.name], weight, *moments))
+            moments = (_to_numpy(target), _to_numpy(self._calibrated.get(site.name)))
+            pooled = site.channels_per_group if site.identity == 0 else 1  # Group Norm knows its own
+            weights = (site.alpha, hashes[site.name], weight)
+            sites.append(SiteRecipe(site.name, site.kind, *weights, *moments, pooled))
         return Recipe(tuple(sites), dict(provenance or {}), self.weigh_single_values)
 
     def apply(self, recipe: Recipe) -> None:
@@ -479,20 +481,21 @@ class TorchModel:
         self.weigh_single_values = recipe.weigh_single_values
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
         self.set(recipe.setting)
+        groups = {site.name: site.channels_per_group for site in recipe.sites}
+        for site in self.survey().sites:
+            if isinstance(site.module, ExampleWeighedNorm) and site.identity == 0:
+                site.module.channels_per_group = groups[site.name]
 
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
         """The module as it was before any patch; it is patched again when the context ends."""
-        layers = {
-            site.name: site.module.options
-            for site in self.survey().sites
-            if isinstance(site.module, ExampleWeighedNorm)
-        }
-        self.module = unpatch(self.module)
+        layers = [s.module for s in self.survey().sites if isinstance(s.module, ExampleWeighedNorm)]
+        origins = [layer.as_origin() for layer in layers]
+        self.module = swap(self.module, {id(a): b for a, b in zip(layers, origins, strict=True)})
         try:
             yield self.module
         finally:
-            self.module = take_over(self.module, layers)
+            self.module = swap(self.module, {id(b): a for a, b in zip(layers, origins, strict=True)})
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -576,7 +579,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _output_tensor(y: Any) -> Tensor:
+def output_tensor(y: Any) -> Tensor:
     """The tensor among what a model returns; (N, K, 1, 1) is (N, K)."""
     if isinstance(y, Mapping):
         y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))

@@ -358,8 +358,15 @@ class OnnxModel:
         """Patch the model with a recipe.
 
         Raises:
-            BnpatchError: the recipe was made for another model; names the first site that differs.
+            BnpatchError: the recipe was made for another model; names the first site that differs. Or it
+                pools channels, which the file doesn't.
         """
+        weighed = (site for site in recipe.sites if site.alpha or site.lambda_)
+        if pooled := [site.name for site in weighed if site.channels_per_group > 1]:
+            raise BnpatchError(
+                f"the recipe pools channels at {pooled[0]!r}, of which an ONNX file knows nothing",
+                "export the torch checkpoint with the recipe",
+            )
         found = {site.name: site.calibrated for site in recipe.sites if site.calibrated is not None}
         if found:
             self.calibrate(found)

@@ -70,18 +70,18 @@ class _Watched:
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        groups, weigh_single_values, running = 1, False, None
+        running = None
+        self.alpha = self.site.identity
         if isinstance(module, ExampleWeighedNorm):
-            groups, weigh_single_values = module.channels_per_group, module.weigh_single_values
             running = module.running
+            self.alpha = self.site.alpha if module.weighs(x) else self.site.identity
         if running is None:
             _, _, mean, var = self.site.parameters()
             assert mean is not None  # a site without running moments has an override
             assert var is not None
             running = Moments(mean, var)
-        values = math.prod(x.shape[2:])
-        self.num_values = values * groups
-        self.alpha = self.site.alpha if values > 1 or weigh_single_values else 0.0
+        groups = self.site.channels_per_group
+        self.num_values = math.prod(x.shape[2:]) * groups
         eps: Any = module.eps
         y = weighed_norm(x, running, None, None, eps, self.alpha, groups)
         largest = y.abs().amax().float()

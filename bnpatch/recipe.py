@@ -34,6 +34,8 @@ class SiteRecipe:
         lambda_: the weight of ``target`` in the running moments.
         target: mean and variance of the data at hand; None where lambda is 0.
         calibrated: mean and variance for a site that has no running moments of its own.
+        channels_per_group: consecutive channels whose moments a Batch/Group Norm pools. It is stored as
+            Batch Norm, so nothing else tells; Group Norm says so itself, and has 1 here.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SiteRecipe:
     lambda_: float = 0.0
     target: Moments[Array] | None = None
     calibrated: Moments[Array] | None = None
+    channels_per_group: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; moments as base64 of little-endian float32, since nobody reads thousands."""
@@ -51,12 +54,23 @@ class SiteRecipe:
             values |= {"lambda": self.lambda_, "target": _encode(self.target)}
         if self.calibrated is not None:
             values["calibrated"] = _encode(self.calibrated)
+        if self.channels_per_group > 1:
+            values["channels_per_group"] = self.channels_per_group
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "SiteRecipe":
         """Read what :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
-        known = {"name", "kind", "alpha", "fingerprint", "lambda", "target", "calibrated"}
+        known = {
+            "name",
+            "kind",
+            "alpha",
+            "fingerprint",
+            "lambda",
+            "target",
+            "calibrated",
+            "channels_per_group",
+        }
         if unknown := values.keys() - known:
             raise ValueError(f"a site has {min(unknown)!r}")
         target, calibrated = (
@@ -66,7 +80,8 @@ class SiteRecipe:
         if weight and target is None:
             raise ValueError("lambda without target")
         name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
-        return cls(name, kind, alpha, print_, weight, target, calibrated)
+        groups = values.get("channels_per_group", 1)
+        return cls(name, kind, alpha, print_, weight, target, calibrated, groups)
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,11 @@ class Recipe:
                     raise BnpatchError(
                         f"{source}: site {site.name!r} has {name} = {value}", f"{name} must lie in [0, 1]"
                     )
+            if not isinstance(site.channels_per_group, int) or site.channels_per_group < 1:
+                raise BnpatchError(
+                    f"{source}: site {site.name!r} pools {site.channels_per_group} channels",
+                    "it must be 1 or more",
+                )
         return cls(sites, provenance, content.get("weigh_single_values") is True)
 
     @classmethod

@@ -10,7 +10,7 @@ import typer
 from bnpatch import __version__
 from bnpatch.errors import BnpatchError, BnpatchWarning
 
-from . import bench, demo, evaluate, export, inspect, tune
+from . import bench, demo, evaluate, export, fine_tune, inspect, tune
 
 app = typer.Typer(
     name="bnpatch",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("tune-alpha")(tune.tune_alpha)
+app.command("fine-tune")(fine_tune.fine_tune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)

@@ -35,14 +35,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def comparison_table(
-    comparisons: Sequence[Comparison], examples: str, calibration: CalibrationComparison | None = None
+    comparisons: Sequence[Comparison],
+    examples: str,
+    calibration: CalibrationComparison | None = None,
+    *,
+    before: str = "as it is",
+    after: str = "patched",
 ) -> None:
     """Before, after, and the paired change with its interval, of what ``examples`` says."""
     rows: list[tuple[Metric, Comparison | CalibrationComparison]] = [(c.metric, c) for c in comparisons]
     if calibration is not None:
         rows.append((_CALIBRATION_ERROR, calibration))
     table(
-        [examples, "as it is", "patched", "change", "95% interval", ""],
+        [examples, before, after, "change", "95% interval", ""],
         [
             [
                 metric.name,

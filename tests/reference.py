@@ -45,3 +45,19 @@ def weighed_norm(x, running_mean, running_var, weight, bias, eps, alpha, channel
             normalized = (x[n, group] - mean) / np.sqrt(var + eps)
             y[n, group] = normalized * weight[group].reshape(spatial) + bias[group].reshape(spatial)
     return y
+
+
+def grouped_norm(x, weight, bias, eps, channels_per_group, groups_of_examples):
+    """Normalization in training by the paper's definition; the groups are lists of examples."""
+    x, weight, bias = (np.asarray(a, np.float64) for a in (x, weight, bias))
+    y = np.full_like(x, np.nan)
+    spatial = (-1,) + (1,) * (x.ndim - 2)
+    for examples in groups_of_examples:
+        for first in range(0, x.shape[1], channels_per_group):
+            channels = np.arange(first, first + channels_per_group)
+            values = x[np.ix_(examples, channels)]
+            normalized = (values - np.mean(values)) / np.sqrt(np.var(values) + eps)
+            y[np.ix_(examples, channels)] = normalized * weight[channels].reshape(spatial) + bias[
+                channels
+            ].reshape(spatial)
+    return y

@@ -68,7 +68,7 @@ def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
     original = onnx_model.open_session
     monkeypatch.setattr(onnx_model, "open_session", lambda *args: opened.append(args) or original(*args))
     bnpatch.tune_alpha(bnpatch.load(exported), foggy, trials=5)
-    assert len(opened) == 2  # the file as it is, and with alphas as inputs
+    assert len(opened) == 3  # the file as it is, with weights as inputs, and normalizing by the batch
 
 
 def test_the_model_is_left_as_it_was(exported, foggy):

@@ -126,8 +126,9 @@ def append_batch_norm(
         tape: takes the node.
         site: where.
         running: running mean and variance of shape (C,).
-        given: float32 values of the graph to use in their place.
+        given: float32 values of the graph to use in their place, for sites that pool no channels.
     """
+    running = _pooled_per_channel(running, site.channels_per_group)
     weight, bias = (
         tape.constant(np.broadcast_to(a, site.num_channels), site.dtype) for a in (site.weight, site.bias)
     )

@@ -93,8 +93,12 @@ class Site:
 
     @property
     def single_value(self) -> bool:
-        """An example has a single value per channel, hence no variance, as far as shapes tell."""
-        return all(size == 1 for size in self.dims[2:])
+        """An example has a single value per channel, hence no variance, as far as shapes tell.
+
+        Unless channels are pooled by what the file has as Batch Norm.
+        """
+        has_variance = self.channels_per_group > 1 and self.identity == 0
+        return not has_variance and all(size == 1 for size in self.dims[2:])
 
 
 def survey(model: ir.Model) -> Survey[Site]:

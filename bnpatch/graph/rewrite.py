@@ -6,7 +6,7 @@ its identity, so that a runtime folds it as before.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from bnpatch.graph.expr import Tape
 from bnpatch.graph.forms import append_batch_norm, append_site
 from bnpatch.graph.match import MARK, Site, survey
 from bnpatch.moments import Moments
-from bnpatch.sites import LeftAlone
+from bnpatch.sites import LeftAlone, Survey
 
 #: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
 Append = Callable[..., ir.Value]
@@ -53,6 +53,7 @@ def rewrite(
     alphas: Mapping[str, float],
     *,
     running: Mapping[str, Moments[Array]] | None = None,
+    channels_per_group: Mapping[str, int] | None = None,
     alpha_inputs: AlphaInputs | None = None,
     running_inputs: bool = False,
     weigh_single_values: bool = False,
@@ -66,6 +67,8 @@ def rewrite(
             sites of the module. Sites that are not named are left alone.
         running: running mean and variance, each of shape (C,), by name of site: in the place of those
             in the model, or where the model has none (Group Norm).
+        channels_per_group: consecutive channels whose moments are pooled, by name of module, where
+            that isn't what the model says: a Batch/Group Norm is stored as Batch Norm.
         alpha_inputs: None writes the alphas into the graph as constants, and leaves sites at identity
             as they are. ``"global"`` reads one alpha from a graph input, ``"per-site"`` one from an
             input for each; the inputs are float32 scalars with ``alphas`` as defaults.
@@ -81,7 +84,7 @@ def rewrite(
         ValueError: the alphas of a global input differ; running moments do
             not fit.
     """
-    found = survey(model)
+    found = _regrouped(survey(model), channels_per_group or {})
     by_site = _alphas_by_site(alphas, found.sites)
     if alpha_inputs == "global" and len(set(by_site.values())) > 1:
         raise ValueError("one alpha input for all sites has one default, but the alphas differ")
@@ -133,6 +136,14 @@ def rewrite(
     return Rewritten(
         model, tuple(site.name for site in chosen), (*left, *found.left_alone), names, running_names
     )
+
+
+def _regrouped(found: Survey[Site], groups: Mapping[str, int]) -> Survey[Site]:
+    sites = (
+        replace(site, channels_per_group=groups.get(site.module, site.channels_per_group))
+        for site in found.sites
+    )
+    return Survey(tuple(sites), found.left_alone)
 
 
 def _alphas_by_site(alphas: Mapping[str, float], sites: tuple[Site, ...]) -> dict[str, float]:

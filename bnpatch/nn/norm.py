@@ -58,7 +58,7 @@ class ExampleWeighedNorm(nn.Module):
             Group Norm.
         weigh_single_values: weigh also where an example has one value per channel (``(N, C)`` or
             1 x 1 maps). Such an example has no variance, so the formula mostly shrinks the signal:
-            by default these inputs get plain inference.
+            by default these inputs get plain inference, unless a Batch/Group Norm pools channels.
     """
 
     origin_class: type[nn.Module]
@@ -109,12 +109,6 @@ class ExampleWeighedNorm(nn.Module):
         )
         layer.alpha = alpha
         return layer
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments with which :meth:`take_over` makes this layer again."""
-        names = ("always_inference", "channels_per_group", "identity", "weigh_single_values")
-        return {name: getattr(self, name) for name in names} | {"alpha": self.alpha, "running": self.running}
 
     def as_origin(self) -> nn.Module:
         """This very layer, one shared state, under the class that it had before."""
@@ -212,15 +206,23 @@ class ExampleWeighedNorm(nn.Module):
         if self._is_plain(x):
             y: Tensor = self.as_origin().forward(x)
             return y
-        if check := getattr(self.origin_class, "_check_input_dim", None):
-            check(self, x)
+        self.check_input(x)
         weight, bias, *_ = self.parameters_of_norm()
         running = self._moments()
-        alpha: float | Tensor = self._alpha if self._weighs(x) else 0.0
+        alpha: float | Tensor = self._alpha if self.weighs(x) else 0.0
         if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
             y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
         else:
             y = weighed_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group)
+        return self.finish(y)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise the original's error where ``x`` has the wrong rank."""
+        if check := getattr(self.origin_class, "_check_input_dim", None):
+            check(self, x)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the original does after the normalization, if anything."""
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]
@@ -234,11 +236,16 @@ class ExampleWeighedNorm(nn.Module):
             return True  # the original class has the right error, or the right empty answer
         if self._running is not None and self.identity == 0:
             return False  # the original has other running moments
-        return not self._weighs(x)
+        return not self.weighs(x)
 
-    def _weighs(self, x: Tensor) -> bool:
+    def weighs(self, x: Tensor) -> bool:
         """Has the example a say that it did not have in the original?"""
-        return not self._is_identity and (self.weigh_single_values or not _has_single_values(x))
+        if self._is_identity:
+            return False
+        if self.weigh_single_values or not _has_single_values(x):
+            return True
+        # Pooled with other channels a single value has a variance. Group Norm has its own already.
+        return self.channels_per_group > 1 and self.identity == 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
@@ -286,7 +293,7 @@ def weighed_norm(
     shift = -moments.mean * scale
     if bias is not None:
         shift = shift + bias.to(dtype)
-    return _affine(x, scale, shift)
+    return affine(x, scale, shift)
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:
@@ -322,7 +329,7 @@ def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments
     return Moments(*(m.expand_as(groups.mean).reshape(shape) for m in (pooled.mean, pooled.var)))
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift`` with (N, C) coefficients, computed in their dtype, returned in that of x."""
     if _is_channels_last(x):
         shape = (*scale.shape, *(1,) * (x.ndim - 2))

@@ -103,6 +103,11 @@ class Site:
         return isinstance(self.module, ExampleWeighedNorm)
 
     @property
+    def channels_per_group(self) -> int:
+        """Consecutive channels whose moments are pooled; 1 is Batch Norm."""
+        return self.module.channels_per_group if isinstance(self.module, ExampleWeighedNorm) else 1
+
+    @property
     def alpha(self) -> float:
         """The weight of the example: 0 where the site isn't patched (Group Norm is a site once it is)."""
         if not isinstance(self.module, ExampleWeighedNorm):
@@ -179,7 +184,7 @@ def patch(
                 always_inference=CONVERTIBLE[_qualified_name(type(site.module))],
                 weigh_single_values=bool(weigh_single_values),
             )
-    return _swap(model, swaps)
+    return swap(model, swaps)
 
 
 def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
@@ -220,18 +225,8 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
                 "channels_per_group": per_group,
                 "running": running,
             }
-    return take_over(model, options)
-
-
-def take_over(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Swap layers, in place, each with the options of :meth:`ExampleWeighedNorm.take_over`, by name.
-
-    Returns:
-        The model; another object only where the model itself is a norm.
-    """
-    modules = dict(model.named_modules())
-    return _swap(
-        model, {id(modules[n]): ExampleWeighedNorm.take_over(modules[n], **o) for n, o in options.items()}
+    return swap(
+        model, {id(norms[n]): ExampleWeighedNorm.take_over(norms[n], **o) for n, o in options.items()}
     )
 
 
@@ -246,10 +241,11 @@ def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: Tr
         The model; another object only where the model itself is a norm.
     """
     layers = [s.module for s in survey(model).sites if isinstance(s.module, ExampleWeighedNorm) and where(s)]
-    return _swap(model, {id(layer): layer.give_back() for layer in layers})
+    return swap(model, {id(layer): layer.give_back() for layer in layers})
 
 
-def _swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
+    """Put other modules in the place of some, given by ``id``, wherever in the model they are used."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in swaps:

@@ -12,10 +12,13 @@ from timm.models import levit
 from torch import nn
 
 from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.nn import surgery
+from bnpatch.nn.conversion import convert_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import calibrated, patch, survey, take_over, uncalibrated, unpatch
+from bnpatch.nn.surgery import calibrated, patch, survey, uncalibrated, unpatch
+from bnpatch.spec import NormSpec
 from tests import reference
 
 
@@ -365,17 +368,16 @@ def test_a_root_that_is_group_norm_is_returned():
     assert type(unpatch(root)) is nn.GroupNorm
 
 
-def test_what_was_taken_over_can_be_taken_over_again():
-    """Giving layers back and taking them over with their options changes nothing."""
-    model = settle(nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8)))
-    calibrated(model, {"1": moments()})
-    patch(model, {"0": 0.2, "1": 0.7}, weigh_single_values=True)
-    model[0].running = moments(seed=4)
+def test_layers_are_lent_out_as_what_they_were():
+    net = settle(nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)))
+    calibrated(net, {"1": moments()})
+    convert_norms(net, NormSpec.batch_group(4, 2), where=lambda site: site.name == "2")
+    patch(net, {"0": 0.2, "1": 0.7, "2": 0.3}, weigh_single_values=True)
+    net[0].running = moments(seed=4)
     x = images(2, 8, 4, 4)
-    before = model(x)
-    options = {site.name: site.module.options for site in survey(model).sites}
-    model = unpatch(model)
-    assert [type(m) for m in model] == [nn.BatchNorm2d, nn.GroupNorm]
-    take_over(model, options)
-    assert torch.equal(model(x), before)
-    assert model[1].weigh_single_values
+    before, layers = net(x), list(net)
+    with TorchModel(net, "net", preprocessing=None).unpatched() as plain:
+        assert [type(m) for m in plain] == [nn.BatchNorm2d, nn.GroupNorm, nn.BatchNorm2d]
+        assert not torch.equal(plain(x), before)
+    assert [id(layer) for layer in net] == [id(layer) for layer in layers]
+    assert torch.equal(net(x), before)

@@ -1,0 +1,206 @@
+"""Model, optimizer, schedule and averaged weights, on whatever devices accelerate finds."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnpatch.decay import decay_norms, parameter_groups
+from bnpatch.errors import BnpatchError
+from bnpatch.finetune.settings import FineTuneSettings
+from bnpatch.model import TorchModel, output_tensor
+
+
+class Engine:
+    """Takes steps, and can be put back to where it was.
+
+    Args:
+        model: its module is trained in place; its device becomes accelerate's.
+        settings: of the run.
+        updates_per_epoch: steps of the optimizer, for the schedule.
+        accelerator: from :func:`new_accelerator`.
+
+    Raises:
+        BnpatchError: timm doesn't have the optimizer or the schedule.
+    """
+
+    def __init__(
+        self, model: TorchModel, settings: FineTuneSettings, updates_per_epoch: int, accelerator: Any
+    ) -> None:
+        from timm.data import Mixup
+        from timm.utils import ModelEmaV3
+
+        self.settings, self.accelerator, self.module = settings, accelerator, model.module
+        augmentation = settings.augmentation
+        self.mixup = None
+        if augmentation.mixup or augmentation.cutmix:
+            self.mixup = Mixup(
+                augmentation.mixup,
+                augmentation.cutmix,
+                label_smoothing=settings.smoothing,
+                num_classes=model.num_outputs(),
+            )
+        self.ema = ModelEmaV3(model.module, settings.ema, use_warmup=True) if settings.ema else None
+        self.optimizer = _optimizer(model.module, settings)
+        self.schedule = _schedule(self.optimizer, settings, updates_per_epoch)
+        self._wrapped, self._stepper = accelerator.prepare(model.module, self.optimizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def scored(self) -> nn.Module:
+        """The module whose weights count: the averaged ones where there are any."""
+        averaged: nn.Module | None = self.ema.module if self.ema is not None else None
+        return self.module if averaged is None else averaged
+
+    def train(self) -> None:
+        """Go into training mode."""
+        self._wrapped.train()
+
+    def add_gradient(self, x: Tensor, targets: Tensor, parts: int, is_last: bool) -> Tensor:
+        """Add the gradient of a batch, which is one of ``parts`` of a step.
+
+        Returns:
+            The mean loss of the batch, without a gradient.
+        """
+        x, targets = (t.to(self.device, non_blocking=True) for t in (x, targets))
+        smoothing = self.settings.smoothing
+        if self.mixup is not None and len(x) % 2 == 0:  # an unreadable image leaves an odd number
+            x, targets = self.mixup(x, targets)
+            smoothing = 0.0  # mixup has smoothed already
+        # Processes wait for each other once per step, not once per batch.
+        with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
+            with self.accelerator.autocast():
+                outputs = output_tensor(self._wrapped(x))
+            loss = F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
+            self.accelerator.backward(loss / parts)
+        return loss.detach()
+
+    def step(self, update: int) -> None:
+        """Change the weights by the gradient; ``update`` counts the steps of the whole run."""
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.settings.clip_grad)
+        self.schedule.step_update(update)
+        self._stepper.step()
+        self.drop_gradient()
+        if self.ema is not None:
+            self.ema.update(self.module, step=update)
+
+    def drop_gradient(self) -> None:
+        """Forget what was added since the last step."""
+        self._stepper.zero_grad()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        summed: Tensor = self.accelerator.reduce(values)
+        return summed
+
+    def state(self) -> dict[str, Any]:
+        """A copy of all that steps change."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": copied(self.module.state_dict()),
+            "ema": copied(self.ema.module.state_dict()) if self.ema is not None else None,
+            "optimizer": copied(self.optimizer.state_dict()),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to a :meth:`state`."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copied(state["optimizer"]))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.drop_gradient()
+
+    def release(self) -> nn.Module:
+        """The module without what accelerate put around it."""
+        module: nn.Module = self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        return module
+
+
+def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
+    """An ``accelerate.Accelerator``; under ``accelerate launch`` it knows of the other processes.
+
+    Raises:
+        BnpatchError: accelerate isn't installed, or the device hasn't got the precision.
+    """
+    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would go on in float32
+        raise BnpatchError("a CPU does not train in fp16", "choose --precision bf16 or no")
+    try:
+        from accelerate import Accelerator, PartialState
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise BnpatchError("fine-tuning needs accelerate", "pip install 'bnpatch[fine-tune]'") from error
+    if PartialState(cpu=True if device.type == "cpu" else None).num_processes == 1:
+        # accelerate keeps device and precision for the life of the process; runs may differ in both.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=settings.precision,
+        # Every process keeps running moments of what it saw; merge_processes makes one of them.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def copied(value: Any) -> Any:
+    """A copy, its tensors on the CPU, that training doesn't change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item) for item in value)
+    return value
+
+
+def _optimizer(module: nn.Module, settings: FineTuneSettings) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    groups = parameter_groups(module, settings.weight_decay, settings.norm_decay)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, settings.optimizer, lr=settings.lr, momentum=settings.momentum
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise BnpatchError(
+            f"timm has no optimizer {settings.optimizer!r}", "see timm.optim.list_optimizers()"
+        ) from error
+    decay_norms(optimizer)
+    return optimizer
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: FineTuneSettings, updates_per_epoch: int) -> Any:
+    from timm.scheduler import create_scheduler_v2
+
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            settings.schedule,
+            num_epochs=settings.epochs,
+            decay_epochs=max(1, settings.epochs // 3),
+            warmup_epochs=settings.warmup_epochs,
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise BnpatchError(
+            f"timm has no schedule {settings.schedule!r}", "choose cosine, tanh, step or poly"
+        ) from error
+    return schedule

@@ -1,0 +1,68 @@
+"""A new classifier for other classes: transfer learning (the paper's 4.3)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnpatch.classes import ClassOrder
+from bnpatch.errors import BnpatchError
+from bnpatch.finetune.data import class_folders
+from bnpatch.model import TorchModel
+
+
+def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
+    """Names of the classes of a folder, an ``.npz`` file or a pair of arrays, in the order of the outputs.
+
+    Raises:
+        BnpatchError: the data doesn't say.
+    """
+    if isinstance(data, tuple) and len(data) == 2:
+        return tuple(map(str, range(int(np.max(data[1])) + 1)))
+    path = Path(data)
+    if path.is_dir():
+        return tuple(order.sort(class_folders(path)))
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = next((arrays[k] for k in ("y", "labels", "targets") if k in arrays), None)
+        if labels is not None:
+            return tuple(map(str, range(int(labels.max()) + 1)))
+    raise BnpatchError(f"cannot count the classes of {data}", "give a folder with a folder per class")
+
+
+def new_head(model: TorchModel, class_names: tuple[str, ...], seed: int = 0) -> TorchModel:
+    """The model with an untrained classifier for these classes; its module is changed in place.
+
+    Args:
+        model: from :func:`bnpatch.load`.
+        class_names: in the order of the outputs.
+        seed: of the initial weights.
+
+    Raises:
+        BnpatchError: there is no linear classifier to be found.
+    """
+    outputs = model.num_outputs()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _replace_classifier(model, outputs, len(class_names))
+    arch = replace(model.arch, num_classes=len(class_names)) if model.arch else None
+    return replace(model, class_names=class_names, arch=arch)
+
+
+def _replace_classifier(model: TorchModel, outputs: int, num_classes: int) -> None:
+    module: Any = model.module
+    if hasattr(module, "reset_classifier"):  # timm
+        module.reset_classifier(num_classes)
+        return
+    heads = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and child.out_features == outputs
+    }
+    if not heads:
+        raise BnpatchError(f"{model.name} has no linear classifier", "give it a new one in Python")
+    for name, old in heads.items():  # several, where there are auxiliary ones
+        module.set_submodule(name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))

@@ -1,0 +1,108 @@
+"""From a checkpoint to a better one: train further, then tune alpha."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bnpatch.data import Examples, split
+from bnpatch.evaluation import Comparison, compare_scores, evaluate
+from bnpatch.finetune.engine import new_accelerator
+from bnpatch.finetune.loop import FineTuned, train
+from bnpatch.finetune.settings import FineTuneSettings
+from bnpatch.finetune.state import Epoch
+from bnpatch.model import TorchModel
+from bnpatch.search import TuneResult, tune_alpha
+
+
+@dataclass
+class FineTuneResult:
+    """What came of it.
+
+    Attributes:
+        training: how training went.
+        tuning: the search for alpha on the trained model, with its verdict on held-out examples.
+        comparisons: held-out examples, metric by metric: the model as it came, and as it is now, with
+            the alphas of the recipe. Only in the main process.
+    """
+
+    training: FineTuned
+    tuning: TuneResult
+    comparisons: list[Comparison] = field(default_factory=list)
+
+
+def fine_tune(
+    model: TorchModel,
+    train_examples: Examples,
+    val_examples: Examples,
+    settings: FineTuneSettings | None = None,
+    *,
+    holdout: float = 0.5,
+    trials: int = 15,
+    output: Path | None = None,
+    resume: bool = False,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    tell: Callable[[str], None] = lambda note: None,
+    accelerator: Any = None,
+) -> FineTuneResult:
+    """Train a model further with the techniques of the settings, in place, then tune one alpha and set it.
+
+    Alphas and lambdas that it came with are dropped first, see :func:`bnpatch.finetune.loop.train`.
+
+    The validation examples are split in two: one part chooses the best epoch and alpha, the other gives
+    the verdict and is seen by neither.
+
+    Args:
+        model: from :func:`bnpatch.load`; it has the weights of its best epoch afterwards.
+        train_examples: from :func:`bnpatch.open_examples`.
+        val_examples: likewise.
+        settings: how to train.
+        holdout: the part of the validation examples that gives the verdict.
+        trials: weights of the example to try.
+        output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
+        resume: go on from ``last.pt``, if it is there.
+        progress: called with what is going on, examples done and examples in all.
+        on_epoch: called after each epoch.
+        tell: called with what a person should know at once.
+        accelerator: accelerate's; None to make one.
+
+    Raises:
+        BnpatchError: the settings don't fit the model or the data, training diverged, or the resume file
+            is of another run.
+    """
+    settings = settings or FineTuneSettings()
+    accelerator = accelerator or new_accelerator(settings, model.device)
+    selection, held_out = split(val_examples.strata, holdout, settings.seed)
+    before = evaluate(model, val_examples, indices=held_out) if accelerator.is_main_process else None
+    training = train(
+        model,
+        train_examples,
+        val_examples,
+        settings,
+        selection=selection,
+        output=output,
+        resume=resume,
+        accelerator=accelerator,
+        progress=progress,
+        on_epoch=on_epoch,
+        tell=tell,
+    )
+    # The same split by the same seed: what chose the epoch tunes alpha, and the rest has been seen by nobody.
+    # Training has re-estimated the running moments already: one alpha is all that there is to find.
+    tuning = tune_alpha(
+        model,
+        val_examples,
+        metric=settings.metric,
+        granularity="global",
+        trials=trials,
+        holdout=holdout,
+        seed=settings.seed,
+        progress=progress,
+    )
+    model.apply(tuning.recipe)
+    if before is None:
+        return FineTuneResult(training, tuning)
+    return FineTuneResult(
+        training, tuning, compare_scores(before, evaluate(model, val_examples, indices=held_out))
+    )

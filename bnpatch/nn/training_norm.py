@@ -1,0 +1,294 @@
+"""The general layer in training: Batch, Ghost, Group, Instance, Batch/Group Norm, and Batch Renorm.
+
+Whatever is pooled, the running moments are exponential averages of the E[x] and E[x^2] of the whole
+batch, kept as mean and variance, so that a layer without bnpatch reads them. Where channels are pooled,
+the stored moments are pooled too: pooling and averaging commute, and a Batch/Group Norm at alpha = 0 is
+then Batch Norm inference, for every program that can do that.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnpatch.moments import Moments, mix, pool
+from bnpatch.nn.norm import ExampleWeighedNorm, affine, example_moments
+from bnpatch.spec import NormSpec, Renorm
+
+
+class GeneralNorm(ExampleWeighedNorm):
+    """A layer that trains as its spec says, and weighs examples in evaluation mode.
+
+    Training on groups of one batch or more is left to the original class, whose result it is bit for bit.
+
+    Attributes:
+        spec: what is pooled in training.
+    """
+
+    spec: NormSpec
+    momentum: float | Tensor | None
+    num_batches_tracked: Tensor
+
+    @classmethod
+    def of(cls, layer: ExampleWeighedNorm, spec: NormSpec) -> "GeneralNorm":
+        """The layer under another class, with one shared state, and with running moments that fit.
+
+        Args:
+            layer: must have buffers for running moments, and not be used afterwards.
+            spec: ``channels_per_group`` must divide the number of channels.
+        """
+        general = cls.__new__(cls)
+        general.__dict__ = layer.__dict__
+        general.__dict__.update(spec=spec, channels_per_group=spec.channels_per_group)
+        general.alpha = spec.alpha
+        running = general._moments()
+        if spec.channels_per_group > 1:
+            running = _pool_groups(running, spec.channels_per_group)
+        general._set_running(running)
+        general.running = None  # training averages into the buffers
+        return general
+
+    def give_back(self) -> nn.Module:
+        """See :meth:`ExampleWeighedNorm.give_back`."""
+        origin = super().give_back()
+        del origin.__dict__["spec"]
+        return origin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, *spatial), then apply ``drop`` and ``act`` if there are any."""
+        if not self.training or self.always_inference or self._trains_as_origin(x):
+            return super().forward(x)
+        self.check_input(x)
+        weight, bias, *_ = self.parameters_of_norm()
+        if self.spec.renorm:
+            bounds = self._renorm_bounds(self.spec.renorm)
+            y, batch = renorm(x, self._averages(), weight, bias, self.eps, *bounds)
+        else:
+            examples = self.spec.examples_per_group or len(x)
+            y, batch = grouped_norm(x, weight, bias, self.eps, self.channels_per_group, examples)
+        self._update_running(batch)
+        return self.finish(y)
+
+    def _trains_as_origin(self, x: Tensor) -> bool:
+        if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
+            return True  # the original class has the right error
+        if self.spec.renorm or self.channels_per_group > 1:
+            return False
+        return _group_sizes(len(x), self.spec.examples_per_group or len(x), joined=True) == [(len(x), 1)]
+
+    @torch.no_grad()
+    def _renorm_bounds(self, renorm: Renorm) -> tuple[Tensor | float, Tensor | float]:
+        if not renorm.warmup:
+            return renorm.r_max, renorm.d_max
+        grown = (self.num_batches_tracked / renorm.warmup).clamp(max=1)  # stays on the device
+        return 1 + grown * (renorm.r_max - 1), grown * renorm.d_max
+
+    @torch.no_grad()
+    def _update_running(self, batch: Moments[Tensor]) -> None:
+        self.num_batches_tracked += 1
+        # Without a momentum, Batch Norm averages over all steps.
+        momentum = self.momentum
+        if momentum is None:
+            momentum = self.num_batches_tracked.to(batch.mean.dtype).reciprocal()
+        before = self._averages()
+        before = Moments(before.mean.to(batch.mean), before.var.to(batch.var))
+        self._set_running(mix(momentum, batch, before))
+
+    @torch.no_grad()
+    def _set_running(self, moments: Moments[Tensor]) -> None:
+        averages = self._averages()
+        averages.mean.copy_(moments.mean)
+        averages.var.copy_(moments.var)
+
+    def _averages(self) -> Moments[Tensor]:
+        """The buffers that training averages into."""
+        mean, var = self.parameters_of_norm()[2:]
+        assert mean is not None  # see of
+        assert var is not None
+        return Moments(mean, var)
+
+    def extra_repr(self) -> str:
+        """Add what the layer trains as."""
+        return f"{super().extra_repr()}, trains as {self.spec}"
+
+
+def grouped_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_per_group: int,
+    examples_per_group: int,
+) -> tuple[Tensor, Moments[Tensor]]:
+    """Normalize disjoint groups of examples and channels, each by its own moments.
+
+    A batch that ``examples_per_group`` doesn't divide ends with one smaller group. A single example that
+    would be left over joins the group before it where channels aren't pooled: alone it would be
+    normalized as by Instance Norm.
+
+    Args:
+        x: input of shape (N, C, *spatial), floating point.
+        weight: learned scale (gamma) of shape (C,), or None for 1.
+        bias: learned shift (beta) of shape (C,), or None for 0.
+        eps: added to the variance.
+        channels_per_group: consecutive channels whose moments are pooled; divides C.
+        examples_per_group: examples whose moments are pooled.
+
+    Returns:
+        The output, of the shape and dtype of ``x``; and the moments of the whole batch, of shape (C,), each
+        channel with those of its group. No gradient flows through the moments.
+    """
+    sizes = _group_sizes(len(x), examples_per_group, joined=channels_per_group == 1)
+    # The backward pass of a split is a copy, even of a split into one.
+    parts = [x] if len(sizes) == 1 else torch.split(x, [size * count for size, count in sizes])
+    outputs, batch, done = [], None, 0
+    for (size, _), part in zip(sizes, parts, strict=True):
+        if channels_per_group == 1:
+            y, moments = _ghost_norm(part, weight, bias, eps, size)
+        else:
+            y, moments = _pooled_norm(part, weight, bias, eps, channels_per_group, size)
+        outputs.append(y)
+        done += len(part)
+        batch = moments if batch is None else mix(len(part) / done, moments, batch)
+    assert batch is not None  # a batch has a group
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), batch
+
+
+def renorm(
+    x: Tensor,
+    running: Moments[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+) -> tuple[Tensor, Moments[Tensor]]:
+    """Batch Renormalization (Ioffe 2017, Algorithm 1): Batch Norm, corrected toward the running moments.
+
+    Args:
+        x: input of shape (N, C, *spatial).
+        running: running mean and variance, each of shape (C,).
+        weight: gamma of shape (C,), or None for 1.
+        bias: beta of shape (C,), or None for 0.
+        eps: added to both variances.
+        r_max: bound of the factor of the correction.
+        d_max: bound of its shift.
+
+    Returns:
+        The output, and the moments of the batch, of shape (C,).
+    """
+    with torch.no_grad():  # the correction is a constant to the gradient: that is the method
+        pooled = pool(example_moments(x), 0)
+        batch = Moments(pooled.mean[0], pooled.var[0])
+        std = (running.var.to(batch.var) + eps).sqrt()
+        r = ((batch.var + eps).sqrt() / std).clamp(1 / r_max, r_max)
+        d = ((batch.mean - running.mean) / std).clamp(-d_max, d_max)
+    if weight is not None:
+        r, d = weight * r, weight * d
+    shift = d if bias is None else bias + d
+    return F.batch_norm(x, None, None, r, shift, training=True, eps=eps), batch
+
+
+def _group_sizes(num_examples: int, size: int, joined: bool) -> list[tuple[int, int]]:
+    """Examples per group and number of such groups; one entry, or two where there is a remainder."""
+    count, rest = divmod(num_examples, size)
+    sizes = [(size, count), (rest, 1)]
+    if joined and rest == 1:
+        sizes = [(size, count - 1), (size + 1, 1)] if count else [(1, 1)]
+    return [(size, count) for size, count in sizes if size and count]
+
+
+def _ghost_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, size: int
+) -> tuple[Tensor, Moments[Tensor]]:
+    """One ``batch_norm`` call on a view in which every group of examples has channels of its own.
+
+    The groups are the examples n, n + N / size, n + 2 N / size, ...; channels-last memory is copied.
+    """
+    count, (num_channels, *spatial) = len(x) // size, x.shape[1:]
+    rows = x.reshape(size, count * num_channels, *spatial)
+    stats = torch.promote_types(x.dtype, torch.float32)
+    # With momentum 1 these come back as the moments of each group, at no cost.
+    mean, var = (x.new_zeros(count * num_channels, dtype=stats) for _ in range(2))
+    scale, shift = (None if t is None else t.repeat(count) for t in (weight, bias))
+    y = F.batch_norm(rows, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
+    values = rows.numel() // rows.shape[1]
+    groups = Moments(mean.view(count, -1), var.view(count, -1) * ((values - 1) / values))  # biased
+    batch = pool(groups, 0)
+    return y.reshape(x.shape), Moments(batch.mean[0], batch.var[0])
+
+
+def _pooled_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, channels_per_group: int, size: int
+) -> tuple[Tensor, Moments[Tensor]]:
+    stats = torch.promote_types(x.dtype, torch.float32)
+    weight = x.new_ones(x.shape[1], dtype=stats) if weight is None else weight
+    bias = x.new_zeros(x.shape[1], dtype=stats) if bias is None else bias
+    y, mean, var = _PooledNorm.apply(x, weight, bias, eps, channels_per_group, size)
+    return y, Moments(mean, var)
+
+
+class _PooledNorm(torch.autograd.Function):
+    """Groups of examples and of channels, with as many passes over memory as Batch Norm needs.
+
+    ``batch_norm`` can't take a scale per channel for moments per group of channels; a second map for it
+    would cost up to 0.9 of the first, both ways. Here the moments of single examples and channels are
+    pooled, and scale and shift go into one map; ``dx`` is affine in ``dy`` and in ``x``:
+
+        dx = rstd * (w * dy - mean(w * dy) - x^ * mean(w * dy * x^)),  x^ = (x - mean) * rstd
+
+    with means over the group, of which only the sums of ``dy`` and of ``dy * x`` touch memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, channels_per_group: int, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.groups = (size, len(x) // size, x.shape[1] // channels_per_group, channels_per_group)
+        example = example_moments(x)
+        parts = Moments(example.mean.view(ctx.groups), example.var.view(ctx.groups))
+        group = pool(parts, (0, 3))
+        mean, rstd = (
+            t.expand(ctx.groups).reshape(x.shape[:2]) for t in (group.mean, (group.var + eps).rsqrt())
+        )
+        scale = weight.to(rstd) * rstd
+        ctx.save_for_backward(x, weight, mean, rstd)
+        batch = pool(group, 1)
+        moments = (t.expand(1, 1, *ctx.groups[2:]).reshape(-1) for t in (batch.mean, batch.var))
+        y = affine(x, scale, bias.to(rstd) - mean * scale)
+        # affine returns a view of what nobody else holds. Autograd lets nobody write into a view that was
+        # made in here, as ReLU(inplace=True) wants to.
+        outputs = torch.ops.aten._unsafe_view(y, y.shape), *moments
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        by_channel = (len(x) * x.shape[1], -1)
+        rows, d_rows = (t.reshape(by_channel).to(rstd.dtype) for t in (x, dy))
+        d_shift = d_rows.sum(1).view_as(mean)
+        products = torch.bmm(d_rows[:, None], rows[:, :, None]).view_as(mean)
+        d_scale = (products - mean * d_shift) * rstd  # of dy * x^
+
+        def over_group(sums: Tensor) -> Tensor:
+            size, _, _, channels = ctx.groups
+            total = (weight.to(rstd) * sums).view(ctx.groups).sum((0, 3), keepdim=True)
+            spread: Tensor = (
+                (total / (size * channels * rows.shape[1])).expand(ctx.groups).reshape(mean.shape)
+            )
+            return spread
+
+        of_x = -rstd.square() * over_group(d_scale)
+        constant = -rstd * over_group(d_shift) - mean * of_x
+        of_dy = (weight.to(rstd) * rstd).view(*mean.shape, *(1,) * (x.ndim - 2))
+        dx = affine(x.to(rstd.dtype), of_x, constant).addcmul_(dy.to(rstd.dtype), of_dy).to(x.dtype)
+        return dx, d_scale.sum(0).to(weight.dtype), d_shift.sum(0).to(weight.dtype), None, None, None
+
+
+def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
+    parts = Moments(*(m.view(-1, channels_per_group) for m in (moments.mean, moments.var)))
+    pooled = pool(parts, -1)
+    return Moments(*(m.expand_as(parts.mean).reshape(-1) for m in (pooled.mean, pooled.var)))

@@ -1,0 +1,141 @@
+import pytest
+import timm
+import torch
+import torchvision
+
+import bnpatch
+from bnpatch.decay import NormDecay
+from bnpatch.errors import BnpatchError
+from bnpatch.finetune import choose
+from bnpatch.finetune.ablation import Contribution, variants
+from bnpatch.finetune.loop import NotFiniteLossError
+from bnpatch.finetune.settings import FineTuneSettings
+from bnpatch.finetune.state import Epoch
+from bnpatch.spec import NormSpec
+
+
+@pytest.fixture(scope="module")
+def residual():
+    module = timm.create_model("test_resnet", num_classes=10)
+    return bnpatch.load(module, preprocessing={"img_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "spec"),
+    [
+        (128, NormSpec.ghost(16)),
+        (16, NormSpec.ghost(8)),
+        (8, NormSpec.batch()),
+        (2, NormSpec.batch_group(choose.CHANNELS_PER_GROUP)),
+    ],
+)
+def test_guidance_goes_by_the_batch_size(residual, batch_size, spec):
+    choice = choose.by_guidance(residual, FineTuneSettings(batch_size=batch_size, weight_decay=3e-4))
+    assert choice.spec == spec
+    assert choice.norm_decay.rate == 3e-4
+    assert len(choice.reasons) == 4
+    assert any(str(batch_size) in reason for reason in choice.reasons)
+
+
+def test_decay_sites_are_those_that_reach_the_output(residual):
+    sites = {site.name for site in residual.survey().sites}
+    assert choose.decay_sites(residual) < sites
+    inception = bnpatch.load(
+        torchvision.models.googlenet(num_classes=3, init_weights=False, aux_logits=False),
+        preprocessing={"img_size": 64},
+    )
+    found = choose.decay_sites(inception)
+    assert found
+    assert all(name.startswith("inception5b") for name in found)
+
+
+def results(scores, monkeypatch):
+    """Let runs give scores without training; a score of None diverges."""
+    seen = []
+
+    def train(model, examples, val_examples, settings, *, on_epoch, **options):
+        rate = settings.norm_decay.rate if settings.norm_decay else 0.0
+        seen.append((str(settings.spec), rate))
+        if (accuracy := scores(settings.spec, rate)) is None:
+            raise NotFiniteLossError("diverged")
+        epochs = [Epoch(n + 1, 0.1, 8, 1.0, accuracy * (n + 1) / 2, 1.0, 0.0) for n in range(2)]
+        for epoch in epochs:
+            on_epoch(epoch)
+        return type("Result", (), {"best": epochs[-1]})
+
+    monkeypatch.setattr(choose, "train", train)
+    return seen
+
+
+def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, monkeypatch):
+    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+    seen = results(lambda spec, rate: 0.9 if spec.examples_per_group == 4 else 0.5 - rate, monkeypatch)
+    told = []
+    choice = choose.by_search(
+        residual,
+        examples,
+        FineTuneSettings(batch_size=8, epochs=9),
+        trials=25,
+        epochs=2,
+        on_trial=lambda name, score: told.append(score),
+    )
+    assert seen[0] == ("Batch Norm", 0.0)
+    assert choice.spec == NormSpec.ghost(4)
+    assert len(seen) == len(told) == 25
+    assert None in told  # pruned
+    assert "90.00%" in choice.reasons[0]
+
+
+def test_search_survives_runs_that_diverge_unless_all_do(residual, monkeypatch):
+    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+    settings = FineTuneSettings(batch_size=8)
+    results(lambda spec, rate: None if rate else 0.5, monkeypatch)
+    assert choose.by_search(residual, examples, settings, trials=8).norm_decay is None
+    results(lambda spec, rate: None, monkeypatch)
+    with pytest.raises(BnpatchError, match="every run diverged"):
+        choose.by_search(residual, examples, settings, trials=3)
+
+
+def test_contributions_come_one_by_one(residual):
+    decay = NormDecay(0.01)
+    settings = FineTuneSettings(batch_size=32, spec=NormSpec.ghost(4), norm_decay=decay)
+    found = variants(residual, settings)
+    techniques = [(s.spec, s.norm_decay, tuned) for s, tuned in found.values()]
+    plain, pooled = NormSpec.batch(), NormSpec.batch_group(choose.CHANNELS_PER_GROUP)
+    assert techniques == [
+        (plain, None, False),
+        (plain, None, True),
+        (NormSpec.ghost(4), None, False),
+        (plain, decay, False),
+        (pooled, None, False),
+        (NormSpec.ghost(4), decay, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"batch_size": 2}, ["Batch/Group Norm of 16 channels and all examples"]),
+        (
+            {"batch_size": 32, "spec": NormSpec.batch_group(8, 4)},
+            ["Ghost Batch Norm of 8 examples", "Batch/Group Norm of 8 channels and 4 examples"],
+        ),
+    ],
+)
+def test_each_technique_is_there_once(residual, settings, names):
+    found = variants(residual, FineTuneSettings(**settings))
+    assert [name for name in found if "Norm of" in name] == names
+    assert str(found["all"][0].spec) == names[-1]
+
+
+def test_changes_have_an_interval_where_there_are_seeds():
+    one, three = (
+        Contribution("x", {"accuracy": [0.5] * n, "cross-entropy": [1.0] * n}, changes).to_json()["cells"]
+        for n, changes in (
+            (1, {"accuracy": [0.01], "cross-entropy": [-0.1]}),
+            (3, {"accuracy": [0.01, 0.02, 0.03], "cross-entropy": [-0.1, -0.2, -0.3]}),
+        )
+    )
+    assert one[1] == "+1.00"
+    assert three[1] == "+2.00 [-0.48, +4.48]"  # 4.3027 (Student, 2 degrees) * 0.01 / sqrt(3) = 0.0248
+    assert three[3] == "-0.2000 [-0.4484, +0.0484]"

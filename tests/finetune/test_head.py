@@ -1,0 +1,50 @@
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import bnpatch
+from bnpatch.classes import ClassOrder
+from bnpatch.errors import BnpatchError
+from bnpatch.finetune.head import classes_of, new_head
+
+
+@pytest.mark.parametrize("arch", ["timm:test_resnet", "torchvision:resnet18", "torchvision:mobilenet_v2"])
+def test_another_number_of_classes(arch, tmp_path):
+    library, name = arch.split(":")
+    module = (
+        timm.create_model(name, num_classes=10)
+        if library == "timm"
+        else torchvision.models.get_model(name, num_classes=10)
+    )
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    model = bnpatch.load(tmp_path / "model.pt", arch=arch, device="cpu", preprocessing={"img_size": 32})
+    assert model.num_outputs() == 10
+    before = next(model.module.parameters()).clone()
+    state = torch.get_rng_state()
+    changed = new_head(model, ("cat", "dog", "fish"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert changed.num_outputs() == 3
+    assert torch.equal(next(changed.module.parameters()), before)
+    changed.save(tmp_path / "changed.pt", changed.recipe())
+    again = bnpatch.load(tmp_path / "changed.pt", device="cpu")
+    assert again.class_names == ("cat", "dog", "fish")
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(again.predict(x), changed.predict(x))
+
+
+def test_a_model_without_a_linear_classifier_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(BnpatchError, match="no linear classifier"):
+        new_head(bnpatch.load(net, preprocessing={"img_size": 16}), ("a", "b"))
+
+
+def test_classes_of_a_folder(tmp_path):
+    for name in ("10", "2", "1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert classes_of(tmp_path, ClassOrder.NATURAL) == ("1", "2", "10")
+    assert classes_of(tmp_path, ClassOrder.PLAIN) == ("1", "10", "2")
+    with pytest.raises(BnpatchError, match="cannot count the classes"):
+        classes_of("torch/cifar10", ClassOrder.NATURAL)
