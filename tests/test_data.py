@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -404,7 +406,7 @@ def test_an_index_that_comes_twice_is_served_once():
 def test_readable_are_those_that_can_be_read_and_none_is_an_error(model, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "val")
     break_images(tmp_path / "val")
-    examples = open_examples(tmp_path / "val", model, num_workers=0)
+    examples = bnpatch.open_examples(tmp_path / "val", model, num_workers=0)
     everything = np.arange(len(examples))
     kept = examples.readable(everything)
     assert len(kept) == len(examples) - len(BROKEN)
