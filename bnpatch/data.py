@@ -106,6 +106,23 @@ class Examples:
         if kept:
             yield self._batch(kept)
 
+    def readable(self, indices: Indices) -> Indices:
+        """Those of the examples that can be read, which stay in memory as far as that allows.
+
+        Raises:
+            BnpatchError: none can.
+        """
+        for _ in () if self.in_memory else self._items(indices):
+            pass
+        kept = np.array([index for index in indices if index not in self.skipped], dtype=np.int64)
+        if not len(kept):
+            index, problem = next(iter(self.skipped.items()))
+            raise BnpatchError(
+                f"none of the images can be read, {self.source.name(index)} for one: {problem}",
+                "look at the files",
+            )
+        return kept
+
     def fingerprint(self) -> str:
         """A hash of the names, the targets and, where it is cheap to have, the content of the examples."""
         digest = hashlib.sha256(f"{self.targets.dtype} {self.targets.shape}".encode())

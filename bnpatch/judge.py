@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnpatch.data import Batch, Examples, Indices
-from bnpatch.evaluation import NoExamplesError, OutputsNotFiniteError, evaluate
+from bnpatch.evaluation import OutputsNotFiniteError, evaluate
 from bnpatch.metrics import METRICS, Metric, Values, score
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments
@@ -53,12 +53,8 @@ class ByMetric:
     set_size: int = 1
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`Judge`; where none of the examples can be read, there are no scores."""
-        try:
-            found = evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size)
-        except NoExamplesError:
-            return {metric.name: np.zeros(0) for metric in self.metrics}
-        return found.values
+        """See :class:`Judge`."""
+        return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
 
     def loss(self, model: TorchModel, batch: Batch) -> Tensor:
         """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""

@@ -447,7 +447,7 @@ class _Job:
         ladder = Ladder(
             self.model,
             self.seen,
-            tuning,
+            self.seen.readable(tuning),
             self.judge,
             plan,
             targets_from=None if self.calib is None else (self.calib, None),

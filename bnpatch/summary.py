@@ -18,7 +18,9 @@ def verdict_sentence(result: TuneResult) -> str:
     # A model that came with weights may change, and for the better, by losing them.
     same = result.num_folds > 1 or not any(c.change.value for c in result.comparisons)
     if result.chosen is result.rungs[0] and same:
-        return "Keep the model as it is: nothing that was tried does better beyond doubt."
+        return (
+            "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
+        )
     if str(result.verdict) == "gain":
         way = "rises" if change.value > 0 else "falls"
         values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
@@ -30,7 +32,7 @@ def verdict_sentence(result: TuneResult) -> str:
         )
     by = f"{points(metric, change.value)}, {interval(metric, change)}"
     return (
-        f"No significant change in {title(metric)} ({by}) {where}: keep the model as it is, "
+        f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is, "
         "although the files hold the patch."
     )
 

@@ -20,7 +20,7 @@ import bnpatch
 from bnpatch.recipe import Recipe
 from tests.test_data import BROKEN, break_images
 
-QUICK = ["--trials", "3", "-j", "0"]
+QUICK = ["--granularity", "global", "--holdout", "0.5", "-j", "0"]
 
 
 @pytest.fixture
@@ -47,14 +47,16 @@ def one_line(err):
 
 
 def test_tune_alpha_writes_what_it_promises(cli, checkpoint, folder, tmp_path):
-    code, out, err = cli("tune-alpha", checkpoint, "--data", folder, "--trials", 8, "-j", 0)
+    code, out, err = cli("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert code == 0
     assert re.search(
         r"accuracy +\d+\.\d\d% +\d+\.\d\d% +[+-]\d+\.\d\d +\[[+-]\d+\.\d\d, [+-]\d+\.\d\d\] +gain", out
     )
-    assert "on examples that the search did not see" in out
+    assert "calibration error" in out
+    assert re.search(r"\d+ answers became right, \d+ became wrong", out)
+    assert "60 examples that the search did not see" in out
     assert "from the checkpoint's training arguments" in err
-    assert "60 to tune on, 60 held out" in err
+    assert "60 to tune on, 60 judged by" in err
 
     results = tmp_path / "bnpatch-out"
     assert {p.name for p in results.iterdir()} == {
@@ -62,15 +64,18 @@ def test_tune_alpha_writes_what_it_promises(cli, checkpoint, folder, tmp_path):
         "patched.pt",
         "alpha-curve.png",
         "trials.csv",
+        "report.html",
     }
     recipe = Recipe.load(results / "recipe.json")
     (alpha,) = set(recipe.alphas.values())
-    assert recipe.provenance["command"] == f"tune-alpha {checkpoint} --data {folder} --trials 8 -j 0"
+    assert recipe.provenance["command"] == " ".join(
+        map(str, ["tune-alpha", checkpoint, "--data", folder, *QUICK])
+    )
     trials = list(csv.DictReader((results / "trials.csv").open()))
-    assert float(trials[0]["alpha"]) == 0
-    assert len(trials) == 8
-    best = max(trials, key=lambda t: (float(t["accuracy"]), -float(t["alpha"])))
-    assert float(best["alpha"]) == pytest.approx(alpha)
+    assert float(trials[0]["weight"]) == 0
+    assert trials[0]["examples"] == "60"
+    whole = [float(trial["weight"]) for trial in trials if trial["examples"] == "60"]
+    assert any(weight == pytest.approx(alpha) for weight in whole)
     assert Image.open(results / "alpha-curve.png").size[0] > 600
     assert set(bnpatch.load(results / "patched.pt").alphas().values()) == {alpha}
 
@@ -162,7 +167,7 @@ def test_no_gain_is_exit_code_0_and_plain(cli, checkpoint, clean, tmp_path):
     np.savez(tmp_path / "clean.npz", x=clean[0], y=clean[1])
     code, out, _ = cli("tune-alpha", checkpoint, "--data", "clean.npz", *QUICK)
     assert code == 0
-    assert "keep the model as it is" in out
+    assert "No significant gain" in out
 
 
 def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp_path):
@@ -265,6 +270,11 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--metric", "f1"], "no metric 'f1'"),
         (["--trials", "0"], "0 trials find nothing"),
         (["--holdout", "1"], "not a fraction"),
+        (["--max-overhead", "0.5"], "not possible"),
+        (["--max-passes", "0"], "0.0 passes find nothing"),
+        (["--class-prior", "1,2"], "a class prior is for tuning without labels"),
+        (["--augment", "fog"], "no augmentation 'fog'"),
+        (["--storage", "nope/x"], "storage"),
         (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
         (["--std", "0"], "is not positive"),
         (["--mean", ","], "is not a list of numbers"),
@@ -354,7 +364,8 @@ def test_the_demo(tmp_path):
     command = [sys.executable, "-m", "bnpatch_cli", "demo", "-o", "demo", "--epochs", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "accuracy" in done.stdout
-    assert "alpha-curve.png" in done.stderr
+    assert "report.html" in done.stderr
+    assert "lambda and alpha per layer" in done.stdout
     assert len(list((tmp_path / "demo" / "val").glob("*/*.png"))) == 899
     assert (tmp_path / "demo" / "bnpatch-out" / "recipe.json").exists()
 
@@ -368,7 +379,7 @@ def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder):
     content = json.loads(cli("inspect", "model.onnx", "--json")[1])
     assert content["opset"] == 20
     assert content["bytes"] > 100_000
-    code, out, _ = cli("tune-alpha", "model.onnx", "--data", folder, "--trials", "6")
+    code, out, _ = cli("tune-alpha", "model.onnx", "--data", folder, *QUICK)
     assert code == 0
     assert "gain" in out
     recipe = "bnpatch-out/recipe.json"
@@ -392,7 +403,7 @@ def test_a_failed_comparison_is_exit_code_1_and_leaves_no_file(cli, checkpoint, 
 
 
 def test_a_recipe_brings_its_preprocessing(cli, checkpoint, folder):
-    assert cli("tune-alpha", checkpoint, "--data", folder, "--img-size", 48, "--trials", 6)[0] == 0
+    assert cli("tune-alpha", checkpoint, "--data", folder, "--img-size", 48, *QUICK)[0] == 0
     _, patched, _ = cli("evaluate", "bnpatch-out/patched.pt", "--data", folder, "--json")
     recipe = ("--recipe", "bnpatch-out/recipe.json")
     code, compared, err = cli("evaluate", checkpoint, "--data", folder, *recipe, "--json")

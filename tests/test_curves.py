@@ -120,9 +120,7 @@ def test_sentences():
     )
     unsure = replace(gain.comparisons[0], change=Estimate(0.1, -0.1, 0.3))
     kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unsure])))
-    assert kept.startswith(
-        f"No significant change in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep"
-    )
+    assert kept.startswith(f"No significant gain in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep")
     unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
     kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
     assert "(+10.00 points, interval unknown)" in kept

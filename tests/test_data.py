@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -399,3 +401,15 @@ def test_streams_and_odd_arrays_are_refused(model):
 def test_an_index_that_comes_twice_is_served_once():
     _, data = examples()
     assert values(data.batches(8, np.array([0, 0, 1, 2]))) == [0, 1, 2]
+
+
+def test_readable_are_those_that_can_be_read_and_none_is_an_error(model, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "val")
+    break_images(tmp_path / "val")
+    examples = bnpatch.open_examples(tmp_path / "val", model, num_workers=0)
+    everything = np.arange(len(examples))
+    kept = examples.readable(everything)
+    assert len(kept) == len(examples) - len(BROKEN)
+    assert set(everything) - set(kept) == set(examples.skipped)
+    with pytest.raises(BnpatchError, match="none of the images can be read"):
+        examples.readable(np.array(sorted(examples.skipped)))

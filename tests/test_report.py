@@ -235,7 +235,7 @@ def test_no_significant_change_is_said_plainly(tuned, written):
     first = replace(first, change=replace(first.change, value=0.01, low=-0.02, high=0.04))
     result = replace(tuned, verdict=replace(tuned.verdict, comparisons=[first, *others]))
     assert (
-        "No significant change in accuracy (+1.00 points, -2.00 to +4.00) on 300 examples"
+        "No significant gain in accuracy (+1.00 points, -2.00 to +4.00) on 300 examples"
         in written(result).text
     )
 
@@ -246,7 +246,7 @@ def test_the_identity(model, clean, written):
 
     result = bnpatch.tune_alpha(model, clean, metric=equal, granularity="global", trials=3)
     page = written(result)
-    assert "Keep the model as it is: nothing that was tried does better beyond doubt." in page.text
+    assert "No significant gain: nothing that was tried does better beyond doubt." in page.text
     assert page.row("equal") == ["equal", "1.0000 0.9874 to 1.0000"]
     assert f"All {len(result.sites)} sites stay as they were." in page.text
     assert "There is nothing to apply" in page.text

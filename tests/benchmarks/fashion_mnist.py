@@ -95,7 +95,9 @@ def main():
         for shift, apply in SHIFTS.items():
             shifted = apply(test_images.astype(float)).round().astype(np.uint8)
             for metric in ("accuracy", "cross-entropy"):
-                result = bnpatch.tune_alpha(loaded, (shifted, test_labels), metric=metric)
+                result = bnpatch.tune_alpha(
+                    loaded, (shifted, test_labels), metric=metric, granularity="global"
+                )
                 by_name = {c.metric.name: c for c in result.comparisons}
                 cells = []
                 for key in ("accuracy", "cross-entropy"):
@@ -111,7 +113,7 @@ def main():
                     metric,
                     f"{result.alpha:.4f}",
                     *cells,
-                    result.verdict,
+                    str(result.verdict),
                     f"{result.seconds:.0f} s",
                 ]
                 print("| " + " | ".join(row) + " |", flush=True)

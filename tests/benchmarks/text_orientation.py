@@ -45,7 +45,7 @@ def main():
     x = np.stack([pixels for pixels, _ in lines]).transpose(0, 3, 1, 2) / 127.5 - 1
     model = bnpatch.load(args.model)
     result = bnpatch.tune_alpha(
-        model, (x.astype(np.float32), [y for _, y in lines]), metric="cross-entropy", trials=12
+        model, (x.astype(np.float32), [y for _, y in lines]), metric="cross-entropy", granularity="global"
     )
     print(result)
     for c in result.comparisons:

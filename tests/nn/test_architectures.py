@@ -41,7 +41,8 @@ TORCHVISION_WITHOUT_BN = ["alexnet", "convnext_tiny", "squeezenet1_0", "swin_t",
 
 
 def check(model, x):
-    assert {site.name for site in survey(model).sites} == set(zoo.expected_sites(model))
+    batch_norms = {n for n in zoo.expected_sites(model) if zoo.is_batch_norm(model.get_submodule(n))}
+    assert {site.name for site in survey(model).sites} == batch_norms  # Group Norm has no moments yet
     if not survey(model).sites:
         with pytest.raises(BnpatchError, match="norm"):
             patch(model)
@@ -77,7 +78,7 @@ def test_sample_of_the_zoo(name):
     library, name = name.split("/")
     model = settle(zoo.create(library, name))
     family = zoo.Family(library, zoo.module_of(model), name, zoo.norm_classes(model))
-    result = zoo.Result(family, name, size=0)
+    result = zoo.Result(family, name, size=0, expected=zoo.expected_sites(model))
     zoo.check_conversion(family, model, result)
     assert result.problem == ""
     assert result.sites
