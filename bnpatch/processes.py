@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bnpatch.data import Batch, Examples, Indices
@@ -47,8 +48,13 @@ class Processes:
             raise BnpatchError(
                 "several processes need accelerate", "pip install 'bnpatch[distributed]', or start one"
             ) from error
-        state = PartialState()
+        state = PartialState(cpu=not torch.accelerator.is_available())
         self.rank, self.count = int(state.process_index), int(state.num_processes)
+        if self.count != int(os.environ["WORLD_SIZE"]):
+            raise BnpatchError(
+                f"accelerate sees {self.count} of {os.environ['WORLD_SIZE']} processes",
+                "start them with torchrun or accelerate launch",
+            )
 
     def tell(self, message: Any) -> Any:
         """What the first process says, in all of them."""

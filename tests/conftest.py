@@ -3,6 +3,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, on small models
 
 DIGITS = 600  # of each half: enough to see an effect, few enough to be quick
 

@@ -11,6 +11,7 @@ from bnpatch.bench import Latency
 from bnpatch.curves import race_curves
 from bnpatch.recipe import Recipe
 from bnpatch.report import write_results, write_trials
+from bnpatch.setting import Setting
 from bnpatch.trade_off import Point
 from tests.html_page import Page
 
@@ -331,8 +332,10 @@ def test_a_model_that_takes_no_blank_image_has_no_stages(tuned, model, written, 
 
 def test_gain_against_time(tuned, written):
     def point(sites, gain, ratio):
-        setting = dict.fromkeys([f"s{index}" for index in range(sites)], 0.1)
-        return Point(setting, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9))
+        setting = Setting(dict.fromkeys([f"s{index}" for index in range(sites)], 0.1))
+        return Point(
+            setting, sites, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
+        )
 
     result = replace(tuned)
     result.trade_off = [point(0, 0.0, 1.0), point(1, 0.3, 1.05), point(2, 0.2, 1.1), point(4, 0.33, 1.5)]

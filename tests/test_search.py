@@ -1,14 +1,25 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import bnpatch
+from bnpatch import ladder
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
 from bnpatch.judge import ByMetric
+from bnpatch.learn import learn
 from bnpatch.metrics import CROSS_ENTROPY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A small network on easy images has learned enough after fewer steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "learn", partial(learn, steps=30, checks=5))
+        yield
 
 
 @pytest.fixture
@@ -165,7 +176,7 @@ def test_no_gain_is_claimed_where_there_is_none(model, clean):
     """Seeded null cases: the data is what the model was trained for, so that a gain is rarely real."""
     claims, ends = 0, []
     for seed in range(20):
-        result = bnpatch.tune_alpha(model, clean, granularity="global", seed=seed)
+        result = bnpatch.tune_alpha(model, clean, granularity="global", trials=5, seed=seed)
         claims += str(result.verdict) == "gain"
         ends.append(result.alpha)
     assert claims <= 2
