@@ -204,7 +204,7 @@ class OnnxModel:
 
     @property
     def _is_as_read(self) -> bool:
-        return self._alphas == self.identities() and not any(self._lambdas.values())
+        return self.setting().is_identity(self.identities())
 
     def predict(self, x: Tensor) -> Tensor:
         """Run a batch.

@@ -19,6 +19,10 @@ class Setting:
     alphas: Mapping[str, float] = field(default_factory=dict)
     lambdas: Mapping[str, float] = field(default_factory=dict)
 
+    def is_identity(self, identities: Mapping[str, float]) -> bool:
+        """Whether a model with these weights computes what it did; ``identities`` are alphas by name."""
+        return not any(self.lambdas.values()) and all(a == identities[n] for n, a in self.alphas.items())
+
     def check_lambdas(self, sites: Container[str], targets: Container[str]) -> None:
         """Refuse what could not be set, before anything is.
 

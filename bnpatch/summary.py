@@ -70,9 +70,7 @@ def identities(result: TuneResult) -> Mapping[str, float]:
 
 def is_identity(result: TuneResult) -> bool:
     """Do the weights that are kept change nothing?"""
-    return not any(result.setting.lambdas.values()) and dict(result.setting.alphas) == dict(
-        identities(result)
-    )
+    return result.setting.is_identity(identities(result))
 
 
 def weight_label(result: TuneResult) -> str:

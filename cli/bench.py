@@ -49,8 +49,7 @@ def bench(
         raise BnpatchError("--recipe and --alpha both say what to patch with", "leave one out")
     chosen = Recipe.load(recipe) if recipe is not None else None
     loaded = loading.open(model, chosen)
-    identities = loaded.identities()
-    is_patched = loaded.alphas() != identities
+    is_patched = not loaded.setting().is_identity(loaded.identities())
     if chosen is not None:
         if is_patched:
             raise BnpatchError(

@@ -40,7 +40,7 @@ def evaluate(
     loaded = loading.open(model, chosen)
     patched = None
     if chosen is not None:
-        if loaded.alphas() != loaded.identities():
+        if not loaded.setting().is_identity(loaded.identities()):
             raise BnpatchError(
                 f"{model} is patched already", "leave out --recipe, or give the model as it was"
             )

@@ -54,7 +54,7 @@ def test_a_recipe_of_one_applies_to_the_other(checkpoint, exported):
 
 def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, exported, foggy):
     from_torch, from_onnx = (
-        bnpatch.tune_alpha(bnpatch.load(p), foggy, trials=6) for p in (checkpoint, exported)
+        bnpatch.tune_alpha(bnpatch.load(p), foggy, granularity="global") for p in (checkpoint, exported)
     )
     assert from_onnx.alpha == from_torch.alpha
     for a, b in zip(from_onnx.comparisons, from_torch.comparisons, strict=True):
@@ -73,7 +73,7 @@ def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
 
 def test_the_model_is_left_as_it_was(exported, foggy):
     model = bnpatch.load(exported)
-    bnpatch.tune_alpha(model, foggy, trials=2)
+    bnpatch.tune_alpha(model, foggy, granularity="global", trials=2)
     assert not any(model.alphas().values())
     with pytest.raises(BnpatchError, match="no site 'nope'"):
         model.set_alphas({"nope": 0.1})
@@ -87,8 +87,8 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     assert not model.survey().sites
     with pytest.raises(BnpatchError, match=r"folded into the convolutions.*--recover-folded"):
         bnpatch.tune_alpha(model, foggy)
-    reference = bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, trials=8)
-    result = bnpatch.tune_alpha(model, foggy, trials=8, recover_folded=True, calib_data=digits[0])
+    reference = bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, granularity="global")
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", recover_folded=True, calib_data=digits[0])
     assert result.comparisons[0].before.value == reference.comparisons[0].before.value
     assert result.comparisons[0].after.value > reference.comparisons[0].after.value - 0.02
     assert result.recipe.alphas.keys() == {site.name for site in model.survey().sites}

@@ -6,19 +6,21 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch import ladder
+from bnpatch import ladder, search
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
 from bnpatch.judge import ByMetric
 from bnpatch.learn import learn
 from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.sparse import trade_off
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """A small network on easy images has learned enough after fewer steps."""
+    """A small network on easy images has learned enough after fewer steps, and its latency is soon measured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "learn", partial(learn, steps=30, checks=5))
+        patch.setattr(search, "trade_off", partial(trade_off, seconds=2))
         yield
 
 
@@ -176,7 +178,7 @@ def test_no_gain_is_claimed_where_there_is_none(model, clean):
     """Seeded null cases: the data is what the model was trained for, so that a gain is rarely real."""
     claims, ends = 0, []
     for seed in range(20):
-        result = bnpatch.tune_alpha(model, clean, granularity="global", trials=5, seed=seed)
+        result = bnpatch.tune_alpha(model, clean, granularity="global", trials=5, batch_size=300, seed=seed)
         claims += str(result.verdict) == "gain"
         ends.append(result.alpha)
     assert claims <= 2
@@ -257,7 +259,9 @@ def test_chance_is_warned_of(model, foggy):
 
 
 def test_few_examples_take_turns_in_being_held_out(model, foggy):
-    result = bnpatch.tune_alpha(model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy")
+    result = bnpatch.tune_alpha(
+        model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy", granularity="layer"
+    )
     assert result.num_tuning == result.num_held_out == 100
     assert any("cross-fitting" in note for note in result.notes)
     assert str(result.verdict) == "gain"
@@ -347,7 +351,7 @@ def test_a_limit_on_latency_is_kept(model, foggy):
     )
     chosen = next(point for point in result.trade_off if point.setting == result.setting)
     assert chosen.gain == max(point.gain for point in result.trade_off)
-    strict = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False, max_overhead=1.0)
+    strict = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1.0)
     assert strict.alpha == 0 or strict.trade_off  # nothing that costs time is within 1.0x, but for noise
 
 
@@ -394,7 +398,9 @@ def test_the_recipe_says_where_it_comes_from(tuned):
 
 def test_progress_reaches_the_end(model, foggy):
     calls = []
-    bnpatch.tune_alpha(model, foggy, progress=lambda *args: calls.append(args))
+    bnpatch.tune_alpha(
+        model, foggy, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
+    )
     assert calls[-1][1] == calls[-1][2] > 600
     assert {label for label, *_ in calls} >= {"alpha", "lambda", "verdict on held-out examples"}
     assert all(done <= total for _, done, total in calls)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import bnpatch
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate, warn_at_chance
-from bnpatch.metrics import Metric
+from bnpatch.metrics import ACCURACY, Metric
 from bnpatch.preprocessing import Preprocessing
 
 WITHOUT_LABELS = "or search without labels: --metric unlabeled"
@@ -160,12 +160,12 @@ def test_labels_are_asked_for_where_they_are_needed(model, foggy):
 
 def test_chance_is_that_of_the_labelled(model, foggy):
     data = bnpatch.open_examples((foggy[0], (foggy[1] + 1) % 10), model)
-    scores = evaluate(model, data)
+    accuracy = evaluate(model, data).mean(ACCURACY)
     data.labelled = np.arange(600) < 500
     with pytest.warns(BnpatchWarning, match=r"chance is 10\.0%"):
-        warn_at_chance(scores, data)
+        warn_at_chance(accuracy, data)
     data.labelled = np.zeros(600, bool)
-    warn_at_chance(scores, data)  # no warning, which would be an error here
+    warn_at_chance(accuracy, data)  # no warning, which would be an error here
 
 
 def test_a_loader_is_drained_once_in_its_order(model):
@@ -289,9 +289,9 @@ def test_a_regression_of_one_number_per_example(segmenter):
     segmenter.module.append(torch.nn.Flatten()).append(torch.nn.Linear(128, 1)).append(torch.nn.Flatten(0))
     loader = DataLoader(TensorDataset(floats(40), torch.linspace(-1, 1, 40)), batch_size=8)
     error = Metric("error", lambda outputs, targets: (outputs - targets) ** 2, higher_is_better=False)
-    result = bnpatch.tune_alpha(segmenter, loader, metric=error, trials=3)
+    result = bnpatch.tune_alpha(segmenter, loader, metric=error, granularity="global", trials=3)
     assert [c.metric.name for c in result.comparisons] == ["error"]
-    assert result.alpha == min(result.trials, key=lambda t: (t.scores["error"], t.alpha)).alpha
+    assert result.alpha == min(result.trials, key=lambda t: (t.scores["error"], t.weight)).weight
 
 
 def test_a_list_of_targets_that_is_none_is_not_taken_for_one(segmenter):

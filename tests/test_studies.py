@@ -52,7 +52,7 @@ def states(storage, name="test"):
 def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storage, tmp_path, uninterrupted):
     log, result = tmp_path / "log", tmp_path / "result"
     chance = random.Random(storage.startswith("sqlite"))
-    for kill_at in (chance.randint(1, 12), chance.randint(13, 20), chance.randint(21, 26)):
+    for kill_at in (chance.randint(1, 12), chance.randint(13, 24)):
         process = start(storage, log, result)
         while len(lines(log)) < kill_at and process.poll() is None:
             time.sleep(0.005)
@@ -64,7 +64,7 @@ def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storag
     assert json.loads(result.read_text()) == uninterrupted
     assert TrialState.RUNNING not in states(storage)
     # Only the block that was being scored at each kill is scored again.
-    assert 0 <= len(lines(log)) - len(set(lines(log))) <= 3
+    assert 0 <= len(lines(log)) - len(set(lines(log))) <= 2
 
 
 def test_running_it_again_scores_nothing(storage, tmp_path, uninterrupted):
