@@ -164,9 +164,20 @@ class Schedule:
         for trial in racing:
             if trial is not best and not trial.busy:
                 return End(trial, TrialState.PRUNED)
-        if not best.busy and (not furthest or self._hopeless(best, standings)):
+        if not best.busy and (
+            not furthest or self._hopeless(best, standings) or self._comes_too_late(best, standings)
+        ):
             return End(best, TrialState.PRUNED)
         return _onward(best)
+
+    def _comes_too_late(self, trial: StoredTrial, standings: Standings) -> bool:
+        """Did another process bring its best home meanwhile, on the budget that this one would need?"""
+        home = any(
+            t is not standings.origin and t.state == TrialState.COMPLETE and done(t) == len(self.ends)
+            for t in standings.trials
+        )
+        rest = sum(self.rules.sizes[done(trial) :])
+        return home and standings.spent + rest > self.rules.max_passes * self.total
 
     def _hopeless(self, trial: StoredTrial, standings: Standings) -> bool:
         """Is another trial better on the same examples, beyond doubt?"""

@@ -67,7 +67,7 @@ def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
     opened = []
     original = onnx_model.open_session
     monkeypatch.setattr(onnx_model, "open_session", lambda *args: opened.append(args) or original(*args))
-    bnpatch.tune_alpha(bnpatch.load(exported), foggy, trials=5)
+    bnpatch.tune_alpha(bnpatch.load(exported), foggy, granularity="stage", recalibrate=True, trials=5)
     assert len(opened) == 3  # the file as it is, with weights as inputs, and normalizing by the batch
 
 

@@ -17,7 +17,7 @@ from bnpatch.sparse import trade_off
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """A small network on easy images has learned enough after fewer steps, and its latency is soon measured."""
+    """A small network on easy images learns in fewer steps, and its latency is measured sooner."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "learn", partial(learn, steps=30, checks=5))
         patch.setattr(search, "trade_off", partial(trade_off, seconds=2))
@@ -176,9 +176,10 @@ def test_test_data_gives_the_verdict(model, foggy, clean):
 
 def test_no_gain_is_claimed_where_there_is_none(model, clean):
     """Seeded null cases: the data is what the model was trained for, so that a gain is rarely real."""
+    few = clean[0][:400], clean[1][:400]
     claims, ends = 0, []
     for seed in range(20):
-        result = bnpatch.tune_alpha(model, clean, granularity="global", trials=5, batch_size=300, seed=seed)
+        result = bnpatch.tune_alpha(model, few, granularity="global", trials=5, seed=seed)
         claims += str(result.verdict) == "gain"
         ends.append(result.alpha)
     assert claims <= 2

@@ -82,7 +82,7 @@ def test_two_processes_share_a_study(storage, tmp_path):
     found = [json.loads(path.read_text()) for path in results]
     assert found[0]["best"] == found[1]["best"]
     assert found[0]["best"]["x"] == pytest.approx(0.4, abs=0.05)
-    assert found[0]["passes"] <= 3.3  # both may begin what the budget has room for only once
+    assert found[0]["passes"] <= 3.5  # both may begin what the budget has room for only once
     assert all(map(lines, logs))  # both worked
     everything = lines(logs[0]) + lines(logs[1])
     identity = [line for line in everything if line.startswith("0.0 ")]
