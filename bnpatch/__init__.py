@@ -30,21 +30,21 @@ _WHERE = {
     "FineTuneSettings": "finetune.settings",
     "OnnxModel": "onnx_model",
     "TorchModel": "model",
-    "TuneResult": "search",
-    "apply": "loading",
+    "TuneResult": "search.tune",
+    "apply": "loading.load",
     "calibrate": "calibration",
     "convert_norms": "nn.conversion",
     "evaluate": "evaluation",
     "export_onnx": "export",
     "fine_tune": "finetune.run",
-    "load": "loading",
+    "load": "loading.load",
     "mix": "moments",
-    "open_examples": "sources",
+    "open_examples": "data.sources",
     "patch": "nn.surgery",
     "pool": "moments",
     "recover_folded": "calibration",
     "survey": "nn.surgery",
-    "tune_alpha": "search",
+    "tune_alpha": "search.tune",
     "unpatch": "nn.surgery",
     "weighed_norm": "nn.norm",
 }
@@ -54,6 +54,7 @@ __all__ = sorted(_WHERE)
 if TYPE_CHECKING:
     from bnpatch.calibration import calibrate as calibrate
     from bnpatch.calibration import recover_folded as recover_folded
+    from bnpatch.data.sources import open_examples as open_examples
     from bnpatch.decay import NormDecay as NormDecay
     from bnpatch.errors import BnpatchError as BnpatchError
     from bnpatch.errors import BnpatchWarning as BnpatchWarning
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
     from bnpatch.export import export_onnx as export_onnx
     from bnpatch.finetune.run import fine_tune as fine_tune
     from bnpatch.finetune.settings import FineTuneSettings as FineTuneSettings
-    from bnpatch.loading import apply as apply
-    from bnpatch.loading import load as load
+    from bnpatch.loading.load import apply as apply
+    from bnpatch.loading.load import load as load
     from bnpatch.metrics import Metric as Metric
     from bnpatch.model import TorchModel as TorchModel
     from bnpatch.moments import Moments as Moments
@@ -76,9 +77,8 @@ if TYPE_CHECKING:
     from bnpatch.nn.surgery import unpatch as unpatch
     from bnpatch.onnx_model import OnnxModel as OnnxModel
     from bnpatch.recipe import Recipe as Recipe
-    from bnpatch.search import TuneResult as TuneResult
-    from bnpatch.search import tune_alpha as tune_alpha
-    from bnpatch.sources import open_examples as open_examples
+    from bnpatch.search.tune import TuneResult as TuneResult
+    from bnpatch.search.tune import tune_alpha as tune_alpha
     from bnpatch.spec import NormSpec as NormSpec
 
 

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bnpatch.data import Batch, Examples, Indices
+from bnpatch.data.examples import Batch, Examples, Indices
+from bnpatch.data.sources import open_examples
 from bnpatch.errors import BnpatchError
 from bnpatch.graph.folded import folded_candidates, observe
 from bnpatch.graph.session import open_session
-from bnpatch.loading import load
+from bnpatch.loading.load import load
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.setting import Setting
 from bnpatch.sites import FOLDED
-from bnpatch.sources import open_examples
 
 OnBatch = Callable[[int], None]
 #: From a batch to the moments of each example by name of convolution.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnpatch.data import Examples, Indices
+from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.metrics import (
     ACCURACY,
@@ -89,7 +89,7 @@ def evaluate(
     seen: list[Indices] = []
     scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     finite: list[Tensor] = []
-    with model.borrowed():
+    with model.evaluating():
         for batch in examples.batches(batch_size, indices):
             outputs = model.predict(batch.x)
             targets = batch.targets.to(outputs.device, non_blocking=True)

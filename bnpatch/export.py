@@ -24,7 +24,7 @@ from bnpatch.graph import read
 from bnpatch.graph.folded import insert_norms
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
-from bnpatch.loading import load
+from bnpatch.loading.load import load
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm
@@ -190,7 +190,7 @@ def _compare(
     if images is not None:
         batches.append(images)
     deviations = []
-    with source.borrowed():
+    with source.evaluating():
         for x in batches:
             expected, got = source.predict(x).cpu().double(), exported.predict(x).double()
             scale = expected.abs().max().clamp_min(1e-12)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch import recipe as recipes
-from bnpatch.architecture import Architecture
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.errors import BnpatchError, first_line
 from bnpatch.files import atomic_path
+from bnpatch.loading.architecture import Architecture
 from bnpatch.moments import Moments, mix
 from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, recover
 from bnpatch.nn.functional import functional_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, swap, uncalibrated, unpatch
-from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
 from bnpatch.sites import FOLDED, AnySite, LeftAlone, SiteFacts, Survey
@@ -101,8 +101,11 @@ class Patchable(Protocol):
     def fingerprints(self) -> dict[str, str]:
         """A hash of the parameters of each site, by name."""
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context in which the model is in evaluation mode; its weights may be read, not changed."""
+
     def borrowed(self) -> AbstractContextManager[None]:
-        """A context in which the model may be changed: it is as before when the context ends."""
+        """As :meth:`evaluating`, and the weights may be changed: they are as before when the context ends."""
 
 
 @dataclass
@@ -275,12 +278,12 @@ class TorchModel:
         Args:
             example: an input (1, ...); by default a blank image.
         """
-        with self.borrowed():
+        with self.evaluating():
             return folded_candidates(self.module, lambda: self._run_one(example))
 
     def functional_norms(self) -> tuple[LeftAlone, ...]:
         """Norms that are calls in a forward, found by running one blank image."""
-        with self.borrowed():
+        with self.evaluating():
             return functional_norms(self.module, self._run_one)
 
     @torch.inference_mode()
@@ -420,7 +423,7 @@ class TorchModel:
         return self._num_outputs
 
     def _run_one(self, example: Tensor | None = None) -> Tensor:
-        with self.borrowed():
+        with self.evaluating():
             return self.predict(
                 torch.zeros(1, *self.preprocessing.input_size) if example is None else example
             )
@@ -498,18 +501,28 @@ class TorchModel:
             self.module = swap(self.module, {id(b): a for a, b in zip(layers, origins, strict=True)})
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode while the context lasts; then every mode is as before."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    @contextmanager
     def borrowed(self) -> Iterator[None]:
         """In evaluation mode while the context lasts; then every mode and every weight is as before."""
-        modes = [(module, module.training) for module in self.module.modules()]
         before = {
             site.name: (site.module.alpha, site.module.running)
             for site in self.survey().sites
             if isinstance(site.module, ExampleWeighedNorm)
         }
         lambdas, targets, found = dict(self._lambdas), dict(self._targets), dict(self._calibrated)
-        self.module.eval()
         try:
-            yield
+            with self.evaluating():
+                yield
         finally:
             self.module = unpatch(self.module, where=lambda site: site.name not in before)
             for site in self.survey().sites:
@@ -518,8 +531,6 @@ class TorchModel:
             self._lambdas, self._targets = lambdas, targets
             there = before.keys() | self.recovered().keys()
             self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}
-            for module, mode in modes:
-                module.training = mode
 
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
         """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take as it is.
@@ -549,7 +560,7 @@ class TorchModel:
             twin.module.load_state_dict(self.module.state_dict(), strict=False)
             twin.apply(self.recipe())
             x = torch.rand(2, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
-            with self.borrowed(), twin.borrowed():
+            with self.evaluating(), twin.evaluating():
                 own, other = self.predict(x).float().cpu(), twin.predict(x).float().cpu()
         except (BnpatchError, RuntimeError):
             return False

@@ -7,7 +7,7 @@ answers where all alphas are 0, so that "as it is" means just that.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.errors import BnpatchError, check_alpha, first_line
 from bnpatch.graph import match, read
 from bnpatch.graph.expr import Tape
@@ -26,14 +27,13 @@ from bnpatch.graph.forms import append_by_batch
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import Signature, open_session, read_signature
 from bnpatch.moments import Moments, mix, pool
-from bnpatch.preprocessing import Preprocessing
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.setting import Setting
 from bnpatch.sites import CALIBRATE, FOLDED, NEEDS_CALIBRATION, AnySite, LeftAlone, SiteFacts, Survey
 from bnpatch.to_graph import program_to_graph
 
 #: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
-PREPROCESSING, CLASS_NAMES = "bnpatch.preprocessing", "bnpatch.class_names"
+PREPROCESSING, CLASS_NAMES = "bnpatch.data.preprocessing", "bnpatch.class_names"
 
 
 @dataclass
@@ -374,6 +374,10 @@ class OnnxModel:
         self.weigh_single_values = recipe.weigh_single_values
         self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
         self.set(recipe.setting)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A graph has no other mode."""
+        return nullcontext()
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnpatch.advice import OutputRange, inference_bound, training_bound
-from bnpatch.data import Examples
+from bnpatch.data.examples import Examples
 from bnpatch.errors import BnpatchError
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
@@ -41,7 +41,7 @@ def output_ranges(
         BnpatchError: the model doesn't take the examples, or none can be read.
     """
     watched = [_Watched(site) for site in model.survey().sites]
-    with model.borrowed():
+    with model.evaluating():
         handles = [watch.site.module.register_forward_pre_hook(watch.note) for watch in watched]
         try:
             for batch in examples.batches(batch_size):

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnpatch.data import Batch, Examples, Indices
+from bnpatch.data.examples import Batch, Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import NoExamplesError, Scores, evaluate
-from bnpatch.judge import ByMetric
 from bnpatch.metrics import Metric, Values
 from bnpatch.model import Patchable, TorchModel
 from bnpatch.moments import Moments
+from bnpatch.search.judge import ByMetric
 from bnpatch.setting import Setting
 
 
@@ -104,7 +104,7 @@ class Shared:
         return 1
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`bnpatch.judge.Judge`."""
+        """See :class:`bnpatch.search.judge.Judge`."""
         targets = model.targets()
         news = None if targets is self._told else targets
         self._told = targets

@@ -14,7 +14,7 @@ from . import options as opt
 from .training_options import Techniques, Training
 
 if TYPE_CHECKING:
-    from bnpatch.data import Examples
+    from bnpatch.data.examples import Examples
     from bnpatch.finetune.run import FineTuneResult
     from bnpatch.finetune.settings import FineTuneSettings
     from bnpatch.model import TorchModel
@@ -68,7 +68,7 @@ def fine_tune(
     from bnpatch.finetune.run import fine_tune
     from bnpatch.model import TorchModel
     from bnpatch.processes import is_first
-    from bnpatch.report import write_results
+    from bnpatch.report.files import write_results
 
     from .render import progress_bar
 
@@ -120,7 +120,7 @@ def fine_tune(
 def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "TorchModel":
     if not asked:
         return model
-    from bnpatch.classes import ClassOrder
+    from bnpatch.data.classes import ClassOrder
     from bnpatch.finetune.head import classes_of, new_head
 
     return new_head(model, classes_of(data, ClassOrder(model.class_order)), seed)
@@ -168,7 +168,7 @@ def _ablation(
 
 
 def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]], as_json: bool) -> None:
-    from bnpatch.summary import verdict_sentence
+    from bnpatch.report.summary import verdict_sentence
 
     from .render import comparison_table, table
 

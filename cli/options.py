@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from bnpatch.data import Examples
+    from bnpatch.data.examples import Examples
     from bnpatch.model import TorchModel
     from bnpatch.onnx_model import OnnxModel
     from bnpatch.recipe import Recipe
@@ -95,7 +95,7 @@ class Loading:
         A recipe was found with a certain preprocessing, which is used unless options ask for another.
         """
         from bnpatch import load
-        from bnpatch.preprocessing import Preprocessing
+        from bnpatch.data.preprocessing import Preprocessing
 
         loaded = load(
             model,

@@ -13,8 +13,8 @@ from rich.table import Table
 from bnpatch.confidence import CalibrationComparison
 from bnpatch.evaluation import Comparison
 from bnpatch.metrics import CONFIDENCE, Estimate, Metric
-from bnpatch.search import TuneResult
-from bnpatch.verdict import Verdict
+from bnpatch.search.tune import TuneResult
+from bnpatch.search.verdict import Verdict
 
 #: For the table alone: it is no mean of what single examples score.
 _CALIBRATION_ERROR = Metric("calibration error", CONFIDENCE.score, higher_is_better=False)

@@ -9,7 +9,7 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from bnpatch.data import Examples
+    from bnpatch.data.examples import Examples
     from bnpatch.finetune.choose import Choice
     from bnpatch.finetune.settings import FineTuneSettings
     from bnpatch.model import TorchModel

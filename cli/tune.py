@@ -12,7 +12,7 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from bnpatch.search import TuneResult
+    from bnpatch.search.tune import TuneResult
 
 _SEARCH, _VERDICT = "Search", "Verdict and calibration"
 
@@ -149,7 +149,7 @@ def tune_alpha(
     from bnpatch import tune_alpha
     from bnpatch.files import check_writable
     from bnpatch.processes import is_first
-    from bnpatch.report import write_results, write_trials
+    from bnpatch.report.files import write_results, write_trials
 
     from .render import progress_bar
 
@@ -210,7 +210,7 @@ def tune_alpha(
 
 
 def _show(result: "TuneResult", files: list[Path]) -> None:
-    from bnpatch.summary import verdict_sentence
+    from bnpatch.report.summary import verdict_sentence
 
     from .render import ladder_table, verdict_table
 

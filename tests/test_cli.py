@@ -20,7 +20,7 @@ import bnpatch
 from bnpatch.moments import Moments
 from bnpatch.recipe import Recipe
 from bnpatch.setting import Setting
-from tests.test_data import BROKEN, break_images
+from tests.data.test_examples import BROKEN, break_images
 
 QUICK = ["--granularity", "global", "--holdout", "0.5", "-j", "0"]
 

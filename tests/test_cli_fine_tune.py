@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.data import split
+from bnpatch.data.examples import split
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.recipe import Recipe
 from tests.test_cli import cli, one_line  # noqa: F401, a fixture

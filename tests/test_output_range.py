@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from bnpatch.loading import load
+from bnpatch.data.sources import open_examples
+from bnpatch.loading.load import load
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.surgery import patch
 from bnpatch.output_range import output_ranges
-from bnpatch.sources import open_examples
 from tests.nn.test_surgery import images, settle
 
 X = 3 * images(7, 3, 6, 6)

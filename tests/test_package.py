@@ -29,7 +29,11 @@ def test_the_wheel_installs_and_runs(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "bnpatch").rglob("*.py")}
     modules |= {f"bnpatch_cli/{p.name}" for p in (ROOT / "cli").glob("*.py")}
-    assert modules | {"bnpatch/py.typed", "bnpatch/architectures.json"} <= set(names)
+    assert modules | {
+        "bnpatch/py.typed",
+        "bnpatch/loading/architectures.json",
+        "bnpatch/report/report.css",
+    } <= set(names)
     assert not [
         name
         for name in names

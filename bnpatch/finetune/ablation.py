@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.data import Examples, Indices, split
+from bnpatch.data.examples import Examples, Indices, split
 from bnpatch.decay import NormDecay
 from bnpatch.evaluation import evaluate
 from bnpatch.finetune.choose import CHANNELS_PER_GROUP, by_guidance, decay_sites
@@ -16,7 +16,7 @@ from bnpatch.finetune.loop import train
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric
 from bnpatch.model import TorchModel
-from bnpatch.search import tune_alpha
+from bnpatch.search.tune import tune_alpha
 from bnpatch.spec import NormSpec
 
 #: Name of the run without any technique.

@@ -8,7 +8,7 @@ import optuna
 import torch
 
 from bnpatch.advice import techniques
-from bnpatch.data import Examples, split
+from bnpatch.data.examples import Examples, split
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.loop import NotFiniteLossError, train

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnpatch.classes import ClassOrder
+from bnpatch.data.classes import ClassOrder
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.data import class_folders
 from bnpatch.model import TorchModel

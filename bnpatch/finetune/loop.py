@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnpatch.data import Examples, Indices
+from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import evaluate
 from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled

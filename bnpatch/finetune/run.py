@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnpatch.data import Examples, split
+from bnpatch.data.examples import Examples, split
 from bnpatch.evaluation import Comparison, compare_scores, evaluate
 from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.loop import FineTuned, train
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
 from bnpatch.model import TorchModel
-from bnpatch.search import TuneResult, tune_alpha
+from bnpatch.search.tune import TuneResult, tune_alpha
 
 
 @dataclass

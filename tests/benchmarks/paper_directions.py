@@ -22,13 +22,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import bnpatch
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.decay import NormDecay
 from bnpatch.finetune.data import shuffled
 from bnpatch.finetune.loop import train
 from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 from bnpatch.model import TorchModel
 from bnpatch.nn.paths import unnormalized_sites
-from bnpatch.preprocessing import Preprocessing
 from bnpatch.spec import NormSpec
 from tests.benchmarks.fashion_mnist import read
 

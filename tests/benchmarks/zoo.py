@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnpatch
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments, pool
 from bnpatch.nn.norm import example_moments
 from bnpatch.nn.observe import at_inputs
 from bnpatch.nn.surgery import calibrated, uncalibrated
-from bnpatch.preprocessing import Preprocessing
 from tests.nn.test_surgery import images, settle
 
 MAX_PARAMETERS = 150e6

@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 import bnpatch
-from bnpatch.classes import ClassOrder
+from bnpatch.data.classes import ClassOrder
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.head import classes_of, new_head
 

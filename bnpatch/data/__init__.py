@@ -1,0 +1,1 @@
+"""Images and targets: from where they lie to batches of inputs."""

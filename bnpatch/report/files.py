@@ -1,0 +1,69 @@
+"""What remains of a search: the recipe, the patched model, the curves, the trials, and the report."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bnpatch.export import export_onnx
+from bnpatch.files import write_text
+from bnpatch.model import TorchModel
+from bnpatch.onnx_model import OnnxModel
+from bnpatch.report.curves import plot_curves
+from bnpatch.report.page import report_page
+from bnpatch.search.ladder import Trial
+from bnpatch.search.tune import TuneResult
+
+
+def write_results(
+    result: TuneResult, model: TorchModel | OnnxModel, folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Write all results of a search into a folder, each file atomically.
+
+    Args:
+        result: of :func:`bnpatch.tune_alpha`.
+        model: the model that it was of; it is patched with the recipe.
+        folder: made if it isn't there.
+
+    Returns:
+        The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png`` where there was a
+        race for one alpha, ``trials.csv``, ``report.html``.
+
+    Raises:
+        BnpatchError: a file can't be written.
+    """
+    folder = Path(folder)
+    recipe, curve, trials, report = (
+        folder / name for name in ("recipe.json", "alpha-curve.png", "trials.csv", "report.html")
+    )
+    result.recipe.save(recipe)
+    model.apply(result.recipe)
+    if isinstance(model, OnnxModel):
+        patched = folder / "patched.onnx"
+        export_onnx(model, patched)
+    else:
+        patched = folder / "patched.pt"
+        model.save(patched, result.recipe)
+    curves = [curve] if plot_curves(result, curve) else []
+    write_trials(result.trials, trials)
+    write_text(report, report_page(result, model, recipe, patched))
+    return [recipe, patched, *curves, trials, report]
+
+
+def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
+    """Write one line per trial: rung, number, weight, examples, then each metric with its standard error.
+
+    The standard errors are those of the change from where the race began, see
+    :class:`~bnpatch.search.ladder.Trial`.
+    """
+    text = io.StringIO()
+    names = list(trials[0].scores) if trials else []
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["rung", "trial", "weight", "examples", *(c for name in names for c in (name, f"{name} error"))]
+    )
+    for trial in trials:
+        scores = (f"{part[name]:.8g}" for name in names for part in (trial.scores, trial.errors))
+        writer.writerow([trial.rung, trial.number, f"{trial.weight:.8g}", trial.examples, *scores])
+    write_text(path, text.getvalue())

@@ -1,0 +1,177 @@
+"""What a search found, section by section of the report."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from bnpatch.metrics import Estimate, Metric
+from bnpatch.report.charts import curve_chart, depth_chart, strip
+from bnpatch.report.curves import Curve, race_curves
+from bnpatch.report.markup import Markup, join, table, tag
+from bnpatch.report.summary import (
+    distances,
+    interval,
+    is_identity,
+    judged_on,
+    title,
+    weight_axis,
+    weight_label,
+)
+from bnpatch.search.tune import TuneResult
+
+_CALIBRATION = Metric("calibration error", lambda outputs, targets: outputs, False, is_rate=True)
+
+
+def before_and_after(result: TuneResult) -> Markup:
+    """Every metric on the held-out examples, and the answers that flipped."""
+    verdict = result.verdict
+    if is_identity(result) and not verdict.changed and not any(c.change.value for c in result.comparisons):
+        rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in result.comparisons]
+        if verdict.calibration is not None:
+            rows.append(_named(_CALIBRATION, _estimated(_CALIBRATION, verdict.calibration.before)))
+        caption = f"The model as it is, on {judged_on(result)}. Small: 95% intervals."
+        return table(caption, ["metric", "as it is"], rows)
+    rows = [_compared(c.metric, c.before, c.after, c.change, c.verdict) for c in result.comparisons]
+    if (c := verdict.calibration) is not None:
+        rows.append(_compared(_CALIBRATION, c.before, c.after, c.change, c.verdict))
+    facts = []
+    if verdict.flips is not None:
+        facts += [
+            ("wrong, now right", f"{verdict.flips.gained:,}"),
+            ("right, now wrong", f"{verdict.flips.lost:,}"),
+        ]
+    if verdict.changed is not None:
+        facts.append(("answers changed", f"{verdict.changed:,} of {verdict.num_examples:,}"))
+    patched = "patched" if str(verdict) != "loss" else "patched (not kept)"
+    return join(
+        [
+            table(
+                f"On {judged_on(result)}. Small: 95% intervals; the change is paired, example by example.",
+                ["metric", "as it is", patched, "change"],
+                rows,
+            ),
+            tag(
+                "dl",
+                *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts),
+                class_="facts",
+            )
+            if facts
+            else None,
+        ]
+    )
+
+
+def _compared(metric: Metric, before: Estimate, after: Estimate, change: Estimate, verdict: str) -> list[str]:
+    sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
+    changed = [
+        metric.format(change.value, signed=True),
+        tag("small", interval(metric, change)),
+        tag("small", sign, class_=f"is-{verdict}" if verdict in ("gain", "loss") else None),
+    ]
+    return _named(metric, _estimated(metric, before), _estimated(metric, after), join(changed))
+
+
+def _named(metric: Metric, *cells: str) -> list[str]:
+    """A row of a table of metrics."""
+    hint = None if metric.higher_is_better else tag("small", "(lower is better)")
+    return [join([title(metric), " ", hint]), *cells]
+
+
+def _estimated(metric: Metric, estimate: Estimate) -> Markup:
+    return join([metric.format(estimate.value), tag("small", interval(metric, estimate, signed=False))])
+
+
+def ladder(result: TuneResult) -> Markup:
+    """Every rung with its score on the selection examples."""
+    metric = result.metric
+    changes = [rung.change for rung in result.rungs[1:] if math.isfinite(rung.change.high - rung.change.low)]
+    ends = [0.0, *(end for change in changes for end in (change.low, change.value, change.high))]
+    span = (min(ends), max(ends))
+    mark = " chosen, but not kept" if str(result.verdict) == "loss" else " chosen"
+    rows = []
+    for index, rung in enumerate(result.rungs):
+        change = [metric.format(rung.change.value, signed=True), tag("small", interval(metric, rung.change))]
+        name = tag("b", f"✓ {rung.name}", tag("small", mark)) if rung.chosen else rung.name
+        drawn = strip(rung.change, span) if rung.change in changes and span[0] < span[1] else ""
+        rows.append([name, metric.format(rung.mean), join(change) if index else "reference", drawn])
+    head = ["weights", title(metric), "change from the identity", ""]
+    return join(
+        [
+            tag(
+                "p",
+                "Each rung gives the weights more freedom. One is chosen by the selection examples, a part "
+                "of the tuning examples that no weight was learned from, if its gain over the identity is "
+                "beyond doubt there. Having been chosen by them, it looks better on them than it is: the "
+                "verdict comes from the held-out examples above.",
+            ),
+            table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
+        ]
+    )
+
+
+def curves(result: TuneResult) -> Markup | None:
+    """Every metric against one alpha for all sites; None where that was not tried."""
+    found = race_curves(result)
+    label = weight_label(result)
+    if not found:
+        return None
+    return join(
+        [
+            tag(
+                "p",
+                "One weight for all sites, on the tuning examples. Bands are 95% intervals of the change "
+                "from the identity on the same examples; hollow dots were given up after fewer examples.",
+            ),
+            tag("div", *(_figure(curve, weight_axis(result), label) for curve in found), class_="charts"),
+        ]
+    )
+
+
+def _figure(curve: Curve, axis: str, label: str) -> Markup:
+    shapes = {"identity": "■", "best": "◆"}
+    keys = [
+        tag("span", tag("i", shapes[kind], class_=kind), f" {text}", class_="key")
+        for kind, _, text in curve.marked(label)
+    ]
+    unit = " (%)" if curve.metric.is_rate else "" if curve.metric.higher_is_better else " (lower is better)"
+    caption = tag("figcaption", tag("b", f"{title(curve.metric)}{unit}"), *keys)
+    return tag("figure", caption, curve_chart(curve, axis, label))
+
+
+def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
+    """The weights that are kept, from the input of the model to its output."""
+    if is_identity(result):
+        return tag("p", f"All {len(result.sites)} sites stay as they were.")
+    label, lambdas = weight_label(result), dict(result.setting.lambdas)
+    charts, texts = [], []
+    for name, meaning, weights in (
+        (label, weight_axis(result), distances(result)),
+        ("lambda", "lambda, the weight of re-estimated moments", lambdas),
+    ):
+        if len(values := set(weights.values())) > 1:
+            caption = tag("figcaption", tag("b", meaning))
+            charts.append(tag("figure", caption, depth_chart(weights, shapes, name)))
+        elif any(values):
+            texts.append(f"{meaning}, is {values.pop():.4g} at all {len(weights)} sites.")
+    if charts:
+        texts.append("Bars stand for sites, in the order of the model.")
+        if shapes:
+            texts.append("Shading and numbers on top mark stages: sites of one size of feature map.")
+    return join(
+        [
+            *(tag("p", text[0].upper() + text[1:]) for text in texts),
+            tag("div", *charts, class_="charts") if charts else None,
+            tag("details", tag("summary", "All weights"), _weights(result, shapes)),
+        ]
+    )
+
+
+def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
+    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.setting.alphas.items()}}
+    if any(result.setting.lambdas.values()):
+        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.setting.lambdas.items()}
+    if shapes:
+        columns["feature map"] = {
+            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown" for name in result.sites
+        }
+    rows = [[name, *(column[name] for column in columns.values())] for name in result.sites]
+    return table("From input to output.", ["site", *columns], rows)

@@ -1,0 +1,188 @@
+"""The report: what a search found, on one page that needs nothing but itself."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.errors import BnpatchError
+from bnpatch.model import TorchModel
+from bnpatch.onnx_model import OnnxModel
+from bnpatch.recipe import Recipe
+from bnpatch.report import details, findings
+from bnpatch.report.markup import Markup, join, table, tag
+from bnpatch.report.summary import is_identity, title, verdict_sentence
+from bnpatch.search.tune import TuneResult
+
+#: Images that can't be read are named, so many of them.
+_NAMED = 5
+
+
+def report_page(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path) -> Markup:
+    """The report as HTML, self-contained: no scripts, and nothing is fetched.
+
+    Args:
+        result: of a search.
+        model: the model that it was of.
+        recipe: where the recipe was written.
+        patched: where the patched model was written.
+    """
+    measured = getattr(result, "trade_off", [])
+    sections: list[tuple[str, Markup | None]] = [
+        ("Before and after", findings.before_and_after(result)),
+        ("Notes", _notes(result, model)),
+        ("The ladder", findings.ladder(result)),
+        ("One weight for all", findings.curves(result)),
+        ("The weights by depth", findings.depth(result, _shapes(model))),
+        (
+            "Gain against time",
+            details.trade_off(measured, result.comparisons[0].metric) if measured else None,
+        ),
+        ("Classes", details.classes(result, model.class_names)),
+        ("Left alone", details.left_alone(model.survey().left_alone)),
+        ("Apply it", _apply(result, model, recipe, patched)),
+        ("Where this comes from", _provenance(result.recipe)),
+    ]
+    name = f"bnpatch: {model.name}"
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", name),
+        tag("style", Markup(_style())),
+    )
+    header = tag(
+        "header",
+        tag("p", "bnpatch tune-alpha", class_="kicker"),
+        tag("h1", model.name),
+        tag("p", _subtitle(result), class_="muted"),
+    )
+    body = [
+        tag("section", tag("h2", heading), content) for heading, content in sections if content is not None
+    ]
+    verdict = str(result.verdict) if str(result.verdict) in ("gain", "loss") else ""
+    main = tag("main", tag("p", verdict_sentence(result), class_=f"verdict {verdict}".strip()), *body)
+    return join([Markup("<!doctype html>\n"), tag("html", head, tag("body", header, main), lang="en"), "\n"])
+
+
+@cache
+def _style() -> str:
+    return files("bnpatch.report").joinpath("report.css").read_text(encoding="utf-8")
+
+
+def _subtitle(result: TuneResult) -> str:
+    seconds = f" · {result.seconds:,.0f} s" if result.seconds else ""
+    return (
+        f"{title(result.metric)} was tuned on {result.num_tuning:,} examples · "
+        f"{len(result.sites)} sites · {len(result.trials)} trials{seconds}"
+    )
+
+
+def _shapes(model: TorchModel | OnnxModel) -> Mapping[str, Sequence[int]]:
+    """Spatial shapes by name of site; none where the model does not take a blank image."""
+    try:
+        return {name: shape for name, shape in model.site_shapes().items() if shape}
+    except BnpatchError:
+        return {}
+
+
+def _notes(result: TuneResult, model: TorchModel | OnnxModel) -> Markup | None:
+    notes = [*result.notes, *model.notes]
+    if result.interrupted:
+        notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
+    if skipped := result.skipped:
+        shown = [f"{name} ({why})" for name, why in list(skipped.items())[:_NAMED]]
+        more = f" and {len(skipped) - _NAMED} others" if len(skipped) > _NAMED else ""
+        notes.append(f"Left out, because they can't be read: {', '.join(shown)}{more}.")
+    return tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else None
+
+
+def _apply(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path) -> Markup:
+    if is_identity(result):
+        text = f"There is nothing to apply: {patched} computes what the model did before."
+        return tag("p", text)
+    data = (result.recipe.provenance.get("data") or {}).get("name") or "DATA"
+    quoted = {
+        name: shlex.quote(str(path))
+        for name, path in (("recipe", recipe), ("patched", patched), ("data", data))
+    }
+    # A pickled module is loaded only by those who say that they want it.
+    unsafe = " --unsafe-load" if isinstance(model, TorchModel) and model.arch is None else ""
+    evaluate = f"bnpatch evaluate {quoted['patched']} --data {quoted['data']}{unsafe}"
+    in_torch = (
+        "import bnpatch\n\n"
+        "# model: the torch module that was tuned, as you build and load it\n"
+        f"model = bnpatch.apply(model, {json.dumps(str(recipe))})  # in place"
+    )
+    if isinstance(model, OnnxModel):
+        name = shlex.quote(f"{model.name}.onnx")
+        export = f"bnpatch export {name} --recipe {quoted['recipe']} -o {quoted['patched']}"
+        in_python = (
+            f"import onnxruntime\n\nsession = onnxruntime.InferenceSession({json.dumps(str(patched))})"
+        )
+        parts = [
+            ("Evaluate the patched model on other data", evaluate),
+            ("Use it from Python", in_python),
+            ("Write the patched ONNX file again", export),
+        ]
+    else:
+        onnx = shlex.quote(str(patched.with_suffix(".onnx")))
+        parts = [
+            ("Evaluate the patched model on other data", evaluate),
+            ("Use it from Python", in_torch),
+            ("Export it as ONNX", f"bnpatch export {quoted['patched']} -o {onnx}{unsafe}"),
+        ]
+    return join(part for heading, code in parts for part in (tag("h3", heading), _code(code)))
+
+
+def _provenance(recipe: Recipe) -> Markup:
+    """The command, the seed, versions and fingerprints."""
+    about: Mapping[str, Any] = recipe.provenance
+    data = about.get("data") or {}
+    sites = json.dumps({site.name: site.fingerprint for site in recipe.sites}, sort_keys=True)
+    facts = {
+        "made": about.get("created"),
+        "model": about.get("model"),
+        "architecture": about.get("architecture"),
+        "model fingerprint": hashlib.sha256(sites.encode()).hexdigest()[:16],
+        "preprocessing": _preprocessing(about.get("preprocessing")),
+        "data": data.get("name"),
+        "held-out data": data.get("test_name"),
+        "data fingerprint": data.get("fingerprint"),
+        "metric": about.get("metric"),
+        "granularity": about.get("granularity"),
+        "passes over the tuning examples": about.get("passes"),
+        "seed": about.get("seed"),
+        "versions": _words(about.get("versions")),
+    }
+    rows = [[name, str(value)] for name, value in facts.items() if value is not None]
+    command = about.get("command")
+    return join(
+        [
+            join([tag("h3", "Do it again"), _code(f"bnpatch {str(command).removeprefix('bnpatch ')}")])
+            if command
+            else None,
+            table("Of this result.", ["what", "value"], rows, class_="words"),
+        ]
+    )
+
+
+def _preprocessing(stored: Mapping[str, Any] | None) -> str:
+    if stored is None:
+        return "none: inputs were given as they are"
+    return f"{Preprocessing.from_json(stored, '')}, from {stored.get('source', 'unknown origin')}"
+
+
+def _words(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (values or {}).items())
+
+
+def _code(text: str) -> Markup:
+    return tag("pre", tag("code", text))

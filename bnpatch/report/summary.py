@@ -1,0 +1,93 @@
+"""What a search found, in words for people."""
+
+from collections.abc import Mapping
+
+from bnpatch.metrics import Estimate, Metric
+from bnpatch.search.tune import TuneResult
+
+_TITLES = {"top5": "top-5 accuracy"}
+
+
+def verdict_sentence(result: TuneResult) -> str:
+    """One sentence that a user can act on."""
+    tuned = result.comparisons[0]
+    metric, change = tuned.metric, tuned.change
+    where = f"on {judged_on(result)}"
+    if len(result.rungs) == 1:
+        return "Keep the model as it is: the search ended before anything else was tried."
+    # A model that came with weights may change, and for the better, by losing them.
+    same = result.num_folds > 1 or not any(c.change.value for c in result.comparisons)
+    if result.chosen is result.rungs[0] and same:
+        return (
+            "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
+        )
+    if str(result.verdict) == "gain":
+        way = "rises" if change.value > 0 else "falls"
+        values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
+        return f"Patched, the model gains: its {title(metric)} {way} {values} {where}."
+    if str(result.verdict) == "loss":
+        return (
+            f"Keep the model as it is: {result.chosen.name} did best in tuning, but makes its "
+            f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
+        )
+    by = f"{points(metric, change.value)}, {interval(metric, change)}"
+    return (
+        f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is, "
+        "although the files hold the patch."
+    )
+
+
+def judged_on(result: TuneResult) -> str:
+    """What the verdict was given on."""
+    count = f"{result.num_held_out:,} examples"
+    if result.num_folds > 1:
+        return f"{count}, each judged by a search that did not see it ({result.num_folds}-fold cross-fitting)"
+    return f"{count} that the search did not see"
+
+
+def title(metric: Metric) -> str:
+    """The name of a metric in a sentence."""
+    return _TITLES.get(metric.name, metric.name)
+
+
+def points(metric: Metric, change: float, signed: bool = True) -> str:
+    """A change of a metric: of a rate in percentage points."""
+    text = metric.format(change, signed=True)
+    return f"{text if signed else text.lstrip('+-')}{' points' if metric.is_rate else ''}"
+
+
+def interval(metric: Metric, estimate: Estimate, signed: bool = True) -> str:
+    """A 95% interval; of one value nothing is known about it."""
+    if not abs(estimate.high - estimate.low) < float("inf"):
+        return "interval unknown"
+    return f"{metric.format(estimate.low, signed)} to {metric.format(estimate.high, signed)}"
+
+
+def identities(result: TuneResult) -> Mapping[str, float]:
+    """The alpha by name of site at which the model computes what it did before any patch."""
+    return result.rungs[0].setting.alphas
+
+
+def is_identity(result: TuneResult) -> bool:
+    """Do the weights that are kept change nothing?"""
+    return result.setting.is_identity(identities(result))
+
+
+def weight_label(result: TuneResult) -> str:
+    """What the distance of a site's alpha from its identity is called."""
+    kinds = set(identities(result).values())
+    if kinds == {1.0}:
+        return "1 - alpha"
+    return "alpha" if 1.0 not in kinds else "alpha (Group Norm: 1 - alpha)"
+
+
+def weight_axis(result: TuneResult) -> str:
+    """What an axis of that distance says."""
+    label = weight_label(result)
+    meaning = {"alpha": "the weight of the example", "1 - alpha": "the weight of the running moments"}
+    return f"{label}, {meaning[label]}" if label in meaning else label
+
+
+def distances(result: TuneResult) -> dict[str, float]:
+    """How far each site is from its identity: alpha for Batch Norm, 1 - alpha for Group Norm."""
+    return {name: abs(result.setting.alphas[name] - origin) for name, origin in identities(result).items()}

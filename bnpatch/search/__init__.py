@@ -1,0 +1,1 @@
+"""The search: how weights are found and judged."""

@@ -1,0 +1,134 @@
+"""What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnpatch.data.examples import Batch, Examples, Indices
+from bnpatch.evaluation import OutputsNotFiniteError, evaluate
+from bnpatch.metrics import METRICS, Metric, Values, score
+from bnpatch.model import Patchable, TorchModel
+from bnpatch.moments import Moments
+from bnpatch.search.objectives import Objective, Seen
+from bnpatch.sites import SiteFacts
+
+#: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
+SET_SIZE, _PER_CLASS = 250, 2
+
+
+class Judge(Protocol):
+    """Scores the weights that a model has, by which a search compares them."""
+
+    @property
+    def metric(self) -> Metric:
+        """What is tuned."""
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are scored together; 1 where each has a score of its own."""
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """Scores by name of metric, one per example, or one for all of them where the metric is of sets.
+
+        Raises:
+            OutputsNotFiniteError: an output is infinite or not a number.
+        """
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """What to go down by gradient; a tensor without gradient where there is none."""
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """Judges by a mean over labelled examples."""
+
+    metric: Metric
+    metrics: Sequence[Metric]
+    batch_size: int = 64
+    set_size: int = 1
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`."""
+        return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""
+        outputs, targets = model.forward(batch.x), batch.targets.to(model.device)
+        if METRICS.get(self.metric.name) is self.metric:
+            return F.cross_entropy(outputs.float(), targets)
+        value = self.metric.score(outputs, targets).float().mean()
+        return -value if self.metric.higher_is_better else value
+
+
+@dataclass(frozen=True)
+class ByObjective:
+    """Judges by what the predictions and the moments of a set of examples are like, without labels.
+
+    Attributes:
+        metric: name and direction; it can't score single examples.
+        objective: see :mod:`bnpatch.search.objectives`.
+        sites: what the objective needs to know of them.
+        metrics: scored beside it, where there are labels.
+        num_classes: K.
+        batch_size: examples at a time.
+    """
+
+    metric: Metric
+    objective: Objective
+    sites: Mapping[str, SiteFacts]
+    metrics: Sequence[Metric] = ()
+    num_classes: int = 2
+    batch_size: int = 64
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are judged together: enough for a mean prediction that means something."""
+        return max(SET_SIZE, _PER_CLASS * self.num_classes)
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`: the objective once, and what labels there are of each example."""
+        outputs: list[Tensor] = []
+        seen: list[Mapping[str, Moments[Tensor]]] = []
+        by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
+        with model.evaluating():
+            for batch in examples.batches(self.batch_size, indices):
+                logits, moments = model.observe(batch.x)
+                outputs.append(logits)
+                seen.append(moments)
+                for metric in self.metrics:
+                    by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
+            if not outputs:
+                return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
+            moments = {name: _joined([part[name] for part in seen]) for name in seen[0]}
+            value = float(self.objective(_seen(model, torch.cat(outputs), moments), self.sites))
+        if not np.isfinite(value):
+            raise OutputsNotFiniteError(
+                f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
+            )
+        values = {name: torch.cat(parts).cpu().double().numpy() for name, parts in by_example.items()}
+        return {self.metric.name: np.array([value]), **values}
+
+    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+        """The objective of the batch."""
+        outputs, moments = model.observe(batch.x, gradients=True)
+        return self.objective(_seen(model, outputs, moments), self.sites)
+
+
+def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
+    alphas: Mapping[str, Any] = model.alphas()
+    running = {
+        name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
+        for name, m in model.running().items()
+    }
+    if isinstance(model, TorchModel):  # with their gradients
+        alphas = {site.name: site.module.alpha for site in model.survey().sites if site.is_patched}
+    return Seen(logits, moments, alphas, running)
+
+
+def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
+    return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))

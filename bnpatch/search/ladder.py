@@ -1,0 +1,476 @@
+"""The ladder of a search: ever richer settings, of which the one that other examples support is kept."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from bnpatch.calibration import target_moments
+from bnpatch.data.examples import Examples, Indices
+from bnpatch.metrics import Estimate, Values, paired_difference
+from bnpatch.model import Patchable, TorchModel
+from bnpatch.search.judge import Judge
+from bnpatch.search.learn import (
+    LEARNING_BATCH,
+    LEARNING_CHECKS,
+    LEARNING_STEPS,
+    STEP_COST,
+    NoGradientError,
+    Shared,
+    learn,
+)
+from bnpatch.search.race import RaceResult, Runner, block_sizes, race
+from bnpatch.search.studies import Study, open_study
+from bnpatch.search.walk import Knob, walk
+from bnpatch.setting import Setting
+
+Granularity = Literal["auto", "global", "stage", "layer"]
+
+#: Rungs with one weight for all sites.
+GLOBAL_RUNGS = ("identity", "alpha", "lambda", "lambda, alpha")
+
+#: Part of the tuning examples on which rungs are compared, and learning is stopped.
+SELECTION = 0.3
+
+#: Where a race begins: square roots of weights. Useful ones are often near 0.01.
+_FIRST_ROOTS = (0.1, 0.3, 0.6, 1.0)
+
+#: Learning sees at most this many examples, which is as many as it takes; without gradients, this many.
+_LEARNED_EXAMPLES, _WALKED_EXAMPLES = 30_000, 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far to search.
+
+    Attributes:
+        granularity: what has a weight of its own: the model, each stage (the sites of one resolution of
+            feature maps), or each layer; "auto" is layer where gradients make that affordable.
+        recalibrate: let lambda, the weight of re-estimated running moments, join alpha.
+        trials: at most so many weights in each race.
+        max_passes: at most so many passes over the tuning examples in each race.
+        timeout: seconds after which nothing further is begun.
+        seed: of everything random.
+        batch_size: examples at a time.
+        storage: of the studies, see :func:`bnpatch.search.studies.open_study`.
+        study: their name.
+        fingerprint: what they are of.
+    """
+
+    granularity: Granularity = "auto"
+    recalibrate: bool = False
+    trials: int | None = None
+    max_passes: float = 3.0
+    timeout: float | None = None
+    seed: int = 0
+    batch_size: int = 64
+    storage: str | None = None
+    study: str | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A setting that was found in one way.
+
+    Attributes:
+        name: of the way.
+        setting: the weights.
+        mean: of the tuned metric over the selection examples.
+        change: of it from the identity, on the same examples.
+        chosen: this is the one that is kept.
+    """
+
+    name: str
+    setting: Setting
+    mean: float
+    change: Estimate
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One weight for all sites, and how the tuning examples scored with it.
+
+    Attributes:
+        rung: the race that it ran in.
+        number: within the race; 0 is where that began.
+        weight: distance from the identity: alpha for Batch Norm, 1 - alpha for Group Norm; or lambda.
+        scores: by name of metric, the mean over the examples that were seen, moved by how those differ from
+            all examples at the identity.
+        errors: standard errors of the change from the identity, likewise.
+        examples: how many were seen.
+    """
+
+    rung: str
+    number: int
+    weight: float
+    scores: Mapping[str, float]
+    errors: Mapping[str, float]
+    examples: int
+
+
+class Ladder:
+    """Climbs from the identity to one weight per layer, and keeps what the selection examples support.
+
+    The rungs: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one alpha
+    per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
+    time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
+    itself. Every rung begins where a lower one ended, so that none is much worse.
+
+    Which one is kept is decided on examples that nothing was learned from (though learning was
+    stopped by them): the best mean, if it beats the identity beyond doubt; among equals the lowest rung.
+    """
+
+    def __init__(
+        self,
+        model: Patchable,
+        examples: Examples,
+        tuning: Indices,
+        judge: Judge,
+        plan: Plan,
+        *,
+        targets_from: tuple[Examples, Indices | None] | None = None,
+        count: Callable[[str, int], None] = lambda label, examples: None,
+        on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
+    ) -> None:
+        self.model, self.examples, self.tuning, self.judge, self.plan = model, examples, tuning, judge, plan
+        self.targets_from = targets_from or (examples, tuning)
+        self._count, self._on_trial = count, on_trial
+        self._identities = model.identities()
+        self._started = time.monotonic()
+        self.trials: list[Trial] = []
+        self.interrupted = False
+        self.seen = 0.0  # examples, by what they cost
+        order = np.random.default_rng(plan.seed).permutation(tuning)
+        sizes = block_sizes(len(order)) if judge.set_size == 1 else [len(p) for p in self._sets(order)]
+        self._blocks = np.split(order, np.cumsum(sizes)[:-1])
+        # A race scores all blocks of the settings that matter: choosing between them costs nothing more.
+        self._selection = range(len(sizes) - max(1, round(SELECTION * len(sizes))), len(sizes))
+        self.fit = np.concatenate(self._blocks[: self._selection.start] or self._blocks)
+        self._scored: dict[tuple[Any, int], dict[str, Values]] = {}
+
+    @property
+    def passes(self) -> float:
+        """How often the tuning examples were gone through, all in all."""
+        return self.seen / len(self.tuning)
+
+    def expected(self) -> float:
+        """About how many examples :meth:`climb` will go through."""
+        names = [name for name, _ in self._ways({})]
+        races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
+        learned = len(names) - races
+        steps = (
+            LEARNING_STEPS * min(LEARNING_BATCH, len(self.fit)) if isinstance(self.model, TorchModel) else 0
+        )
+        looks = SELECTION * len(self.tuning) * LEARNING_CHECKS * learned
+        return races * self.plan.max_passes * len(self.tuning) + learned * steps + looks
+
+    def climb(self) -> list[Rung]:
+        """Find the settings, and choose; the identity is the first of them.
+
+        Raises:
+            KeyboardInterrupt: before anything was found.
+        """
+        identity = Setting(dict(self._identities), dict.fromkeys(self._identities, 0.0))
+        found = {"identity": identity}
+        try:
+            for name, find in self._ways(found):
+                if self._hurry() or self.interrupted:
+                    break
+                found[name] = find()
+        except KeyboardInterrupt:
+            if len(found) == 1:
+                raise
+            self.interrupted = True
+        return self._choose(found)
+
+    def _ways(self, found: Mapping[str, Setting]) -> Sequence[tuple[str, Callable[[], Setting]]]:
+        """Name of each rung, and how it is found from those below it."""
+        plan = self.plan
+        per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
+        if plan.granularity == "auto" and not isinstance(self.model, TorchModel) and len(self.tuning) < 200:
+            per = None  # too few to tell which of many turns was a good one
+        ways: list[tuple[str, Callable[[], Setting]]] = [
+            ("alpha", lambda: self._race("alpha", found["identity"]))
+        ]
+        if plan.recalibrate:
+            ways += [
+                ("lambda", lambda: self._race("lambda", found["identity"])),
+                ("lambda, alpha", lambda: self._race("alpha", found["lambda"], "lambda, alpha")),
+            ]
+        if per:
+            ways.append((f"alpha per {per}", lambda: self._find(found["alpha"], per, False)))
+        if per and plan.recalibrate:
+            ways.append(
+                (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True))
+            )
+        if per:
+            ways.append(("refined", lambda: self._refine(self._best(found))))
+        return ways
+
+    # One weight for all.
+
+    def _moved(self, kind: str, start: Setting, weight: float) -> Setting:
+        """All sites so far from their identity; Group Norm's is at alpha = 1."""
+        if kind == "lambda":
+            return Setting(start.alphas, {**start.lambdas, **dict.fromkeys(self.model.targets(), weight)})
+        return Setting({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
+
+    def _race(self, kind: Literal["alpha", "lambda"], start: Setting, name: str = "") -> Setting:
+        name = name or kind
+        if kind == "lambda":
+            self._retarget()
+        key = "lambda" if kind == "lambda" else "sqrt_alpha"
+        first = (1.0, 0.5, 0.8) if kind == "lambda" else _FIRST_ROOTS
+
+        def setting(params: Mapping[str, float]) -> Setting:
+            value = params[key]
+            return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
+
+        result = self._run_race(name, setting, {key: (0.0, 1.0)}, {key: 0.0}, [{key: v} for v in first])
+        return setting(result.best.params)
+
+    def _run_race(
+        self,
+        name: str,
+        setting: Callable[[Mapping[str, float]], Setting],
+        space: Mapping[str, tuple[float, float]],
+        origin: Mapping[str, float],
+        first: Sequence[Mapping[str, float]],
+    ) -> RaceResult:
+        sizes = [len(block) for block in self._blocks]
+        # A handful of sets is too few to race over: then every trial sees them all.
+        few = len(sizes) < 4
+        passes, trials = (
+            (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
+        )
+        whole: dict[str, float] = {}
+
+        def evaluate_block(params: Mapping[str, float], block: int) -> Mapping[str, Values]:
+            return self._block_scores(setting(params), block, name)
+
+        def report(runner: Runner, is_best: bool) -> None:
+            if not whole:
+                whole.update(runner.means)
+            trial = self._trial(name, runner, whole, sizes)
+            self.trials.append(trial)
+            self._on_trial(trial, is_best)
+
+        result = race(
+            self._study(name),
+            evaluate_block,
+            sizes,
+            metric=self.judge.metric,
+            space=space,
+            identity=origin,
+            first=first,
+            max_passes=passes,
+            max_trials=trials,
+            timeout=self._left(),
+            seed=self.plan.seed,
+            on_trial=report,
+        )
+        # Also those that an earlier run finished.
+        self.trials = [t for t in self.trials if t.rung != name]
+        self.trials += [
+            self._trial(name, r, result.runners[0].means, sizes) for r in result.runners if r.means
+        ]
+        self.interrupted = self.interrupted or result.interrupted
+        return result
+
+    def _trial(self, rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
+        value = next(iter(runner.params.values()))
+        changes = runner.changes
+        return Trial(
+            rung,
+            runner.number,
+            value if rung in ("lambda", "refined") else value**2,
+            {metric: whole[metric] + changes[metric].value for metric in whole},
+            {metric: changes[metric].stderr for metric in whole},
+            sum(sizes[: runner.blocks]),
+        )
+
+    # One weight per stage or layer.
+
+    def _find(self, start: Setting, per: str, lambdas: bool) -> Setting:
+        groups = self._groups(per)
+        movable = self.model.targets() if lambdas else {}
+        shared = Shared(groups, {name: groups.get(name, name) for name in movable})
+        rung = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
+        study = self._study("alpha")
+        if kept := study.recall(rung):
+            return Setting(*kept)
+        try:
+            found = self._learn(start, shared)
+        except NoGradientError:
+            found = self._walk(start, shared)
+        if not (self.interrupted or self._hurry()):
+            study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
+        return found
+
+    def _learn(self, start: Setting, shared: Shared) -> Setting:
+        if not isinstance(self.model, TorchModel):
+            raise NoGradientError
+        label = "learning a weight per layer"
+        fit = self.fit[: min(len(self.fit), _LEARNED_EXAMPLES)]
+
+        def spent(count: int) -> None:
+            self.seen += STEP_COST * count
+            self._count(label, count)
+
+        return learn(
+            self.model,
+            self.examples,
+            fit,
+            self.judge.loss,
+            lambda: self._sign * float(np.mean(self.selected(self.model.setting(), label))),
+            start=start,
+            shared=shared,
+            batch_size=max(LEARNING_BATCH, self.judge.set_size),
+            seed=self.plan.seed,
+            stop=self._hurry,
+            on_batch=spent,
+        )
+
+    def _walk(self, start: Setting, shared: Shared) -> Setting:
+        portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_WALKED_EXAMPLES]
+        knobs = []
+        for kind, groups in (("alpha", shared.alphas), ("lambda", shared.lambdas)):
+            members: dict[str, list[str]] = {}
+            for name, group in groups.items():
+                members.setdefault(group, []).append(name)
+            knobs += [Knob(kind, tuple(names)) for names in members.values()]
+        metric = self.judge.metric
+        return walk(
+            lambda setting: self._units(setting, portion, "turning one weight at a time"),
+            start,
+            knobs,
+            higher_is_better=metric.higher_is_better,
+            stop=self._hurry,
+        )
+
+    def _refine(self, start: Setting) -> Setting:
+        """What gradients can't see: the metric itself, and small weights that may as well be none."""
+
+        def setting(params: Mapping[str, float]) -> Setting:
+            alphas = {}
+            for name, alpha in start.alphas.items():
+                away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
+                alphas[name] = abs(self._identities[name] - (away if away >= params["threshold"] else 0.0))
+            return Setting(alphas, start.lambdas)
+
+        space = {"scale": (0.0, 2.0), "threshold": (0.0, 0.1)}
+        first = [
+            {"scale": scale, "threshold": threshold}
+            for scale, threshold in ((1.0, 0.02), (1.0, 0.05), (0.7, 0.02), (1.4, 0.02))
+        ]
+        origin = {"scale": 1.0, "threshold": 0.0}
+        return setting(self._run_race("refined", setting, space, origin, first).best.params)
+
+    def _groups(self, per: str) -> dict[str, str]:
+        """Which sites share a weight; those where an example has a single value stay at their identity."""
+        batch = next(self.examples.batches(1, self.tuning))
+        shapes = self.model.site_shapes(batch.x)
+        everywhere = self.model.weigh_single_values
+        weighed = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
+        if per == "layer":
+            return {name: name for name in weighed}
+        return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighed}
+
+    # Choosing.
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.judge.metric.higher_is_better else 1.0
+
+    def _best(self, found: Mapping[str, Setting]) -> Setting:
+        return next(rung.setting for rung in self._choose(found) if rung.chosen)
+
+    def _choose(self, found: Mapping[str, Setting]) -> list[Rung]:
+        """All settings scored on the selection examples, and one of them chosen."""
+        before = self.selected(found["identity"], "choosing")
+        rungs = []
+        for name, setting in found.items():
+            after = self.selected(setting, "choosing")
+            change = paired_difference(before, after)
+            rungs.append(Rung(name, setting, float(np.mean(after)), change))
+        supported = [rung for rung in rungs if self._is_supported(rung.change, len(before))]
+        best = min(supported, key=lambda rung: self._sign * rung.mean, default=rungs[0])
+        return [replace(rung, chosen=rung is best) for rung in rungs]
+
+    def _is_supported(self, change: Estimate, units: int) -> bool:
+        """A gain beyond doubt; a few sets leave nothing but their mean to go by."""
+        better = self._sign * change.value < 0
+        return better and (change.excludes_zero or units < 8)
+
+    def selected(self, setting: Setting, label: str = "choosing") -> Values:
+        """Scores of the selection examples, or of sets of them."""
+        name = self.judge.metric.name
+        return np.concatenate([self._block_scores(setting, block, label)[name] for block in self._selection])
+
+    # Scores.
+
+    def _sets(self, indices: Indices) -> list[Indices]:
+        return np.array_split(indices, max(1, len(indices) // self.judge.set_size))
+
+    def _block_scores(self, setting: Setting, block: int, label: str) -> dict[str, Values]:
+        key = (tuple(setting.alphas.values()), tuple(setting.lambdas.values())), block
+        if key not in self._scored:
+            self._scored[key] = self._scores(setting, self._blocks[block], label)
+        return self._scored[key]
+
+    def _units(self, setting: Setting, indices: Indices, label: str) -> Values:
+        """Scores by example, or by set of examples."""
+        name = self.judge.metric.name
+        sets = [indices] if self.judge.set_size == 1 else self._sets(indices)
+        return np.concatenate([self._scores(setting, part, label)[name] for part in sets])
+
+    def _scores(self, setting: Setting, indices: Indices, label: str) -> dict[str, Values]:
+        self.model.set(setting)
+        scores = self.judge.scores(self.model, self.examples, indices)
+        self.seen += len(indices)
+        self._count(label, len(indices))
+        return scores
+
+    def _retarget(self) -> None:
+        examples, indices = self.targets_from
+
+        def count(number: int) -> None:
+            self.seen += number
+            self._count("re-estimating moments", number)
+
+        size = max(self.plan.batch_size, 250)
+        self.model.retarget(
+            target_moments(
+                self.model, examples, indices=indices, batch_size=size, seed=self.plan.seed, on_batch=count
+            )
+        )
+
+    def _study(self, rung: str) -> Study:
+        higher = self.judge.metric.higher_is_better
+        name = self.plan.study or "bnpatch"
+        return open_study(
+            self.plan.storage,
+            name if rung == "alpha" else f"{name}.{rung.replace(', ', '+')}",
+            direction="maximize" if higher else "minimize",
+            fingerprint={**self.plan.fingerprint, "rung": rung},
+        )
+
+    def _hurry(self) -> bool:
+        return self.plan.timeout is not None and time.monotonic() - self._started >= self.plan.timeout
+
+    def _left(self) -> float | None:
+        if self.plan.timeout is None:
+            return None
+        return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
+
+
+def _digest(setting: Setting) -> str:
+    text = json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,162 @@
+"""How the trials of a race compare, judged by the examples that they were scored on so far."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from optuna.trial import TrialState
+
+from bnpatch.metrics import Metric, Values
+from bnpatch.search.studies import StoredTrial
+
+# A regression on few examples is unsure: its slope is shrunk as if so many more had shown none.
+_PRIOR_UNITS = 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is raced for, and within which bounds.
+
+    Attributes:
+        sizes: examples in each block.
+        metric: the tuned one.
+        space: lowest and highest value by name of parameter.
+        identity: the parameters that change nothing.
+        first: parameters that are tried before any proposal.
+        max_passes: budget of all trials together, in passes over all blocks.
+        max_trials: budget in trials, the identity included.
+    """
+
+    sizes: Sequence[int]
+    metric: Metric
+    space: Mapping[str, tuple[float, float]]
+    identity: Mapping[str, float]
+    first: Sequence[Mapping[str, float]] = ()
+    max_passes: float = 3.0
+    max_trials: int | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference, its standard error, and how many pairs it is from."""
+
+    value: float
+    stderr: float
+    units: int
+
+
+@dataclass(frozen=True)
+class Standings:
+    """The trials of a study, and what can be said about them."""
+
+    rules: Rules
+    trials: Sequence[StoredTrial]
+    origin: StoredTrial | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        same = (t for t in self.trials if t.params == self.rules.identity and t.state != TrialState.FAIL)
+        object.__setattr__(self, "origin", next(same, None))
+
+    @property
+    def spent(self) -> int:
+        """Examples that were scored, by whatever process."""
+        return sum(self.rules.sizes[block] for trial in self.trials for block in trial.blocks)
+
+    def mean(self, trial: StoredTrial, metric: str | None = None, blocks: int | None = None) -> float:
+        """The mean of a metric over the examples of the leading blocks, by default of all that it has."""
+        values, weights = self._units(trial, done(trial) if blocks is None else blocks, metric)
+        return float(np.average(values, weights=weights))
+
+    def difference(self, trial: StoredTrial, other: StoredTrial, metric: str | None = None) -> Difference:
+        """How much more a trial scored than another, on the leading blocks that both have."""
+        blocks = min(done(trial), done(other))
+        (a, weights), (b, _) = self._units(trial, blocks, metric), self._units(other, blocks, metric)
+        value = float(np.average(a - b, weights=weights))
+        n = len(a)
+        variance = float(np.sum((weights * (a - b - value)) ** 2)) / float(np.sum(weights)) ** 2
+        return Difference(value, math.sqrt(variance * n / (n - 1)) if n > 1 else math.inf, n)
+
+    def estimate(self, trial: StoredTrial, blocks: int) -> float:
+        """What a trial would score on all blocks, judged by the leading ones.
+
+        The identity is a control variate: its scores are known on all blocks, so that it is known whether the
+        leading ones are easier than the others, and a regression tells what that means for the trial.
+        """
+        if (
+            blocks == len(self.rules.sizes)
+            or self.origin is None
+            or done(self.origin) < len(self.rules.sizes)
+        ):
+            return self.mean(trial, blocks=blocks)
+        (values, weights), (base, _) = self._units(trial, blocks), self._units(self.origin, blocks)
+        whole, here = self.mean(self.origin), float(np.average(base, weights=weights))
+        change, centred = values - base, base - here
+        covariance = float(np.average(centred * change, weights=weights))
+        variance = float(np.average(centred**2, weights=weights))
+        slope = covariance / variance * len(base) / (len(base) + _PRIOR_UNITS) if variance > 0 else 0.0
+        return whole + float(np.average(change, weights=weights)) + slope * (whole - here)
+
+    def extrapolated(self) -> dict[int, float]:
+        """What trials would score on all blocks, by number.
+
+        A trial with fewer blocks than the leader is taken to differ from it on the others as it does on its
+        own. One that failed counts as the worst.
+        """
+        scored = [t for t in self.trials if done(t) and t.state != TrialState.FAIL]
+        candidates = [t for t in scored if t is not self.origin] or scored
+        if not candidates:
+            return {}
+        most = max(map(done, candidates))
+        leader = min((t for t in candidates if done(t) == most), key=lambda t: self.rank(t, most))
+        level = self.estimate(leader, most)
+        scores = {}
+        for trial in scored:
+            blocks = min(done(trial), most)
+            scores[trial.number] = level + self.estimate(trial, blocks) - self.estimate(leader, blocks)
+        worst = max(scores.values(), key=lambda score: self.sign * score)
+        known = [t.params for t in scored]
+        failed = (t for t in self.trials if t.state == TrialState.FAIL and t.params not in known)
+        return scores | {trial.number: worst for trial in failed}
+
+    @property
+    def sign(self) -> float:
+        """1 where less is better, otherwise -1."""
+        return -1.0 if self.rules.metric.higher_is_better else 1.0
+
+    def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
+        """Smaller is better: by the estimate; among equals the nearest to the identity, then the oldest."""
+        away = self.distance(trial.params, self.rules.identity)
+        return self.sign * self.estimate(trial, blocks), away, trial.number
+
+    def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
+        """How far parameters are from others, each as a part of its range."""
+        return sum(
+            abs(params[name] - others[name]) / (high - low) for name, (low, high) in self.rules.space.items()
+        )
+
+    def is_twin(self, trial: StoredTrial) -> bool:
+        """Did an older trial begin with the same parameters?
+
+        That happens where two processes begin at the same moment, or where the sampler repeats itself.
+        """
+        return any(
+            t.number < trial.number and t.params == trial.params and t.state != TrialState.FAIL
+            for t in self.trials
+        )
+
+    def _units(self, trial: StoredTrial, blocks: int, metric: str | None = None) -> tuple[Values, Values]:
+        """Scores of the leading blocks, and their weights: a block weighs as much as it has examples."""
+        values = [trial.blocks[block][metric or self.rules.metric.name] for block in range(blocks)]
+        weights = [
+            np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.rules.sizes, strict=False)
+        ]
+        return np.concatenate(values), np.concatenate(weights)
+
+
+def done(trial: StoredTrial) -> int:
+    """How many leading blocks a trial has."""
+    count = 0
+    while count in trial.blocks:
+        count += 1
+    return count

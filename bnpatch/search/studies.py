@@ -1,0 +1,288 @@
+"""Optuna studies that survive what happens to processes and files.
+
+A study lives in memory, in a database or in a journal. Every change to it is one write, made as soon as there
+is something worth keeping: a trial appears with its parameters, each finished block of examples adds its
+scores. So a process may be killed at any moment, and the next one finds all that was finished.
+
+**Who works on a trial.** A trial that is being worked on has an owner: host, process and the start of that
+process. An owner on this host is alive while that very process is; an owner elsewhere is taken for alive for
+``STALE_SECONDS`` after its last block. A running trial whose owner is not alive may be continued by anybody.
+"""
+
+import base64
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from bnpatch.errors import BnpatchError
+from bnpatch.metrics import Values
+from bnpatch.search.storages import connect, quiet, usable
+
+#: How long an owner on another host is taken for alive after it last wrote.
+STALE_SECONDS = 600.0
+
+BlockScores = Mapping[str, Values]
+
+# Names of user attributes.
+_FINGERPRINT, _OPENED, _RUNG = "bnpatch:fingerprint", "bnpatch:opened", "bnpatch:rung"
+_OWNER, _BLOCK = "bnpatch:owner", "bnpatch:block:"
+_KEPT = "bnpatch:kept:"
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """A trial as the study has it.
+
+    Attributes:
+        number: in the order in which trials began.
+        params: by name of parameter.
+        rung: of the race, on which it began.
+        blocks: the finished blocks' scores by name of metric, by number of block.
+        state: Optuna's.
+        owner: who works on it; "" where nobody does.
+        seen: when the owner last wrote, in seconds since 1970.
+    """
+
+    number: int
+    params: Mapping[str, float]
+    rung: int
+    blocks: Mapping[int, BlockScores]
+    state: TrialState
+    owner: str
+    seen: float
+
+    @property
+    def running(self) -> bool:
+        """Is it neither complete nor dropped nor failed?"""
+        return self.state == TrialState.RUNNING
+
+    @property
+    def busy(self) -> bool:
+        """Is another process, which lives, at work on it?"""
+        return self.running and self.owner not in ("", this_process()) and _alive(self.owner, self.seen)
+
+
+class Study:
+    """An Optuna study of blockwise trials; :func:`open_study` makes it.
+
+    Attributes:
+        storage: Optuna's, to open the same study with other tools.
+        name: of the study.
+    """
+
+    def __init__(self, storage: BaseStorage, study_id: int, name: str) -> None:
+        self.storage, self.name = storage, name
+        self._id = study_id
+        self._decoded: dict[tuple[int, int], BlockScores] = {}
+
+    @cached_property
+    def direction(self) -> StudyDirection:
+        """Minimize or maximize."""
+        return self.storage.get_study_directions(self._id)[0]
+
+    def trials(self) -> list[StoredTrial]:
+        """All trials that have parameters, in the order of their numbers."""
+        frozen = self.storage.get_all_trials(self._id, deepcopy=False)
+        return [self._stored(trial) for trial in frozen if _RUNG in trial.user_attrs]
+
+    def add(self, params: Mapping[str, float], space: Mapping[str, tuple[float, float]], rung: int) -> None:
+        """Begin a trial, owned by this process; it is there as a whole, or not at all."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions={name: FloatDistribution(low, high) for name, (low, high) in space.items()},
+            user_attrs={_RUNG: rung, _OWNER: [this_process(), time.time()]},
+        )
+        template.datetime_start = datetime.now()
+        self.storage.create_new_trial(self._id, template)
+
+    def claim(self, trial: StoredTrial) -> None:
+        """Make this process the owner of a trial that nobody works on."""
+        if trial.owner != this_process():
+            self._set(trial.number, _OWNER, [this_process(), time.time()])
+
+    def release(self) -> None:
+        """Give up every running trial of this process, for others to continue."""
+        for trial in self.trials():
+            if trial.running and trial.owner == this_process():
+                self._set(trial.number, _OWNER, ["", time.time()])
+
+    def record(self, number: int, block: int, scores: BlockScores, value: float) -> None:
+        """Keep the scores of a finished block, and the mean over the blocks so far as intermediate value."""
+        packed = {name: _pack(values) for name, values in scores.items()}
+        self.storage.set_trial_intermediate_value(self._trial_id(number), block, value)
+        self._set(number, f"{_BLOCK}{block}", {"at": time.time(), "scores": packed})
+
+    def finish(
+        self,
+        number: int,
+        state: TrialState,
+        value: float | None = None,
+        notes: Mapping[str, float] | None = None,
+    ) -> None:
+        """End a trial; ``notes`` become user attributes, for people to look at.
+
+        Where another process ended it first, its word stands.
+        """
+        try:
+            for name, note in (notes or {}).items():
+                self._set(number, name, note)
+            values = None if value is None else [value]
+            self.storage.set_trial_state_values(self._trial_id(number), state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            pass
+
+    def remember(self, key: str, value: Any) -> None:
+        """Keep a plain value with the study."""
+        self.storage.set_study_user_attr(self._id, f"{_KEPT}{key}", value)
+
+    def recall(self, key: str) -> Any:
+        """What was kept under a key; None if nothing was."""
+        return self.storage.get_study_user_attrs(self._id).get(f"{_KEPT}{key}")
+
+    def check(self, direction: str, fingerprint: Mapping[str, Any]) -> None:
+        """Write the fingerprint into a study that is new, compare it with that of one that is not.
+
+        Trials that are running without parameters of ours were left by other tools and end as failed.
+
+        Raises:
+            BnpatchError: it is a study of something else.
+        """
+        wanted = json.loads(json.dumps(fingerprint))
+        if self.direction != StudyDirection[direction.upper()]:
+            raise self._other(f"has the direction {self.direction.name.lower()}, not {direction}")
+        found = self.storage.get_study_user_attrs(self._id).get(_FINGERPRINT)
+        if found is None:
+            if self.storage.get_n_trials(self._id):
+                raise self._other("has trials that bnpatch did not make")
+            self.storage.set_study_user_attr(self._id, _FINGERPRINT, wanted)
+            return
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise self._other(f"was made with another {key} ({_brief(found.get(key))}, "
+                                  f"now {_brief(wanted.get(key))})")  # fmt: skip
+        # A write, so that a storage that can only be read is refused before any work is done.
+        self.storage.set_study_user_attr(self._id, _OPENED, datetime.now().isoformat())
+        for trial in self.storage.get_all_trials(self._id, deepcopy=False):
+            if trial.state == TrialState.RUNNING and _RUNG not in trial.user_attrs:
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def _other(self, how: str) -> BnpatchError:
+        return BnpatchError(
+            f"the study {self.name!r} {how}", "choose another name for this one, or another storage"
+        )
+
+    def _trial_id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+
+    def _set(self, number: int, key: str, value: Any) -> None:
+        self.storage.set_trial_user_attr(self._trial_id(number), key, value)
+
+    def _stored(self, trial: FrozenTrial) -> StoredTrial:
+        owner, seen = trial.user_attrs.get(_OWNER, ["", 0.0])
+        blocks: dict[int, BlockScores] = {}
+        for key, value in trial.user_attrs.items():
+            if key.startswith(_BLOCK):
+                block = int(key.removeprefix(_BLOCK))
+                seen = max(seen, value["at"])
+                if (trial.number, block) not in self._decoded:
+                    unpacked = {name: _unpack(text) for name, text in value["scores"].items()}
+                    self._decoded[trial.number, block] = unpacked
+                blocks[block] = self._decoded[trial.number, block]
+        return StoredTrial(
+            trial.number, trial.params, trial.user_attrs[_RUNG], blocks, trial.state, owner, seen
+        )
+
+
+def open_study(
+    storage: str | None = None,
+    name: str | None = None,
+    *,
+    direction: Literal["minimize", "maximize"] = "minimize",
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Study:
+    """Open a study, or create it.
+
+    Args:
+        storage: where it lives: None for memory; a database as SQLAlchemy names it, ``sqlite:///x.db`` for
+            one; a journal ``x.journal``, ``x.log`` or ``journal:///absolute/path``.
+        name: of the study, several of which may share a storage.
+        direction: minimize or maximize.
+        fingerprint: what the study is of, as plain values by name: model, data, metric, range. A study
+            whose fingerprint differs is refused.
+
+    Raises:
+        BnpatchError: the storage can't be used, or the study is one of something else.
+    """
+    name = name or "bnpatch"
+    with usable(storage or "memory"), quiet():
+        where = InMemoryStorage() if storage is None else connect(storage)
+        optuna.create_study(storage=where, study_name=name, direction=direction, load_if_exists=True)
+        study = Study(where, where.get_study_id_from_name(name), name)
+        study.check(direction, fingerprint or {})
+    return study
+
+
+def as_stored(values: Values) -> Values:
+    """Round scores to what a study keeps of them, so that they don't change when they are read again."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def this_process() -> str:
+    """The owner of what this process does."""
+    return _named(os.getpid())
+
+
+@cache
+def _named(pid: int) -> str:
+    return f"{socket.gethostname()}:{pid}:{_start(pid)}"
+
+
+def _alive(owner: str, seen: float) -> bool:
+    host, pid, start = owner.rsplit(":", 2)
+    if host != socket.gethostname() or os.name != "posix":
+        return time.time() - seen < STALE_SECONDS
+    try:
+        os.kill(int(pid), 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return _start(int(pid)) == start
+
+
+def _start(pid: int) -> str:
+    """When a process started, since numbers of processes are used again; "" where the system doesn't say."""
+    try:
+        # The name in parentheses may contain anything; the start is the 22nd field, the 20th after it.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _pack(values: Values) -> str:
+    return base64.b64encode(zlib.compress(values.astype("<f4").tobytes())).decode()
+
+
+def _unpack(text: str) -> Values:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f4").astype(np.float64)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,134 @@
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from bnpatch.evaluation import Comparison
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, Metric
+from bnpatch.report.curves import plot_curves, race_curves
+from bnpatch.report.summary import distances, is_identity, verdict_sentence, weight_axis
+from bnpatch.search.ladder import Rung, Trial
+from bnpatch.search.tune import TuneResult
+from bnpatch.search.verdict import Verdict
+from bnpatch.setting import Setting
+
+EVEN = Estimate(0.0, 0.0, 0.0)
+
+
+def trial(number, weight, accuracy, examples=100, error=0.01, rung="alpha"):
+    scores = {"accuracy": accuracy, "cross-entropy": 1 - accuracy}
+    return Trial(rung, number, weight, scores, dict.fromkeys(scores, error), examples)
+
+
+def result(identity=0.0, metric=ACCURACY, trials=(), best=0.25, origins=None):
+    origins = origins or {"a": identity, "b": identity}
+    start = Setting(origins, dict.fromkeys(origins, 0.0))
+    end = Setting({name: abs(alpha - best) for name, alpha in origins.items()}, start.lambdas)
+    rungs = [Rung("identity", start, 0.5, EVEN), Rung("alpha", end, 0.6, Estimate(0.1, 0.05, 0.15), True)]
+    gain = Comparison(metric, Estimate(0.5, 0.4, 0.6), Estimate(0.6, 0.5, 0.7), Estimate(0.1, 0.05, 0.15))
+    verdict = Verdict([gain], num_examples=1234)
+    return TuneResult(metric, rungs, list(trials), verdict, end, list(origins), 3.0, 100)
+
+
+TRIALS = [
+    trial(0, 0.0, 0.5, error=0.0),
+    trial(1, 1.0, 0.3, examples=20, error=math.inf),
+    trial(2, 0.25, 0.6),
+    trial(3, 0.25, 0.9, examples=20),
+    trial(4, 0.01, 0.99),
+    trial(0, 0.5, 0.1, rung="lambda"),
+]
+
+
+def test_a_curve_has_each_weight_once():
+    accuracy, entropy = race_curves(result(trials=TRIALS))
+    assert (accuracy.metric, entropy.metric) == (ACCURACY, CROSS_ENTROPY)
+    assert [point.weight for point in accuracy.points] == [0.0, 0.01, 0.25, 1.0]
+    assert [point.is_whole for point in accuracy.points] == [True, True, True, False]
+    assert accuracy.identity.value == 0.5
+    assert (accuracy.best.weight, accuracy.best.value) == (0.25, 0.6)  # where the race ended, not the highest
+    assert (entropy.best.weight, entropy.best.value) == (0.25, pytest.approx(0.4))
+
+
+def test_intervals_of_rates_stay_between_0_and_1():
+    points = {point.weight: point for point in race_curves(result(trials=TRIALS))[0].points}
+    assert (points[0.25].low, points[0.25].high) == pytest.approx((0.6 - 0.0196, 0.6 + 0.0196))
+    assert points[0.01].high == 1.0
+    assert (points[0.0].low, points[0.0].high) == (0.5, 0.5)
+
+
+def test_the_tuned_metric_comes_first():
+    assert [c.metric.name for c in race_curves(result(metric=CROSS_ENTROPY, trials=TRIALS))] == [
+        "cross-entropy",
+        "accuracy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("origins", "label"),
+    [
+        ({"a": 0.0, "b": 0.0}, "alpha, the weight of the example"),
+        ({"a": 1.0, "b": 1.0}, "1 - alpha, the weight of the running moments"),
+        ({"a": 0.0, "b": 1.0}, "alpha (Group Norm: 1 - alpha)"),
+    ],
+)
+def test_weights_are_distances_from_the_identity(origins, label):
+    found = result(origins=origins, trials=TRIALS)
+    assert weight_axis(found) == label
+    assert distances(found) == {"a": 0.25, "b": 0.25}
+    assert race_curves(found)[0].best.weight == 0.25
+    assert not is_identity(found)
+    assert is_identity(replace(found, setting=found.rungs[0].setting))
+    assert not is_identity(replace(found, setting=Setting(origins, {"a": 0.5, "b": 0.0})))
+
+
+@pytest.mark.parametrize("trials", [TRIALS, TRIALS[::2]], ids=["some partial", "all whole"])
+def test_a_picture(trials, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_curves(result(trials=trials), tmp_path / "curve.png")
+    image = Image.open(tmp_path / "curve.png").convert("RGB")
+    colours = {colour for _, colour in image.getcolors(1 << 24)}
+    assert {(0xC0, 0x39, 0x2B), (0x1F, 0x7A, 0x4D)} <= colours  # both marks
+    assert ((0xB3, 0xBD, 0xC7) in colours) == (trials is TRIALS)
+
+
+def test_no_race_no_picture(tmp_path):
+    assert not plot_curves(result(), tmp_path / "curve.png")
+    assert not plot_curves(result(trials=TRIALS[-1:]), tmp_path / "curve.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sentences():
+    gain = result()
+    where = "on 1,234 examples that the search did not see"
+    assert (
+        verdict_sentence(gain)
+        == f"Patched, the model gains: its accuracy rises from 50.00% to 60.00% {where}."
+    )
+    folds = verdict_sentence(replace(gain, num_folds=5))
+    assert folds.endswith(
+        "on 1,234 examples, each judged by a search that did not see it (5-fold cross-fitting)."
+    )
+    less = Metric("loss", ACCURACY.score, higher_is_better=False)
+    worse = verdict_sentence(result(metric=less))
+    assert (
+        worse
+        == f"Keep the model as it is: alpha did best in tuning, but makes its loss worse by 0.1000 {where}."
+    )
+    unsure = replace(gain.comparisons[0], change=Estimate(0.1, -0.1, 0.3))
+    kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unsure])))
+    assert kept.startswith(f"No significant gain in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep")
+    unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
+    kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
+    assert "(+10.00 points, interval unknown)" in kept
+    nothing = [replace(gain.rungs[0], chosen=True), replace(gain.rungs[1], chosen=False)]
+    kept = replace(
+        gain, rungs=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])
+    )
+    assert "nothing that was tried does better beyond doubt" in verdict_sentence(kept)
+    assert "gains" in verdict_sentence(replace(gain, rungs=nothing))  # it came with worse weights
+    alone = replace(gain, rungs=[replace(gain.rungs[0], chosen=True)])
+    assert "ended before anything else was tried" in verdict_sentence(alone)

@@ -1,0 +1,345 @@
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bnpatch
+from bnpatch.bench import Latency
+from bnpatch.recipe import Recipe
+from bnpatch.report.curves import race_curves
+from bnpatch.report.files import write_results, write_trials
+from bnpatch.search.trade_off import Point
+from bnpatch.setting import Setting
+from tests.report.html_page import Page
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint, foggy):
+    """A gain, with both alpha and lambda."""
+    return bnpatch.tune_alpha(
+        bnpatch.load(checkpoint), foggy, granularity="global", recalibrate=True, trials=5
+    )
+
+
+@pytest.fixture
+def model(checkpoint):
+    return bnpatch.load(checkpoint)
+
+
+@pytest.fixture
+def written(model, tmp_path):
+    """Writes a result, and reads the report."""
+
+    def write(result, of=None):
+        files = write_results(result, of or model, tmp_path / "out")
+        assert all(file.is_file() for file in files)
+        return Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+    return write
+
+
+def _inputs(images):
+    return images.float() / 127.5 - 1
+
+
+def margin(outputs, targets):
+    return outputs.gather(1, targets[:, None])[:, 0] - outputs.mean(1)
+
+
+def test_files(tuned, model, foggy, tmp_path):
+    files = write_results(tuned, model, tmp_path / "new" / "out")
+    assert [file.name for file in files] == [
+        "recipe.json",
+        "patched.pt",
+        "alpha-curve.png",
+        "trials.csv",
+        "report.html",
+    ]
+    assert {file.name for file in (tmp_path / "new" / "out").iterdir()} == {file.name for file in files}
+    assert Recipe.load(files[0]).setting == tuned.setting
+    x = torch.from_numpy(foggy[0][:8])[:, None]
+    torch.testing.assert_close(
+        bnpatch.load(files[1]).module.eval()(_inputs(x)), model.module.eval()(_inputs(x))
+    )
+    assert Image.open(files[2]).width == 960
+
+
+def test_trials(tuned, tmp_path):
+    write_trials(tuned.trials, tmp_path / "trials.csv")
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert list(rows[0])[:6] == ["rung", "trial", "weight", "examples", "accuracy", "accuracy error"]
+    assert {row["rung"] for row in rows} == {"alpha", "lambda", "lambda, alpha"}
+    for row, trial in zip(rows, tuned.trials, strict=True):
+        assert (row["rung"], int(row["trial"]), int(row["examples"])) == (
+            trial.rung,
+            trial.number,
+            trial.examples,
+        )
+        assert float(row["weight"]) == pytest.approx(trial.weight, rel=1e-7)
+        for name, value in trial.scores.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-7)
+            assert float(row[f"{name} error"]) == pytest.approx(trial.errors[name], rel=1e-7)
+    write_trials([], tmp_path / "none.csv")
+    assert (tmp_path / "none.csv").read_text() == "rung,trial,weight,examples\n"
+
+
+def test_a_gain(tuned, written):
+    page = written(replace(tuned, notes=["one thing"], skipped={"a.png": "truncated"}))
+    assert "one thing Left out, because they can't be read: a.png (truncated)." in page.text
+    accuracy = tuned.comparisons[0]
+    assert str(tuned.verdict) == "gain"
+    before, after = (f"{100 * e.value:.2f}%" for e in (accuracy.before, accuracy.after))
+    assert f"accuracy rises from {before} to {after} on 300 examples that the search did not see" in page.text
+    assert page.row("accuracy")[1].startswith(before)
+    assert page.row("accuracy")[3].endswith("▲ gain")
+    assert page.row("calibration error")[2].startswith(f"{100 * tuned.verdict.calibration.after.value:.2f}%")
+    assert f"wrong, now right {tuned.verdict.flips.gained}" in page.text
+    assert f"right, now wrong {tuned.verdict.flips.lost}" in page.text
+    assert page.headings[1:8] == [
+        "Before and after",
+        "Notes",
+        "The ladder",
+        "One weight for all",
+        "The weights by depth",
+        "Classes",
+        "Left alone",
+    ]
+
+
+def test_the_ladder_has_every_rung_and_one_is_marked(tuned, written):
+    (table,) = (table for table in written(tuned).tables if table[0][0] == "weights")
+    assert len(table) == 1 + len(tuned.rungs) == 5
+    marked = [row[0] for row in table if row[0].startswith("✓")]
+    assert marked == [f"✓ {tuned.chosen.name} chosen"]
+    for row, rung in zip(table[1:], tuned.rungs, strict=True):
+        assert row[1] == f"{100 * rung.mean:.2f}%"
+    assert table[1][2] == "reference"
+
+
+def test_weights_and_where_they_come_from(tuned, written):
+    page = written(tuned)
+    rows = {row[0]: row for table in page.tables if table[0][0] == "site" for row in table[1:]}
+    assert list(rows) == tuned.sites
+    for name, alpha in tuned.setting.alphas.items():
+        assert float(rows[name][1]) == pytest.approx(alpha, rel=1e-3)
+        assert float(rows[name][2]) == pytest.approx(tuned.setting.lambdas[name], abs=5e-3)
+        assert rows[name][3].split("x")[0] in ("16", "8", "4", "2", "1")
+    about = tuned.recipe.provenance
+    assert page.row("data fingerprint")[1] == about["data"]["fingerprint"]
+    assert f"torch {torch.__version__}".split("+")[0] in page.row("versions")[1]
+    assert page.row("seed")[1] == "0"
+
+
+def test_classes_add_up(tuned, written):
+    page = written(tuned)
+    (recalls,) = (table[1:] for table in page.tables if table[0][0] == "class")
+    (mistakes,) = (table[1:] for table in page.tables if table[0][0] == "mistake")
+    assert [row[0] for row in recalls] == [str(digit) for digit in range(10)]
+    assert sum(int(row[1]) for row in recalls) == tuned.num_held_out
+    right = sum(int(row[1]) * float(row[3].rstrip("%")) / 100 for row in recalls)
+    assert right == pytest.approx(tuned.num_held_out * tuned.comparisons[0].after.value, abs=0.5)
+    assert 0 < len(mistakes) <= 15
+    assert all(int(row[2]) - int(row[1]) == int(row[3]) for row in mistakes)
+
+
+def test_a_thousand_classes_are_fifteen_rows(tuned, written):
+    rng = np.random.default_rng(0)
+    classes = np.stack([np.arange(3000) % 1000, *rng.integers(0, 1000, (2, 3000))])
+    verdict = replace(tuned.verdict, classes=classes, changed=2990)
+    page = written(replace(tuned, verdict=verdict))
+    assert [len(table) - 1 for table in page.tables if table[0][0] in ("class", "mistake")] == [15, 15]
+    assert "985 others are left out" in page.text
+
+
+def test_what_comes_from_outside_is_escaped(tuned, model, written):
+    evil = "<script>alert('&')</script>"
+    model.name = evil
+    model.class_names = (evil, *map(str, range(1, 10)))
+    result = replace(
+        tuned,
+        notes=[evil],
+        skipped={evil: "a&b"},
+        recipe=Recipe(
+            tuned.recipe.sites, {**tuned.recipe.provenance, "command": f"tune-alpha {evil} -o out"}
+        ),
+    )
+    page = written(result)
+    assert "script" not in page.tags
+    assert page.headings[0] == evil
+    assert page.row(evil)
+    assert f"bnpatch tune-alpha {evil} -o out" in page.text
+    assert f"{evil} (a&b)" in page.text
+
+
+def test_nothing_is_fetched(tuned, written):
+    page = written(tuned)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not {"src", "href", "srcset", "style"} & {name for _, name, _ in page.attributes}
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_a_report_is_small_and_follows_from_the_result(tuned, model, tmp_path):
+    write_results(tuned, model, tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    write_results(tuned, model, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert len(first) < 60_000
+
+
+def test_snippets_name_the_files(tuned, model, tmp_path):
+    out = tmp_path / "my results"
+    write_results(tuned, model, out)
+    text = Page((out / "report.html").read_text()).text
+    assert f"bnpatch evaluate '{out}/patched.pt' --data DATA" in text
+    assert f"bnpatch export '{out}/patched.pt' -o '{out}/patched.onnx'" in text
+    assert f'model = bnpatch.apply(model, "{out}/recipe.json")' in text
+
+
+def test_a_model_of_ones_own_is_loaded_by_those_who_ask_for_it(tuned, model, written):
+    model.arch = None
+    assert "--data DATA --unsafe-load" in written(tuned).text
+
+
+def test_a_loss_is_not_kept(tuned, written):
+    comparisons = [
+        replace(
+            c,
+            before=c.after,
+            after=c.before,
+            change=replace(c.change, value=-c.change.value, low=-1, high=-0.1),
+        )
+        for c in tuned.comparisons
+    ]
+    setting = tuned.rungs[0].setting
+    result = replace(
+        tuned,
+        verdict=replace(tuned.verdict, comparisons=comparisons),
+        setting=setting,
+        recipe=Recipe(tuple(replace(s, alpha=0.0, lambda_=0.0, target=None) for s in tuned.recipe.sites)),
+    )
+    page = written(result)
+    assert (
+        f"Keep the model as it is: {tuned.chosen.name} did best in tuning, but makes its accuracy worse"
+        in page.text
+    )
+    assert "patched (not kept)" in page.text
+    assert f"✓ {tuned.chosen.name} chosen, but not kept" in page.text
+    assert page.row("accuracy")[3].endswith("▼ loss")
+    assert "There is nothing to apply" in page.text
+
+
+def test_no_significant_change_is_said_plainly(tuned, written):
+    first, *others = tuned.comparisons
+    first = replace(first, change=replace(first.change, value=0.01, low=-0.02, high=0.04))
+    result = replace(tuned, verdict=replace(tuned.verdict, comparisons=[first, *others]))
+    assert (
+        "No significant gain in accuracy (+1.00 points, -2.00 to +4.00) on 300 examples"
+        in written(result).text
+    )
+
+
+def test_the_identity(model, clean, written):
+    def equal(outputs, targets):
+        return torch.ones(len(targets))
+
+    result = bnpatch.tune_alpha(model, clean, metric=equal, granularity="global", trials=3)
+    page = written(result)
+    assert "No significant gain: nothing that was tried does better beyond doubt." in page.text
+    assert page.row("equal") == ["equal", "1.0000 0.9874 to 1.0000"]
+    assert f"All {len(result.sites)} sites stay as they were." in page.text
+    assert "There is nothing to apply" in page.text
+
+
+def test_a_metric_of_ones_own_knows_no_classes(model, foggy, written):
+    floats = foggy[0][:, None].astype(np.float32) / 127.5 - 1
+    result = bnpatch.tune_alpha(
+        model.module, (floats, foggy[1]), metric=margin, granularity="global", trials=4
+    )
+    page = written(result, of=bnpatch.load(model.module))
+    assert "margin" in page.text
+    assert not {"Classes", "accuracy"} & {*page.headings, *(row[0] for table in page.tables for row in table)}
+    assert page.row("preprocessing")[1] == "none: inputs were given as they are"
+    assert [curve.metric.name for curve in race_curves(result)] == ["margin"]
+
+
+def test_without_labels(model, foggy, written):
+    result = bnpatch.tune_alpha(model, foggy[0], metric="unlabeled", granularity="global", trials=4)
+    page = written(result)
+    assert result.verdict.classes is None
+    assert "unlabeled needs no labels, and can't see everything" in page.text
+    assert page.row("unlabeled (lower is better)")
+    assert "interval unknown" in page.text
+    assert "Classes" not in page.headings
+
+
+def test_cross_fitting(model, foggy, written):
+    few = foggy[0][:100], foggy[1][:100]
+    result = bnpatch.tune_alpha(model, few, granularity="global", trials=3)
+    assert result.num_folds == 5
+    assert "each judged by a search that did not see it (5-fold cross-fitting)" in written(result).text
+
+
+def test_an_interrupted_search(model, foggy, written):
+    def interrupt(trial, is_best):
+        if trial.number == 2:
+            raise KeyboardInterrupt
+
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", on_trial=interrupt)
+    assert result.interrupted
+    assert "The search was interrupted" in written(result).text
+
+
+def test_a_search_without_trials_has_no_curve(model, foggy, tmp_path):
+    result = bnpatch.tune_alpha(model, foggy, timeout=0)
+    assert not result.trials
+    files = write_results(result, model, tmp_path)
+    assert "alpha-curve.png" not in {file.name for file in files}
+    page = Page((tmp_path / "report.html").read_text())
+    assert "the search ended before anything else was tried" in page.text
+    assert "One weight for all" not in page.headings
+
+
+def test_an_onnx_model(exported, foggy, tmp_path):
+    model = bnpatch.load(exported, preprocessing={"mean": (0.5,), "std": (0.5,)})
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", trials=4)
+    files = write_results(result, model, tmp_path)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert files[1].name == "patched.onnx"
+    assert f'onnxruntime.InferenceSession("{tmp_path}/patched.onnx")' in text
+    assert f"bnpatch export model.onnx --recipe {tmp_path}/recipe.json -o {tmp_path}/patched.onnx" in text
+
+
+def test_what_was_left_alone(tuned, checkpoint, written):
+    model = bnpatch.load(checkpoint)
+    for index in range(6):
+        model.module.add_module(f"extra{index}", torch.nn.LayerNorm(3))
+    row = written(tuned, of=model).row("LayerNorm")
+    assert row[0] == "LayerNorm 6 times"
+    assert "extra0, extra1, extra2, extra3 and 2 others" in row[1]
+
+
+def test_a_model_that_takes_no_blank_image_has_no_stages(tuned, model, written, monkeypatch):
+    def refuse(self, example=None):
+        raise bnpatch.BnpatchError("no")
+
+    monkeypatch.setattr(type(model), "site_shapes", refuse)
+    page = written(tuned)
+    assert "feature map" not in next(table[0] for table in page.tables if table[0][0] == "site")
+
+
+def test_gain_against_time(tuned, written):
+    def point(sites, gain, ratio):
+        setting = Setting(dict.fromkeys([f"s{index}" for index in range(sites)], 0.1))
+        return Point(
+            setting, sites, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
+        )
+
+    result = replace(tuned)
+    result.trade_off = [point(0, 0.0, 1.0), point(1, 0.3, 1.05), point(2, 0.2, 1.1), point(4, 0.33, 1.5)]
+    page = written(result)
+    (table,) = (table for table in page.tables if table[0][0] == "patched sites")
+    assert [row[0] for row in table[1:]] == ["0 (as it is)", "1 knee", "2 beaten by another", "4"]
+    assert table[2][1:] == ["1.05x 1.03 to 1.08", "+30.00 points +28.04 to +31.96"]

@@ -1,0 +1,426 @@
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import bnpatch
+from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.evaluation import evaluate
+from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.search import ladder
+from bnpatch.search import tune as search
+from bnpatch.search.judge import ByMetric
+from bnpatch.search.learn import learn
+from bnpatch.search.sparse import trade_off
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A small network on easy images learns in fewer steps, and its latency is measured sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "learn", partial(learn, steps=30, checks=5))
+        patch.setattr(search, "trade_off", partial(trade_off, seconds=2))
+        yield
+
+
+@pytest.fixture
+def model(checkpoint):
+    return bnpatch.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint, foggy):
+    """One weight for all."""
+    return bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, granularity="global")
+
+
+@pytest.fixture(scope="module")
+def climbed(checkpoint, foggy):
+    """The whole ladder."""
+    return bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, metric="cross-entropy")
+
+
+def test_one_alpha_gains_under_a_shift(tuned):
+    assert str(tuned.verdict) == "gain"
+    assert [rung.name for rung in tuned.rungs] == ["identity", "alpha"]
+    assert tuned.chosen.name == "alpha"
+    accuracy = tuned.comparisons[0]
+    assert accuracy.metric.name == "accuracy"
+    assert accuracy.after.value > accuracy.before.value + 0.2
+    assert 0.05 < tuned.alpha < 0.9
+    assert tuned.num_tuning == tuned.num_held_out == 300
+    assert tuned.verdict.flips.gained - tuned.verdict.flips.lost == round(300 * accuracy.change.value)
+    assert tuned.verdict.classes.shape == (3, 300)
+
+
+def test_one_alpha_costs_at_most_three_passes(tuned):
+    assert 2 < tuned.passes <= 3
+    assert tuned.trials[0].weight == 0
+    assert tuned.trials[0].examples == 300
+    assert set(tuned.trials[0].scores) == {"accuracy", "cross-entropy", "top5"}
+    best = max((t for t in tuned.trials if t.examples == 300), key=lambda t: t.scores["accuracy"])
+    assert tuned.alpha == best.weight
+
+
+def test_the_ladder_climbs_beyond_one_alpha(climbed, tuned):
+    names = [rung.name for rung in climbed.rungs]
+    assert names == [
+        "identity",
+        "alpha",
+        "lambda",
+        "lambda, alpha",
+        "alpha per layer",
+        "lambda and alpha per layer",
+        "refined",
+    ]
+    means = {rung.name: rung.mean for rung in climbed.rungs}
+    assert climbed.chosen.mean == min(means.values())
+    assert means["alpha per layer"] <= means["alpha"]  # it begins there
+    assert means["lambda and alpha per layer"] <= means["lambda, alpha"] <= means["lambda"]
+    before_and_after = {c.metric.name: c for c in climbed.comparisons}
+    one_alpha = {c.metric.name: c for c in tuned.comparisons}
+    assert before_and_after["cross-entropy"].after.value < 0.6 * one_alpha["cross-entropy"].after.value
+    assert before_and_after["accuracy"].after.value >= one_alpha["accuracy"].after.value
+    assert climbed.verdict.calibration.change.value < 0
+
+
+def test_scores_are_those_of_the_patched_model(model, foggy, tuned):
+    """The same numbers by hand: no search, no cache, no batches."""
+    _, held_out = bnpatch.data.examples.split(foggy[1].astype(np.int64), 0.5, seed=0)
+    module = bnpatch.patch(model.module, tuned.alpha).eval()
+    with torch.inference_mode():
+        logits = module(torch.from_numpy(foggy[0][held_out])[:, None].float() / 127.5 - 1)
+    correct = (logits.argmax(1).numpy() == foggy[1][held_out]).mean()
+    assert tuned.comparisons[0].after.value == pytest.approx(correct, abs=1e-12)
+
+
+def test_a_recipe_applied_gives_what_the_verdict_says(checkpoint, foggy, climbed):
+    path_free = bnpatch.Recipe.from_json(json.loads(json.dumps(climbed.recipe.to_json())))
+    fresh = bnpatch.load(checkpoint)
+    fresh.apply(path_free)
+    _, held_out = bnpatch.data.examples.split(foggy[1].astype(np.int64), 0.5, seed=0)
+    scores = evaluate(fresh, bnpatch.open_examples(foggy, fresh), indices=held_out)
+    assert scores.mean(CROSS_ENTROPY) == pytest.approx(climbed.comparisons[0].after.value, rel=1e-5)
+
+
+def test_is_reproducible(model, foggy, tuned):
+    again = bnpatch.tune_alpha(model, foggy, granularity="global")
+    assert [(t.weight, t.examples) for t in again.trials] == [(t.weight, t.examples) for t in tuned.trials]
+    other = bnpatch.tune_alpha(model, foggy, granularity="global", seed=1)
+    assert [t.weight for t in other.trials] != [t.weight for t in tuned.trials]
+
+
+@pytest.mark.parametrize("granularity", ["global", "layer"])
+def test_the_search_never_sees_the_held_out_part(model, foggy, granularity, monkeypatch):
+    seen, learned = set(), set()
+    scores, loss = ByMetric.scores, ByMetric.loss
+    verdict = []
+
+    def spy_scores(self, model, examples, indices):
+        if len(self.metrics) > 3:  # the verdict scores confidence, too
+            verdict.extend(indices.tolist())
+        else:
+            seen.update(indices.tolist())
+        return scores(self, model, examples, indices)
+
+    def spy_loss(self, model, batch):
+        learned.update(batch.indices.tolist())
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(ByMetric, "scores", spy_scores)
+    monkeypatch.setattr(ByMetric, "loss", spy_loss)
+    result = bnpatch.tune_alpha(model, foggy, granularity=granularity, holdout=0.25)
+    assert len(seen) == result.num_tuning == 450
+    assert not (seen | learned) & set(verdict)
+    assert len(set(verdict)) == result.num_held_out == 150
+    if granularity == "layer":  # what learning is stopped by and rungs are chosen by, it does not learn from
+        assert 250 < len(learned) < 350
+
+
+def test_the_model_is_left_as_it_was(model, foggy):
+    types = [type(m) for m in model.module.modules()]
+    state = {name: value.clone() for name, value in model.module.state_dict().items()}
+    bnpatch.tune_alpha(model, foggy, metric="cross-entropy", timeout=5)
+    assert [type(m) for m in model.module.modules()] == types
+    module = model.module.train()
+    bnpatch.tune_alpha(module, _floats(foggy), granularity="global")
+    assert [type(m) for m in module.modules()] == types
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def _floats(data):
+    return data[0][:, None].astype(np.float32) / 127.5 - 1, data[1]
+
+
+def test_a_module_and_a_metric_of_ones_own(model, foggy):
+    def margin(outputs, targets):
+        return outputs.gather(1, targets[:, None])[:, 0] - outputs.mean(1)
+
+    result = bnpatch.tune_alpha(model.module, _floats(foggy), metric=margin, granularity="layer")
+    assert result.metric.name == "margin"
+    assert result.chosen.mean == max(rung.mean for rung in result.rungs)
+    assert result.rungs[2].mean > result.rungs[1].mean  # the metric itself has a gradient
+
+
+def test_test_data_gives_the_verdict(model, foggy, clean):
+    result = bnpatch.tune_alpha(model, foggy, test_data=clean, granularity="global")
+    assert (result.num_tuning, result.num_held_out) == (600, 600)
+    assert result.comparisons[0].before.value > 0.95  # of the clean images
+    assert str(result.verdict) == "loss"  # tuned for fog
+    assert result.alpha == 0
+    assert any("loss on held-out examples; not applied" in note for note in result.notes)
+
+
+def test_no_gain_is_claimed_where_there_is_none(model, clean):
+    """Seeded null cases: the data is what the model was trained for, so that a gain is rarely real."""
+    few = clean[0][:400], clean[1][:400]
+    claims, ends = 0, []
+    for seed in range(20):
+        result = bnpatch.tune_alpha(model, few, granularity="global", trials=5, seed=seed)
+        claims += str(result.verdict) == "gain"
+        ends.append(result.alpha)
+    assert claims <= 2
+    assert np.median(ends) < 0.02
+
+
+def test_the_whole_ladder_claims_no_gain_where_there_is_none(model, clean):
+    result = bnpatch.tune_alpha(model, clean)
+    assert str(result.verdict) != "gain"
+
+
+def test_a_tie_goes_to_the_identity(model, clean):
+    result = bnpatch.tune_alpha(
+        model, clean, metric=lambda outputs, targets: torch.ones(len(targets)), granularity="layer"
+    )
+    assert result.alpha == 0
+    assert result.chosen.name == "identity"
+    assert str(result.verdict) == "no significant change"
+    assert result.comparisons[0].change.value == 0
+
+
+def test_an_interrupt_keeps_the_best_so_far(model, foggy):
+    def interrupt(trial, is_best):
+        if trial.rung == "alpha" and trial.number == 3:
+            raise KeyboardInterrupt
+
+    result = bnpatch.tune_alpha(model, foggy, on_trial=interrupt)
+    assert result.interrupted
+    assert result.recipe.provenance["interrupted"]
+    assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
+
+
+def test_an_interrupt_before_anything_is_known_is_passed_on(model, foggy, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByMetric, "scores", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bnpatch.tune_alpha(model, foggy)
+
+
+def test_an_interrupt_while_learning_keeps_what_was_raced(model, foggy, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByMetric, "loss", interrupt)
+    result = bnpatch.tune_alpha(model, foggy, recalibrate=False)
+    assert result.interrupted
+    assert result.chosen.name == "alpha"
+    assert str(result.verdict) == "gain"
+
+
+def test_a_timeout_ends_the_search(model, foggy):
+    result = bnpatch.tune_alpha(model, foggy, timeout=0)
+    assert [rung.name for rung in result.rungs] == ["identity"]
+    assert result.alpha == 0
+
+
+def test_a_weight_that_overflows_is_a_failed_trial(model, foggy, monkeypatch):
+    predict = type(model).predict
+
+    def overflow(self, x):
+        y = predict(self, x)
+        return y * float("inf") if max(self.alphas().values()) == 1 else y
+
+    monkeypatch.setattr(type(model), "predict", overflow)
+    result = bnpatch.tune_alpha(model, foggy, granularity="global")
+    assert 1.0 not in [t.weight for t in result.trials]
+    assert str(result.verdict) == "gain"
+    monkeypatch.setattr(type(model), "predict", lambda self, x: predict(self, x) * float("nan"))
+    with pytest.raises(BnpatchError, match="infinities or NaN for example"):
+        bnpatch.tune_alpha(model, foggy)
+
+
+def test_chance_is_warned_of(model, foggy):
+    with pytest.warns(BnpatchWarning, match="and chance is 10.0%"):
+        bnpatch.tune_alpha(model, (foggy[0], (foggy[1] + 1) % 10), granularity="global", max_passes=1)
+
+
+def test_few_examples_take_turns_in_being_held_out(model, foggy):
+    result = bnpatch.tune_alpha(
+        model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy", granularity="layer"
+    )
+    assert result.num_tuning == result.num_held_out == 100
+    assert any("cross-fitting" in note for note in result.notes)
+    assert str(result.verdict) == "gain"
+    assert result.verdict.classes.shape == (3, 100)
+
+
+def test_stages_share_a_weight(model, foggy):
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="stage")
+    rung = next(rung for rung in result.rungs if rung.name == "alpha per stage")
+    shapes = model.site_shapes()
+    by_stage = {}
+    for name, alpha in rung.setting.alphas.items():
+        by_stage.setdefault(shapes[name], set()).add(alpha)
+    assert all(len(values) == 1 for values in by_stage.values())
+    assert len(by_stage) > 3
+
+
+def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, climbed):
+    shapes = model.site_shapes()
+    single = [name for name, shape in shapes.items() if shape == (1, 1)]
+    assert single
+    learned = next(rung for rung in climbed.rungs if rung.name == "alpha per layer")
+    start = next(rung for rung in climbed.rungs if rung.name == "alpha")
+    assert all(learned.setting.alphas[name] == start.setting.alphas[name] for name in single)
+
+
+def test_a_study_goes_on_where_it_was(model, foggy, tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    run = {"granularity": "layer", "storage": storage, "metric": "cross-entropy"}
+    first = bnpatch.tune_alpha(model, foggy, **run)
+    again = bnpatch.tune_alpha(model, foggy, **run)
+    assert again.setting == first.setting
+    assert again.trials == first.trials
+    assert again.passes < first.passes / 3  # hardly anything is scored or learned again
+    with pytest.raises(BnpatchError, match="made with another metric"):
+        bnpatch.tune_alpha(model, foggy, **run | {"metric": "entropy"})
+    with pytest.raises(BnpatchError, match="made with another data"):
+        bnpatch.tune_alpha(model, (foggy[0][:500], foggy[1][:500]), **run)
+
+
+def test_onnx_is_tuned_without_gradients(exported, foggy, tuned):
+    result = bnpatch.tune_alpha(bnpatch.load(exported), foggy, metric="cross-entropy", recalibrate=False)
+    means = {rung.name: rung.mean for rung in result.rungs}
+    assert means["alpha per layer"] < means["alpha"] < means["identity"]
+    assert str(result.verdict) == "gain"
+
+
+def test_labels_are_not_needed(model, foggy, climbed):
+    result = bnpatch.tune_alpha(model, foggy[0], metric="unlabeled")
+    assert result.comparisons[0].metric.name == "unlabeled"
+    assert result.verdict.flips is None
+    assert result.verdict.changed > 100
+    model.apply(result.recipe)
+    accuracy = evaluate(model, bnpatch.open_examples(foggy, model)).mean(bnpatch.metrics.ACCURACY)
+    labelled = next(c for c in climbed.comparisons if c.metric.name == "accuracy").after.value
+    assert accuracy > labelled - 0.04  # of 300 examples and 600
+
+
+def test_where_there_are_labels_they_give_the_verdict(model, foggy):
+    result = bnpatch.tune_alpha(model, foggy, metric="unlabeled", granularity="global")
+    assert result.comparisons[0].metric.name == "accuracy"
+    assert any("equally frequent" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("objective", ["alignment", "entropy", "evalnorm"])
+def test_other_objectives_run(model, foggy, objective):
+    result = bnpatch.tune_alpha(model, foggy, metric=objective, granularity="global")
+    assert result.rungs[1].mean <= result.rungs[0].mean
+    assert any(objective in note for note in result.notes)
+
+
+def test_augmentation_insures_against_what_the_data_does_not_show(model, clean, foggy):
+    result = bnpatch.tune_alpha(model, clean, metric="cross-entropy", augment="contrast")
+    before = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
+    model.apply(result.recipe)
+    after = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
+    assert after < 0.5 * before
+    assert str(result.verdict) != "loss"  # on clean images
+
+
+def test_a_limit_on_latency_is_kept(model, foggy):
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="layer", max_overhead=1000)
+    assert result.chosen.name == "at most 1000x"
+    assert result.trade_off[0].gain == 0
+    assert [point.num_sites for point in result.trade_off[1:]] == sorted(
+        p.num_sites for p in result.trade_off[1:]
+    )
+    chosen = next(point for point in result.trade_off if point.setting == result.setting)
+    assert chosen.gain == max(point.gain for point in result.trade_off)
+    strict = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1.0)
+    assert strict.alpha == 0 or strict.trade_off  # nothing that costs time is within 1.0x, but for noise
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 0}, "0 trials find nothing"),
+        ({"holdout": 0.0}, "not a fraction"),
+        ({"holdout": 1.5}, "not a fraction"),
+        ({"metric": "f1"}, "no metric 'f1'.*unlabeled"),
+        ({"max_passes": 0}, "0 passes find nothing"),
+        ({"max_overhead": 0.9}, "not possible"),
+        ({"class_prior": "0.5,0.5"}, "a class prior is for tuning without labels"),
+        ({"metric": "unlabeled", "class_prior": "0.5,0.5"}, "2 numbers does not fit 10 classes"),
+        ({"augment": "fog"}, "no augmentation 'fog'"),
+    ],
+)
+def test_bad_settings_are_refused(model, foggy, change, message):
+    with pytest.raises(BnpatchError, match=message):
+        bnpatch.tune_alpha(model, foggy, **change)
+
+
+def test_bad_data_for_a_search_is_refused(model, foggy):
+    images, labels = foggy
+    one = labels == 3
+    with pytest.raises(BnpatchError, match="all examples are of one class"):
+        bnpatch.tune_alpha(model, (images[one], labels[one]))
+    with pytest.raises(BnpatchError, match="too few"):
+        bnpatch.tune_alpha(model, (images[:2], np.array([0, 1])), holdout=0.01)
+    with pytest.raises(BnpatchError, match="no normalization layer"):
+        bnpatch.tune_alpha(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)), _floats(foggy))
+
+
+def test_the_recipe_says_where_it_comes_from(tuned):
+    about = tuned.recipe.provenance
+    assert about["held_out"]["accuracy"]["change"]["low"] > 0
+    assert about["held_out"]["flips"]["gained"] > 50
+    assert about["data"]["tuning_examples"] == 300
+    assert about["verdict"] == "gain"
+    assert [rung["rung"] for rung in about["ladder"]] == ["identity", "alpha"]
+    assert set(tuned.recipe.alphas.values()) == {tuned.alpha}
+    assert {"bnpatch", "torch", "timm", "optuna", "python"} == set(about["versions"])
+
+
+def test_progress_reaches_the_end(model, foggy):
+    calls = []
+    bnpatch.tune_alpha(
+        model, foggy, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
+    )
+    assert calls[-1][1] == calls[-1][2] > 600
+    assert {label for label, *_ in calls} >= {"alpha", "lambda", "verdict on held-out examples"}
+    assert all(done <= total for _, done, total in calls)
+
+
+def test_evaluate_does_not_depend_on_the_batch_size(model, foggy):
+    model.set_alphas(0.3)
+    data = bnpatch.open_examples(foggy, model)
+    a, b = (evaluate(model, data, batch_size=size) for size in (600, 7))
+    np.testing.assert_allclose(a.values["cross-entropy"], b.values["cross-entropy"], rtol=1e-3, atol=1e-5)
+    assert np.array_equal(a.indices, b.indices)
+    assert a.estimate(CROSS_ENTROPY).low < a.mean(CROSS_ENTROPY) < a.estimate(CROSS_ENTROPY).high
+
+
+def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, tuned):
+    result = bnpatch.tune_alpha(model, _floats(foggy), granularity="global")
+    assert result.recipe.provenance["preprocessing"] is None
+    assert tuned.recipe.provenance["preprocessing"]["input_size"] == (1, 32, 32)
+    assert repr(tuned) == "TuneResult(alpha, accuracy: gain)"
+    with pytest.raises(BnpatchError, match=r"images without classes; give a pair"):
+        bnpatch.tune_alpha(model, foggy[0])

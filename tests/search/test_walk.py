@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from bnpatch.search.walk import Knob, walk
+from bnpatch.setting import Setting
+
+SITES = [f"s{index}" for index in range(30)]
+START = Setting(dict.fromkeys(SITES, 0.0), dict.fromkeys(SITES, 0.0))
+KNOBS = [Knob("alpha", (name,)) for name in SITES]
+
+
+def scored(best, noise=0.0, calls=None):
+    """Scores of 200 examples that fall with the distance to the best setting; the same noise for all."""
+    rng = np.random.default_rng(0)
+    each = rng.normal(1, 0.2, (200, 1))
+    level = rng.normal(0, 1, 200)
+
+    def scores(setting):
+        if calls is not None:
+            calls.append(setting)
+        loss = sum((setting.alphas[name] - value) ** 2 for name, value in best.items())
+        loss += 0.5 * sum(alpha for name, alpha in setting.alphas.items() if name not in best)
+        return level - each[:, 0] * loss + noise * rng.normal(size=200)
+
+    return scores
+
+
+def test_finds_the_sites_that_matter():
+    best = {"s3": 0.5, "s17": 0.2, "s20": 1.0}
+    found = walk(scored(best), START, KNOBS, higher_is_better=True)
+    assert found.alphas == START.alphas | best
+
+
+def test_a_lower_score_may_be_better():
+    best = {"s3": 0.5}
+    scores = scored(best)
+    found = walk(lambda setting: -scores(setting), START, KNOBS, higher_is_better=False)
+    assert found.alphas == START.alphas | best
+
+
+def test_takes_no_step_that_is_chance():
+    """Nothing helps, and every evaluation has noise of its own."""
+    found = walk(scored({}, noise=0.3), START, KNOBS, higher_is_better=True)
+    assert found == START
+
+
+def test_costs_no_more_than_it_says():
+    calls = []
+    walk(
+        scored(dict.fromkeys(SITES, 0.5), calls=calls),
+        START,
+        KNOBS,
+        higher_is_better=True,
+        most=4,
+        rounds=1,
+    )
+    assert len(calls) <= 1 + 2 * len(KNOBS) + 4 * 5
+
+
+def test_stops_when_told():
+    calls = []
+    found = walk(
+        scored({"s3": 0.5}, calls=calls), START, KNOBS, higher_is_better=True, stop=lambda: len(calls) > 5
+    )
+    assert len(calls) <= 6
+    assert found == START
+
+
+def test_a_knob_turns_all_its_sites():
+    knob = Knob("lambda", ("s1", "s2"))
+    turned = knob.turned(START, 0.4)
+    assert turned.alphas == START.alphas
+    assert {name for name, value in turned.lambdas.items() if value == 0.4} == {"s1", "s2"}
+    assert knob.value(turned) == pytest.approx(0.4)
