@@ -37,8 +37,9 @@ GLOBAL_RUNGS = ("identity", "alpha", "lambda", "lambda, alpha")
 #: Part of the tuning examples on which rungs are compared, and learning is stopped.
 SELECTION = 0.3
 
-#: Where a race begins: square roots of weights. Useful ones are often near 0.01.
-_FIRST_ROOTS = (0.1, 0.3, 0.6, 1.0)
+#: Where a race for alpha begins, by its square root, which resolves the small values that are often useful:
+#: a search of few trials sees the range, one of more has no gap that a curve with two peaks could hide in.
+FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8)
 
 #: Learning sees at most this many examples, which is as many as it takes; without gradients, this many.
 _LEARNED_EXAMPLES, _WALKED_EXAMPLES = 30_000, 500
@@ -227,7 +228,7 @@ class Ladder:
         if kind == "lambda":
             self._retarget()
         key = "lambda" if kind == "lambda" else "sqrt_alpha"
-        first = (1.0, 0.5, 0.8) if kind == "lambda" else _FIRST_ROOTS
+        first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ROOTS
 
         def setting(params: Mapping[str, float]) -> Setting:
             value = params[key]

@@ -1,10 +1,10 @@
 """A race of parameters over blocks of examples, in which little is spent on what is bad.
 
 The identity runs on all blocks first: it is what everything is compared with. Then trials climb a ladder. On
-the first rung some given points and some that a Gaussian process proposes are scored on a few blocks, which
-is enough to find the region. The best, and the next best that lies apart from it, go on to the second rung,
-four times as many blocks; there the process proposes further points, as many as the budget takes. The best of
-this rung runs on all blocks, and wins if it is better than the identity on all of them.
+the first rung given points are scored on a few blocks, which is enough to find the region. The best, and the
+next best that lies apart from it, go on to the second rung, four times as many blocks; there a Gaussian
+process proposes further points, as many as the budget takes. The best of this rung runs on all blocks, and
+wins if it is better than the identity on all of them.
 
 Whatever is compared is compared on the same examples, with the identity's scores as a control variate, and a
 trial ends early as soon as another is better beyond doubt (Student's test of the paired differences, its

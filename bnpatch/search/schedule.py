@@ -12,9 +12,9 @@ from optuna.trial import TrialState
 from bnpatch.search.standings import Rules, Standings, done
 from bnpatch.search.studies import StoredTrial
 
-#: Rungs of a race: the part of the exploration's budget that one trial on it takes, how many trials are
-#: proposed there (None: as many as the budget takes), and how many come up from the rung below.
-RUNGS: tuple[tuple[float, int | None, int], ...] = ((1 / 16, 2, 0), (1 / 4, None, 2))
+#: Rungs of a race: the part of the exploration's budget that one trial on it takes, and how many come up
+#: from the rung below. Given points begin on the first, what the sampler proposes on the last.
+RUNGS: tuple[tuple[float, int], ...] = ((1 / 16, 0), (1 / 4, 2))
 # Fewer examples than these don't tell where the good region is.
 _LEAST = 24
 # A trial is dropped where another is better at this level, shared among the looks.
@@ -68,7 +68,7 @@ class Schedule:
         self.total = int(self.ends[-1])
         exploration = max(0.0, rules.max_passes - 2) * self.total
         self.targets = [
-            self._blocks_with(max(share * exploration, min(_LEAST, self.total / 4))) for share, _, _ in RUNGS
+            self._blocks_with(max(share * exploration, min(_LEAST, self.total / 4))) for share, _ in RUNGS
         ]
 
     @property
@@ -108,7 +108,7 @@ class Schedule:
             below = self.targets[rung - 1]
             arrived = [t for t in racing if t.rung < rung and done(t) >= below]
             kept = self._kept(
-                sorted(arrived, key=lambda t: standings.rank(t, below)), RUNGS[rung][2], standings
+                sorted(arrived, key=lambda t: standings.rank(t, below)), RUNGS[rung][1], standings
             )
             for trial in arrived:
                 if trial not in kept and not trial.busy:
@@ -139,17 +139,14 @@ class Schedule:
             and sum(t.state != TrialState.FAIL for t in trials) >= rules.max_trials
         ):
             return None
-        target, (_, proposals, _) = self.targets[rung], RUNGS[rung]
+        target = self.targets[rung]
         if not self._affords(int(self.ends[target - 1]), target, standings):
             return None
         tried = [t.params for t in trials]
         if rung == 0 and (given := next((p for p in rules.first if p not in tried), None)) is not None:
             return Begin(rung, given)
-        proposed = [t for t in trials if t.rung == rung and t.params not in (rules.identity, *rules.first)]
         repeated = sum(t.rung == rung and standings.is_twin(t) for t in trials)
-        if repeated < _REPEATS and (proposals is None or len(proposed) < proposals):
-            return Begin(rung)
-        return None
+        return Begin(rung) if rung == len(RUNGS) - 1 and repeated < _REPEATS else None
 
     def _finish(self, standings: Standings) -> Step | None:
         """Run the best of those that came furthest on all blocks, and end the others."""

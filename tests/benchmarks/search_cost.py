@@ -22,12 +22,12 @@ from bnpatch_cli.demo import _digits, _train
 import bnpatch
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.search.ladder import FIRST_ROOTS
 from bnpatch.search.race import block_sizes, race
 from bnpatch.search.studies import open_study
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 
 METRICS = (CROSS_ENTROPY, ACCURACY)
-FIRST = [{"sqrt_alpha": root} for root in (0.1, 0.2, 0.35, 0.6, 1.0)]
 PREPROCESSING = {"img_size": 32, "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
 
 
@@ -80,7 +80,7 @@ def raced(scorer, metric):
         metric=metric,
         space={"sqrt_alpha": (0.0, 1.0)},
         identity={"sqrt_alpha": 0.0},
-        first=FIRST,
+        first=[{"sqrt_alpha": root} for root in FIRST_ROOTS],
     )
     return result.best.params["sqrt_alpha"]
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from bnpatch.errors import BnpatchError
 from bnpatch.search import studies
 from bnpatch.search.studies import as_stored, open_study, this_process
-from tests import race_worker
+from tests.search import race_worker
 
 ROOT = Path(__file__).parents[2]
 SPACE = {"x": (0.0, 1.0)}
