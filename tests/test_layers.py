@@ -82,6 +82,7 @@ FLOORS = {
     "search.verdict": 8,
     "processes": 8,
     "search.ladder": 8,
+    "search.insurance": 9,
     "search.sparse": 9,
     "search.tune": 10,
     "finetune.ablation": 11,

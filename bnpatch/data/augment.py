@@ -1,7 +1,7 @@
 """Shifts that the data does not have: contrast, brightness, noise and blur, mildly and at random.
 
-What is tuned on them is insured against images that the data at hand does not show, at a price on those
-that it does.
+What is tuned on them is insured against images that the data at hand does not show. What that may cost on
+those that it does show is for :mod:`bnpatch.search.insurance`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

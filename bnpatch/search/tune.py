@@ -30,6 +30,7 @@ from bnpatch.metrics import (
     PREDICTION,
     Metric,
     ScoreFunction,
+    Values,
     as_metric,
     paired_difference,
 )
@@ -38,6 +39,7 @@ from bnpatch.onnx_model import OnnxModel
 from bnpatch.processes import Processes, Shared, dismiss, serve, start
 from bnpatch.recipe import Recipe
 from bnpatch.search import objectives as label_free
+from bnpatch.search.insurance import harmless
 from bnpatch.search.judge import ByMetric, ByObjective, Judge
 from bnpatch.search.ladder import GLOBAL_RUNGS, Granularity, Ladder, Plan, Rung, Trial
 from bnpatch.search.sparse import trade_off
@@ -213,6 +215,7 @@ def tune_alpha(
         examples,
         examples if augment is None else augmented(examples, augment, seed),
         test_examples,
+        test_examples if augment is None else augmented(test_examples, augment, seed),
         calib,
         _parts(examples, None if test_data is None else test_examples, holdout, seed, goal.needs_labels),
         Plan(
@@ -304,6 +307,7 @@ class _Job:
     examples: Examples
     seen: Examples  # the same, or augmented: what the search goes by
     test_examples: Examples
+    test_seen: Examples  # the same, or augmented likewise
     calib: Examples | None
     parts: list[tuple[Indices, Indices]]  # of the examples to tune on, and of the test examples to judge by
     plan: Plan
@@ -326,6 +330,7 @@ class _Job:
             self.judge = self.goal.judge(self.model, self.seen, self._whole)
             held = np.concatenate([held_out for _, held_out in self.parts])
             self.final_judge, self.metrics = self.goal.final_judge(self.judge, self.test_examples, held)
+            self.alone = self.judge, self.final_judge  # what no process shares
             processes = start()
             return self._search(before) if processes is None else self._search_together(before, processes)
 
@@ -359,12 +364,14 @@ class _Job:
 
     def _search(self, before: Setting) -> TuneResult:
         ladder = self._ladder(self._whole, self.plan)
-        rungs = ladder.climb()
+        rungs = self._climbed(ladder)
         points: list[Point] = []
         if self.max_overhead is not None:
             thinned, points = self._thinned(_chosen(rungs), ladder)
             rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
         rungs, setting, verdict = self._judge(before, rungs)
+        if self.seen is not self.examples:
+            self.notes.append(self._insured(before, setting))
         self.model.set(setting)
         recipe = self.model.recipe()
         self.progress.finish()
@@ -395,6 +402,39 @@ class _Job:
             ladder.interrupted,
             trade_off=points,
             recipe=recipe,
+        )
+
+    def _climbed(self, ladder: Ladder) -> list[Rung]:
+        """The rungs of a ladder. Insurance against shifts that the data does not show costs it nothing."""
+        rungs = ladder.climb()
+        if self.seen is self.examples or len(rungs) == 1:
+            return rungs
+        name = self.goal.metric.name
+
+        def clean(setting: Setting) -> Values:
+            self.model.set(setting)
+            return self.alone[0].scores(self.model, self.examples, ladder.tuning)[name]
+
+        best = harmless(rungs, self.goal.metric, ladder.selected, clean)
+        if best is None:
+            self.notes.append(
+                "whatever helps the shifted images costs something on those at hand: not applied"
+            )
+            return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
+        others = [replace(rung, chosen=False) for rung in rungs if rung.name != best.name]
+        return [*others, best]
+
+    def _insured(self, before: Setting, setting: Setting) -> str:
+        """What a setting does to held-out examples that are shifted, in words."""
+        held_out = np.concatenate([held_out for _, held_out in self.parts])
+        seen = gather(self.model, self.test_seen, self.alone[1], before, setting, held_out)
+        metric = self.metrics[0]
+        change = paired_difference(seen.before[metric.name], seen.after[metric.name])
+        values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
+        return (
+            f"the held-out examples as --augment shifts them: {metric.name} {' → '.join(values)}, "
+            f"{metric.format(change.value, signed=True)} "
+            f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
         )
 
     def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict]:
@@ -474,7 +514,7 @@ class _Job:
             setting = chosen
             if len(self.parts) > 1:
                 plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}")
-                setting = _chosen(self._ladder(tuning, plan).climb()).setting
+                setting = _chosen(self._climbed(self._ladder(tuning, plan))).setting
             self.progress.expect(2 * len(held_out))
             parts.append(gather(self.model, self.test_examples, self.final_judge, before, setting, held_out))
             self.progress.count(label, 2 * len(held_out))
@@ -485,7 +525,7 @@ class _Job:
         lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
         metric = self.goal.metric
         best = sorted(lower, key=lambda rung: rung.mean, reverse=metric.higher_is_better)[0]
-        if _chosen(rungs) in lower or len(self.parts) > 1:
+        if _chosen(rungs) in lower or len(self.parts) > 1 or self.seen is not self.examples:
             return None
         judged = self.metrics[0].name
         held_out = self.parts[0][1]

@@ -1,0 +1,61 @@
+"""How much insurance costs nothing: a patch tuned on shifted views of the data, thinned until it is harmless.
+
+What helps shifted images may cost some accuracy on those at hand. Halfway between the identity and such a
+patch most of the help is left and next to none of the cost, so that all rungs and some points on the way
+to each are candidates.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from bnpatch.metrics import Metric, Values, paired_difference
+from bnpatch.search.ladder import Rung
+from bnpatch.setting import Setting
+
+#: How far from the identity toward a rung.
+PARTS = (1.0, 0.75, 0.5, 0.25)
+
+
+def harmless(
+    rungs: Sequence[Rung],
+    metric: Metric,
+    shifted: Callable[[Setting], Values],
+    clean: Callable[[Setting], Values],
+) -> Rung | None:
+    """The best that is found on the way to any rung without harm to clean examples.
+
+    Args:
+        rungs: of a ladder climbed on shifted views, the identity first.
+        metric: that the scores are of.
+        shifted: scores of a setting on shifted views of selection examples, always the same.
+        clean: scores on clean examples, always the same.
+
+    Returns:
+        The setting that does best on shifted views, of those that are better than the identity there beyond
+        doubt, and no worse on clean examples; None where there is none.
+    """
+    sign = -1.0 if metric.higher_is_better else 1.0
+    identity = rungs[0].setting
+    before = shifted(identity)
+    found = []
+    for rung in rungs[1:]:
+        for part in PARTS:
+            setting = toward(identity, rung.setting, part)
+            after = shifted(setting)
+            change = paired_difference(before, after)
+            if sign * change.value < 0 and change.excludes_zero:
+                name = rung.name if part == 1 else f"{rung.name} x {part:g}"
+                found.append(Rung(name, setting, float(np.mean(after)), change, True))
+    unharmed = sign * float(np.mean(clean(identity)))
+    best_first = sorted(found, key=lambda rung: sign * rung.mean)
+    return next((r for r in best_first if sign * float(np.mean(clean(r.setting))) <= unharmed), None)
+
+
+def toward(start: Setting, end: Setting, part: float) -> Setting:
+    """A setting between two, part of the way."""
+
+    def between(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {name: a.get(name, 0.0) + part * (weight - a.get(name, 0.0)) for name, weight in b.items()}
+
+    return Setting(between(start.alphas, end.alphas), between(start.lambdas, end.lambdas))

@@ -1,0 +1,70 @@
+"""Insurance that costs nothing: candidates with known scores, no model."""
+
+import numpy as np
+import pytest
+
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate
+from bnpatch.search.insurance import PARTS, harmless, toward
+from bnpatch.search.ladder import Rung
+from bnpatch.setting import Setting
+
+NOISE = np.random.default_rng(0).normal(0, 0.01, 200)
+
+
+def rungs(*alphas):
+    nothing = Estimate(0.0, 0.0, 0.0)
+    return [Rung(f"alpha {a}", Setting({"a": a}, {"a": a / 2}), 0.0, nothing) for a in (0.0, *alphas)]
+
+
+def search(help_, harm, *alphas, metric=CROSS_ENTROPY):
+    sign = -1 if metric.higher_is_better else 1
+    return harmless(
+        rungs(*alphas),
+        metric,
+        lambda setting: 1 + sign * (NOISE - help_(setting.alphas["a"])),
+        lambda setting: 1 + sign * (NOISE + harm(setting.alphas["a"])),
+    )
+
+
+@pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
+def test_takes_as_much_as_costs_nothing(metric):
+    found = search(lambda a: a, lambda a: max(0.0, a - 0.5), 0.4, 0.8, metric=metric)
+    assert found.setting == Setting({"a": 0.4}, {"a": 0.2})
+    assert found.chosen
+    assert found.mean == pytest.approx(1.4 if metric.higher_is_better else 0.6, abs=0.01)
+    found = search(lambda a: a, lambda a: max(0.0, a - 0.7), 0.4, 0.8, metric=metric)
+    assert found.name == "alpha 0.8 x 0.75"
+    assert found.setting.alphas["a"] == pytest.approx(0.6)
+
+
+def test_takes_all_where_that_costs_nothing():
+    assert search(lambda a: a, lambda a: 0.0, 0.4, 0.8).name == "alpha 0.8"
+    assert search(lambda a: a, lambda a: -a, 0.4, 0.8).name == "alpha 0.8"
+
+
+def test_nothing_where_any_costs_something_or_nothing_helps():
+    assert search(lambda a: a, lambda a: a, 0.4, 0.8) is None
+    assert search(lambda a: 0.0, lambda a: 0.0, 0.4) is None
+    assert search(lambda a: -a, lambda a: 0.0, 0.4) is None
+
+
+def test_a_help_that_may_be_chance_is_none():
+    chance = np.random.default_rng(1).normal(0, 1, 200)
+    chance -= chance.mean() - 0.05
+    scored = {0.0: np.ones(200)}
+    found = harmless(
+        rungs(0.4),
+        CROSS_ENTROPY,
+        lambda setting: scored.get(setting.alphas["a"], 1 - chance),
+        lambda setting: np.ones(200),
+    )
+    assert found is None
+
+
+def test_part_of_the_way():
+    start, end = Setting({"gn": 1.0, "bn": 0.0}), Setting({"gn": 0.6, "bn": 0.2}, {"bn": 0.8})
+    assert toward(start, end, 1.0) == end
+    half = toward(start, end, 0.5)
+    assert half.alphas == pytest.approx({"gn": 0.8, "bn": 0.1})
+    assert half.lambdas == pytest.approx({"bn": 0.4})
+    assert PARTS[0] == 1
