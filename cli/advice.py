@@ -68,7 +68,7 @@ def _observe(
     from .render import progress_bar
 
     # One pass needs no memory of it.
-    examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0), 0
+    examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0, labels="optional"), 0
     with progress_bar() as progress:
 
         def count(examples_done: int) -> None:

@@ -45,7 +45,7 @@ def export(
         loaded.apply(chosen)
     images = None
     if data is not None:
-        images = next(open_examples(data, loaded, limit=32).batches(32)).x
+        images = next(open_examples(data, loaded, limit=32, labels="optional").batches(32)).x
     done = export_onnx(loaded, output, alpha_inputs=alpha_input, images=images)
     if as_json:
         typer.echo(json.dumps({**vars(done), "path": str(done.path)}))

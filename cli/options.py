@@ -162,11 +162,11 @@ class Reading:
             "pin_memory": model.device.type == "cuda",
         }
 
-    def open(self, data: str, model: "TorchModel | OnnxModel", seed: int) -> "Examples":
-        """Open a data set for a model."""
+    def open(self, data: str, model: "TorchModel | OnnxModel", seed: int, **options: Any) -> "Examples":
+        """Open a data set for a model; see :func:`bnpatch.open_examples` for further options."""
         from bnpatch import open_examples
 
-        return open_examples(data, model, seed=seed, **self.settings(model))
+        return open_examples(data, model, seed=seed, **self.settings(model), **options)
 
 
 def in_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -88,7 +88,7 @@ def tune_alpha(
         bool,
         typer.Option(
             "--recover-folded",
-            help="ONNX: find again the Batch Norm that was folded into convolutions.",
+            help="Find again the Batch Norm that was folded into convolutions (--calib-data: clean images).",
             rich_help_panel=_SEARCH,
         ),
     ] = False,

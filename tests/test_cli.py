@@ -157,6 +157,15 @@ def test_inspect_advises_on_training(cli, checkpoint, folder, tmp_path):
     assert all(r["observed"] > 0 and r["inference_bound"] is None for r in ranges)
 
 
+def test_images_that_are_only_looked_at_need_no_labels(cli, checkpoint, folder):
+    flat = Path("flat")
+    flat.mkdir()
+    for number, path in enumerate(sorted(folder.glob("*/*.png"))[:20]):
+        shutil.copy(path, flat / f"{number}.png")
+    assert cli("inspect", checkpoint, "--data", flat, "-j", 0)[0] == 0
+    assert cli("export", checkpoint, "--data", flat, "-o", "same.onnx")[0] == 0
+
+
 def test_inspect_of_an_onnx_file_says_what_needs_torch(cli, exported):
     code, out, err = cli("inspect", exported, "--train-batch-size", 8, "--json")
     assert code == 0

@@ -124,7 +124,7 @@ class Ladder:
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
     itself. Every rung begins where a lower one ended, so that none is much worse.
 
-    Which one is kept is decided on examples that nothing was learned from (though learning was
+    Which one is kept is decided on selection examples, which nothing was learned from (though learning was
     stopped by them): the best mean, if it beats the identity beyond doubt; among equals the lowest rung.
     """
 
@@ -151,8 +151,10 @@ class Ladder:
         order = np.random.default_rng(plan.seed).permutation(tuning)
         sizes = block_sizes(len(order)) if judge.set_size == 1 else [len(p) for p in self._sets(order)]
         self._blocks = np.split(order, np.cumsum(sizes)[:-1])
-        # A race scores all blocks of the settings that matter: choosing between them costs nothing more.
-        self._selection = range(len(sizes) - max(1, round(SELECTION * len(sizes))), len(sizes))
+        # A race scores all blocks of the settings that matter: choosing between them costs nothing more. One
+        # weight for all does not fit itself to the examples: where nothing else is found, all of them choose.
+        part = 1.0 if plan.granularity == "global" else SELECTION
+        self._selection = range(len(sizes) - max(1, round(part * len(sizes))), len(sizes))
         self.fit = np.concatenate(self._blocks[: self._selection.start] or self._blocks)
         self._scored: dict[tuple[Any, int], dict[str, Values]] = {}
 

@@ -32,7 +32,7 @@ from bnpatch.nn.surgery import calibrated, uncalibrated
 from tests.nn.test_surgery import images, settle
 
 MAX_PARAMETERS = 150e6
-MAX_EXPORTED_PARAMETERS = 6e6
+MAX_EXPORTED_PARAMETERS = 30e6
 MAX_SECONDS = 120  # of one core's time
 
 INTRODUCTION = """\

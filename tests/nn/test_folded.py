@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -168,3 +169,20 @@ def test_reparameterized_models_of_timm(name, fewest):
     after = model.predict(X[:4])
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
+
+
+def test_what_torch_fuses_for_quantization():
+    """Conv-BN-ReLU becomes one module of torch.ao, whose convolution is inside it."""
+    model = settle(torchvision.models.quantization.resnet18(weights=None, quantize=False)).eval()
+    sites = len(bnpatch.survey(model).sites)
+    x = images(8, 3, 64, 64)
+    before = model(x)
+    model.fuse_model()
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    assert not bnpatch.survey(model).sites
+    fused_model = load(model)
+    assert len(fused_model.folded(x[:1])) == sites
+    assert recover_folded(fused_model, (x, np.zeros(8, np.int64))) == sites
+    before = fused_model.predict(x)
+    fused_model.set_alphas(0.2)
+    assert not torch.allclose(fused_model.predict(x), before)

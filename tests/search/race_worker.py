@@ -58,4 +58,4 @@ if __name__ == "__main__":
     log.touch()
     while not all(peer.exists() for peer in peers):
         time.sleep(0.001)
-    result.write_text(json.dumps(run(storage, log, seconds_a_block=0.005)))
+    result.write_text(json.dumps(run(storage, log, seconds_a_block=0.02)))
