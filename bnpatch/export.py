@@ -136,7 +136,14 @@ def _export_torch(
     graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
     if source.class_names:
         graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
-    used = {n: m for n, m in source.recovered().items() if alpha_inputs or alphas[n] or n in running}
+    # What only training reaches, such as Inception's auxiliary classifier, is not in the graph.
+    reached = source.site_shapes(example_input)
+    alphas = {name: alpha for name, alpha in alphas.items() if name in reached}
+    used = {
+        n: m
+        for n, m in source.recovered().items()
+        if n in reached and (alpha_inputs or alphas[n] or n in running)
+    }
     insert_norms(graph, {name.removesuffix(FOLDED): moments for name, moments in used.items()})
     alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FOLDED)}
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}

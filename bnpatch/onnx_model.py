@@ -382,10 +382,11 @@ class OnnxModel:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Every weight is as before when the context ends."""
-        before = self.setting()
+        before, targets = self.setting(), dict(self._targets)
         try:
             yield
         finally:
+            self._targets = targets
             known = self.setting()  # calibration may have added sites, which are at their identity
             self._alphas = {name: before.alphas.get(name, a) for name, a in known.alphas.items()}
             self._lambdas = {name: before.lambdas.get(name, 0.0) for name in known.lambdas}

@@ -7,6 +7,7 @@ label-free objectives and learning by gradient, is computed by the first alone.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +106,9 @@ class Shared:
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`bnpatch.search.judge.Judge`."""
-        targets = model.targets()
-        news = None if targets is self._told else targets
+        targets = dict(model.targets())
+        told = self._told or {}
+        news = None if all(told.get(name) is part for name, part in targets.items()) else targets
         self._told = targets
         self._processes.tell(_Work(self._number, indices, model.setting(), news))
         return _score(self._judge, model, examples, indices, self._processes)
@@ -140,7 +142,8 @@ def serve(processes: Processes, model: Patchable, judges: Mapping[int, tuple[ByM
             model.retarget(message.targets)
         model.set(message.setting)
         judge, examples = judges[message.judge]
-        _score(judge, model, examples, message.indices, processes)
+        with suppress(BnpatchError):  # the first process has it as well, and decides
+            _score(judge, model, examples, message.indices, processes)
 
 
 def dismiss(processes: Processes, result: Any) -> None:

@@ -4,6 +4,7 @@ import onnx_ir as ir
 import pytest
 import timm
 import torch
+from torch import nn
 
 import bnpatch
 from bnpatch.calibration import target_moments
@@ -170,3 +171,25 @@ def test_single_values_are_weighed_where_asked(checkpoint, tmp_path):
     for fresh in (bnpatch.load(checkpoint), bnpatch.load(exported)):
         fresh.apply(recipe)
         torch.testing.assert_close(fresh.predict(x), weighed, rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_training_reaches_is_not_exported(tmp_path):
+    """Inception and GoogLeNet have classifiers beside the last one, which serve in training alone."""
+
+    class WithAuxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+            self.auxiliary = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.body(x)
+            if self.training:
+                x = x + self.auxiliary(x)
+            return self.head(x.mean((2, 3)))
+
+    model = bnpatch.patch(settle(WithAuxiliary()), alpha=0.2)
+    assert len(bnpatch.survey(model).sites) == 2
+    done = export_onnx(model, tmp_path / "m.onnx", images(2, 3, 16, 16))
+    assert done.patched == ("body.1",)

@@ -236,7 +236,14 @@ class Ladder:
             value = params[key]
             return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
 
-        result = self._run_race(name, setting, {key: (0.0, 1.0)}, {key: 0.0}, [{key: v} for v in first])
+        result = self._run_race(
+            name,
+            setting,
+            {key: (0.0, 1.0)},
+            {key: 0.0},
+            [{key: v} for v in first],
+            start if any(start.lambdas.values()) else None,
+        )
         return setting(result.best.params)
 
     def _run_race(
@@ -246,6 +253,7 @@ class Ladder:
         space: Mapping[str, tuple[float, float]],
         origin: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
+        start: Setting | None = None,
     ) -> RaceResult:
         sizes = [len(block) for block in self._blocks]
         # A handful of sets is too few to race over: then every trial sees them all.
@@ -253,20 +261,17 @@ class Ladder:
         passes, trials = (
             (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
         )
-        whole: dict[str, float] = {}
 
         def evaluate_block(params: Mapping[str, float], block: int) -> Mapping[str, Values]:
             return self._block_scores(setting(params), block, name)
 
-        def report(runner: Runner, is_best: bool) -> None:
-            if not whole:
-                whole.update(runner.means)
-            trial = self._trial(name, runner, whole, sizes)
+        def report(runner: Runner, standing: RaceResult) -> None:
+            trial = self._trial(name, runner, standing.identity.means, sizes)
             self.trials.append(trial)
-            self._on_trial(trial, is_best)
+            self._on_trial(trial, standing.best.number == runner.number)
 
         result = race(
-            self._study(name),
+            self._study(name if start is None else f"{name}.{_digest(start)}"),
             evaluate_block,
             sizes,
             metric=self.judge.metric,
@@ -281,9 +286,7 @@ class Ladder:
         )
         # Also those that an earlier run finished.
         self.trials = [t for t in self.trials if t.rung != name]
-        self.trials += [
-            self._trial(name, r, result.runners[0].means, sizes) for r in result.runners if r.means
-        ]
+        self.trials += [self._trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
         return result
 
@@ -374,7 +377,7 @@ class Ladder:
             for scale, threshold in ((1.0, 0.02), (1.0, 0.05), (0.7, 0.02), (1.4, 0.02))
         ]
         origin = {"scale": 1.0, "threshold": 0.0}
-        return setting(self._run_race("refined", setting, space, origin, first).best.params)
+        return setting(self._run_race("refined", setting, space, origin, first, start).best.params)
 
     def _groups(self, per: str) -> dict[str, str]:
         """Which sites share a weight; those where an example has a single value stay at their identity."""

@@ -65,12 +65,14 @@ class RaceResult:
 
     Attributes:
         runners: all trials, the identity first.
+        identity: what all are compared with.
         best: the best of those that were scored on all blocks.
         passes: examples scored over examples there are, by whatever process, in all runs of this study.
         interrupted: the user stopped the race early.
     """
 
     runners: list[Runner]
+    identity: Runner
     best: Runner
     passes: float
     interrupted: bool
@@ -95,7 +97,7 @@ def race(
     max_trials: int | None = None,
     timeout: float | None = None,
     seed: int = 0,
-    on_trial: Callable[[Runner, bool], None] = lambda runner, is_best: None,
+    on_trial: Callable[[Runner, RaceResult], None] = lambda runner, standing: None,
     on_units: Callable[[int], None] = lambda count: None,
 ) -> RaceResult:
     """Find the parameters that score best, in few passes over the examples.
@@ -118,7 +120,7 @@ def race(
         max_trials: budget of the whole study in trials, the identity included.
         timeout: seconds after which nothing more is begun; the best so far still runs on all blocks.
         seed: of the sampler.
-        on_trial: called when a trial ended, with whether it is the best so far.
+        on_trial: called when a trial ended, with how the race stands.
         on_units: called after each block with its number of examples.
 
     Raises:
@@ -151,10 +153,7 @@ def race(
                     _end(study, standings, trial, state)
                     if done(trial):
                         result = _result(Standings(rules, study.trials()), interrupted)
-                        on_trial(
-                            next(r for r in result.runners if r.number == trial.number),
-                            result.best.number == trial.number,
-                        )
+                        on_trial(next(r for r in result.runners if r.number == trial.number), result)
     except KeyboardInterrupt:
         origin = Standings(rules, study.trials()).origin
         if origin is None or done(origin) < len(sizes):
@@ -228,7 +227,9 @@ def _result(standings: Standings, interrupted: bool) -> RaceResult:
     whole = [t for t in standings.trials if t.state == TrialState.COMPLETE and done(t) == blocks]
     best = min(whole or [origin], key=lambda t: standings.rank(t, done(t)))
     passes = standings.spent / sum(standings.rules.sizes)
-    return RaceResult(list(runners.values()), runners[best.number], passes, interrupted)
+    return RaceResult(
+        list(runners.values()), runners[origin.number], runners[best.number], passes, interrupted
+    )
 
 
 def _runner(standings: Standings, trial: StoredTrial, origin: StoredTrial) -> Runner:

@@ -274,7 +274,8 @@ class _Goal:
             beside = STANDARD_METRICS if self.classes else ()
             metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
             return ByMetric(self.metric, metrics, self.batch_size)
-        num_outputs = model.num_outputs(next(examples.batches(1)).x)
+        readable = examples.readable(indices)  # or an error that says why not
+        num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)
         objectives: Mapping[str, label_free.Objective] = {
             "unlabeled": label_free.unlabeled(label_free.as_prior(self.prior, num_outputs)),
             "alignment": label_free.alignment,
@@ -320,6 +321,7 @@ class _Job:
         """Do it; the model is as before when this returns."""
         with self.model.borrowed():
             came_with = self.model.setting()
+            self.came_with = dict(self.model.targets())
             self._make_sites(recover_folded)
             before = Setting(
                 {**self.model.identities(), **came_with.alphas},
@@ -369,8 +371,10 @@ class _Job:
         if self.max_overhead is not None:
             thinned, points = self._thinned(_chosen(rungs), ladder)
             rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
+        found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
         rungs, setting, verdict = self._judge(before, rungs)
-        if self.seen is not self.examples:
+        self.model.retarget(self.came_with if setting is before else found)
+        if self.seen is not self.examples and len(self.parts) == 1:
             self.notes.append(self._insured(before, setting))
         self.model.set(setting)
         recipe = self.model.recipe()
@@ -418,7 +422,7 @@ class _Job:
         best = harmless(rungs, self.goal.metric, ladder.selected, clean)
         if best is None:
             self.notes.append(
-                "whatever helps the shifted images costs something on those at hand: not applied"
+                "nothing was found that helps the shifted images and leaves those at hand unharmed"
             )
             return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
         others = [replace(rung, chosen=False) for rung in rungs if rung.name != best.name]
@@ -427,7 +431,7 @@ class _Job:
     def _insured(self, before: Setting, setting: Setting) -> str:
         """What a setting does to held-out examples that are shifted, in words."""
         held_out = np.concatenate([held_out for _, held_out in self.parts])
-        seen = gather(self.model, self.test_seen, self.alone[1], before, setting, held_out)
+        seen = gather(self.model, self.test_seen, self.alone[1], before, setting, held_out, self.came_with)
         metric = self.metrics[0]
         change = paired_difference(seen.before[metric.name], seen.after[metric.name])
         values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
@@ -445,7 +449,8 @@ class _Job:
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
             return rungs, before, verdict
-        if lower := self._better_global(rungs, evidence):
+        bound = self.max_overhead is not None or self.seen is not self.examples  # by more than the score
+        if not bound and (lower := self._better_global(rungs, evidence)):
             self.notes.append(f"{chosen.name} does worse than {lower.name} on held-out examples: not applied")
             rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
             return rungs, lower.setting, conclude(self._evidence(before, lower.setting), self.metrics)
@@ -515,8 +520,20 @@ class _Job:
             if len(self.parts) > 1:
                 plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}")
                 setting = _chosen(self._climbed(self._ladder(tuning, plan))).setting
+                if self.max_overhead is not None:
+                    setting = _thinned_like(chosen, setting, self.model.identities())
             self.progress.expect(2 * len(held_out))
-            parts.append(gather(self.model, self.test_examples, self.final_judge, before, setting, held_out))
+            parts.append(
+                gather(
+                    self.model,
+                    self.test_examples,
+                    self.final_judge,
+                    before,
+                    setting,
+                    held_out,
+                    self.came_with,
+                )
+            )
             self.progress.count(label, 2 * len(held_out))
         return Evidence.joined(parts)
 
@@ -525,11 +542,13 @@ class _Job:
         lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
         metric = self.goal.metric
         best = sorted(lower, key=lambda rung: rung.mean, reverse=metric.higher_is_better)[0]
-        if _chosen(rungs) in lower or len(self.parts) > 1 or self.seen is not self.examples:
+        if _chosen(rungs) in lower or len(self.parts) > 1:
             return None
         judged = self.metrics[0].name
         held_out = self.parts[0][1]
-        other = gather(self.model, self.test_examples, self.final_judge, best.setting, best.setting, held_out)
+        other = gather(
+            self.model, self.test_examples, self.final_judge, best.setting, best.setting, held_out, {}
+        )
         change = paired_difference(other.after[judged], evidence.after[judged])
         worse = change.value < 0 if self.metrics[0].higher_is_better else change.value > 0
         return best if worse and change.excludes_zero else None
@@ -541,11 +560,21 @@ class _Job:
             "model": hashlib.sha256(sites.encode()).hexdigest()[:16],
             "preprocessing": None if self.examples.as_they_are else self.model.preprocessing.to_json(),
             "data": self.seen.fingerprint(),
+            "calibration data": None if self.calib is None else self.calib.fingerprint(),
+            "weigh single values": self.model.weigh_single_values,
             "examples": [int(sum(len(part) for part, _ in self.parts)), len(self.parts)],
             "metric": self.goal.metric.name,
             "class prior": str(self.goal.prior),
             "seed": self.plan.seed,
         }
+
+
+def _thinned_like(chosen: Setting, setting: Setting, identities: Mapping[str, float]) -> Setting:
+    """Leave at their identity the sites that were not worth their time."""
+    return Setting(
+        {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in setting.alphas.items()},
+        setting.lambdas,
+    )
 
 
 def _chosen(rungs: Sequence[Rung]) -> Rung:

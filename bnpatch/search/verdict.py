@@ -20,6 +20,7 @@ from bnpatch.metrics import (
     paired_difference,
 )
 from bnpatch.model import Patchable
+from bnpatch.moments import Moments
 from bnpatch.search.judge import Judge
 from bnpatch.setting import Setting
 
@@ -85,9 +86,25 @@ class Verdict:
 
 
 def gather(
-    model: Patchable, examples: Examples, judge: Judge, before: Setting, after: Setting, indices: Indices
+    model: Patchable,
+    examples: Examples,
+    judge: Judge,
+    before: Setting,
+    after: Setting,
+    indices: Indices,
+    came_with: Mapping[str, Moments[Any]],
 ) -> Evidence:
-    """Score examples without and with a patch; the model has the weights of ``after`` when this returns."""
+    """Score examples without and with a patch; the model has the weights of ``after`` when this returns.
+
+    Args:
+        model: its target moments are those that ``after`` weighs.
+        examples: to judge by.
+        judge: what scores them.
+        before: the weights that the model came with.
+        after: those of the patch.
+        indices: of the examples.
+        came_with: the target moments that ``before`` weighs.
+    """
     indices = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
     sets = (
         [indices] if judge.set_size == 1 else np.array_split(indices, max(1, len(indices) // judge.set_size))
@@ -98,8 +115,11 @@ def gather(
         parts = [judge.scores(model, examples, part) for part in sets]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    found = dict(model.targets())
+    model.retarget(came_with)
     first = scores(before)
-    second = first if before == after else scores(after)
+    model.retarget(found)
+    second = first if before == after and not came_with else scores(after)
     read = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
     labelled = examples.classes and examples.labelled[read].all()
     return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))

@@ -238,7 +238,9 @@ def test_before_the_identity_is_scored_there_is_nothing_to_keep():
 def test_progress_and_trials_are_told():
     problem, units, told = Problem(300), [], []
     result = run(
-        problem, on_units=units.append, on_trial=lambda runner, is_best: told.append((runner, is_best))
+        problem,
+        on_units=units.append,
+        on_trial=lambda runner, standing: told.append((runner, standing.best.number == runner.number)),
     )
     assert sum(units) == problem.scored
     assert sorted(runner.number for runner, _ in told) == [r.number for r in result.runners]

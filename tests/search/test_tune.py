@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bnpatch
+from bnpatch.calibration import target_moments
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
@@ -14,6 +15,7 @@ from bnpatch.search import tune as search
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.learn import learn
 from bnpatch.search.sparse import trade_off
+from bnpatch.search.trade_off import Choice
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -424,3 +426,36 @@ def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, t
     assert repr(tuned) == "TuneResult(alpha, accuracy: gain)"
     with pytest.raises(BnpatchError, match=r"images without classes; give a pair"):
         bnpatch.tune_alpha(model, foggy[0])
+
+
+def test_a_study_of_other_calibration_data_is_refused(model, foggy, clean, tmp_path):
+    run = {"granularity": "global", "recalibrate": True, "storage": str(tmp_path / "s.journal"), "trials": 2}
+    bnpatch.tune_alpha(model, foggy, **run, calib_data=foggy[0][:50])
+    with pytest.raises(BnpatchError, match="another calibration data"):
+        bnpatch.tune_alpha(model, foggy, **run, calib_data=clean[0][:50])
+
+
+def test_a_limit_on_latency_holds_against_what_held_out_examples_like_better(model, foggy, monkeypatch):
+    monkeypatch.setattr(search, "choose", lambda points, limit: Choice(points[0], "nothing is affordable"))
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1.5)
+    assert result.chosen.name == "at most 1.5x"
+    assert result.alpha == 0
+
+
+def test_a_cross_fit_leaves_the_targets_of_the_whole(model, foggy):
+    few = foggy[0][:100], foggy[1][:100]
+    run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 4}
+    result = bnpatch.tune_alpha(model, few, **run)
+    assert result.num_folds > 1
+    whole = target_moments(model, bnpatch.open_examples(few, model), indices=np.arange(100), batch_size=250)
+    stored = {site.name: site for site in result.recipe.sites}
+    assert any(site.lambda_ for site in stored.values())
+    for name, site in stored.items():
+        np.testing.assert_allclose(site.target.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
+
+
+def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"nonsense")
+    with pytest.raises(BnpatchError, match="none of the images can be read"):
+        bnpatch.tune_alpha(model, tmp_path, metric="unlabeled", num_workers=0)
