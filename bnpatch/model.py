@@ -20,7 +20,14 @@ from bnpatch.moments import Moments, mix
 from bnpatch.nn.folded import VirtualNorm, folded_candidates, is_convolution, recover
 from bnpatch.nn.functional import functional_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.observe import accurate_moments, at_inputs, at_outputs, joined, pooled_rows
+from bnpatch.nn.observe import (
+    accurate_moments,
+    at_inputs,
+    at_outputs,
+    in_evaluation_mode,
+    joined,
+    pooled_rows,
+)
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, swap, uncalibrated, unpatch
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
@@ -500,16 +507,9 @@ class TorchModel:
         finally:
             self.module = swap(self.module, {id(b): a for a, b in zip(layers, origins, strict=True)})
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """In evaluation mode while the context lasts; then every mode is as before."""
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return in_evaluation_mode(self.module)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

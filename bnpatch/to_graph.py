@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.errors import BnpatchError, first_line
+from bnpatch.nn.observe import in_evaluation_mode
 
 
 def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
@@ -25,9 +26,7 @@ def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
     Raises:
         BnpatchError: torch can't export it.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
+    with in_evaluation_mode(module):
         return _export(
             module,
             (example_input,),
@@ -35,9 +34,6 @@ def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
             output_names=["output"],
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:

@@ -29,7 +29,7 @@ FLOORS = {
     "data.preprocessing": 1,
     "loading.checkpoint": 1,
     "loading.architecture": 1,
-    "to_graph": 1,
+    "to_graph": 2,
     "graph.group_norm": 1,
     "graph.read": 1,
     "setting": 1,

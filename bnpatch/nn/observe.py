@@ -11,6 +11,18 @@ from bnpatch.moments import Moments, pool
 
 
 @contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode as long as the context lasts; then each in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """Call ``do(name, input)`` before each of the modules runs, as long as the context lasts."""
     handles = []

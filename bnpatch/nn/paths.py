@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnpatch.errors import BnpatchError, first_line
+from bnpatch.nn.observe import in_evaluation_mode
 from bnpatch.nn.surgery import survey
 
 # Operators that normalize by moments, as they are after composite ones were taken apart.
@@ -81,7 +82,7 @@ def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
     """
     norms = _norm_modules(model)
     record = _Provenance(_names_by_storage(norms), {_storage(p) for p in model.parameters()})
-    with _in_evaluation_mode(model), _noting_modules(norms, record), torch.no_grad(), record:
+    with in_evaluation_mode(model), _noting_modules(norms, record), torch.no_grad(), record:
         try:
             y = model(example_input)
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
@@ -188,14 +189,3 @@ def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

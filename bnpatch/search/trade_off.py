@@ -1,6 +1,5 @@
 """What a patch gains against what it costs: nested settings to measure, and which of them to take."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +7,6 @@ import numpy as np
 
 from bnpatch.bench import Latency
 from bnpatch.errors import BnpatchError
-from bnpatch.files import atomic_path
-from bnpatch.metrics import Metric
 from bnpatch.setting import Setting
 
 #: Settings of a family with sites; half a dozen to ten show where a curve bends.
@@ -137,89 +134,6 @@ def knee(points: Sequence[Point]) -> Point | None:
     above = (gains - gains[0]) / (gains[-1] - gains[0]) - (costs - costs[0]) / (costs[-1] - costs[0])
     best = int(above.argmax())
     return front[best] if above[best] > 1e-9 else None  # rounding on a straight front is no knee
-
-
-def plot_trade_off(
-    points: Sequence[Point],
-    path: str | os.PathLike[str],
-    metric: Metric,
-    *,
-    chosen: Point | None = None,
-    max_overhead: float | None = None,
-) -> None:
-    """Draw gain against latency: the Pareto front, dominated points pale, the chosen point and the knee.
-
-    Args:
-        points: what was measured.
-        path: where to write, by its suffix a PNG, SVG or PDF file.
-        metric: that the gain is of.
-        chosen: see :func:`choose`.
-        max_overhead: drawn as a limit.
-
-    Raises:
-        BnpatchError: the file can't be written.
-    """
-    from matplotlib.figure import Figure
-
-    scale = 100 if metric.is_rate else 1
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(0, color="#9aa5b1", linewidth=0.8, zorder=0)
-    for point, is_dominated in zip(points, dominated(points), strict=True):
-        latency = point.latency
-        axis.errorbar(
-            latency.ratio,
-            scale * point.gain,
-            xerr=[[latency.ratio - latency.low], [latency.high - latency.ratio]],
-            yerr=1.96 * scale * point.standard_error,
-            fmt="o",
-            color="#3d4f63",
-            alpha=0.3 if is_dominated else 1,
-            markersize=5,
-            elinewidth=0.9,
-            zorder=2,
-        )
-        axis.annotate(
-            str(point.num_sites),
-            (latency.ratio, scale * point.gain),
-            xytext=(7, -13),
-            textcoords="offset points",
-            fontsize=8,
-            color="#9aa5b1" if is_dominated else "#3d4f63",
-        )
-    front = pareto_front(points)
-    costs, gains = [p.latency.ratio for p in front], [scale * p.gain for p in front]
-    axis.step(costs, gains, where="post", color="#9aa5b1", linewidth=1.2, zorder=1)
-    for marked, name, style, colour, size in (
-        (chosen, "chosen", "D", "#1f7a4d", 9),
-        (knee(points), "knee", "o", "#c0392b", 15),
-    ):
-        if marked is not None:
-            sites = f"{marked.num_sites} site{'' if marked.num_sites == 1 else 's'}"
-            gain = f"{metric.format(marked.gain, signed=True)} at {marked.latency.ratio:.2f}x"
-            axis.plot(
-                marked.latency.ratio,
-                scale * marked.gain,
-                style,
-                markersize=size,
-                color=colour,
-                fillstyle="none" if name == "knee" else "full",
-                markeredgewidth=1.6,
-                linestyle="none",
-                label=f"{name}, {sites}: {gain}",
-                zorder=3,
-            )
-    if max_overhead is not None:
-        axis.axvline(
-            max_overhead, color="#c0392b", linewidth=1, linestyle=":", label=f"limit {max_overhead:g}x"
-        )
-    axis.set_xlabel("time per batch, times the original's")
-    axis.set_ylabel(f"gain in {metric.name}{' (points)' if metric.is_rate else ''}")
-    axis.set_title("numbers are patched sites; bars are 95% intervals", fontsize=10)
-    axis.grid(alpha=0.25)
-    axis.legend(loc="lower right", frameon=False, fontsize=9, markerscale=0.6)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
 
 
 def _interval(point: Point) -> str:

@@ -5,11 +5,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from PIL import Image
 
 from bnpatch import BnpatchError
 from bnpatch.bench import Latency
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.search.trade_off import (
     Point,
     choose,
@@ -17,7 +15,6 @@ from bnpatch.search.trade_off import (
     knee,
     nested_sites,
     pareto_front,
-    plot_trade_off,
 )
 from bnpatch.setting import Setting
 
@@ -92,13 +89,3 @@ def test_the_knee_is_where_the_curve_bends():
     hollow = [ORIGINAL, point(1, 1.5, 0.1), point(2, 1.6, 1.0)]
     for none in ([ORIGINAL], POINTS[:2], straight, hollow, [ORIGINAL, point(1, 1.2, -0.1)]):
         assert knee(none) is None
-
-
-@pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
-def test_the_picture(metric, tmp_path):
-    for name, points in {"curve": POINTS, "alone": [ORIGINAL]}.items():
-        path = tmp_path / f"{name}.png"
-        plot_trade_off(points, path, metric, chosen=choose(points, 1.3).point, max_overhead=1.3)
-        assert Image.open(path).size[0] > 600
-    with pytest.raises(BnpatchError, match="cannot write"):
-        plot_trade_off(POINTS, "/dev/null/curve.png", metric)

@@ -10,12 +10,14 @@ from bnpatch.calibration import target_moments
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.moments import Moments
 from bnpatch.search import ladder
 from bnpatch.search import tune as search
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.learn import learn
 from bnpatch.search.sparse import trade_off
 from bnpatch.search.trade_off import Choice
+from bnpatch.setting import Setting
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -459,3 +461,20 @@ def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
         (tmp_path / f"{number}.png").write_bytes(b"nonsense")
     with pytest.raises(BnpatchError, match="none of the images can be read"):
         bnpatch.tune_alpha(model, tmp_path, metric="unlabeled", num_workers=0)
+
+
+@pytest.mark.parametrize("make", ["torch", "onnx"])
+def test_a_model_that_came_with_lambdas_is_judged_as_it_came(checkpoint, exported, foggy, make):
+    """Its own targets, not those that the search estimates; and it has them again afterwards."""
+    model = bnpatch.load(checkpoint if make == "torch" else exported)
+    model.retarget({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
+    model.set(Setting(lambdas=dict.fromkeys(model.alphas(), 0.7)))
+    own = {name: np.array(part.mean) for name, part in model.targets().items()}
+    test = foggy[0][:200], foggy[1][:200]
+    examples = bnpatch.open_examples(test, model)
+    before = evaluate(model, examples).mean(CROSS_ENTROPY)
+    run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 3}
+    result = bnpatch.tune_alpha(model, (foggy[0][200:], foggy[1][200:]), test_data=test, **run)
+    assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
+    assert all(np.array_equal(part.mean, own[name]) for name, part in model.targets().items())
+    assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)
