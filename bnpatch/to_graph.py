@@ -1,10 +1,11 @@
 """A torch model as an ONNX graph that still has its Batch Norm."""
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
             # optimize=True would fold every Batch Norm into its convolution.
             program = torch.onnx.export(model, args, dynamo=True, optimize=False, verbose=False, **options)
     except Exception as error:  # torch.export raises errors of many kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps what went wrong in advice about itself
+            cause = cause.__cause__
         raise BnpatchError(
-            f"torch can't export the model: {first_line(error)}",
+            f"torch can't export the model: {first_line(cause)}",
             "make its forward exportable with torch.export, or apply the recipe in Python",
         ) from error
     assert program is not None  # of the dynamo exporter
@@ -76,11 +80,11 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks, on operators that nobody uses for one."""
+    """Without the exporter's remarks, on operators that nobody uses for one, and the graphs it prints."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
