@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -303,9 +302,8 @@ class TorchModel:
         return {name: joined(parts) for name, parts in seen.items()}
 
     def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
-        parts = (
-            torch.as_tensor(np.asarray(part), dtype=torch.float32) for part in (moments.mean, moments.var)
-        )
+        # Not by way of NumPy, as they may be on the device already.
+        parts = (torch.as_tensor(part, dtype=torch.float32) for part in (moments.mean, moments.var))
         return Moments(*(part.to(self.device) for part in parts))
 
     @torch.inference_mode()

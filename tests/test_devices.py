@@ -1,0 +1,131 @@
+"""Devices without having one: PyTorch's fake tensors know where they are, and refuse to be mixed."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bnpatch
+from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.model import TorchModel
+from bnpatch.moments import Moments
+from bnpatch.nn.conversion import convert_norms
+from bnpatch.search import objectives
+from bnpatch.search.judge import _seen
+from bnpatch.search.learn import Shared, _set_learned
+from bnpatch.setting import Setting
+from bnpatch.spec import NormSpec
+
+DEVICE = torch.device("cuda", 0)
+IMAGES = (4, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def fake():
+    with FakeTensorMode():
+        yield
+
+
+@pytest.fixture
+def model():
+    with DEVICE:
+        module = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.Flatten(),
+            nn.Linear(96, 10),
+        )
+    module.to = lambda device: module  # it is there; fake parameters can't be moved
+    values = Preprocessing(IMAGES[1:], (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
+    return TorchModel(module.eval(), "fake", values, device=DEVICE)
+
+
+def images():
+    """Bytes on the host, as data loaders give them."""
+    return torch.zeros(IMAGES, dtype=torch.uint8)
+
+
+def are_there(moments):
+    return bool(moments) and all(part.device == DEVICE for m in moments.values() for part in (m.mean, m.var))
+
+
+def everywhere(model, alpha, lambda_):
+    names = [site.name for site in model.survey().sites]
+    return Setting(dict.fromkeys(names, alpha), dict.fromkeys(names, lambda_))
+
+
+def test_fakes_refuse_to_be_mixed():
+    with pytest.raises(RuntimeError, match=r"[Dd]evice"):
+        torch.zeros(2, device=DEVICE) + torch.zeros(2)
+
+
+def test_a_patched_model_predicts(model):
+    assert model.predict(images()).device == DEVICE
+    model.set_alphas(0.3)
+    assert model.predict(images()).device == DEVICE
+    assert model.predict(torch.zeros(IMAGES)).device == DEVICE
+
+
+@pytest.mark.parametrize("where", ["host", "device", "numbers"])
+def test_moments_may_be_anywhere(model, where):
+    outputs, moments = model.observe(images())
+    assert outputs.device == DEVICE
+    assert are_there(moments)
+    found = model.moments_by_batch(images())
+    assert are_there(found)
+    if where == "host":
+        found = {name: Moments(m.mean.cpu(), m.var.cpu()) for name, m in found.items()}
+    elif where == "numbers":
+        found = {name: Moments([0.0] * len(m.mean), [1.0] * len(m.var)) for name, m in found.items()}
+    model.retarget(found)
+    model.set(everywhere(model, 0.2, 0.5))
+    assert are_there(model.running())
+    assert model.predict(images()).device == DEVICE
+
+
+def test_weights_that_are_learned_meet_their_layers(model):
+    channels = {site.name: site.num_channels for site in model.survey().sites}
+    model.retarget({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
+    model.set(everywhere(model, 0.0, 0.0))
+    names = [site.name for site in model.survey().sites]
+    shared = Shared({name: name for name in names}, dict.fromkeys(names, "all"))
+    logits = {
+        "alpha": {name: torch.zeros((), device=DEVICE, requires_grad=True) for name in names},
+        "lambda": {"all": torch.zeros((), device=DEVICE, requires_grad=True)},
+    }
+    _set_learned(model, shared, logits)
+    assert model.forward(images()).device == DEVICE
+
+
+@pytest.mark.parametrize(
+    "objective", ["unlabeled", "unlabeled with a prior", "alignment", "entropy", "evalnorm"]
+)
+def test_objectives_stay_on_the_device(model, objective):
+    judge = {
+        "unlabeled": objectives.unlabeled(),
+        "unlabeled with a prior": objectives.unlabeled(torch.full((10,), 0.1)),
+    }.get(objective) or getattr(objectives, objective)
+    model.retarget(model.moments_by_batch(images()))
+    model.set(everywhere(model, 0.2, 0.5))
+    assert judge(_seen(model, *model.observe(images())), model.facts()).device == DEVICE
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NormSpec(examples_per_group=2),
+        NormSpec(channels_per_group=2),
+        NormSpec(channels_per_group=2, examples_per_group=2),
+        NormSpec(renorm=bnpatch.spec.Renorm()),
+    ],
+    ids=str,
+)
+def test_training_stays_on_the_device(model, spec):
+    module = convert_norms(model.module, spec).train()
+    assert module(torch.zeros(IMAGES, device=DEVICE)).device == DEVICE
+    running = [buffer for name, buffer in module.named_buffers() if "running" in name]
+    assert running
+    assert all(buffer.device == DEVICE for buffer in running)
