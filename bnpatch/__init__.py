@@ -30,7 +30,7 @@ _WHERE = {
     "FineTuneSettings": "finetune.settings",
     "OnnxModel": "onnx_model",
     "TorchModel": "model",
-    "TuneResult": "search.tune",
+    "TuneResult": "search.result",
     "apply": "loading.load",
     "calibrate": "calibration",
     "convert_norms": "nn.conversion",
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from bnpatch.nn.surgery import unpatch as unpatch
     from bnpatch.onnx_model import OnnxModel as OnnxModel
     from bnpatch.recipe import Recipe as Recipe
-    from bnpatch.search.tune import TuneResult as TuneResult
+    from bnpatch.search.result import TuneResult as TuneResult
     from bnpatch.search.tune import tune_alpha as tune_alpha
     from bnpatch.spec import NormSpec as NormSpec
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,21 @@ from bnpatch.metrics import (
 from bnpatch.model import Patchable
 from bnpatch.setting import Setting
 
+T = TypeVar("T")
+
 STANDARD_METRICS = (ACCURACY, TOP5, CROSS_ENTROPY)
 
 
 class OutputsNotFiniteError(BnpatchError):
     """The model returned infinities or NaN."""
+
+
+def if_finite(score: Callable[[], T]) -> T | None:
+    """What this returns; None where it finds that the model returns infinities or NaN."""
+    try:
+        return score()
+    except OutputsNotFiniteError:
+        return None
 
 
 class NoExamplesError(BnpatchError):

@@ -14,6 +14,9 @@ from bnpatch.errors import BnpatchError
 Values = npt.NDArray[np.float64]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
+#: The 97.5th percentile of the normal distribution: a 95% interval reaches so many standard errors each way.
+Z95 = 1.959963984540054
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -118,6 +121,11 @@ class Estimate:
         """Does the interval lie to one side of 0?"""
         return self.low > 0 or self.high < 0
 
+    @property
+    def reach(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
     def to_json(self) -> dict[str, float | None]:
         """Plain values; None for what is infinite."""
         values = {"value": self.value, "low": self.low, "high": self.high}
@@ -129,7 +137,7 @@ def mean_estimate(scores: Values) -> Estimate:
     n = len(scores)
     if not np.isin(scores, (0, 1)).all():
         return _student(scores)
-    z, p = _Z95, float(np.mean(scores))
+    z, p = Z95, float(np.mean(scores))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Estimate(p, min(p, centre - half), max(p, centre + half))
@@ -146,12 +154,9 @@ def paired_difference(before: Values, after: Values) -> Estimate:
         return _student(changes)
     n = len(changes)
     up, down = ((np.sum(changes == way) + 1) / (n + 2) for way in (1, -1))
-    half = _Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     centre = float(up - down)
     return Estimate(float(np.mean(changes)), max(-1.0, centre - half), min(1.0, centre + half))
-
-
-_Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 
 
 def _student(values: Values) -> Estimate:

@@ -530,17 +530,19 @@ class TorchModel:
             there = before.keys() | self.recovered().keys()
             self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}
 
-    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
-        """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take as it is.
+    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
+        """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take.
 
-        Where building the architecture by its name does not give this model again, the module itself is
-        pickled; such a file loads with ``--unsafe-load`` only.
+        Returns:
+            Whether they take it as it is. Where building the architecture by its name does not give this
+            model again, the module itself is pickled; such a file loads with ``--unsafe-load`` only.
         """
         content: dict[str, Any] = {
             "class_names": list(self.class_names) if self.class_names else None,
             "bnpatch": {"recipe": recipe.to_json(), "preprocessing": self.preprocessing.to_json()},
         }
-        if self.arch is not None and self._is_built_by(self.arch):
+        by_name = self.arch is not None and self._is_built_by(self.arch)
+        if by_name:
             content["arch"] = str(self.arch)
             content["state_dict"] = self.module.state_dict()
         else:
@@ -549,6 +551,7 @@ class TorchModel:
         torch.save(content, buffer)  # torch's own file writer hides what the disk said
         with atomic_path(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
+        return by_name
 
     def _is_built_by(self, arch: Architecture) -> bool:
         """Does the architecture, built by its name, compute the same with these weights?"""

@@ -13,7 +13,7 @@ from rich.table import Table
 from bnpatch.confidence import CalibrationComparison
 from bnpatch.evaluation import Comparison
 from bnpatch.metrics import CONFIDENCE, Estimate, Metric
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 from bnpatch.search.verdict import Verdict
 
 #: For the table alone: it is no mean of what single examples score.

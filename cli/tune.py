@@ -12,7 +12,7 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from bnpatch.search.tune import TuneResult
+    from bnpatch.search.result import TuneResult
 
 _SEARCH, _VERDICT = "Search", "Verdict and calibration"
 

@@ -12,7 +12,8 @@ from bnpatch.finetune.loop import FineTuned, train
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
 from bnpatch.model import TorchModel
-from bnpatch.search.tune import TuneResult, tune_alpha
+from bnpatch.search.result import TuneResult
+from bnpatch.search.tune import tune_alpha
 
 
 @dataclass

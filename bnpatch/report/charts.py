@@ -16,8 +16,6 @@ from bnpatch.search.trade_off import Point, dominated, knee, pareto_front
 WIDTH, HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 14, 36
 
-_Z95 = 1.96
-
 
 @dataclass(frozen=True)
 class _Axis:
@@ -109,10 +107,7 @@ def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]
 def trade_off_chart(points: Sequence[Point], metric: Metric) -> Markup:
     """Gain against time, with 95% intervals both ways; the front of what nothing else beats is joined."""
     scale = 100 if metric.is_rate else 1
-    spans = [
-        (scale * (p.gain - _Z95 * p.standard_error), scale * (p.gain + _Z95 * p.standard_error))
-        for p in points
-    ]
+    spans = [(scale * p.interval.low, scale * p.interval.high) for p in points]
     y, y_ticks = _vertical([0.0, *(end for span in spans for end in span)])
     ends = [1.0, *(end for p in points for end in (p.latency.low, p.latency.ratio, p.latency.high))]
     x_ticks = _ticks(min(ends), max(ends), 5)

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from bnpatch.files import atomic_path
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Z95, Metric
 from bnpatch.report.summary import weight_axis, weight_label
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 
 #: Useful weights are small: the axis is the square root's.
 WEIGHT_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
-
-_Z95 = 1.96
 
 _MARKS = {"identity": ("s", "#c0392b"), "best": ("D", "#1f7a4d")}
 
@@ -88,7 +86,7 @@ def race_curves(result: TuneResult) -> list[Curve]:
             continue
         points = []
         for trial in sorted(kept.values(), key=lambda trial: trial.weight):
-            value, reach = trial.scores[metric.name], _Z95 * trial.errors[metric.name]
+            value, reach = trial.scores[metric.name], Z95 * trial.errors[metric.name]
             low, high = value - reach, value + reach
             if metric.is_rate:
                 low, high = max(0.0, low), min(1.0, high)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from itertools import islice
 
-from bnpatch.metrics import Estimate, Metric
+from bnpatch.metrics import Metric
 from bnpatch.report.charts import trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import interval, points, title
+from bnpatch.search.result import TuneResult
 from bnpatch.search.trade_off import Point, dominated, knee
-from bnpatch.search.tune import TuneResult
 from bnpatch.sites import LeftAlone
 
 #: Rows of tables of classes and of confusions.
@@ -24,9 +24,8 @@ def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
     best = knee(measured)
     rows = []
     for point, is_dominated in zip(measured, dominated(measured), strict=True):
-        reach, latency = 1.96 * point.standard_error, point.latency
-        gain = Estimate(point.gain, point.gain - reach, point.gain + reach)
-        sites = f"{point.num_sites}{' (as it is)' if not point.num_sites else ''}"
+        gain, latency = point.interval, point.latency
+        sites = f"{point.num_sites}{' (as it is)' if point is measured[0] else ''}"
         mark = "knee" if point is best else "beaten by another" if is_dominated else ""
         time = [f"{latency.ratio:.2f}x", tag("small", f"{latency.low:.2f} to {latency.high:.2f}")]
         gained = [points(metric, point.gain), tag("small", interval(metric, gain))]

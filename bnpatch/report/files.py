@@ -13,7 +13,9 @@ from bnpatch.onnx_model import OnnxModel
 from bnpatch.report.curves import plot_curves
 from bnpatch.report.page import report_page
 from bnpatch.search.ladder import Trial
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
+
+_PARAMS = ("weight", "scale", "threshold")
 
 
 def write_results(
@@ -39,31 +41,33 @@ def write_results(
     )
     result.recipe.save(recipe)
     model.apply(result.recipe)
+    pickled = False
     if isinstance(model, OnnxModel):
         patched = folder / "patched.onnx"
         export_onnx(model, patched)
     else:
         patched = folder / "patched.pt"
-        model.save(patched, result.recipe)
+        pickled = not model.save(patched, result.recipe)
     curves = [curve] if plot_curves(result, curve) else []
     write_trials(result.trials, trials)
-    write_text(report, report_page(result, model, recipe, patched))
+    write_text(report, report_page(result, model, recipe, patched, pickled))
     return [recipe, patched, *curves, trials, report]
 
 
 def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
-    """Write one line per trial: rung, number, weight, examples, then each metric with its standard error.
+    """Write one line per trial: what was tried, how many examples saw it, and how they scored with it.
 
     The standard errors are those of the change from where the race began, see
-    :class:`~bnpatch.search.ladder.Trial`.
+    :class:`~bnpatch.search.ladder.Trial`, which also says what the parameters are.
     """
     text = io.StringIO()
     names = list(trials[0].scores) if trials else []
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["rung", "trial", "weight", "examples", *(c for name in names for c in (name, f"{name} error"))]
+        ["rung", "trial", *_PARAMS, "examples", *(c for name in names for c in (name, f"{name} error"))]
     )
     for trial in trials:
         scores = (f"{part[name]:.8g}" for name in names for part in (trial.scores, trial.errors))
-        writer.writerow([trial.rung, trial.number, f"{trial.weight:.8g}", trial.examples, *scores])
+        params = (f"{trial.params[name]:.8g}" if name in trial.params else "" for name in _PARAMS)
+        writer.writerow([trial.rung, trial.number, *params, trial.examples, *scores])
     write_text(path, text.getvalue())

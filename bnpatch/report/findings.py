@@ -16,7 +16,7 @@ from bnpatch.report.summary import (
     weight_axis,
     weight_label,
 )
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 
 _CALIBRATION = Metric("calibration error", lambda outputs, targets: outputs, False, is_rate=True)
 
@@ -99,8 +99,8 @@ def ladder(result: TuneResult) -> Markup:
             tag(
                 "p",
                 "Each rung gives the weights more freedom. One is chosen by the selection examples, a part "
-                "of the tuning examples that no weight was learned from, if its gain over the identity is "
-                "beyond doubt there. Having been chosen by them, it looks better on them than it is: the "
+                "of the tuning examples set aside for that, if its gain over the identity is beyond doubt "
+                "there. Having been chosen by them, it looks better on them than it is: the "
                 "verdict comes from the held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),

@@ -17,13 +17,15 @@ from bnpatch.recipe import Recipe
 from bnpatch.report import details, findings
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import is_identity, title, verdict_sentence
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 
 #: Images that can't be read are named, so many of them.
 _NAMED = 5
 
 
-def report_page(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path) -> Markup:
+def report_page(
+    result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path, pickled: bool = False
+) -> Markup:
     """The report as HTML, self-contained: no scripts, and nothing is fetched.
 
     Args:
@@ -31,8 +33,9 @@ def report_page(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path,
         model: the model that it was of.
         recipe: where the recipe was written.
         patched: where the patched model was written.
+        pickled: it is a pickled module, which loads only where somebody says that they want it.
     """
-    measured = getattr(result, "trade_off", [])
+    measured = result.trade_off
     sections: list[tuple[str, Markup | None]] = [
         ("Before and after", findings.before_and_after(result)),
         ("Notes", _notes(result, model)),
@@ -45,7 +48,7 @@ def report_page(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path,
         ),
         ("Classes", details.classes(result, model.class_names)),
         ("Left alone", details.left_alone(model.survey().left_alone)),
-        ("Apply it", _apply(result, model, recipe, patched)),
+        ("Apply it", _apply(result, model, recipe, patched, pickled)),
         ("Where this comes from", _provenance(result.recipe)),
     ]
     name = f"bnpatch: {model.name}"
@@ -104,7 +107,9 @@ def _notes(result: TuneResult, model: TorchModel | OnnxModel) -> Markup | None:
     return tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else None
 
 
-def _apply(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path) -> Markup:
+def _apply(
+    result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path, pickled: bool
+) -> Markup:
     if is_identity(result):
         text = f"There is nothing to apply: {patched} computes what the model did before."
         return tag("p", text)
@@ -113,8 +118,7 @@ def _apply(result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patc
         name: shlex.quote(str(path))
         for name, path in (("recipe", recipe), ("patched", patched), ("data", data))
     }
-    # A pickled module is loaded only by those who say that they want it.
-    unsafe = " --unsafe-load" if isinstance(model, TorchModel) and model.arch is None else ""
+    unsafe = " --unsafe-load" if pickled else ""
     evaluate = f"bnpatch evaluate {quoted['patched']} --data {quoted['data']}{unsafe}"
     in_torch = (
         "import bnpatch\n\n"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from bnpatch.metrics import Estimate, Metric
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 
 _TITLES = {"top5": "top-5 accuracy"}
 

@@ -6,9 +6,11 @@ to each are candidates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
+from bnpatch.evaluation import if_finite
 from bnpatch.metrics import Metric, Values, paired_difference
 from bnpatch.search.ladder import Rung
 from bnpatch.setting import Setting
@@ -42,14 +44,19 @@ def harmless(
     for rung in rungs[1:]:
         for part in PARTS:
             setting = toward(identity, rung.setting, part)
-            after = shifted(setting)
+            after = if_finite(partial(shifted, setting))
+            if after is None:
+                continue
             change = paired_difference(before, after)
             if sign * change.value < 0 and change.excludes_zero:
                 name = rung.name if part == 1 else f"{rung.name} x {part:g}"
                 found.append(Rung(name, setting, float(np.mean(after)), change, True))
     unharmed = sign * float(np.mean(clean(identity)))
-    best_first = sorted(found, key=lambda rung: sign * rung.mean)
-    return next((r for r in best_first if sign * float(np.mean(clean(r.setting))) <= unharmed), None)
+    for rung in sorted(found, key=lambda rung: sign * rung.mean):
+        scores = if_finite(partial(clean, rung.setting))
+        if scores is not None and sign * float(np.mean(scores)) <= unharmed:
+            return rung
+    return None
 
 
 def toward(start: Setting, end: Setting, part: float) -> Setting:

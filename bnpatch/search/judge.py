@@ -21,6 +21,11 @@ from bnpatch.sites import SiteFacts
 SET_SIZE, _PER_CLASS = 250, 2
 
 
+def in_sets(indices: Indices, size: int) -> list[Indices]:
+    """Split examples into what is scored together: all of them where each has a score of its own."""
+    return [indices] if size == 1 else np.array_split(indices, max(1, len(indices) // size))
+
+
 class Judge(Protocol):
     """Scores the weights that a model has, by which a search compares them."""
 

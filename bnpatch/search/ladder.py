@@ -6,20 +6,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
-from bnpatch.metrics import Estimate, Values, paired_difference
+from bnpatch.evaluation import if_finite
+from bnpatch.metrics import CROSS_ENTROPY, METRICS, Estimate, Metric, Values, paired_difference
 from bnpatch.model import Patchable, TorchModel
-from bnpatch.search.judge import Judge
+from bnpatch.search.judge import Judge, in_sets
 from bnpatch.search.learn import (
-    LEARNING_BATCH,
-    LEARNING_CHECKS,
-    LEARNING_STEPS,
+    CHECKS,
     STEP_COST,
+    Course,
     NoGradientError,
     Shared,
     learn,
@@ -41,8 +42,9 @@ SELECTION = 0.3
 #: a search of few trials sees the range, one of more has no gap that a curve with two peaks could hide in.
 FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8)
 
-#: Learning sees at most this many examples, which is as many as it takes; without gradients, this many.
-_LEARNED_EXAMPLES, _WALKED_EXAMPLES = 30_000, 500
+#: Learning sees at most this many examples, which is as many as it takes; without gradients, this many, of
+#: which a glance at the last number is enough to see what is promising.
+_LEARNED_EXAMPLES, _WALKED_EXAMPLES, _GLANCED_EXAMPLES = 30_000, 500, 100
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Plan:
         trials: at most so many weights in each race.
         max_passes: at most so many passes over the tuning examples in each race.
         timeout: seconds after which nothing further is begun.
+        reach: climb no further than so many rungs above the identity.
         seed: of everything random.
         batch_size: examples at a time.
         storage: of the studies, see :func:`bnpatch.search.studies.open_study`.
@@ -68,6 +71,7 @@ class Plan:
     trials: int | None = None
     max_passes: float = 3.0
     timeout: float | None = None
+    reach: int | None = None
     seed: int = 0
     batch_size: int = 64
     storage: str | None = None
@@ -96,12 +100,14 @@ class Rung:
 
 @dataclass(frozen=True)
 class Trial:
-    """One weight for all sites, and how the tuning examples scored with it.
+    """What was tried in a race, and how the tuning examples scored with it.
 
     Attributes:
         rung: the race that it ran in.
         number: within the race; 0 is where that began.
-        weight: distance from the identity: alpha for Batch Norm, 1 - alpha for Group Norm; or lambda.
+        params: ``weight``, the distance of all sites from the identity: alpha for Batch Norm, 1 - alpha for
+            Group Norm; or lambda. In the race that refines: ``scale``, by which all of these distances are
+            multiplied, and ``threshold``, below which they become none.
         scores: by name of metric, the mean over the examples that were seen, moved by how those differ from
             all examples at the identity.
         errors: standard errors of the change from the identity, likewise.
@@ -110,10 +116,15 @@ class Trial:
 
     rung: str
     number: int
-    weight: float
+    params: Mapping[str, float]
     scores: Mapping[str, float]
     errors: Mapping[str, float]
     examples: int
+
+    @property
+    def weight(self) -> float:
+        """Of all sites; KeyError in the race that refines."""
+        return self.params["weight"]
 
 
 class Ladder:
@@ -124,8 +135,11 @@ class Ladder:
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
     itself. Every rung begins where a lower one ended, so that none is much worse.
 
-    Which one is kept is decided on selection examples, which nothing was learned from (though learning was
-    stopped by them): the best mean, if it beats the identity beyond doubt; among equals the lowest rung.
+    Which one is kept is decided on selection examples: the best mean, of those that beat the identity beyond
+    doubt; among equals the lowest rung. Nothing was learned from them by gradient, though learning was
+    stopped by them. One weight for all sites can hardly fit itself to the examples that it was raced on, so
+    that its doubt is settled by all tuning examples. Being chosen flatters a setting a little; the verdict is
+    of other examples.
     """
 
     def __init__(
@@ -147,9 +161,11 @@ class Ladder:
         self._started = time.monotonic()
         self.trials: list[Trial] = []
         self.interrupted = False
+        self.reached = 0  # rungs above the identity that were begun
         self.seen = 0.0  # examples, by what they cost
         order = np.random.default_rng(plan.seed).permutation(tuning)
-        sizes = block_sizes(len(order)) if judge.set_size == 1 else [len(p) for p in self._sets(order)]
+        sets = [len(part) for part in in_sets(order, judge.set_size)]
+        sizes = block_sizes(len(order)) if judge.set_size == 1 else sets
         self._blocks = np.split(order, np.cumsum(sizes)[:-1])
         # A race scores all blocks of the settings that matter: choosing between them costs nothing more. One
         # weight for all does not fit itself to the examples: where nothing else is found, all of them choose.
@@ -167,12 +183,10 @@ class Ladder:
         """About how many examples :meth:`climb` will go through."""
         names = [name for name, _ in self._ways({})]
         races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
-        learned = len(names) - races
-        steps = (
-            LEARNING_STEPS * min(LEARNING_BATCH, len(self.fit)) if isinstance(self.model, TorchModel) else 0
-        )
-        looks = SELECTION * len(self.tuning) * LEARNING_CHECKS * learned
-        return races * self.plan.max_passes * len(self.tuning) + learned * steps + looks
+        learned = len(names) - races if isinstance(self.model, TorchModel) else 0
+        course = Course.of(len(self.fit), self.judge.set_size)
+        looks = CHECKS * sum(len(self._blocks[block]) for block in self._selection)
+        return races * self.plan.max_passes * len(self.tuning) + learned * (course.num_examples + looks)
 
     def climb(self) -> list[Rung]:
         """Find the settings, and choose; the identity is the first of them.
@@ -183,9 +197,10 @@ class Ladder:
         identity = Setting(dict(self._identities), dict.fromkeys(self._identities, 0.0))
         found = {"identity": identity}
         try:
-            for name, find in self._ways(found):
+            for name, find in self._ways(found)[: self.plan.reach]:
                 if self._hurry() or self.interrupted:
                     break
+                self.reached += 1
                 found[name] = find()
         except KeyboardInterrupt:
             if len(found) == 1:
@@ -291,12 +306,11 @@ class Ladder:
         return result
 
     def _trial(self, rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
-        value = next(iter(runner.params.values()))
         changes = runner.changes
         return Trial(
             rung,
             runner.number,
-            value if rung in ("lambda", "refined") else value**2,
+            _plain(runner.params),
             {metric: whole[metric] + changes[metric].value for metric in whole},
             {metric: changes[metric].stderr for metric in whole},
             sum(sizes[: runner.blocks]),
@@ -335,10 +349,10 @@ class Ladder:
             self.examples,
             fit,
             self.judge.loss,
-            lambda: self._sign * float(np.mean(self.selected(self.model.setting(), label))),
+            lambda: self._cost(self.model.setting(), label),
             start=start,
             shared=shared,
-            batch_size=max(LEARNING_BATCH, self.judge.set_size),
+            course=Course.of(len(fit), self.judge.set_size),
             seed=self.plan.seed,
             stop=self._hurry,
             on_batch=spent,
@@ -352,12 +366,17 @@ class Ladder:
             for name, group in groups.items():
                 members.setdefault(group, []).append(name)
             knobs += [Knob(kind, tuple(names)) for names in members.values()]
-        metric = self.judge.metric
+        guide = self._guide
+
+        def scores(indices: Indices, setting: Setting) -> Values | None:
+            return if_finite(partial(self._units, setting, indices, guide))
+
         return walk(
-            lambda setting: self._units(setting, portion, "turning one weight at a time"),
+            partial(scores, portion),
             start,
             knobs,
-            higher_is_better=metric.higher_is_better,
+            higher_is_better=guide.higher_is_better,
+            glance=partial(scores, portion[: max(_GLANCED_EXAMPLES, self.judge.set_size)]),
             stop=self._hurry,
         )
 
@@ -400,30 +419,67 @@ class Ladder:
 
     def _choose(self, found: Mapping[str, Setting]) -> list[Rung]:
         """All settings scored on the selection examples, and one of them chosen."""
-        before = self.selected(found["identity"], "choosing")
-        rungs = []
+        identity = found["identity"]
+        before = self.selected(identity)
+        rungs, supported = [], []
         for name, setting in found.items():
-            after = self.selected(setting, "choosing")
+            after = if_finite(partial(self.selected, setting))
+            if after is None:
+                continue
             change = paired_difference(before, after)
-            rungs.append(Rung(name, setting, float(np.mean(after)), change))
-        supported = [rung for rung in rungs if self._is_supported(rung.change, len(before))]
+            rungs.append(rung := Rung(name, setting, float(np.mean(after)), change))
+            if self._sign * change.value < 0 and (
+                self._settled(change, len(after)) or (name in GLOBAL_RUNGS and self._gains(identity, setting))
+            ):
+                supported.append(rung)
         best = min(supported, key=lambda rung: self._sign * rung.mean, default=rungs[0])
         return [replace(rung, chosen=rung is best) for rung in rungs]
 
-    def _is_supported(self, change: Estimate, units: int) -> bool:
-        """A gain beyond doubt; a few sets leave nothing but their mean to go by."""
-        better = self._sign * change.value < 0
-        return better and (change.excludes_zero or units < 8)
+    def _gains(self, identity: Setting, setting: Setting) -> bool:
+        """Is a setting better on all tuning examples, beyond doubt?"""
+        before, after = (
+            if_finite(partial(self._on, range(len(self._blocks)), s)) for s in (identity, setting)
+        )
+        if before is None or after is None:
+            return False
+        change = paired_difference(before, after)
+        return self._sign * change.value < 0 and self._settled(change, len(after))
 
-    def selected(self, setting: Setting, label: str = "choosing") -> Values:
-        """Scores of the selection examples, or of sets of them."""
-        name = self.judge.metric.name
-        return np.concatenate([self._block_scores(setting, block, label)[name] for block in self._selection])
+    def _settled(self, change: Estimate, units: int) -> bool:
+        """Is there no doubt which way a change goes? A few sets leave nothing but their mean to go by."""
+        return change.excludes_zero or units < 8
+
+    def _cost(self, setting: Setting, label: str) -> float:
+        """What a step is judged by on the selection examples; less is better."""
+        guide = self._guide
+        scores = if_finite(lambda: self._on(self._selection, setting, label, guide.name))
+        return math.inf if scores is None else float(np.mean(scores)) * (-1 if guide.higher_is_better else 1)
+
+    @property
+    def _guide(self) -> Metric:
+        """What single steps go by: of classes the cross-entropy, whatever is counted of them in the end.
+
+        A rate changes by leaps; a few hundred examples can't tell by it whether a small step was a good one.
+        """
+        metric = self.judge.metric
+        return CROSS_ENTROPY if METRICS.get(metric.name) is metric else metric
+
+    def selected(self, setting: Setting) -> Values:
+        """Scores of the selection examples, or of sets of them.
+
+        Raises:
+            OutputsNotFiniteError: the model returns infinities or NaN for one.
+        """
+        return self._on(self._selection, setting)
 
     # Scores.
 
-    def _sets(self, indices: Indices) -> list[Indices]:
-        return np.array_split(indices, max(1, len(indices) // self.judge.set_size))
+    def _on(
+        self, blocks: range, setting: Setting, label: str = "choosing", metric: str | None = None
+    ) -> Values:
+        """Scores of the examples of some blocks, by the tuned metric or another one."""
+        name = metric or self.judge.metric.name
+        return np.concatenate([self._block_scores(setting, block, label)[name] for block in blocks])
 
     def _block_scores(self, setting: Setting, block: int, label: str) -> dict[str, Values]:
         key = (tuple(setting.alphas.values()), tuple(setting.lambdas.values())), block
@@ -431,11 +487,10 @@ class Ladder:
             self._scored[key] = self._scores(setting, self._blocks[block], label)
         return self._scored[key]
 
-    def _units(self, setting: Setting, indices: Indices, label: str) -> Values:
+    def _units(self, setting: Setting, indices: Indices, metric: Metric) -> Values:
         """Scores by example, or by set of examples."""
-        name = self.judge.metric.name
-        sets = [indices] if self.judge.set_size == 1 else self._sets(indices)
-        return np.concatenate([self._scores(setting, part, label)[name] for part in sets])
+        label, sets = "turning one weight at a time", in_sets(indices, self.judge.set_size)
+        return np.concatenate([self._scores(setting, part, label)[metric.name] for part in sets])
 
     def _scores(self, setting: Setting, indices: Indices, label: str) -> dict[str, Values]:
         self.model.set(setting)
@@ -475,6 +530,13 @@ class Ladder:
         if self.plan.timeout is None:
             return None
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
+
+
+def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
+    """Parameters of a race as people think of them, see :class:`Trial`."""
+    if "sqrt_alpha" in params:
+        return {"weight": params["sqrt_alpha"] ** 2}
+    return {"weight" if name == "lambda" else name: value for name, value in params.items()}
 
 
 def _digest(setting: Setting) -> str:

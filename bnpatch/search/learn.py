@@ -18,11 +18,45 @@ from bnpatch.setting import Setting
 #: A weight nearer to 0 or 1 than this has hardly a gradient on its logit: learning starts no nearer.
 _MARGIN = 0.01
 
-#: Defaults of :func:`learn`.
-LEARNING_STEPS, LEARNING_BATCH, LEARNING_CHECKS = 100, 128, 10
+#: How often the weights are judged on the way, and after how many such looks without a gain learning ends.
+CHECKS, _PATIENCE = 10, 3
+
+# Steps see at most so many examples, all together so many; there are no more and no fewer than these.
+_BATCH, _EXAMPLES, _MOST_STEPS, _LEAST_STEPS = 128, 12_800, 100, 40
+# The learning rate is such that a logit can go about half as far in all.
+_REACH = 20.0
 
 #: A step costs as much as this many evaluations of its examples: forward, and backward at twice the price.
 STEP_COST = 3
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far to learn.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_size: examples per step.
+    """
+
+    steps: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, num_examples: int, set_size: int = 1) -> "Course":
+        """What is enough: few examples are seen in small steps, or each would be seen a hundred times.
+
+        Args:
+            num_examples: there are to learn from.
+            set_size: examples that a loss needs together.
+        """
+        size = max(set_size, min(_BATCH, max(16, num_examples // 4)))
+        return cls(min(_MOST_STEPS, max(_LEAST_STEPS, _EXAMPLES // size)), min(size, num_examples))
+
+    @property
+    def num_examples(self) -> int:
+        """Seen at most, counted as often as they are."""
+        return self.steps * self.batch_size
 
 
 class NoGradientError(Exception):
@@ -46,10 +80,8 @@ def learn(
     *,
     start: Setting,
     shared: Shared,
-    steps: int = LEARNING_STEPS,
-    batch_size: int = LEARNING_BATCH,
-    learning_rate: float = 0.2,
-    checks: int = LEARNING_CHECKS,
+    course: Course,
+    checks: int = CHECKS,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[int], None] = lambda count: None,
@@ -57,19 +89,18 @@ def learn(
     """Find weights by gradient descent: Adam on their logits, the model's own parameters held still.
 
     Every so often the weights are judged on other examples; those that were judged best are kept, ``start``
-    itself among them.
+    itself among them. Where nothing better was found for a while, that is the end.
 
     Args:
         model: its weights are any of those tried when this returns.
         examples: where the examples are.
         indices: which of them to learn from.
         loss: of the model, as it is, on a batch.
-        cost: what the model's weights are judged by on other examples; less is better.
+        cost: what the model's weights are judged by on other examples; less is better, infinity where the
+            outputs are not finite.
         start: where to begin; sites that are not learned keep what it says.
         shared: which weights to learn. Where lambdas are, the model has targets.
-        steps: of the optimizer, with as many examples each as ``batch_size``.
-        batch_size: examples per step.
-        learning_rate: of Adam at the beginning; it falls to a tenth along a cosine.
+        course: how far to go. Adam's learning rate falls to a tenth along a cosine.
         checks: how often the weights are judged.
         seed: of the order of the examples.
         stop: asked before each step whether to end.
@@ -93,11 +124,12 @@ def learn(
     parameters = [logit for by_group in logits.values() for logit in by_group.values()]
     if not parameters:
         return best
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, learning_rate / 10)
-    every = max(1, steps // checks)
+    steps, rate = course.steps, _REACH / course.steps
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, rate / 10)
+    every, idle = max(1, steps // checks), 0
     with _held_still(model):
-        for step, chosen in enumerate(_portions(indices, batch_size, steps, seed), start=1):
+        for step, chosen in enumerate(_portions(indices, course, seed), start=1):
             if stop():
                 break
             for batch in examples.batches(len(chosen), chosen):
@@ -114,9 +146,14 @@ def learn(
             schedule.step()
             if step % every == 0 or step == steps:
                 found = _setting(start, shared, logits)
+                if any(map(math.isnan, (*found.alphas.values(), *found.lambdas.values()))):
+                    break  # the loss was not finite: asked of each step, that would wait for the device
                 model.set(found)
+                idle += 1
                 if (judged := cost()) < lowest:
-                    best, lowest = found, judged
+                    best, lowest, idle = found, judged, 0
+                if idle == _PATIENCE:
+                    break
     return best
 
 
@@ -144,12 +181,12 @@ def _setting(start: Setting, shared: Shared, logits: Mapping[str, Mapping[str, T
     return Setting({**start.alphas, **alphas}, {**start.lambdas, **lambdas})
 
 
-def _portions(indices: Indices, size: int, count: int, seed: int) -> Iterator[Indices]:
+def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:
     """Random portions, every example once before any comes again."""
     rng = np.random.default_rng(seed)
-    size = min(size, len(indices))
+    size = min(course.batch_size, len(indices))
     order: Indices = rng.permutation(indices)
-    for _ in range(count):
+    for _ in range(course.steps):
         if len(order) < size:
             order = rng.permutation(indices)
         yield order[:size]

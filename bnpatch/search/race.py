@@ -98,7 +98,6 @@ def race(
     timeout: float | None = None,
     seed: int = 0,
     on_trial: Callable[[Runner, RaceResult], None] = lambda runner, standing: None,
-    on_units: Callable[[int], None] = lambda count: None,
 ) -> RaceResult:
     """Find the parameters that score best, in few passes over the examples.
 
@@ -121,7 +120,6 @@ def race(
         timeout: seconds after which nothing more is begun; the best so far still runs on all blocks.
         seed: of the sampler.
         on_trial: called when a trial ended, with how the race stands.
-        on_units: called after each block with its number of examples.
 
     Raises:
         OutputsNotFiniteError: from ``evaluate_block``, for the identity.
@@ -147,8 +145,7 @@ def race(
                     study.add(params or _propose(standings, seed), space, rung)
                 case Evaluate(trial, block):
                     study.claim(trial)
-                    if _score(study, standings, trial, block, evaluate_block):
-                        on_units(sizes[block])
+                    _score(study, standings, trial, block, evaluate_block)
                 case End(trial, state):
                     _end(study, standings, trial, state)
                     if done(trial):
@@ -166,8 +163,8 @@ def race(
 
 def _score(
     study: Study, standings: Standings, trial: StoredTrial, block: int, evaluate_block: EvaluateBlock
-) -> bool:
-    """Score a block; False where the trial failed."""
+) -> None:
+    """Score a block; a trial without finite outputs fails."""
     metric = standings.rules.metric.name
     try:
         scores = evaluate_block(trial.params, block)
@@ -175,14 +172,13 @@ def _score(
         study.finish(trial.number, TrialState.FAIL)
         if trial.params == standings.rules.identity:
             raise  # the model itself is broken, not these parameters
-        return False
+        return
     if not np.isfinite(scores[metric]).all():
         study.finish(trial.number, TrialState.FAIL)
         raise BnpatchError(f"{metric} is not a finite number", "look at the metric and the data")
     rounded = {name: as_stored(values) for name, values in scores.items()}
     so_far = replace(trial, blocks={**trial.blocks, block: rounded})
     study.record(trial.number, block, rounded, standings.mean(so_far))
-    return True
 
 
 def _end(study: Study, standings: Standings, trial: StoredTrial, state: TrialState) -> None:

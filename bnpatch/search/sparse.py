@@ -1,19 +1,19 @@
 """Patches that cost little: which sites are worth their time, measured."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from bnpatch.bench import measure, site_costs
-from bnpatch.metrics import Metric, Values, paired_difference
+from bnpatch.evaluation import if_finite
+from bnpatch.metrics import Z95, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.search.trade_off import Point, nested_sites
 from bnpatch.setting import Setting
-
-#: z of a 95% interval, to get a standard error from it.
-_Z95 = 1.96
 
 
 def trade_off(
@@ -47,18 +47,21 @@ def trade_off(
     def without(name: str) -> Setting:
         return replace(setting, alphas={**setting.alphas, name: identities[name]})
 
-    lost = {name: sign * float(np.mean(whole) - np.mean(scores(without(name)))) for name in weighed}
+    def lost(name: str) -> float:
+        rest = if_finite(lambda: scores(without(name)))
+        return math.inf if rest is None else sign * float(np.mean(whole) - np.mean(rest))
+
     family = [
         replace(setting, alphas={n: a if n in sites else identities[n] for n, a in setting.alphas.items()})
-        for sites in nested_sites({name: lost[name] / costs[name] for name in weighed})
+        for sites in nested_sites({name: lost(name) / costs[name] for name in weighed})
     ]
-    family = [member for member in family if member != identity]
-    latencies = measure(model, [{}, *(member.alphas for member in family)], seconds=seconds)
+    scored = [(member, if_finite(partial(scores, member))) for member in family if member != identity]
+    usable = [(member, after) for member, after in scored if after is not None]
+    latencies = measure(model, [{}, *(member.alphas for member, _ in usable)], seconds=seconds)
     before = scores(identity)
-    points = []
-    for member, latency in zip([identity, *family], latencies, strict=True):
-        change = paired_difference(before, scores(member))
+    points = [Point(identity, 0, 0.0, 0.0, latencies[0])]
+    for (member, after), latency in zip(usable, latencies[1:], strict=True):
+        change = paired_difference(before, after)
         count = sum(alpha != identities[name] for name, alpha in member.alphas.items())
-        error = (change.high - change.low) / (2 * _Z95) if member != identity else 0.0
-        points.append(Point(member, count, sign * change.value, error, latency))
+        points.append(Point(member, count, sign * change.value, change.reach / Z95, latency))
     return points

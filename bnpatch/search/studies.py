@@ -16,6 +16,7 @@ import socket
 import time
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
@@ -114,19 +115,22 @@ class Study:
     def claim(self, trial: StoredTrial) -> None:
         """Make this process the owner of a trial that nobody works on."""
         if trial.owner != this_process():
-            self._set(trial.number, _OWNER, [this_process(), time.time()])
+            with _unless_ended():
+                self._set(trial.number, _OWNER, [this_process(), time.time()])
 
     def release(self) -> None:
         """Give up every running trial of this process, for others to continue."""
         for trial in self.trials():
             if trial.running and trial.owner == this_process():
-                self._set(trial.number, _OWNER, ["", time.time()])
+                with _unless_ended():
+                    self._set(trial.number, _OWNER, ["", time.time()])
 
     def record(self, number: int, block: int, scores: BlockScores, value: float) -> None:
         """Keep the scores of a finished block, and the mean over the blocks so far as intermediate value."""
         packed = {name: _pack(values) for name, values in scores.items()}
-        self.storage.set_trial_intermediate_value(self._trial_id(number), block, value)
-        self._set(number, f"{_BLOCK}{block}", {"at": time.time(), "scores": packed})
+        with _unless_ended():
+            self.storage.set_trial_intermediate_value(self._trial_id(number), block, value)
+            self._set(number, f"{_BLOCK}{block}", {"at": time.time(), "scores": packed})
 
     def finish(
         self,
@@ -135,17 +139,12 @@ class Study:
         value: float | None = None,
         notes: Mapping[str, float] | None = None,
     ) -> None:
-        """End a trial; ``notes`` become user attributes, for people to look at.
-
-        Where another process ended it first, its word stands.
-        """
-        try:
+        """End a trial; ``notes`` become user attributes, for people to look at."""
+        with _unless_ended():
             for name, note in (notes or {}).items():
                 self._set(number, name, note)
             values = None if value is None else [value]
             self.storage.set_trial_state_values(self._trial_id(number), state, values)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            pass
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain value with the study."""
@@ -236,6 +235,11 @@ def open_study(
         study = Study(where, where.get_study_id_from_name(name), name)
         study.check(direction, fingerprint or {})
     return study
+
+
+def _unless_ended() -> AbstractContextManager[None]:
+    """Another process may have ended a trial, taking its owner for dead: then that one's word stands."""
+    return suppress(optuna.exceptions.UpdateFinishedTrialError)
 
 
 def as_stored(values: Values) -> Values:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnpatch.bench import Latency
-from bnpatch.errors import BnpatchError
+from bnpatch.metrics import Z95, Estimate
 from bnpatch.setting import Setting
 
 #: Settings of a family with sites; half a dozen to ten show where a curve bends.
@@ -31,6 +31,12 @@ class Point:
     gain: float
     standard_error: float
     latency: Latency
+
+    @property
+    def interval(self) -> Estimate:
+        """The gain with its 95% interval."""
+        reach = Z95 * self.standard_error
+        return Estimate(self.gain, self.gain - reach, self.gain + reach)
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,9 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
 
     Args:
         points: the original, of gain 0, first.
-        max_overhead: largest ratio to the time of the original, e.g. 1.1. It is compared with the median
-            ratio: the interval of a noisy measurement may reach beyond it.
-
-    Raises:
-        BnpatchError: ``max_overhead`` is less than 1.
+        max_overhead: largest ratio to the time of the original, 1 or more, e.g. 1.1. It is compared with the
+            median ratio: the interval of a noisy measurement may reach beyond it.
     """
-    if not max_overhead >= 1:
-        raise BnpatchError(
-            f"an overhead of {max_overhead:g} times the original's time is not possible",
-            "write 1.1 for a tenth more",
-        )
     original, *patched = points
     if not patched:
         return Choice(original, "no site has a weight")

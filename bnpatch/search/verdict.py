@@ -21,7 +21,7 @@ from bnpatch.metrics import (
 )
 from bnpatch.model import Patchable
 from bnpatch.moments import Moments
-from bnpatch.search.judge import Judge
+from bnpatch.search.judge import Judge, in_sets
 from bnpatch.setting import Setting
 
 
@@ -106,9 +106,7 @@ def gather(
         came_with: the target moments that ``before`` weighs.
     """
     indices = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
-    sets = (
-        [indices] if judge.set_size == 1 else np.array_split(indices, max(1, len(indices) // judge.set_size))
-    )
+    sets = in_sets(indices, judge.set_size)
 
     def scores(setting: Setting) -> dict[str, Values]:
         model.set(setting)

@@ -1,11 +1,10 @@
 """Weights per site without gradients: for models that can only be run, as ONNX files."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from bnpatch.metrics import Values, paired_difference
+from bnpatch.metrics import Z95, Values, paired_difference
 from bnpatch.setting import Setting
 
 #: What a weight is set to when it is tried: from hardly anything to everything, denser where it matters.
@@ -37,12 +36,30 @@ class Knob:
         return values.get(self.sites[0], 0.0)
 
 
+@dataclass(frozen=True)
+class _Gain:
+    """What a setting gains over another: the mean, its standard error, and the scores that it is from."""
+
+    mean: float
+    error: float
+    values: Values
+
+    @classmethod
+    def over(cls, base: Values, values: Values | None, sign: float) -> "_Gain":
+        """Of scores of the same examples; no finite outputs are the worst."""
+        if values is None:
+            return cls(-math.inf, 0.0, base)
+        change = paired_difference(sign * base, sign * values)
+        return cls(change.value, change.reach / Z95 if len(values) > 1 else 0.0, values)
+
+
 def walk(
-    scores: Callable[[Setting], Values],
+    scores: Callable[[Setting], Values | None],
     start: Setting,
     knobs: Sequence[Knob],
     *,
     higher_is_better: bool,
+    glance: Callable[[Setting], Values | None] | None = None,
     most: int = 16,
     rounds: int = 2,
     stop: Callable[[], bool] = lambda: False,
@@ -50,55 +67,58 @@ def walk(
     """Find weights by turning one at a time: those that matter most alone come first.
 
     Each knob is turned alone, once up and, where it isn't at the end, once down; the ``most`` knobs whose
-    better turn scores best, better than the start at all, are then walked through in this order, each
-    tried at the values of :data:`TRIED`, and left where the score is best so far. A second round sees
-    whether they still want to be there.
+    better turn scores best, better than the start at all, are then walked through in this order. Each is
+    tried at the values of :data:`TRIED`, and left where the score is best so far; a second round sees
+    whether it still wants to be there. A glance at some of the examples tells which turn is the most
+    promising, and only that one is looked at on all of them.
 
     Args:
-        scores: of a setting, one per example or set, always of the same ones.
+        scores: of a setting, one per example or set, always of the same ones; None where the model has no
+            finite outputs with it.
         start: where to begin.
         knobs: what may be turned.
         higher_is_better: which way is better.
+        glance: as ``scores``, of some of the examples; by default of all.
         most: how many knobs to walk through.
         rounds: how often.
         stop: asked before each evaluation whether to end.
 
     Returns:
-        The best setting found. A step that can't be told from chance isn't taken.
+        The best setting found. A step that gains no more than its standard error isn't taken.
     """
     sign = 1.0 if higher_is_better else -1.0
-
-    def gain(setting: Setting, over: Values) -> tuple[float, float, Values]:
-        found = sign * scores(setting)
-        change = paired_difference(over, found)
-        return change.value, (change.value - change.low) / 2 if len(found) > 1 else 0.0, found
-
-    here, values = start, sign * scores(start)
+    glance = glance or scores
+    base, seen = scores(start), glance(start)
+    if base is None or seen is None:
+        return start
     ranked: list[tuple[float, Knob]] = []
     for knob in knobs:
-        best = -np.inf
-        now = knob.value(start)
-        for turned in {min(1.0, 0.1 + 2 * now), now / 3} - {now}:
+        now, best = knob.value(start), -math.inf
+        for value in {min(1.0, 0.1 + 2 * now), now / 3} - {now}:
             if stop():
-                return here
-            best = max(best, gain(knob.turned(start, turned), values)[0])
+                return start
+            best = max(best, _Gain.over(seen, glance(knob.turned(start, value)), sign).mean)
         ranked.append((best, knob))
     ranked.sort(key=lambda pair: -pair[0])
     chosen = [knob for best, knob in ranked[:most] if best > 0]
+    here = start
     for _ in range(rounds):
         before = here
         for knob in chosen:
-            base, base_values = here, values
-            best_gain = 0.0
-            for value in TRIED:
-                if value == knob.value(base):
-                    continue
+            turns = [knob.turned(here, value) for value in TRIED if value != knob.value(here)]
+            glances = []
+            for turned in turns:
                 if stop():
                     return here
-                candidate = knob.turned(base, value)
-                found_gain, error, found = gain(candidate, base_values)
-                if found_gain > max(best_gain, error):
-                    here, values, best_gain = candidate, found, found_gain
+                glances.append(_Gain.over(seen, glance(turned), sign))
+            promising, turned = max(zip(glances, turns, strict=True), key=lambda pair: pair[0].mean)
+            if promising.mean <= 0:
+                continue
+            if stop():
+                return here
+            gain = _Gain.over(base, scores(turned), sign)
+            if gain.mean > gain.error:
+                here, base, seen = turned, gain.values, promising.values
         if here == before:
             break
     return here

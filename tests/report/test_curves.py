@@ -10,7 +10,7 @@ from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
 from bnpatch.report.summary import distances, is_identity, verdict_sentence, weight_axis
 from bnpatch.search.ladder import Rung, Trial
-from bnpatch.search.tune import TuneResult
+from bnpatch.search.result import TuneResult
 from bnpatch.search.verdict import Verdict
 from bnpatch.setting import Setting
 
@@ -19,7 +19,7 @@ EVEN = Estimate(0.0, 0.0, 0.0)
 
 def trial(number, weight, accuracy, examples=100, error=0.01, rung="alpha"):
     scores = {"accuracy": accuracy, "cross-entropy": 1 - accuracy}
-    return Trial(rung, number, weight, scores, dict.fromkeys(scores, error), examples)
+    return Trial(rung, number, {"weight": weight}, scores, dict.fromkeys(scores, error), examples)
 
 
 def result(identity=0.0, metric=ACCURACY, trials=(), best=0.25, origins=None):

@@ -70,7 +70,7 @@ def test_files(tuned, model, foggy, tmp_path):
 def test_trials(tuned, tmp_path):
     write_trials(tuned.trials, tmp_path / "trials.csv")
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
-    assert list(rows[0])[:6] == ["rung", "trial", "weight", "examples", "accuracy", "accuracy error"]
+    assert list(rows[0])[:6] == ["rung", "trial", "weight", "scale", "threshold", "examples"]
     assert {row["rung"] for row in rows} == {"alpha", "lambda", "lambda, alpha"}
     for row, trial in zip(rows, tuned.trials, strict=True):
         assert (row["rung"], int(row["trial"]), int(row["examples"])) == (
@@ -78,12 +78,13 @@ def test_trials(tuned, tmp_path):
             trial.number,
             trial.examples,
         )
-        assert float(row["weight"]) == pytest.approx(trial.weight, rel=1e-7)
+        params = {name: float(row[name]) for name in ("weight", "scale", "threshold") if row[name]}
+        assert params == pytest.approx(dict(trial.params), rel=1e-7)
         for name, value in trial.scores.items():
             assert float(row[name]) == pytest.approx(value, rel=1e-7)
             assert float(row[f"{name} error"]) == pytest.approx(trial.errors[name], rel=1e-7)
     write_trials([], tmp_path / "none.csv")
-    assert (tmp_path / "none.csv").read_text() == "rung,trial,weight,examples\n"
+    assert (tmp_path / "none.csv").read_text() == "rung,trial,weight,scale,threshold,examples\n"
 
 
 def test_a_gain(tuned, written):

@@ -3,7 +3,8 @@
 ``python -m tests.search.race_worker STORAGE LOG RESULT [PEER]``
 
 Each block that it scores becomes a line of LOG; RESULT is written when the race is over. It begins when
-PEER is there, the log of another process that begins at the same moment.
+PEER is there, the log of another process that begins at the same moment, and leaves that one something to do
+once the identity is scored.
 """
 
 import json
@@ -28,12 +29,14 @@ def evaluate_block(params, block):
     return {"cross-entropy": 1 + steepness * (params["x"] - best) ** 2}
 
 
-def run(storage, log=None, seconds_a_block=0.0):
+def run(storage, log=None, seconds_a_block=0.0, peers=()):
     def scored(params, block):
         time.sleep(seconds_a_block)
         if log is not None:
             with log.open("a") as file:
                 file.write(f"{params['x']} {block}\n")
+        if params["x"]:
+            wait(lambda: all(peer.read_text() for peer in peers))
         return evaluate_block(params, block)
 
     result = race(
@@ -52,10 +55,15 @@ def run(storage, log=None, seconds_a_block=0.0):
     }
 
 
+def wait(ready):
+    deadline = time.monotonic() + 60
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 if __name__ == "__main__":
     storage, *paths = sys.argv[1:]
     log, result, *peers = map(Path, paths)
     log.touch()
-    while not all(peer.exists() for peer in peers):
-        time.sleep(0.001)
-    result.write_text(json.dumps(run(storage, log, seconds_a_block=0.02)))
+    wait(lambda: all(peer.exists() for peer in peers))
+    result.write_text(json.dumps(run(storage, log, 0.02, peers)))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import bnpatch
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
-from bnpatch.search.learn import NoGradientError, Shared, learn
+from bnpatch.search.learn import Course, NoGradientError, Shared, learn
 from bnpatch.setting import Setting
 
 
@@ -39,7 +39,7 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
             cost,
             start=start,
             shared=Shared({name: name for name in names}, {}),
-            steps=25,
+            course=Course(25, 128),
             checks=5,
         )
         model.set(found)
@@ -56,7 +56,7 @@ def test_sites_of_a_group_share_their_weight(task):
     with model.borrowed():
         found = learn(
             model, examples, np.arange(200), loss, cost_on(model, examples, np.arange(200, 300)),
-            start=start, shared=Shared(groups, {}), steps=4,
+            start=start, shared=Shared(groups, {}), course=Course(4, 128),
         )  # fmt: skip
     assert len(set(found.alphas.values())) == 2
 
@@ -72,16 +72,16 @@ def test_the_start_is_kept_where_nothing_is_better(task):
     with model.borrowed():
         found = learn(
             model, examples, np.arange(100), loss, cost,
-            start=start, shared=Shared({n: n for n in names}, {}), steps=4, checks=4,
+            start=start, shared=Shared({n: n for n in names}, {}), course=Course(8, 128), checks=8,
         )  # fmt: skip
     assert found == start
-    assert len(calls) == 5
+    assert len(calls) == 1 + 3  # and no more, as nothing is gained
 
 
 def test_is_reproducible_and_stops_when_told(task):
     model, examples, start, names = task
     shared = Shared({name: name for name in names}, {})
-    run = {"start": start, "shared": shared, "steps": 3, "checks": 3}
+    run = {"start": start, "shared": shared, "course": Course(3, 128), "checks": 3}
     cost = cost_on(model, examples, np.arange(100, 200))
     with model.borrowed():
         first = learn(model, examples, np.arange(100), loss, cost, **run)
@@ -95,6 +95,6 @@ def test_a_loss_without_gradient_is_said_so(task):
     with model.borrowed(), pytest.raises(NoGradientError):
         learn(
             model, examples, np.arange(50), lambda model, batch: torch.ones(()), lambda: 1.0,
-            start=start, shared=Shared({name: name for name in names}, {}),
+            start=start, shared=Shared({name: name for name in names}, {}), course=Course(4, 50),
         )  # fmt: skip
     assert all(parameter.requires_grad for parameter in model.module.parameters())

@@ -1,0 +1,354 @@
+"""A search from end to end: the sites made, the ladder climbed, the verdict given."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bnpatch.calibration import calibrate
+from bnpatch.calibration import recover_folded as recover
+from bnpatch.data.examples import Examples, Indices
+from bnpatch.evaluation import warn_at_chance
+from bnpatch.metrics import ACCURACY, Values, paired_difference
+from bnpatch.model import Patchable, TorchModel
+from bnpatch.onnx_model import OnnxModel
+from bnpatch.processes import Processes, Shared, dismiss, serve, start
+from bnpatch.search.goal import LABEL_FREE, Goal
+from bnpatch.search.insurance import harmless
+from bnpatch.search.judge import ByMetric
+from bnpatch.search.ladder import GLOBAL_RUNGS, Ladder, Plan, Rung, Trial
+from bnpatch.search.result import TuneResult
+from bnpatch.search.sparse import trade_off
+from bnpatch.search.trade_off import Point, choose, knee
+from bnpatch.search.verdict import Evidence, Verdict, conclude, gather
+from bnpatch.setting import Setting
+
+
+class Progress:
+    """Counts examples towards a total that grows as more is found to be needed."""
+
+    def __init__(self, show: Callable[[str, int, int], None]) -> None:
+        self._show = show
+        self._done, self._total, self._label = 0, 0, ""
+
+    def expect(self, examples: float) -> None:
+        """So many more will come, about."""
+        self._total += int(examples)
+
+    def count(self, label: str, examples: int) -> None:
+        """So many were done."""
+        self._label = label
+        self._done += examples
+        self._show(label, self._done, max(self._done, self._total))
+
+    def finish(self) -> None:
+        """All that will be done is done."""
+        self._show(self._label, self._done, self._done)
+
+
+@dataclass
+class Job:
+    """A search: the sites made, the ladder climbed, the verdict given.
+
+    In a cross-fit the ladder is climbed once more without each part of the examples, which then judges what
+    was found. These searches share the time that there is, go no further than the first one did, and where
+    the user interrupts one, the verdict is of the parts that were judged before.
+    """
+
+    model: Patchable
+    goal: Goal
+    examples: Examples
+    seen: Examples  # the same, or augmented: what the search goes by
+    test_examples: Examples
+    test_seen: Examples  # the same, or augmented likewise
+    calib: Examples | None
+    parts: list[tuple[Indices, Indices]]  # of the examples to tune on, and of the test examples to judge by
+    plan: Plan
+    progress: Progress
+    on_trial: Callable[[Trial, bool], None]
+    max_overhead: float | None
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, recover_folded: bool) -> TuneResult:
+        """Do it; the model is as before when this returns."""
+        self._started = time.monotonic()
+        self._ladders: list[Ladder] = []
+        self._seen_clean = 0
+        with self.model.borrowed():
+            came_with = self.model.setting()
+            self.came_with = dict(self.model.targets())
+            self._make_sites(recover_folded)
+            before = Setting(
+                {**self.model.identities(), **came_with.alphas},
+                {**self.model.setting().lambdas, **came_with.lambdas},
+            )
+            if self.plan.storage:
+                self.plan = replace(self.plan, fingerprint=self._fingerprint())
+            self.judge = self.goal.judge(self.model, self.seen, self._whole)
+            held = np.concatenate([held_out for _, held_out in self.parts])
+            self.final_judge, self.metrics = self.goal.final_judge(self.judge, self.test_examples, held)
+            self.alone = self.judge, self.final_judge  # what no process shares
+            processes = start()
+            return self._search(before) if processes is None else self._search_together(before, processes)
+
+    @property
+    def _whole(self) -> Indices:
+        """All examples to tune on."""
+        return self.parts[0][0] if len(self.parts) == 1 else np.arange(len(self.examples), dtype=np.int64)
+
+    def _search_together(self, before: Setting, processes: Processes) -> TuneResult:
+        """The first process searches, the others score what it asks for; all return its result."""
+        judges = {
+            number: (judge, examples)
+            for number, (judge, examples) in enumerate(
+                ((self.judge, self.seen), (self.final_judge, self.test_examples))
+            )
+            if isinstance(judge, ByMetric)
+        }
+        if processes.rank > 0:
+            served: TuneResult = serve(processes, self.model, judges)
+            return served
+        if 0 in judges:
+            self.judge = Shared(judges[0][0], 0, processes)
+        if 1 in judges:
+            self.final_judge = Shared(judges[1][0], 1, processes)
+        result = None
+        try:
+            result = self._search(before)
+            return result
+        finally:
+            dismiss(processes, result)
+
+    def _search(self, before: Setting) -> TuneResult:
+        ladder = self._ladder(self._whole, self.plan)
+        rungs = self._climbed(ladder)
+        self._reached = ladder.reached
+        points: list[Point] = []
+        if self.max_overhead is not None:
+            thinned, points = self._thinned(_chosen(rungs), ladder)
+            rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
+        found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
+        rungs, setting, verdict = self._judge(before, rungs)
+        self.model.retarget(self.came_with if setting is before else found)
+        if self.seen is not self.examples and len(self.parts) == 1:
+            self.notes.append(self._insured(before, setting))
+        self.model.set(setting)
+        recipe = self.model.recipe()
+        self.progress.finish()
+        if not self.goal.needs_labels:
+            name = self.goal.metric.name
+            self.notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
+        if len(self.parts) > 1:
+            self.notes.append(
+                f"few examples: {len(self.parts)} parts of them took turns in being held out (cross-fitting)"
+            )
+        skipped = {
+            examples.source.name(index): why
+            for examples in (self.examples, self.test_examples)
+            for index, why in examples.skipped.items()
+        }
+        return TuneResult(
+            self.goal.metric,
+            rungs,
+            ladder.trials,
+            verdict,
+            setting,
+            list(setting.alphas),
+            (sum(climbed.seen for climbed in self._ladders) + self._seen_clean) / len(ladder.tuning),
+            len(set(self._whole.tolist()) - self.examples.skipped.keys()),
+            len(self.parts),
+            skipped,
+            self.notes,
+            any(climbed.interrupted for climbed in self._ladders),
+            trade_off=points,
+            recipe=recipe,
+        )
+
+    def _climbed(self, ladder: Ladder) -> list[Rung]:
+        """The rungs of a ladder. Insurance against shifts that the data does not show costs it nothing."""
+        rungs = ladder.climb()
+        if self.seen is self.examples or len(rungs) == 1:
+            return rungs
+        name = self.goal.metric.name
+
+        def clean(setting: Setting) -> Values:
+            self.model.set(setting)
+            self._seen_clean += len(ladder.tuning)
+            return self.alone[0].scores(self.model, self.examples, ladder.tuning)[name]
+
+        best = harmless(rungs, self.goal.metric, ladder.selected, clean)
+        if best is None:
+            self.notes.append(
+                "nothing was found that helps the shifted images and leaves those at hand unharmed"
+            )
+            return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
+        others = [replace(rung, chosen=False) for rung in rungs if rung.name != best.name]
+        return [*others, best]
+
+    def _insured(self, before: Setting, setting: Setting) -> str:
+        """What a setting does to held-out examples that are shifted, in words."""
+        held_out = np.concatenate([held_out for _, held_out in self.parts])
+        seen = gather(self.model, self.test_seen, self.alone[1], before, setting, held_out, self.came_with)
+        metric = self.metrics[0]
+        change = paired_difference(seen.before[metric.name], seen.after[metric.name])
+        values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
+        return (
+            f"the held-out examples as --augment shifts them: {metric.name} {' → '.join(values)}, "
+            f"{metric.format(change.value, signed=True)} "
+            f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
+        )
+
+    def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict]:
+        """What held-out examples say of the chosen rung, and what is kept after that."""
+        chosen = _chosen(rungs)
+        evidence = self._evidence(before, chosen.setting)
+        verdict = conclude(evidence, self.metrics)
+        if str(verdict) == "loss":
+            self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
+            return rungs, before, verdict
+        bound = self.max_overhead is not None or self.seen is not self.examples  # by more than the score
+        if not bound and (lower := self._better_global(rungs, evidence)):
+            self.notes.append(
+                f"{chosen.name} does worse than {lower.name} on held-out examples: not applied "
+                f"(their verdict on {lower.name}, which they chose, flatters it a little)"
+            )
+            rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
+            return rungs, lower.setting, conclude(self._evidence(before, lower.setting), self.metrics)
+        return rungs, chosen.setting, verdict
+
+    def _thinned(self, chosen: Rung, ladder: Ladder) -> tuple[Rung, list[Point]]:
+        """As many of the sites as the limit on latency allows."""
+        assert self.max_overhead is not None  # or nobody would ask
+        assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
+        points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric)
+        best = choose(points, self.max_overhead)
+        self.notes.append(f"--max-overhead: {best.reason}")
+        if suggestion := knee(points):
+            sites, ratio = suggestion.num_sites, suggestion.latency.ratio
+            self.notes.append(f"the gain flattens beyond {sites} sites, at {ratio:.2f}x the time")
+        setting = best.point.setting
+        after, before = ladder.selected(setting), ladder.selected(points[0].setting)
+        change = paired_difference(before, after)
+        return Rung(f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True), points
+
+    def _make_sites(self, recover_folded: bool) -> None:
+        """Running moments from data where there are none."""
+        where: dict[str, Any] = {"images": self.calib or self.examples, "batch_size": self.plan.batch_size}
+        if self.calib is None:
+            where["indices"] = self.parts[0][0]
+        if recover_folded:
+            recover(self.model, **where)
+        if names := calibrate(self.model, **where):
+            self.notes.append(
+                f"{len(names)} norms have no running moments: they were taken from "
+                + (
+                    "the tuning examples (--calib-data says otherwise)"
+                    if self.calib is None
+                    else "--calib-data"
+                )
+            )
+
+    def _ladder(self, tuning: Indices, plan: Plan) -> Ladder:
+        if plan.timeout is not None:
+            left = plan.timeout - (time.monotonic() - self._started)
+            to_come = (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._ladders)
+            plan = replace(plan, timeout=max(0.0, left) / to_come)
+        ladder = Ladder(
+            self.model,
+            self.seen,
+            self.seen.readable(tuning),
+            self.judge,
+            plan,
+            targets_from=None if self.calib is None else (self.calib, None),
+            count=self.progress.count,
+            on_trial=self._report,
+        )
+        self.progress.expect(ladder.expected())
+        self._ladders.append(ladder)
+        return ladder
+
+    def _report(self, trial: Trial, is_best: bool) -> None:
+        if (
+            trial.number == 0
+            and trial.rung == "alpha"
+            and self.goal.classes
+            and ACCURACY.name in trial.scores
+        ):
+            warn_at_chance(trial.scores[ACCURACY.name], self.examples)
+        self.on_trial(trial, is_best)
+
+    def _evidence(self, before: Setting, chosen: Setting) -> Evidence:
+        """On held-out examples; in a cross-fit, of what the same search finds without them."""
+        label, parts = "verdict on held-out examples", []
+        for fold, (tuning, held_out) in enumerate(self.parts):
+            setting = chosen
+            if len(self.parts) > 1:
+                study = f"{self.plan.study or 'bnpatch'}.fold{fold}"
+                ladder = self._ladder(tuning, replace(self.plan, study=study, reach=self._reached))
+                setting = _chosen(self._climbed(ladder)).setting
+                if self.max_overhead is not None:
+                    setting = _thinned_like(chosen, setting, self.model.identities())
+            self.progress.expect(2 * len(held_out))
+            parts.append(
+                gather(
+                    self.model,
+                    self.test_examples,
+                    self.final_judge,
+                    before,
+                    setting,
+                    held_out,
+                    self.came_with,
+                )
+            )
+            self.progress.count(label, 2 * len(held_out))
+            if len(self.parts) > 1 and ladder.interrupted:
+                self.notes.append(f"interrupted: judged by {fold + 1} of the {len(self.parts)} parts")
+                break
+        return Evidence.joined(parts)
+
+    def _better_global(self, rungs: list[Rung], evidence: Evidence) -> Rung | None:
+        """One weight for all, if it does better on the held-out examples than the richer setting chosen."""
+        lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
+        metric = self.goal.metric
+        best = sorted(lower, key=lambda rung: rung.mean, reverse=metric.higher_is_better)[0]
+        if _chosen(rungs) in lower or len(self.parts) > 1:
+            return None
+        judged = self.metrics[0].name
+        held_out = self.parts[0][1]
+        other = gather(
+            self.model, self.test_examples, self.final_judge, best.setting, best.setting, held_out, {}
+        )
+        change = paired_difference(other.after[judged], evidence.after[judged])
+        worse = change.value < 0 if self.metrics[0].higher_is_better else change.value > 0
+        return best if worse and change.excludes_zero else None
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a study is of: with another model, other data or another metric its trials mean nothing."""
+        sites = json.dumps(self.model.fingerprints(), sort_keys=True)
+        return {
+            "model": hashlib.sha256(sites.encode()).hexdigest()[:16],
+            "preprocessing": None if self.examples.as_they_are else self.model.preprocessing.to_json(),
+            "data": self.seen.fingerprint(),
+            "calibration data": None if self.calib is None else self.calib.fingerprint(),
+            "weigh single values": self.model.weigh_single_values,
+            "examples": [int(sum(len(part) for part, _ in self.parts)), len(self.parts)],
+            "metric": self.goal.metric.name,
+            "class prior": str(self.goal.prior),
+            "seed": self.plan.seed,
+        }
+
+
+def _thinned_like(chosen: Setting, setting: Setting, identities: Mapping[str, float]) -> Setting:
+    """Leave at their identity the sites that were not worth their time."""
+    return Setting(
+        {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in setting.alphas.items()},
+        setting.lambdas,
+    )
+
+
+def _chosen(rungs: Sequence[Rung]) -> Rung:
+    return next(rung for rung in rungs if rung.chosen)

@@ -1,0 +1,182 @@
+"""Searches that don't go as planned: interrupted, out of time, or with weights that overflow."""
+
+import numpy as np
+import pytest
+
+import bnpatch
+from bnpatch.errors import BnpatchError
+from bnpatch.evaluation import OutputsNotFiniteError
+from bnpatch.search import job
+from bnpatch.search.judge import ByMetric
+from bnpatch.search.ladder import Ladder
+
+
+def few(data):
+    """So few that they take turns in being held out."""
+    return data[0][:100], data[1][:100]
+
+
+def test_an_interrupt_keeps_the_best_so_far(model, foggy):
+    def interrupt(trial, is_best):
+        if trial.rung == "alpha" and trial.number == 3:
+            raise KeyboardInterrupt
+
+    result = bnpatch.tune_alpha(model, foggy, on_trial=interrupt)
+    assert result.interrupted
+    assert result.recipe.provenance["interrupted"]
+    assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
+
+
+def test_an_interrupt_before_anything_is_known_is_passed_on(model, foggy, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByMetric, "scores", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bnpatch.tune_alpha(model, foggy)
+
+
+def test_an_interrupt_while_learning_keeps_what_was_raced(model, foggy, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByMetric, "loss", interrupt)
+    result = bnpatch.tune_alpha(model, foggy, recalibrate=False)
+    assert result.interrupted
+    assert result.chosen.name == "alpha"
+    assert str(result.verdict) == "gain"
+
+
+def test_a_timeout_ends_the_search(model, foggy):
+    result = bnpatch.tune_alpha(model, foggy, timeout=0)
+    assert [rung.name for rung in result.rungs] == ["identity"]
+    assert result.alpha == 0
+
+
+def test_a_weight_that_overflows_is_a_failed_trial(model, foggy, monkeypatch):
+    predict = type(model).predict
+
+    def overflow(self, x):
+        y = predict(self, x)
+        return y * float("inf") if max(self.alphas().values()) == 1 else y
+
+    monkeypatch.setattr(type(model), "predict", overflow)
+    result = bnpatch.tune_alpha(model, foggy, granularity="global")
+    assert 1.0 not in [t.weight for t in result.trials]
+    assert str(result.verdict) == "gain"
+    monkeypatch.setattr(type(model), "predict", lambda self, x: predict(self, x) * float("nan"))
+    with pytest.raises(BnpatchError, match="infinities or NaN for example"):
+        bnpatch.tune_alpha(model, foggy)
+
+
+def test_an_interrupt_ends_a_cross_fit_where_the_search_was(model, foggy):
+    """Searches that go no further judge the parts: otherwise the verdict would be of something else."""
+
+    def interrupt(trial, is_best):
+        if trial.rung == "alpha" and trial.number == 3 and not interrupted:
+            interrupted.append(trial)
+            raise KeyboardInterrupt
+
+    interrupted = []
+    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", on_trial=interrupt)
+    assert result.interrupted
+    assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
+    assert result.num_held_out == 100
+    assert result.passes < 6 * 4  # six races, of one or two passes more than three, as blocks are few
+
+
+def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model, foggy, monkeypatch):
+    climbed = []
+
+    class Interrupted(Ladder):
+        def climb(self):
+            climbed.append(self)
+            rungs = super().climb()
+            self.interrupted = len(climbed) == 3
+            return rungs
+
+    monkeypatch.setattr(job, "Ladder", Interrupted)
+    result = bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
+    assert len(climbed) == 3
+    assert "interrupted: judged by 2 of the 5 parts" in result.notes
+    assert result.num_held_out == 40
+    assert result.interrupted
+
+
+def test_the_searches_of_a_cross_fit_share_the_time(model, foggy, monkeypatch):
+    clock, given = [0.0], []
+
+    class Timed(Ladder):
+        def climb(self):
+            given.append(self.plan.timeout)
+            clock[0] += self.plan.timeout
+            return super().climb()
+
+    monkeypatch.setattr(job, "Ladder", Timed)
+    monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
+    bnpatch.tune_alpha(model, few(foggy), granularity="global", timeout=60.0, trials=2)
+    np.testing.assert_allclose(given, [10.0] * 6)
+
+
+def overflowing(model, monkeypatch, where):
+    """The model returns infinities with settings that this is true of."""
+    predict = type(model).predict
+
+    def overflow(self, x):
+        y = predict(self, x)
+        return y * float("inf") if where(self.alphas()) else y
+
+    monkeypatch.setattr(type(model), "predict", overflow)
+
+
+def test_learned_weights_that_overflow_are_not_kept(model, foggy, monkeypatch):
+    overflowing(model, monkeypatch, lambda alphas: len(set(alphas.values())) > 1)
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    assert len(set(result.setting.alphas.values())) == 1
+    assert str(result.verdict) == "gain"
+
+
+def test_a_loss_that_overflows_ends_learning(model, foggy, monkeypatch):
+    loss = ByMetric.loss
+    monkeypatch.setattr(ByMetric, "loss", lambda self, *args: loss(self, *args) * float("nan"))
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    assert len(set(result.setting.alphas.values())) == 1
+    assert str(result.verdict) == "gain"
+
+
+def test_turns_that_overflow_are_not_taken(exported, foggy, monkeypatch):
+    model = bnpatch.load(exported)
+    first = next(iter(model.alphas()))
+    overflowing(model, monkeypatch, lambda alphas: len(set(alphas.values())) > 1 and alphas[first] > 0.5)
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    assert len(set(result.setting.alphas.values())) > 1
+    assert result.setting.alphas[first] <= 0.5
+
+
+def test_what_overflows_on_clean_images_insures_nothing(model, clean, monkeypatch):
+    scores, climb, climbed = ByMetric.scores, Ladder.climb, []
+
+    def overflow(self, model, examples, indices):
+        if climbed and max(model.alphas().values()) > 0:
+            raise OutputsNotFiniteError("too large", "leave it")
+        return scores(self, model, examples, indices)
+
+    def then(self):
+        rungs = climb(self)
+        climbed.append(True)
+        return rungs
+
+    monkeypatch.setattr(ByMetric, "scores", overflow)
+    monkeypatch.setattr(Ladder, "climb", then)
+    result = bnpatch.tune_alpha(
+        model, clean, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
+    )
+    assert result.alpha == 0
+    assert any(note.startswith("nothing was found that helps the shifted") for note in result.notes)
+
+
+def test_thinned_patches_that_overflow_are_left_out(model, foggy, monkeypatch):
+    overflowing(model, monkeypatch, lambda alphas: sum(map(bool, alphas.values())) == 1)
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1000)
+    assert 1 not in [point.num_sites for point in result.trade_off]
+    assert len(result.trade_off) > 2
