@@ -44,6 +44,13 @@ class BnpatchWarning(UserWarning):
     """Something looks wrong, but the work can go on."""
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that another library wrapped in its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bnpatch.errors import BnpatchError, first_line
+from bnpatch.errors import BnpatchError, first_line, root_cause
 from bnpatch.nn.observe import in_evaluation_mode
 
 
@@ -64,11 +64,8 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
             # optimize=True would fold every Batch Norm into its convolution.
             program = torch.onnx.export(model, args, dynamo=True, optimize=False, verbose=False, **options)
     except Exception as error:  # torch.export raises errors of many kinds
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the exporter wraps what went wrong in advice about itself
-            cause = cause.__cause__
         raise BnpatchError(
-            f"torch can't export the model: {first_line(cause)}",
+            f"torch can't export the model: {first_line(root_cause(error))}",
             "make its forward exportable with torch.export, or apply the recipe in Python",
         ) from error
     assert program is not None  # of the dynamo exporter

@@ -84,7 +84,7 @@ def fine_tune(
     val_examples = _opened(val, loaded, seed, options)
     settings = training.settings(metric, reading.batch_size, reading.workers, seed, len(examples))
     accelerator = new_accelerator(settings, loaded.device)
-    settings = techniques.settle(loaded, examples, settings)
+    settings = techniques.settle(loaded, examples, settings, output / "choose.journal", resume)
     opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
     untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if seeds else None
     with progress_bar() as progress:

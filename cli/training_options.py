@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,7 +57,12 @@ class Techniques:
     choose_epochs: Annotated[int, _option(min=1, help="Epochs of each of them.", panel=_NORMS)] = 3
 
     def settle(
-        self, model: "TorchModel", examples: "Examples", settings: "FineTuneSettings"
+        self,
+        model: "TorchModel",
+        examples: "Examples",
+        settings: "FineTuneSettings",
+        journal: Path,
+        resume: bool,
     ) -> "FineTuneSettings":
         """Settings with the techniques that are asked for, or chosen; says why."""
         from bnpatch.decay import NormDecay
@@ -66,7 +72,7 @@ class Techniques:
         self._check()
         is_auto = self.ghost_batch_size == "auto" and self.channels_per_group is None
         if is_auto or self.norm_weight_decay == "auto":
-            chosen = self._choose(model, examples, settings)
+            chosen = self._choose(model, examples, settings, journal, resume)
             for reason in chosen.reasons:
                 opt.say(f"               {reason}")
             settings = chosen.settings(settings)
@@ -103,7 +109,14 @@ class Techniques:
         if self.choose not in ("guidance", "search"):
             raise BnpatchError(f"--choose {self.choose!r}", "choose guidance or search")
 
-    def _choose(self, model: "TorchModel", examples: "Examples", settings: "FineTuneSettings") -> "Choice":
+    def _choose(
+        self,
+        model: "TorchModel",
+        examples: "Examples",
+        settings: "FineTuneSettings",
+        journal: Path,
+        resume: bool,
+    ) -> "Choice":
         from bnpatch.finetune.choose import by_guidance, by_search
 
         from .render import progress_bar
@@ -121,6 +134,8 @@ class Techniques:
                 settings,
                 trials=self.choose_trials,
                 epochs=self.choose_epochs,
+                journal=journal,
+                resume=resume,
                 on_trial=show,
                 progress=progress,
             )

@@ -78,7 +78,7 @@ FLOORS = {
     "search.walk": 7,
     "search.learn": 7,
     "search.race": 7,
-    "finetune.choose": 8,
+    "finetune.choose": 9,
     "search.verdict": 8,
     "processes": 8,
     "search.ladder": 8,

@@ -1,11 +1,15 @@
 """Which techniques suit a model and a batch size: by the paper's guidance, or by trying."""
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
+from optuna.trial import TrialState
 
 from bnpatch.advice import techniques
 from bnpatch.data.examples import Examples, split
@@ -13,16 +17,19 @@ from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
 from bnpatch.finetune.loop import NotFiniteLossError, train
 from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.finetune.state import Epoch
+from bnpatch.finetune.state import Epoch, difference
 from bnpatch.metrics import METRICS
 from bnpatch.model import TorchModel
 from bnpatch.nn.paths import unnormalized_sites
+from bnpatch.processes import start
+from bnpatch.search.storages import connect, quiet, usable
 from bnpatch.spec import NormSpec
 
 #: Of Batch/Group Norm, where nothing else is asked for.
 CHANNELS_PER_GROUP = 16
 _GHOST = 16  # near the best of the paper's Fig. 3
 _DECAYS = (1e-5, 1e-2)  # range of the search
+_SEARCH, _DIVERGED = "bnpatch:search", "bnpatch:diverged"  # names of user attributes
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ def by_search(
     trials: int = 12,
     epochs: int = 3,
     holdout: float = 0.2,
+    journal: Path | None = None,
+    resume: bool = False,
     on_trial: Callable[[str, float | None], None] = lambda name, score: None,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Choice:
@@ -90,68 +99,118 @@ def by_search(
         trials: runs.
         epochs: passes of each.
         holdout: the part held out, class by class.
+        journal: file that keeps the runs as an Optuna study, so that a search that was killed goes on after
+            those that it had finished; None for memory.
+        resume: go on from it, if it is there; otherwise it is begun anew.
         on_trial: called after each run with its techniques, and its score unless it was given up.
         progress: as of :func:`bnpatch.finetune.loop.train`.
 
     Raises:
-        BnpatchError: no run ended with a finite loss.
+        BnpatchError: no run ended with a finite loss, or the journal is of another search.
     """
     subset, selection = split(examples.strata, holdout, settings.seed)
     metric, sites = METRICS[settings.metric], decay_sites(model)
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        direction="maximize" if metric.higher_is_better else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),
-    )
     names = _specs(settings.batch_size)
     guided = by_guidance(model, settings)
-    study.enqueue_trial({"norm": str(NormSpec.batch()), "decays": False})
     guided_decay = guided.norm_decay.rate if guided.norm_decay else 0.0
-    study.enqueue_trial(
-        {"norm": str(guided.spec), "decays": bool(guided_decay), "decay": guided_decay or None}
-    )
-    tried: dict[int, Choice] = {}
+    search = {
+        "model": model.fingerprints(),
+        "data": examples.fingerprint(),
+        "settings": settings.to_json(),
+        "epochs": epochs,
+        "holdout": holdout,
+    }
+
+    def choice(params: Mapping[str, Any]) -> Choice:
+        rate = params["decay"] if params.get("decays") else 0.0
+        return Choice(names[params["norm"]], NormDecay(rate, sites=sites) if rate else None, ())
 
     def objective(trial: optuna.Trial) -> float:
-        spec = names[trial.suggest_categorical("norm", list(names))]
-        rate = 0.0
+        trial.suggest_categorical("norm", list(names))
         if sites and trial.suggest_categorical("decays", [False, True]):
-            rate = trial.suggest_float("decay", *_DECAYS, log=True)
-        choice = Choice(spec, NormDecay(rate, sites=sites) if rate else None, ())
-        tried[trial.number] = choice
+            trial.suggest_float("decay", *_DECAYS, log=True)
 
         def on_epoch(epoch: Epoch) -> None:
             trial.report(epoch.score(settings.metric), epoch.epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        result = train(
-            replace(model, module=copy.deepcopy(model.module)),
-            examples,
-            examples,
-            replace(choice.settings(settings), epochs=epochs, patience=None),
-            subset=subset,
-            selection=selection,
-            on_epoch=on_epoch,
-            progress=progress,
-        )
+        try:
+            result = train(
+                replace(model, module=copy.deepcopy(model.module)),
+                examples,
+                examples,
+                replace(choice(trial.params).settings(settings), epochs=epochs, patience=None),
+                subset=subset,
+                selection=selection,
+                on_epoch=on_epoch,
+                progress=progress,
+            )
+        except NotFiniteLossError:
+            trial.set_user_attr(_DIVERGED, True)  # unlike a run that was cut off
+            raise
         return result.best.score(settings.metric)
 
-    def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        is_complete = trial.state == optuna.trial.TrialState.COMPLETE  # a pruned one has a value too
-        on_trial(_describe(tried[trial.number]), trial.value if is_complete else None)
+    def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        is_complete = trial.state == TrialState.COMPLETE  # a pruned one has a value too
+        on_trial(_describe(choice(trial.params)), trial.value if is_complete else None)
 
-    try:
-        study.optimize(objective, trials, catch=(NotFiniteLossError,), callbacks=[ended])
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-    if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+    with quiet():
+        study = _opened(journal, resume, search, metric.higher_is_better)
+        if not study.trials:
+            study.enqueue_trial({"norm": str(NormSpec.batch()), "decays": False})
+            study.enqueue_trial(
+                {"norm": str(guided.spec), "decays": bool(guided_decay), "decay": guided_decay or None}
+            )
+        while (number := sum(map(_ended, study.trials))) < trials:
+            # Anew for each run, so that a search which goes on proposes what it would have proposed.
+            study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number, n_startup_trials=4)
+            study.optimize(objective, 1, catch=(NotFiniteLossError,), callbacks=[told])
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise BnpatchError("every run diverged", "lower --lr")
-    best = tried[study.best_trial.number]
+    best = choice(study.best_params)
     reason = f"best of {trials} runs of {epochs} epochs, {settings.metric} {metric.format(study.best_value)}"
     return replace(best, reasons=(f"{_describe(best)}: {reason}",))
+
+
+def _opened(
+    journal: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
+) -> optuna.Study:
+    """The study of a search, or in other processes its copy; runs that were cut off come again."""
+    processes = start()
+    is_first = processes is None or processes.rank == 0
+    storage = None if journal is None or not is_first else f"journal://{journal}"
+    if journal is not None and is_first and not resume:
+        journal.unlink(missing_ok=True)
+    with usable(storage or "memory"):
+        study = optuna.create_study(
+            storage=None if storage is None else connect(storage),
+            study_name="choose",
+            direction="maximize" if higher_is_better else "minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=2),
+            load_if_exists=True,
+        )
+        wanted = json.loads(json.dumps(search))
+        if study.trials and (key := difference(study.user_attrs.get(_SEARCH), wanted)) is not None:
+            raise BnpatchError(
+                f"{journal} is of another search: {key} differs",
+                "repeat the command as it was, or leave out --resume",
+            )
+        study.set_user_attr(_SEARCH, wanted)
+        for trial in study.trials:
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+    if processes is not None:
+        trials = processes.tell(study.trials)
+        if not is_first:
+            study.add_trials(trials)
+    return study
+
+
+def _ended(trial: optuna.trial.FrozenTrial) -> bool:
+    """By itself, not cut off."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _DIVERGED in trial.user_attrs
 
 
 def _specs(batch_size: int) -> dict[str, NormSpec]:

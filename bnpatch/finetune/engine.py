@@ -46,6 +46,10 @@ class Engine:
         self.ema = ModelEmaV3(model.module, settings.ema, use_warmup=True) if settings.ema else None
         self.optimizer = _optimizer(model.module, settings)
         self.schedule = _schedule(self.optimizer, settings, updates_per_epoch)
+        if (
+            accelerator.num_processes > 1
+        ):  # each waits for every gradient, unless it knows that some don't come
+            accelerator.ddp_handler.find_unused_parameters = _leaves_out_parameters(model)
         self._wrapped, self._stepper = accelerator.prepare(model.module, self.optimizer)
 
     @property
@@ -167,6 +171,21 @@ def copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copied(item) for item in value)
     return value
+
+
+def _leaves_out_parameters(model: TorchModel) -> bool:
+    """Are there parameters that the loss does not depend on, as those of another classifier?"""
+    module = model.module
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    was_training, x = module.training, torch.zeros(2, *model.preprocessing.input_size, device=model.device)
+    outputs = output_tensor(module.train()(x))  # the generators are seeded anew for each epoch
+    gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    module.train(was_training)
+    return any(gradient is None for gradient in gradients)
 
 
 def _optimizer(module: nn.Module, settings: FineTuneSettings) -> torch.optim.Optimizer:

@@ -97,21 +97,21 @@ def load_state(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
     if stored is None:
         raise BnpatchError(f"{path} is of another version of bnpatch", "start anew without --resume")
     wanted = json.loads(json.dumps(run))
-    if (key := _difference(stored, wanted)) is not None:
+    if (key := difference(stored, wanted)) is not None:
         raise BnpatchError(
             f"{path} is of another run: {key} differs", "repeat the command as it was, or leave out --resume"
         )
     return dict(state)
 
 
-def _difference(a: Any, b: Any, name: str = "") -> str | None:
+def difference(a: Any, b: Any, name: str = "") -> str | None:
     """The dotted name of the first value in which two JSON values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {**a, **b}:
             inner = f"{name}.{key}" if name else str(key)
             if key not in a or key not in b:
                 return inner
-            if (found := _difference(a[key], b[key], inner)) is not None:
+            if (found := difference(a[key], b[key], inner)) is not None:
                 return found
         return None
     return None if a == b else name

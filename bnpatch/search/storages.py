@@ -13,7 +13,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
-from bnpatch.errors import BnpatchError, first_line
+from bnpatch.errors import BnpatchError, first_line, root_cause
 
 # How every line of a journal begins.
 _RECORD = b'{"op_code":'
@@ -77,8 +77,7 @@ def usable(storage: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = root_cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return first_line(error)

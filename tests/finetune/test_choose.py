@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import optuna
 import pytest
 import timm
 import torch
@@ -11,6 +14,7 @@ from bnpatch.finetune.ablation import Contribution, variants
 from bnpatch.finetune.loop import NotFiniteLossError
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
+from bnpatch.search.storages import connect
 from bnpatch.spec import NormSpec
 
 
@@ -84,6 +88,43 @@ def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, monkey
     assert len(seen) == len(told) == 25
     assert None in told  # pruned
     assert "90.00%" in choice.reasons[0]
+
+
+def test_a_search_that_was_cut_off_goes_on(residual, monkeypatch, tmp_path):
+    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
+    options = {"trials": 9, "epochs": 2, "journal": journal}
+
+    def score(spec, rate):
+        return 0.9 - 0.1 * abs((spec.examples_per_group or 8) - 4) - rate
+
+    whole = results(score, monkeypatch)
+    best = choose.by_search(residual, examples, settings, **options)
+    runs = [(trial.params, trial.value) for trial in _trials(journal)]
+    first = []
+
+    def cut_off(spec, rate):
+        first.append(spec)
+        if len(first) == 4:
+            raise KeyboardInterrupt
+        return score(spec, rate)
+
+    results(cut_off, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        choose.by_search(residual, examples, settings, **options)
+    rest = results(score, monkeypatch)
+    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert rest == whole[3:]  # the run that was cut off comes first
+    assert [(t.params, t.value) for t in _trials(journal) if t.number != 3] == runs
+    again = results(score, monkeypatch)
+    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert not again
+    with pytest.raises(BnpatchError, match=r"choose\.journal is of another search: settings\.lr differs"):
+        choose.by_search(residual, examples, replace(settings, lr=0.5), **options, resume=True)
+
+
+def _trials(journal):
+    return optuna.load_study(study_name="choose", storage=connect(str(journal))).trials
 
 
 def test_search_survives_runs_that_diverge_unless_all_do(residual, monkeypatch):

@@ -308,3 +308,42 @@ def test_says_what_to_install(opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(BnpatchError, match=r"needs accelerate; pip install 'bnpatch\[fine-tune\]'"):
         run(opened)
+
+
+LEFT_OUT = """
+import sys
+import torch
+from torch import nn
+import bnpatch
+from bnpatch.finetune.loop import train
+from bnpatch.finetune.settings import FineTuneSettings
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.head, self.other = nn.Linear(144, 2), nn.Linear(144, 5)
+
+    def forward(self, x):
+        y = self.body(x)
+        return (self.head(y), self.other(y)) if self.training else self.head(y)
+
+torch.manual_seed(0)
+model = bnpatch.load(TwoHeads(), device="cpu", preprocessing={"img_size": 8, "mean": (0.5,), "std": (0.5,)})
+data = bnpatch.open_examples((torch.rand(32, 1, 8, 8), [0, 1] * 16), model)
+print(train(model, data, data, FineTuneSettings(epochs=2, batch_size=8)).best.epoch)
+"""
+
+
+def test_processes_do_not_wait_for_gradients_that_do_not_come():
+    """As of a classifier that only its authors' loss used."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    done = subprocess.run(
+        [*command, "--rdzv-endpoint=localhost:0", "--no-python", sys.executable, "-c", LEFT_OUT],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
