@@ -14,9 +14,10 @@ from bnpatch.errors import BnpatchError
 from bnpatch.graph.folded import folded_candidates, observe
 from bnpatch.graph.session import open_session
 from bnpatch.loading.load import load
-from bnpatch.model import Patchable, TorchModel
+from bnpatch.model import TorchModel
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.onnx_model import OnnxModel
+from bnpatch.patchable import Patchable
 from bnpatch.setting import Setting
 from bnpatch.sites import FOLDED
 

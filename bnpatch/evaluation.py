@@ -23,7 +23,7 @@ from bnpatch.metrics import (
     paired_difference,
     score,
 )
-from bnpatch.model import Patchable
+from bnpatch.patchable import Patchable
 from bnpatch.setting import Setting
 
 T = TypeVar("T")

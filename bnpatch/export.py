@@ -5,7 +5,6 @@ is taken as it was read. Then the graph is rewritten, written, run by onnxruntim
 model that it came from. A file that fails the comparison does not stay.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,13 +21,14 @@ from bnpatch.errors import BnpatchError
 from bnpatch.files import writing_to
 from bnpatch.graph import read
 from bnpatch.graph.folded import insert_norms
+from bnpatch.graph.metadata import write_metadata
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
 from bnpatch.graph.session import read_signature
 from bnpatch.loading.load import load
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.onnx_model import CLASS_NAMES, PREPROCESSING, OnnxModel
+from bnpatch.onnx_model import OnnxModel
 from bnpatch.sites import FOLDED
 from bnpatch.to_graph import module_to_graph
 
@@ -133,9 +133,7 @@ def _export_torch(
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
     with source.unpatched() as module, _norms_without_moments(module, moments):
         graph = module_to_graph(module, example_input.to(source.device))
-    graph.metadata_props[PREPROCESSING] = json.dumps(source.preprocessing.to_json())
-    if source.class_names:
-        graph.metadata_props[CLASS_NAMES] = json.dumps(source.class_names)
+    write_metadata(graph, source.preprocessing, source.class_names)
     # What only training reaches, such as Inception's auxiliary classifier, is not in the graph.
     reached = source.site_shapes(example_input)
     alphas = {name: alpha for name, alpha in alphas.items() if name in reached}

@@ -1,11 +1,11 @@
-"""A model that can be patched and asked for predictions, whatever it is made of."""
+"""A torch model that can be patched and asked for predictions."""
 
 import io
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,88 +30,7 @@ from bnpatch.nn.observe import (
 from bnpatch.nn.surgery import Site, calibrated, patch, survey, swap, uncalibrated, unpatch
 from bnpatch.recipe import Recipe, SiteRecipe
 from bnpatch.setting import Setting
-from bnpatch.sites import FOLDED, AnySite, LeftAlone, SiteFacts, Survey
-
-
-class Patchable(Protocol):
-    """What the search, the evaluation and the data need of a model."""
-
-    name: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    class_order: str
-    device: torch.device
-    weigh_single_values: bool
-
-    @property
-    def arch(self) -> Architecture | None:
-        """How to build the model again, where that has a name."""
-
-    def survey(self) -> Survey[AnySite]:
-        """The sites, and the norms that are left alone."""
-
-    def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of site."""
-
-    def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
-        """Set the weight of the example, for all sites or by name."""
-
-    def setting(self) -> Setting:
-        """Both weights of every site."""
-
-    def set(self, setting: Setting) -> None:
-        """Set weights by name of site."""
-
-    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, by name of site, that lambda is the weight of.
-
-        Sites that are not named keep theirs.
-        """
-
-    def targets(self) -> Mapping[str, Moments[Any]]:
-        """What :meth:`retarget` was given last."""
-
-    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Give running moments to norms that have none: from now on they are sites, at their identity."""
-
-    def uncalibrated(self) -> tuple[str, ...]:
-        """Norms that would be sites if they had running moments."""
-
-    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
-        """Outputs for a batch, and the moments of each example at the input of each site, (N, C)."""
-
-    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """The moments of a batch at the input of each site, (C,), Batch Norm normalizing by those."""
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Outputs for a batch: bytes are images, floats are inputs as they are."""
-
-    def num_outputs(self, example: Tensor | None = None) -> int:
-        """K, the number of classes, found by running an example, or a blank image."""
-
-    def identities(self) -> dict[str, float]:
-        """The alpha by name of site at which the model computes what it did."""
-
-    def facts(self) -> dict[str, SiteFacts]:
-        """What each site brings along, by name."""
-
-    def running(self) -> Mapping[str, Moments[Any]]:
-        """Running mean and variance (C,) that a site normalizes by now, where not those it came with."""
-
-    def site_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
-        """Spatial shape of each site's input by name, as far as it is known."""
-
-    def recipe(self) -> Recipe:
-        """The weights that the model has now."""
-
-    def fingerprints(self) -> dict[str, str]:
-        """A hash of the parameters of each site, by name."""
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """A context in which the model is in evaluation mode; its weights may be read, not changed."""
-
-    def borrowed(self) -> AbstractContextManager[None]:
-        """As :meth:`evaluating`, and the weights may be changed: they are as before when the context ends."""
+from bnpatch.sites import FOLDED, LeftAlone, SiteFacts, Survey
 
 
 @dataclass
@@ -568,27 +487,6 @@ class TorchModel:
         return own.shape == other.shape and torch.allclose(
             own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
         )
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Resolve a device name; "auto" is the accelerator if there is one.
-
-    Raises:
-        BnpatchError: no such device here.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator is not None and (rank := os.environ.get("LOCAL_RANK")):
-            return torch.device(accelerator.type, int(rank))  # one of several processes, each with its own
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BnpatchError(
-            f"there is no device {name!r} here", "leave out --device to have one chosen"
-        ) from error
-    return device
 
 
 def output_tensor(y: Any) -> Tensor:

@@ -4,12 +4,9 @@ One session has all alphas as inputs and serves the whole search; another runs t
 answers where all alphas are 0, so that "as it is" means just that.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,20 +17,17 @@ from torch import Tensor
 
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.errors import BnpatchError, check_alpha, first_line
-from bnpatch.graph import match, read
+from bnpatch.graph import match
 from bnpatch.graph.expr import Tape
 from bnpatch.graph.folded import folded_candidates, insert_norms, observe_values
 from bnpatch.graph.forms import append_by_batch
+from bnpatch.graph.metadata import write_metadata
 from bnpatch.graph.rewrite import AlphaInputs, rewrite
-from bnpatch.graph.session import Signature, open_session, read_signature
+from bnpatch.graph.session import Signature, open_session
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
 from bnpatch.setting import Setting
 from bnpatch.sites import CALIBRATE, FOLDED, NEEDS_CALIBRATION, AnySite, LeftAlone, SiteFacts, Survey
-from bnpatch.to_graph import program_to_graph
-
-#: Keys of the file's metadata under which bnpatch stores what it knows, as JSON.
-PREPROCESSING, CLASS_NAMES = "bnpatch.data.preprocessing", "bnpatch.class_names"
 
 
 @dataclass
@@ -415,9 +409,7 @@ class OnnxModel:
                 alpha_inputs=alpha_inputs,
                 weigh_single_values=self.weigh_single_values,
             ).patched
-        graph.metadata_props[PREPROCESSING] = json.dumps(self.preprocessing.to_json())
-        if self.class_names:
-            graph.metadata_props[CLASS_NAMES] = json.dumps(self.class_names)
+        write_metadata(graph, self.preprocessing, self.class_names)
         return graph, patched
 
     def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:
@@ -550,59 +542,3 @@ class _ModuleSite:
     name: str
     kind: str
     num_channels: int
-
-
-def load_onnx(
-    path: str | os.PathLike[str],
-    *,
-    output: str | None = None,
-    device: torch.device | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    weigh_single_values: bool = False,
-) -> OnnxModel:
-    """Read an ONNX file, ready to predict.
-
-    Args:
-        path: an ONNX file, whose external data lie beside it; or a ``.pt2`` file of torch.export, which is
-            exported to ONNX.
-        output: which output to read; the first by default.
-        device: cpu or cuda.
-        preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
-        weigh_single_values: see :func:`bnpatch.load`.
-
-    Raises:
-        BnpatchError: the file can't be read, or takes something else than one batch of images.
-    """
-    is_program = Path(path).suffix == ".pt2"
-    graph = read.inline_norms(program_to_graph(path)) if is_program else read.load(path)
-    signature = read_signature(graph, output)
-    known = graph.metadata_props.get(PREPROCESSING)
-    wanted = dict(preprocessing or {})
-    notes = []
-    channels, height, width = signature.size
-    if known:
-        base = Preprocessing.from_json(json.loads(known), "the file's metadata")
-    else:
-        source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
-        if height is None and wanted.get("img_size") is None:
-            notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
-        size = (channels or 3, height or 224, width or 224)
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        base = Preprocessing(size, mean, std, "bilinear", source=source)
-    names = graph.metadata_props.get(CLASS_NAMES)
-    model = OnnxModel(
-        graph,
-        Path(path).stem,
-        signature,
-        base.override(channels=channels, **wanted),
-        class_names=tuple(json.loads(names)) if names else None,
-        device=device or torch.device("cpu"),
-        weigh_single_values=weigh_single_values,
-        notes=notes,
-    )
-    if len(model.folded()) > len(model.survey().sites):
-        notes.append(
-            f"{len(model.folded())} convolutions look as if a Batch Norm was folded into them: "
-            "tune-alpha --recover-folded makes them sites"
-        )
-    return model

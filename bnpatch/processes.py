@@ -19,8 +19,9 @@ from bnpatch.data.examples import Batch, Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import NoExamplesError, Scores, evaluate
 from bnpatch.metrics import Metric, Values
-from bnpatch.model import Patchable, TorchModel
+from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
+from bnpatch.patchable import Patchable
 from bnpatch.search.judge import ByMetric
 from bnpatch.setting import Setting
 

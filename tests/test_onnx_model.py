@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -24,6 +26,13 @@ def test_an_export_has_the_sites_of_the_checkpoint(checkpoint, exported):
     assert onnx_model.class_names == torch_model.class_names
     assert onnx_model.num_outputs() == 10
     assert onnx_model.site_shapes() == torch_model.site_shapes()
+
+
+def test_what_a_file_knows_of_its_model_has_names_that_stay(exported):
+    """Files that are out there have them."""
+    metadata = {prop.key: json.loads(prop.value) for prop in onnx.load(exported).metadata_props}
+    assert metadata["bnpatch.preprocessing"]["mean"] == list(bnpatch.load(exported).preprocessing.mean)
+    assert metadata["bnpatch.class_names"] == [str(number) for number in range(10)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.6, 1.0])

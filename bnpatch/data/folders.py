@@ -11,7 +11,7 @@ from bnpatch.data.classes import ClassOrder, read_class_map, targets_of_folders
 from bnpatch.data.examples import Indices
 from bnpatch.data.images import FileImages
 from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.model import Patchable
+from bnpatch.patchable import Patchable
 
 WITHOUT_LABELS = "or search without labels: --metric unlabeled"
 

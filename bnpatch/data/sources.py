@@ -18,7 +18,7 @@ from bnpatch.data.examples import Examples, subset
 from bnpatch.data.folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, drain
 from bnpatch.errors import BnpatchError, first_line
-from bnpatch.model import Patchable
+from bnpatch.patchable import Patchable
 
 _NAMED = re.compile(r"(torch|hfds|wds|tfds|hfids)/.+", re.IGNORECASE)
 _KEYS = (("x", "y"), ("images", "labels"), ("data", "targets"), ("x_test", "y_test"))

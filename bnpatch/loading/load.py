@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.devices import pick_device
 from bnpatch.errors import BnpatchError, first_line
 from bnpatch.loading import architecture
 from bnpatch.loading.architecture import Architecture
 from bnpatch.loading.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
-from bnpatch.model import TorchModel, pick_device
+from bnpatch.loading.onnx_file import load_onnx
+from bnpatch.model import TorchModel
 from bnpatch.nn.surgery import survey
-from bnpatch.onnx_model import OnnxModel, load_onnx
+from bnpatch.onnx_model import OnnxModel
 from bnpatch.recipe import Recipe
 
 _HUB_CONFIG = "config.json"

@@ -9,7 +9,7 @@ from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import STANDARD_METRICS
 from bnpatch.metrics import ACCURACY, CONFIDENCE, METRICS, PREDICTION, Metric, ScoreFunction, as_metric
-from bnpatch.model import Patchable
+from bnpatch.patchable import Patchable
 from bnpatch.search import objectives as label_free
 from bnpatch.search.judge import ByMetric, ByObjective, Judge
 

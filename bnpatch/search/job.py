@@ -14,8 +14,9 @@ from bnpatch.calibration import recover_folded as recover
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import warn_at_chance
 from bnpatch.metrics import ACCURACY, Values, paired_difference
-from bnpatch.model import Patchable, TorchModel
+from bnpatch.model import TorchModel
 from bnpatch.onnx_model import OnnxModel
+from bnpatch.patchable import Patchable
 from bnpatch.processes import Processes, Shared, dismiss, serve, start
 from bnpatch.search.goal import LABEL_FREE, Goal
 from bnpatch.search.insurance import harmless

@@ -12,8 +12,9 @@ from torch import Tensor
 from bnpatch.data.examples import Batch, Examples, Indices
 from bnpatch.evaluation import OutputsNotFiniteError, evaluate
 from bnpatch.metrics import METRICS, Metric, Values, score
-from bnpatch.model import Patchable, TorchModel
+from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
+from bnpatch.patchable import Patchable
 from bnpatch.search.objectives import Objective, Seen
 from bnpatch.sites import SiteFacts
 

@@ -15,7 +15,8 @@ from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import if_finite
 from bnpatch.metrics import CROSS_ENTROPY, METRICS, Estimate, Metric, Values, paired_difference
-from bnpatch.model import Patchable, TorchModel
+from bnpatch.model import TorchModel
+from bnpatch.patchable import Patchable
 from bnpatch.search.judge import Judge, in_sets
 from bnpatch.search.learn import (
     CHECKS,

@@ -17,7 +17,7 @@ from bnpatch.data.sources import open_examples
 from bnpatch.errors import BnpatchError
 from bnpatch.loading.load import load
 from bnpatch.metrics import Metric, ScoreFunction
-from bnpatch.model import Patchable
+from bnpatch.patchable import Patchable
 from bnpatch.search.goal import Goal
 from bnpatch.search.job import Job, Progress
 from bnpatch.search.ladder import Granularity, Plan, Trial

@@ -19,8 +19,8 @@ from bnpatch.metrics import (
     mean_estimate,
     paired_difference,
 )
-from bnpatch.model import Patchable
 from bnpatch.moments import Moments
+from bnpatch.patchable import Patchable
 from bnpatch.search.judge import Judge, in_sets
 from bnpatch.setting import Setting
 
