@@ -278,8 +278,8 @@ class Ladder:
             (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
         )
 
-        def evaluate_block(params: Mapping[str, float], block: int) -> Mapping[str, Values]:
-            return self._block_scores(setting(params), block, name)
+        def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
+            return self._by_block(setting(params), blocks, name)
 
         def report(runner: Runner, standing: RaceResult) -> None:
             trial = self._trial(name, runner, standing.identity.means, sizes)
@@ -288,7 +288,7 @@ class Ladder:
 
         result = race(
             self._study(name if start is None else f"{name}.{_digest(start)}"),
-            evaluate_block,
+            evaluate_blocks,
             sizes,
             metric=self.judge.metric,
             space=space,
@@ -480,13 +480,22 @@ class Ladder:
     ) -> Values:
         """Scores of the examples of some blocks, by the tuned metric or another one."""
         name = metric or self.judge.metric.name
-        return np.concatenate([self._block_scores(setting, block, label)[name] for block in blocks])
+        return np.concatenate([scores[name] for scores in self._by_block(setting, blocks, label)])
 
-    def _block_scores(self, setting: Setting, block: int, label: str) -> dict[str, Values]:
-        key = (tuple(setting.alphas.values()), tuple(setting.lambdas.values())), block
-        if key not in self._scored:
-            self._scored[key] = self._scores(setting, self._blocks[block], label)
-        return self._scored[key]
+    def _by_block(self, setting: Setting, blocks: range, label: str) -> list[dict[str, Values]]:
+        """Scores of the examples of each block; what was scored before is remembered."""
+        key = tuple(setting.alphas.values()), tuple(setting.lambdas.values())
+        missing = [block for block in blocks if (key, block) not in self._scored]
+        if missing and self.judge.set_size == 1:  # together, as small batches take long
+            scores = self._scores(setting, np.concatenate([self._blocks[b] for b in missing]), label)
+            ends = np.cumsum([len(self._blocks[block]) for block in missing])[:-1]
+            parts = {name: np.split(values, ends) for name, values in scores.items()}
+            for index, block in enumerate(missing):
+                self._scored[key, block] = {name: split[index] for name, split in parts.items()}
+        elif missing:
+            for block in missing:
+                self._scored[key, block] = self._scores(setting, self._blocks[block], label)
+        return [self._scored[key, block] for block in blocks]
 
     def _units(self, setting: Setting, indices: Indices, metric: Metric) -> Values:
         """Scores by example, or by set of examples."""

@@ -31,7 +31,7 @@ from bnpatch.search.standings import Difference, Rules, Standings, done
 from bnpatch.search.storages import quiet
 from bnpatch.search.studies import StoredTrial, Study, as_stored
 
-EvaluateBlock = Callable[[Mapping[str, float], int], Mapping[str, Values]]
+EvaluateBlocks = Callable[[Mapping[str, float], range], Sequence[Mapping[str, Values]]]
 
 # How long to wait before looking again at what another process does.
 _POLL_SECONDS = 0.2
@@ -86,7 +86,7 @@ def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
 
 def race(
     study: Study,
-    evaluate_block: EvaluateBlock,
+    evaluate_blocks: EvaluateBlocks,
     sizes: Sequence[int],
     *,
     metric: Metric,
@@ -107,11 +107,11 @@ def race(
 
     Args:
         study: where the trials are kept; its direction is that of the metric.
-        evaluate_block: from parameters and the number of a block to the scores of its examples by name of
-            metric, the same examples in the same order whatever the parameters; or to one score for the
+        evaluate_blocks: from parameters and numbers of blocks to the scores of the examples of each, by name
+            of metric, the same examples in the same order whatever the parameters; or to one score for a
             block as a whole.
         sizes: examples in each block; the blocks should look alike, as random parts do.
-        metric: what to race for. The other metrics that ``evaluate_block`` returns are kept beside it.
+        metric: what to race for. The other metrics that ``evaluate_blocks`` returns are kept beside it.
         space: lowest and highest value by name of parameter.
         identity: the parameters that change nothing; among equals what is nearest to them is best.
         first: points that are tried before the sampler has anything to go by.
@@ -122,7 +122,7 @@ def race(
         on_trial: called when a trial ended, with how the race stands.
 
     Raises:
-        OutputsNotFiniteError: from ``evaluate_block``, for the identity.
+        OutputsNotFiniteError: from ``evaluate_blocks``, for the identity.
         KeyboardInterrupt: before the identity was scored on all blocks; later it ends the race in peace.
         BnpatchError: nothing bounds the race, or the tuned metric is not a finite number.
     """
@@ -143,9 +143,9 @@ def race(
                     time.sleep(_POLL_SECONDS)
                 case Begin(rung, params):
                     study.add(params or _propose(standings, seed), space, rung)
-                case Evaluate(trial, block):
+                case Evaluate(trial, blocks):
                     study.claim(trial)
-                    _score(study, standings, trial, block, evaluate_block)
+                    _score(study, standings, trial, blocks, evaluate_blocks)
                 case End(trial, state):
                     _end(study, standings, trial, state)
                     if done(trial):
@@ -162,23 +162,24 @@ def race(
 
 
 def _score(
-    study: Study, standings: Standings, trial: StoredTrial, block: int, evaluate_block: EvaluateBlock
+    study: Study, standings: Standings, trial: StoredTrial, blocks: range, evaluate_blocks: EvaluateBlocks
 ) -> None:
-    """Score a block; a trial without finite outputs fails."""
+    """Score some blocks; a trial without finite outputs fails."""
     metric = standings.rules.metric.name
     try:
-        scores = evaluate_block(trial.params, block)
+        scored = evaluate_blocks(trial.params, blocks)
     except OutputsNotFiniteError:
         study.finish(trial.number, TrialState.FAIL)
         if trial.params == standings.rules.identity:
             raise  # the model itself is broken, not these parameters
         return
-    if not np.isfinite(scores[metric]).all():
-        study.finish(trial.number, TrialState.FAIL)
-        raise BnpatchError(f"{metric} is not a finite number", "look at the metric and the data")
-    rounded = {name: as_stored(values) for name, values in scores.items()}
-    so_far = replace(trial, blocks={**trial.blocks, block: rounded})
-    study.record(trial.number, block, rounded, standings.mean(so_far))
+    for block, scores in zip(blocks, scored, strict=True):
+        if not np.isfinite(scores[metric]).all():
+            study.finish(trial.number, TrialState.FAIL)
+            raise BnpatchError(f"{metric} is not a finite number", "look at the metric and the data")
+        rounded = {name: as_stored(values) for name, values in scores.items()}
+        trial = replace(trial, blocks={**trial.blocks, block: rounded})
+        study.record(trial.number, block, rounded, standings.mean(trial))
 
 
 def _end(study: Study, standings: Standings, trial: StoredTrial, state: TrialState) -> None:

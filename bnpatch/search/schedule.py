@@ -21,6 +21,8 @@ _LEAST = 24
 _LEVEL = 0.05
 # Fewer differences say nothing about their spread.
 _FEWEST = 8
+# With fewer examples in a batch most of the time goes into everything but the examples.
+_BATCH = 64
 # How far apart trials must lie to show a slope, as part of the range.
 _APART = 0.02
 # A sampler that proposes what was tried before, so often, has found what it can on a rung.
@@ -29,10 +31,10 @@ _REPEATS = 2
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score the next block of a trial."""
+    """Score the next blocks of a trial: as many as make a batch that is worth its while."""
 
     trial: StoredTrial
-    block: int
+    blocks: range
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Schedule:
         if origin is None:
             return Begin(0, self.rules.identity)
         if origin.running:
-            return _onward(origin)
+            return self._onward(origin)
         if self.rules.max_passes >= 2 and not hurry:
             for rung in range(len(RUNGS)):
                 if (step := self._on_rung(rung, standings)) is not None:
@@ -122,7 +124,7 @@ class Schedule:
             if not hopeless and not self._affords(rest, target, standings):
                 continue
             if not trial.busy:
-                return End(trial, TrialState.PRUNED) if hopeless else Evaluate(trial, done(trial))
+                return End(trial, TrialState.PRUNED) if hopeless else self._evaluate(trial, target)
             waiting = True
         return self._begin(rung, standings) or (Wait() if waiting else None)
 
@@ -165,7 +167,7 @@ class Schedule:
             not furthest or self._hopeless(best, standings) or self._comes_too_late(best, standings)
         ):
             return End(best, TrialState.PRUNED)
-        return _onward(best)
+        return self._onward(best)
 
     def _comes_too_late(self, trial: StoredTrial, standings: Standings) -> bool:
         """Did another process bring its best home meanwhile, on the budget that this one would need?"""
@@ -198,10 +200,16 @@ class Schedule:
         reserve = self.total - int(self.ends[target - 1])
         return standings.spent + cost + reserve <= self.rules.max_passes * self.total
 
+    def _onward(self, trial: StoredTrial) -> Step:
+        return Wait() if trial.busy else self._evaluate(trial, len(self.ends))
+
+    def _evaluate(self, trial: StoredTrial, target: int) -> Evaluate:
+        """The next blocks of a trial that has some to go to the target."""
+        first = done(trial)
+        before = int(self.ends[first - 1]) if first else 0
+        enough = int(np.searchsorted(self.ends, before + _BATCH)) + 1
+        return Evaluate(trial, range(first, min(target, enough)))
+
     def _blocks_with(self, examples: float) -> int:
         """How many leading blocks have that many examples; all where there are fewer."""
         return min(len(self.ends), int(np.searchsorted(self.ends, examples - 0.5)) + 1)
-
-
-def _onward(trial: StoredTrial) -> Step:
-    return Wait() if trial.busy else Evaluate(trial, done(trial))

@@ -48,6 +48,14 @@ class Scorer:
         self.model.set_alphas(root**2)
         return evaluate(self.model, self.examples, METRICS, indices=indices, batch_size=128).values
 
+    def blocks_of(self, params, blocks):
+        """Scores by block, of several at a time."""
+        parts = [self.blocks[block] for block in blocks]
+        scores = self(params["sqrt_alpha"], np.concatenate(parts))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        split = {name: np.split(values, ends) for name, values in scores.items()}
+        return [{name: values[index] for name, values in split.items()} for index in range(len(parts))]
+
     def timed(self, search):
         """What a search returns, its passes and its seconds."""
         self.scored, started = 0, time.process_time()
@@ -75,7 +83,7 @@ def plain(scorer, metric):
 def raced(scorer, metric):
     result = race(
         open_study(direction="maximize" if metric.higher_is_better else "minimize"),
-        lambda params, block: scorer(params["sqrt_alpha"], scorer.blocks[block]),
+        scorer.blocks_of,
         scorer.sizes,
         metric=metric,
         space={"sqrt_alpha": (0.0, 1.0)},

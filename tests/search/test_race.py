@@ -47,7 +47,12 @@ class Flat(Problem):
 def run(problem, metric=CROSS_ENTROPY, study=None, **options):
     direction = "maximize" if metric.higher_is_better else "minimize"
     settings = {"space": {"x": (0.0, 1.0)}, "identity": {"x": 0.0}, "first": FIRST, **options}
-    return race(study or open_study(direction=direction), problem, problem.sizes, metric=metric, **settings)
+
+    def evaluate_blocks(params, blocks):
+        return [problem(params, block) for block in blocks]
+
+    study = study or open_study(direction=direction)
+    return race(study, evaluate_blocks, problem.sizes, metric=metric, **settings)
 
 
 def regret(problem, result):

@@ -95,7 +95,7 @@ def test_is_reproducible(model, foggy, tuned):
     again = bnpatch.tune_alpha(model, foggy, granularity="global")
     assert [(t.weight, t.examples) for t in again.trials] == [(t.weight, t.examples) for t in tuned.trials]
     other = bnpatch.tune_alpha(model, foggy, granularity="global", seed=1)
-    assert [t.weight for t in other.trials] != [t.weight for t in tuned.trials]
+    assert other.trials[0].scores != tuned.trials[0].scores  # of other examples
 
 
 @pytest.mark.parametrize("granularity", ["global", "layer"])
