@@ -9,8 +9,8 @@ START = Setting(dict.fromkeys(SITES, 0.0), dict.fromkeys(SITES, 0.0))
 KNOBS = [Knob("alpha", (name,)) for name in SITES]
 
 
-def scored(best, noise=0.0, calls=None):
-    """Scores of 200 examples that fall with the distance to the best setting; the same noise for all."""
+def scored(best, calls=None):
+    """Scores of 200 examples that fall with the distance to the best setting."""
     rng = np.random.default_rng(0)
     each = rng.normal(1, 0.2, (200, 1))
     level = rng.normal(0, 1, 200)
@@ -20,7 +20,7 @@ def scored(best, noise=0.0, calls=None):
             calls.append(setting)
         loss = sum((setting.alphas[name] - value) ** 2 for name, value in best.items())
         loss += 0.5 * sum(alpha for name, alpha in setting.alphas.items() if name not in best)
-        return level - each[:, 0] * loss + noise * rng.normal(size=200)
+        return level - each[:, 0] * loss
 
     return scores
 
@@ -38,10 +38,27 @@ def test_a_lower_score_may_be_better():
     assert found.alphas == START.alphas | best
 
 
-def test_takes_no_step_that_is_chance():
-    """Nothing helps, and every evaluation has noise of its own."""
-    found = walk(scored({}, noise=0.3), START, KNOBS, higher_is_better=True)
-    assert found == START
+@pytest.mark.parametrize(("gain", "taken"), [(0.5, False), (3.0, True)])
+def test_takes_no_step_that_may_be_chance(gain, taken):
+    """Of so many standard errors."""
+    rng = np.random.default_rng(0)
+    level, each = rng.normal(0, 1, 100), rng.normal(0, 1, 100)
+    each = (each - each.mean()) / each.std() + gain / 10
+
+    def scores(setting):
+        return level + (setting.alphas["s3"] > 0) * each - 10 * (sum(setting.alphas.values()) > 1)
+
+    found = walk(scores, START, KNOBS, higher_is_better=True)
+    assert (found != START) == taken
+
+
+def test_a_glance_at_some_examples_tells_where_to_look():
+    whole, few = [], []
+    best = {"s3": 0.5, "s17": 0.2}
+    full, part = scored(best, calls=whole), scored(best, calls=few)
+    found = walk(full, START, KNOBS, higher_is_better=True, glance=lambda setting: part(setting)[:50])
+    assert {name for name, alpha in found.alphas.items() if alpha} == {"s3", "s17"}
+    assert len(whole) < len(few) / 10
 
 
 def test_costs_no_more_than_it_says():
