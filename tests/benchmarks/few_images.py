@@ -1,6 +1,6 @@
 """The ladder on few images: what is found from 50, and what from 200.
 
-``python -m tests.benchmarks.few_images [--checkpoints DIR] [--draws 4]``: Fashion-MNIST, two networks of timm;
+``python -m tests.benchmarks.few_images [--checkpoints DIR] [--draws 4]``: Fashion-MNIST, two networks;
 images drawn at random to tune on, judged by 4,000 others; prints the table of docs/results.md.
 """
 
