@@ -1,7 +1,8 @@
 """The whole search on shifted Fashion-MNIST: one alpha, the ladder with labels, the ladder without.
 
 ``python -m tests.benchmarks.ladder [--data DIR] [--models NAME ...] [--shifts NAME ...]`` trains what it
-needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others.
+needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others. With ``--onnx`` it
+is the models' ONNX files that are tuned, which have no gradients.
 """
 
 import argparse
@@ -64,6 +65,8 @@ def main():
     parser.add_argument("--models", nargs="+", default=["test_resnet", "test_efficientnet"])
     kinds = ["none", "contrast x 0.4", "brightness x 0.35", "noise 0.25", "mixed"]
     parser.add_argument("--shifts", nargs="+", default=kinds)
+    parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--onnx", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore", BnpatchWarning)  # that some models guess is what this is about
     images, labels = fashion_mnist.read(args.data, "t10k")
@@ -71,15 +74,18 @@ def main():
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
         path = trained(name, args.data, args.checkpoints)
+        if args.onnx:
+            model = bnpatch.load(path, preprocessing=VALUES)
+            bnpatch.export_onnx(model, path := Path(f"{name}.onnx"))
         for kind in args.shifts:
             x = shifted(kind, images[: TUNING + HELD_OUT], np.random.default_rng(0))
             y = labels[: TUNING + HELD_OUT]
-            for search, options in SEARCHES.items():
+            for search in args.searches:
                 result = bnpatch.tune_alpha(
                     bnpatch.load(path, preprocessing=VALUES),
                     (x[:TUNING], y[:TUNING]),
                     test_data=(x[TUNING:], y[TUNING:]),
-                    **options,
+                    **SEARCHES[search],
                 )
                 by_name = {c.metric.name: c for c in result.comparisons}
                 accuracy, entropy = by_name["accuracy"], by_name["cross-entropy"]
