@@ -1,8 +1,8 @@
 """The whole search on shifted Fashion-MNIST: one alpha, the ladder with labels, the ladder without.
 
 ``python -m tests.benchmarks.ladder [--data DIR] [--models NAME ...] [--shifts NAME ...]`` trains what it
-needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others. With ``--onnx`` it
-is the models' ONNX files that are tuned, which have no gradients.
+needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others. With
+``--onnx`` it is the models' ONNX files that are tuned, which have no gradients.
 """
 
 import argparse
