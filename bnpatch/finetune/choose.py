@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from bnpatch.finetune.state import Epoch, difference
 from bnpatch.metrics import METRICS
 from bnpatch.model import TorchModel
 from bnpatch.nn.paths import unnormalized_sites
-from bnpatch.processes import start
+from bnpatch.processes import Processes, start
 from bnpatch.search.storages import connect, quiet, usable
 from bnpatch.spec import NormSpec
 
@@ -108,17 +109,24 @@ def by_search(
     Raises:
         BnpatchError: no run ended with a finite loss, or the journal is of another search.
     """
+    processes = start()
     subset, selection = split(examples.strata, holdout, settings.seed)
     metric, sites = METRICS[settings.metric], decay_sites(model)
     names = _specs(settings.batch_size)
     guided = by_guidance(model, settings)
     guided_decay = guided.norm_decay.rate if guided.norm_decay else 0.0
+    first = (
+        {"norm": str(NormSpec.batch()), "decays": False},
+        {"norm": str(guided.spec), "decays": bool(guided_decay), "decay": guided_decay or None},
+    )
+    # All that scores depend on: the settings' workers, too, each of which augments with a seed of its own.
     search = {
         "model": model.fingerprints(),
         "data": examples.fingerprint(),
         "settings": settings.to_json(),
         "epochs": epochs,
         "holdout": holdout,
+        "processes": 1 if processes is None else processes.count,  # each has a batch
     }
 
     def choice(params: Mapping[str, Any]) -> Choice:
@@ -146,24 +154,24 @@ def by_search(
                 on_epoch=on_epoch,
                 progress=progress,
             )
+            if not math.isfinite(score := result.best.score(settings.metric)):  # the last step diverged
+                raise NotFiniteLossError("the validation score is not a number", "lower --lr")
         except NotFiniteLossError:
             trial.set_user_attr(_DIVERGED, True)  # unlike a run that was cut off
             raise
-        return result.best.score(settings.metric)
+        return score
 
     def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         is_complete = trial.state == TrialState.COMPLETE  # a pruned one has a value too
         on_trial(_describe(choice(trial.params)), trial.value if is_complete else None)
 
     with quiet():
-        study = _opened(journal, resume, search, metric.higher_is_better)
-        if not study.trials:
-            study.enqueue_trial({"norm": str(NormSpec.batch()), "decays": False})
-            study.enqueue_trial(
-                {"norm": str(guided.spec), "decays": bool(guided_decay), "decay": guided_decay or None}
-            )
+        study = _opened(journal, resume, search, metric.higher_is_better, processes)
         while (number := sum(map(_ended, study.trials))) < trials:
-            # Anew for each run, so that a search which goes on proposes what it would have proposed.
+            # What a run tries depends on the runs that have ended and on nothing else, so that one which was
+            # cut off comes again in its place, however it was cut off.
+            if number < len(first) and not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(first[number])
             study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number, n_startup_trials=4)
             study.optimize(objective, 1, catch=(NotFiniteLossError,), callbacks=[told])
     if not study.get_trials(states=(TrialState.COMPLETE,)):
@@ -174,15 +182,39 @@ def by_search(
 
 
 def _opened(
+    journal: Path | None,
+    resume: bool,
+    search: Mapping[str, Any],
+    higher_is_better: bool,
+    processes: Processes | None,
+) -> optuna.Study:
+    """The study of a search; the first of several processes keeps it, the others have copies."""
+    if processes is None:
+        return _stored(journal, resume, search, higher_is_better)
+    if processes.rank == 0:
+        try:
+            study = _stored(journal, resume, search, higher_is_better)
+        except BnpatchError as error:
+            processes.tell(error)  # the others wait to be told something
+            raise
+        processes.tell(study.trials)
+        return study
+    told = processes.tell(None)
+    if isinstance(told, BnpatchError):
+        raise told
+    study = _stored(None, resume, search, higher_is_better)
+    study.add_trials(told)
+    return study
+
+
+def _stored(
     journal: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
 ) -> optuna.Study:
-    """The study of a search, or in other processes its copy; runs that were cut off come again."""
-    processes = start()
-    is_first = processes is None or processes.rank == 0
-    storage = None if journal is None or not is_first else f"journal://{journal}"
-    if journal is not None and is_first and not resume:
-        journal.unlink(missing_ok=True)
+    """The study of a search, as its journal has it."""
+    storage = None if journal is None else f"journal://{journal}"
     with usable(storage or "memory"):
+        if journal is not None and not resume:
+            journal.unlink(missing_ok=True)
         study = optuna.create_study(
             storage=None if storage is None else connect(storage),
             study_name="choose",
@@ -198,13 +230,8 @@ def _opened(
             )
         study.set_user_attr(_SEARCH, wanted)
         for trial in study.trials:
-            if trial.state == TrialState.RUNNING:
+            if trial.state == TrialState.RUNNING:  # in a process that was killed
                 study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
-    if processes is not None:
-        trials = processes.tell(study.trials)
-        if not is_first:
-            study.add_trials(trials)
     return study
 
 

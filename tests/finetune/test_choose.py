@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import optuna
@@ -71,8 +72,12 @@ def results(scores, monkeypatch):
     return seen
 
 
-def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, monkeypatch):
-    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+@pytest.fixture(scope="module")
+def examples(residual):
+    return bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+
+
+def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, examples, monkeypatch):
     seen = results(lambda spec, rate: 0.9 if spec.examples_per_group == 4 else 0.5 - rate, monkeypatch)
     told = []
     choice = choose.by_search(
@@ -90,51 +95,169 @@ def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, monkey
     assert "90.00%" in choice.reasons[0]
 
 
-def test_a_search_that_was_cut_off_goes_on(residual, monkeypatch, tmp_path):
-    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+def _score(spec, rate):
+    return 0.9 - 0.1 * abs((spec.examples_per_group or 8) - 4) - rate
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (1, KeyboardInterrupt),
+        (2, OSError),
+        (4, RuntimeError),
+        (7, KeyboardInterrupt),
+        *(
+            (number, SystemExit) for number in (1, 2, 4, 7)
+        ),  # Optuna notes no end, as of a process that is killed
+    ],
+)
+def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_path, number, error):
     settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
     options = {"trials": 9, "epochs": 2, "journal": journal}
-
-    def score(spec, rate):
-        return 0.9 - 0.1 * abs((spec.examples_per_group or 8) - 4) - rate
-
-    whole = results(score, monkeypatch)
+    whole = results(_score, monkeypatch)
     best = choose.by_search(residual, examples, settings, **options)
     runs = [(trial.params, trial.value) for trial in _trials(journal)]
     first = []
 
     def cut_off(spec, rate):
         first.append(spec)
-        if len(first) == 4:
-            raise KeyboardInterrupt
-        return score(spec, rate)
+        if len(first) == number:
+            raise error
+        return _score(spec, rate)
 
     results(cut_off, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         choose.by_search(residual, examples, settings, **options)
-    rest = results(score, monkeypatch)
+    rest = results(_score, monkeypatch)
     assert choose.by_search(residual, examples, settings, **options, resume=True) == best
-    assert rest == whole[3:]  # the run that was cut off comes first
-    assert [(t.params, t.value) for t in _trials(journal) if t.number != 3] == runs
-    again = results(score, monkeypatch)
+    assert rest == whole[number - 1 :]  # the run that was cut off comes first
+    assert [(t.params, t.value) for t in _trials(journal) if t.number != number - 1] == runs
+    again = results(_score, monkeypatch)
     assert choose.by_search(residual, examples, settings, **options, resume=True) == best
     assert not again
-    with pytest.raises(BnpatchError, match=r"choose\.journal is of another search: settings\.lr differs"):
-        choose.by_search(residual, examples, replace(settings, lr=0.5), **options, resume=True)
+
+
+def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
+    residual, examples, monkeypatch, tmp_path
+):
+    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
+    options = {"trials": 9, "epochs": 2, "journal": journal}
+
+    def score(spec, rate):
+        return None if not rate else _score(spec, rate)
+
+    whole = results(score, monkeypatch)
+    best = choose.by_search(residual, examples, settings, **options)
+    assert (str(NormSpec.batch()), 0.0) in whole
+    ended = []
+    journal.unlink()
+    while len(ended) < 9:
+        runs = []
+
+        def cut_off(spec, rate, runs=runs):
+            runs.append((str(spec), rate))
+            if len(runs) == 3:  # two more than before
+                raise KeyboardInterrupt
+            return score(spec, rate)
+
+        results(cut_off, monkeypatch)
+        try:
+            assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+        except KeyboardInterrupt:
+            runs.pop()
+        ended += runs
+    assert ended == whole
+
+
+class _Processes:
+    """The first of two processes, and then the second."""
+
+    def __init__(self):
+        self.rank, self.count, self.said = 0, 2, []
+
+    def tell(self, message):
+        if self.rank == 0:
+            self.said.append(pickle.dumps(message))
+        return pickle.loads(self.said.pop(0) if self.rank else self.said[-1])
+
+
+@pytest.fixture
+def as_process(residual, examples, monkeypatch, tmp_path):
+    """Search in a process of two, the first of which comes first."""
+    processes = _Processes()
+    monkeypatch.setattr(choose, "start", lambda: processes)
+
+    def search(rank, **changes):
+        processes.rank = rank
+        settings = replace(FineTuneSettings(batch_size=8), **changes)
+        journal = tmp_path / "choose.journal"
+        return choose.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+
+    return search
+
+
+def test_processes_have_the_same_runs_before_them_and_refuse_alike(as_process, monkeypatch, tmp_path):
+    first = results(_score, monkeypatch)
+    best = as_process(0)
+    assert len(first) == 5
+    second = results(_score, monkeypatch)
+    assert as_process(1) == best
+    assert second == first  # both train; one keeps the journal
+    assert len(_trials(tmp_path / "choose.journal")) == 5
+    refused = []
+    for rank in (0, 1):
+        with pytest.raises(BnpatchError, match=r"of another search: settings\.lr differs") as caught:
+            as_process(rank, lr=0.5)
+        refused.append(str(caught.value))
+    assert refused[0] == refused[1]
+
+
+def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
+    residual, examples, as_process, monkeypatch, tmp_path
+):
+    results(_score, monkeypatch)
+    as_process(0)
+    with pytest.raises(BnpatchError, match=r"settings\.workers differs"):
+        as_process(0, workers=2)
+    monkeypatch.setattr(choose, "start", lambda: None)
+    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
+    with pytest.raises(BnpatchError, match=r"choose\.journal is of another search: processes differs"):
+        choose.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+
+
+def test_a_journal_that_cannot_be_removed_is_named(residual, examples, tmp_path):
+    (journal := tmp_path / "choose.journal").mkdir()
+    with pytest.raises(BnpatchError, match=r"cannot use journal://.*choose\.journal for a study"):
+        choose.by_search(residual, examples, FineTuneSettings(batch_size=8), journal=journal)
 
 
 def _trials(journal):
     return optuna.load_study(study_name="choose", storage=connect(str(journal))).trials
 
 
-def test_search_survives_runs_that_diverge_unless_all_do(residual, monkeypatch):
-    examples = bnpatch.open_examples((torch.zeros(40, 3, 32, 32), [i % 4 for i in range(40)]), residual)
+def test_search_survives_runs_that_diverge_unless_all_do(residual, examples, monkeypatch):
     settings = FineTuneSettings(batch_size=8)
     results(lambda spec, rate: None if rate else 0.5, monkeypatch)
     assert choose.by_search(residual, examples, settings, trials=8).norm_decay is None
     results(lambda spec, rate: None, monkeypatch)
     with pytest.raises(BnpatchError, match="every run diverged"):
         choose.by_search(residual, examples, settings, trials=3)
+
+
+def test_a_score_that_is_not_a_number_is_that_of_a_run_that_diverged(residual, examples, monkeypatch):
+    """The loss may be finite to the end, and the weights of the last step are not."""
+    settings = FineTuneSettings(batch_size=8, metric="cross-entropy")
+    told, seen = [], []
+
+    def train(model, examples, val_examples, settings, *, on_epoch, **options):
+        seen.append(settings)
+        assert len(seen) < 9
+        score = float("nan") if len(seen) == 1 else 1.0
+        return type("Result", (), {"best": Epoch(1, 0.1, 8, 1.0, 0.1, score, 0.0)})
+
+    monkeypatch.setattr(choose, "train", train)
+    choose.by_search(residual, examples, settings, trials=4, on_trial=lambda name, score: told.append(score))
+    assert told == [None, 1.0, 1.0, 1.0]
 
 
 def test_contributions_come_one_by_one(residual):
