@@ -14,7 +14,6 @@ from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.metrics import (
     ACCURACY,
     CROSS_ENTROPY,
-    METRICS,
     TOP5,
     Estimate,
     Metric,
@@ -125,7 +124,7 @@ def evaluate(
 
 
 def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indices | None) -> None:
-    metric = next((metric for metric in metrics if METRICS.get(metric.name) is metric), None)
+    metric = next((metric for metric in metrics if metric.of_classes), None)
     if metric is None:
         return  # what a metric of the user's own needs, it knows
     if not examples.classes:

@@ -34,6 +34,16 @@ class Metric:
     higher_is_better: bool = True
     is_rate: bool = False
 
+    @property
+    def sign(self) -> int:
+        """1 where more is better, else -1: a change times this is a gain."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def of_classes(self) -> bool:
+        """Is it one of :data:`METRICS`, which compare answers with classes?"""
+        return METRICS.get(self.name) is self
+
     def better(self, a: float, b: float) -> bool:
         """Is ``a`` strictly better than ``b``?"""
         return a > b if self.higher_is_better else a < b

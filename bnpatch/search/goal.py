@@ -8,7 +8,7 @@ from torch import Tensor
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import STANDARD_METRICS
-from bnpatch.metrics import ACCURACY, CONFIDENCE, METRICS, PREDICTION, Metric, ScoreFunction, as_metric
+from bnpatch.metrics import ACCURACY, CONFIDENCE, PREDICTION, Metric, ScoreFunction, as_metric
 from bnpatch.patchable import Patchable
 from bnpatch.search import objectives as label_free
 from bnpatch.search.judge import ByMetric, ByObjective, Judge
@@ -50,7 +50,7 @@ class Goal:
         if prior is not None:
             raise BnpatchError("a class prior is for tuning without labels", "add --metric unlabeled")
         tuned = as_metric(metric, also=LABEL_FREE)
-        return cls(tuned, True, METRICS.get(tuned.name) is tuned, None, batch_size)
+        return cls(tuned, True, tuned.of_classes, None, batch_size)
 
     def judge(self, model: Patchable, examples: Examples, indices: Indices) -> Judge:
         """What the search goes by, on examples of which these will be seen."""

@@ -37,7 +37,6 @@ def harmless(
         The setting that does best on shifted views, of those that are better than the identity there beyond
         doubt, and no worse on clean examples; None where there is none.
     """
-    sign = -1.0 if metric.higher_is_better else 1.0
     identity = rungs[0].setting
     before = shifted(identity)
     found = []
@@ -48,13 +47,13 @@ def harmless(
             if after is None:
                 continue
             change = paired_difference(before, after)
-            if sign * change.value < 0 and change.excludes_zero:
+            if metric.sign * change.value > 0 and change.excludes_zero:
                 name = rung.name if part == 1 else f"{rung.name} x {part:g}"
                 found.append(Rung(name, setting, float(np.mean(after)), change, True))
-    unharmed = sign * float(np.mean(clean(identity)))
-    for rung in sorted(found, key=lambda rung: sign * rung.mean):
+    unharmed = metric.sign * float(np.mean(clean(identity)))
+    for rung in sorted(found, key=lambda rung: -metric.sign * rung.mean):
         scores = if_finite(partial(clean, rung.setting))
-        if scores is not None and sign * float(np.mean(scores)) <= unharmed:
+        if scores is not None and metric.sign * float(np.mean(scores)) >= unharmed:
             return rung
     return None
 

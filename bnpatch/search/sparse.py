@@ -39,7 +39,7 @@ def trade_off(
     Returns:
         The points, that of the original first.
     """
-    identities, sign = model.identities(), 1 if metric.higher_is_better else -1
+    identities, sign = model.identities(), metric.sign
     identity = Setting(identities, dict.fromkeys(identities, 0.0))
     weighed = [name for name, alpha in setting.alphas.items() if alpha != identities[name]]
     whole, costs = scores(setting), site_costs(model)
