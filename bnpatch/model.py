@@ -45,7 +45,8 @@ class TorchModel:
         class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural".
         arch: how to build it again; None where only the module itself can be stored.
         device: where it computes.
-        amp: compute in the device's half precision where autocast thinks it safe.
+        amp: compute in the device's half precision where autocast thinks it safe; in bfloat16 where
+            gradients are taken.
         weigh_single_values: weigh also where an example has one value per channel.
         notes: what a person should know about how it was loaded.
         train_batch_size: examples per training step and device, where the checkpoint says it.
@@ -247,7 +248,9 @@ class TorchModel:
             mean, std = self._mean_and_std()
             x = (x.float() - mean) / std
         x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
-        with torch.autocast(self.device.type, enabled=self.amp):
+        # The gradients of weights underflow in float16, whose range is what a loss is usually scaled for.
+        dtype = torch.bfloat16 if torch.is_grad_enabled() else None
+        with torch.autocast(self.device.type, dtype, enabled=self.amp):
             try:
                 y = self.module(x)
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:

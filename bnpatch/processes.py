@@ -6,7 +6,7 @@ label-free objectives and learning by gradient, is computed by the first alone.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,7 @@ class _Done:
     result: Any
 
 
-class Shared:
+class SharedJudge:
     """A judge whose examples are scored by all processes; for the first of them."""
 
     def __init__(self, judge: ByMetric, number: int, processes: Processes) -> None:
@@ -114,9 +114,9 @@ class Shared:
         self._processes.tell(_Work(self._number, indices, model.setting(), news))
         return _score(self._judge, model, examples, indices, self._processes)
 
-    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Of the first process alone."""
-        return self._judge.loss(model, batch)
+        return self._judge.loss(model, batches)
 
 
 def serve(processes: Processes, model: Patchable, judges: Mapping[int, tuple[ByMetric, Examples]]) -> Any:

@@ -12,7 +12,7 @@ from bnpatch.moments import Moments
 from bnpatch.nn.conversion import convert_norms
 from bnpatch.search import objectives
 from bnpatch.search.judge import _seen
-from bnpatch.search.learn import Shared, _set_learned
+from bnpatch.search.learn import Groups, _set_learned
 from bnpatch.setting import Setting
 from bnpatch.spec import NormSpec
 
@@ -91,12 +91,12 @@ def test_weights_that_are_learned_meet_their_layers(model):
     model.retarget({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
     model.set(everywhere(model, 0.0, 0.0))
     names = [site.name for site in model.survey().sites]
-    shared = Shared({name: name for name in names}, dict.fromkeys(names, "all"))
+    groups = Groups({name: name for name in names}, dict.fromkeys(names, "all"))
     logits = {
         "alpha": {name: torch.zeros((), device=DEVICE, requires_grad=True) for name in names},
         "lambda": {"all": torch.zeros((), device=DEVICE, requires_grad=True)},
     }
-    _set_learned(model, shared, logits)
+    _set_learned(model, groups, logits)
     assert model.forward(images()).device == DEVICE
 
 

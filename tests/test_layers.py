@@ -81,6 +81,7 @@ FLOORS = {
     "loading.onnx_file": 6,
     "processes": 6,
     "search.goal": 6,
+    "search.scoreboard": 6,
     "search.verdict": 6,
     "finetune.choose": 7,
     "loading.load": 7,

@@ -76,7 +76,7 @@ def race_curves(result: TuneResult) -> list[Curve]:
         return []
     most = max(trial.examples for trial in trials)
     # Of two trials with one weight the one with more examples is the better estimate.
-    kept = {t.weight: t for t in sorted(trials, key=lambda trial: trial.examples)}
+    kept = {t.weight: t for t in sorted(trials, key=lambda trial: trial.examples) if t.weight is not None}
     origin = result.rungs[0].setting.alphas
     weight = max((abs(alpha - origin[name]) for name, alpha in rung.setting.alphas.items()), default=0.0)
     metrics = [result.metric, *(m for m in (ACCURACY, CROSS_ENTROPY) if m.name != result.metric.name)]
@@ -85,12 +85,12 @@ def race_curves(result: TuneResult) -> list[Curve]:
         if metric.name not in trials[0].scores:
             continue
         points = []
-        for trial in sorted(kept.values(), key=lambda trial: trial.weight):
+        for position, trial in sorted(kept.items(), key=lambda item: item[0]):
             value, reach = trial.scores[metric.name], Z95 * trial.errors[metric.name]
             low, high = value - reach, value + reach
             if metric.is_rate:
                 low, high = max(0.0, low), min(1.0, high)
-            points.append(CurvePoint(trial.weight, value, low, high, trial.examples == most))
+            points.append(CurvePoint(position, value, low, high, trial.examples == most))
         best = min(points, key=lambda point: abs(point.weight - weight))
         curves.append(Curve(metric, points, best))
     return curves

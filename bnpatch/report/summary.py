@@ -16,7 +16,7 @@ def verdict_sentence(result: TuneResult) -> str:
     if len(result.rungs) == 1:
         return "Keep the model as it is: the search ended before anything else was tried."
     # A model that came with weights may change, and for the better, by losing them.
-    same = result.num_folds > 1 or not any(c.change.value for c in result.comparisons)
+    same = result.num_parts > 1 or not any(c.change.value for c in result.comparisons)
     if same and (is_identity(result) or result.chosen is result.rungs[0]):
         return (
             "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
@@ -40,8 +40,8 @@ def verdict_sentence(result: TuneResult) -> str:
 def judged_on(result: TuneResult) -> str:
     """What the verdict was given on."""
     count = f"{result.num_held_out:,} examples"
-    if result.num_folds > 1:
-        return f"{count}, each judged by a search that did not see it ({result.num_folds}-fold cross-fitting)"
+    if result.num_parts > 1:
+        return f"{count}, each left out of the search that it judged (cross-fitting)"
     return f"{count} that the search did not see"
 
 

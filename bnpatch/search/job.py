@@ -17,7 +17,7 @@ from bnpatch.metrics import ACCURACY, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.patchable import Patchable
-from bnpatch.processes import Processes, Shared, dismiss, serve, start
+from bnpatch.processes import Processes, SharedJudge, dismiss, serve, start
 from bnpatch.search.goal import LABEL_FREE, Goal
 from bnpatch.search.insurance import harmless
 from bnpatch.search.judge import ByMetric
@@ -25,7 +25,7 @@ from bnpatch.search.ladder import GLOBAL_RUNGS, Ladder, Plan, Rung, Trial
 from bnpatch.search.result import TuneResult
 from bnpatch.search.sparse import trade_off
 from bnpatch.search.trade_off import Point, choose, knee
-from bnpatch.search.verdict import Evidence, Verdict, conclude, gather
+from bnpatch.search.verdict import Evidence, Verdict, conclude, gather, scores
 from bnpatch.setting import Setting
 
 
@@ -56,8 +56,10 @@ class Job:
     """A search: the sites made, the ladder climbed, the verdict given.
 
     In a cross-fit the ladder is climbed once more without each part of the examples, which then judges what
-    was found. These searches share the time that there is, go no further than the first one did, and where
-    the user interrupts one, the verdict is of the parts that were judged before.
+    was found. These searches share the time that there is and go no further than the first one did. Where
+    time is over or the user interrupts, the verdict is of the parts that were judged before, one at least.
+    Two things are taken from all examples once: running moments of norms that have none, and which sites a
+    limit on latency leaves out.
     """
 
     model: Patchable
@@ -79,6 +81,7 @@ class Job:
         self._started = time.monotonic()
         self._ladders: list[Ladder] = []
         self._seen_clean = 0
+        self._interrupted = False
         with self.model.borrowed():
             came_with = self.model.setting()
             self.came_with = dict(self.model.targets())
@@ -114,9 +117,9 @@ class Job:
             served: TuneResult = serve(processes, self.model, judges)
             return served
         if 0 in judges:
-            self.judge = Shared(judges[0][0], 0, processes)
+            self.judge = SharedJudge(judges[0][0], 0, processes)
         if 1 in judges:
-            self.final_judge = Shared(judges[1][0], 1, processes)
+            self.final_judge = SharedJudge(judges[1][0], 1, processes)
         result = None
         try:
             result = self._search(before)
@@ -127,13 +130,13 @@ class Job:
     def _search(self, before: Setting) -> TuneResult:
         ladder = self._ladder(self._whole, self.plan)
         rungs = self._climbed(ladder)
-        self._reached = ladder.reached
+        self._climbed_in = time.monotonic() - self._started
         points: list[Point] = []
         if self.max_overhead is not None:
             thinned, points = self._thinned(_chosen(rungs), ladder)
             rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
         found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
-        rungs, setting, verdict = self._judge(before, rungs)
+        rungs, setting, verdict, num_parts = self._judge(before, rungs)
         self.model.retarget(self.came_with if setting is before else found)
         if self.seen is not self.examples and len(self.parts) == 1:
             self.notes.append(self._insured(before, setting))
@@ -143,10 +146,6 @@ class Job:
         if not self.goal.needs_labels:
             name = self.goal.metric.name
             self.notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
-        if len(self.parts) > 1:
-            self.notes.append(
-                f"few examples: {len(self.parts)} parts of them took turns in being held out (cross-fitting)"
-            )
         skipped = {
             examples.source.name(index): why
             for examples in (self.examples, self.test_examples)
@@ -161,10 +160,10 @@ class Job:
             list(setting.alphas),
             (sum(climbed.seen for climbed in self._ladders) + self._seen_clean) / len(ladder.tuning),
             len(set(self._whole.tolist()) - self.examples.skipped.keys()),
-            len(self.parts),
+            num_parts,
             skipped,
             self.notes,
-            any(climbed.interrupted for climbed in self._ladders),
+            self._interrupted,
             trade_off=points,
             recipe=recipe,
         )
@@ -172,6 +171,7 @@ class Job:
     def _climbed(self, ladder: Ladder) -> list[Rung]:
         """The rungs of a ladder. Insurance against shifts that the data does not show costs it nothing."""
         rungs = ladder.climb()
+        self._interrupted = self._interrupted or ladder.interrupted
         if self.seen is self.examples or len(rungs) == 1:
             return rungs
         name = self.goal.metric.name
@@ -183,9 +183,10 @@ class Job:
 
         best = harmless(rungs, self.goal.metric, ladder.selected, clean)
         if best is None:
-            self.notes.append(
-                "nothing was found that helps the shifted images and leaves those at hand unharmed"
-            )
+            if ladder is self._ladders[0]:
+                self.notes.append(
+                    "nothing was found that helps the shifted images and leaves those at hand unharmed"
+                )
             return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
         others = [replace(rung, chosen=False) for rung in rungs if rung.name != best.name]
         return [*others, best]
@@ -203,14 +204,15 @@ class Job:
             f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
         )
 
-    def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict]:
-        """What held-out examples say of the chosen rung, and what is kept after that."""
+    def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict, int]:
+        """What held-out examples say of the chosen rung, what is kept then, and how many parts judged it."""
         chosen = _chosen(rungs)
-        evidence = self._evidence(before, chosen.setting)
+        parts = self._evidence(before, chosen.setting)
+        evidence = Evidence.joined(parts)
         verdict = conclude(evidence, self.metrics)
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
-            return rungs, before, verdict
+            return rungs, before, verdict, len(parts)
         bound = self.max_overhead is not None or self.seen is not self.examples  # by more than the score
         if not bound and (lower := self._better_global(rungs, evidence)):
             self.notes.append(
@@ -218,14 +220,19 @@ class Job:
                 f"(their verdict on {lower.name}, which they chose, flatters it a little)"
             )
             rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
-            return rungs, lower.setting, conclude(self._evidence(before, lower.setting), self.metrics)
-        return rungs, chosen.setting, verdict
+            evidence = self._gathered(before, lower.setting, self.parts[0][1])
+            return rungs, lower.setting, conclude(evidence, self.metrics), 1
+        return rungs, chosen.setting, verdict, len(parts)
 
     def _thinned(self, chosen: Rung, ladder: Ladder) -> tuple[Rung, list[Point]]:
         """As many of the sites as the limit on latency allows."""
         assert self.max_overhead is not None  # or nobody would ask
         assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
-        points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric)
+        if self.plan.timeout is None:
+            points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric)
+        else:
+            seconds = min(10.0, max(1.0, self._left() / (1 + self._to_come)))
+            points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric, seconds=seconds)
         best = choose(points, self.max_overhead)
         self.notes.append(f"--max-overhead: {best.reason}")
         if suggestion := knee(points):
@@ -240,7 +247,7 @@ class Job:
         """Running moments from data where there are none."""
         where: dict[str, Any] = {"images": self.calib or self.examples, "batch_size": self.plan.batch_size}
         if self.calib is None:
-            where["indices"] = self.parts[0][0]
+            where["indices"] = self._whole
         if recover_folded:
             recover(self.model, **where)
         if names := calibrate(self.model, **where):
@@ -253,11 +260,21 @@ class Job:
                 )
             )
 
-    def _ladder(self, tuning: Indices, plan: Plan) -> Ladder:
+    def _left(self) -> float:
+        """Seconds, where there is a limit."""
+        assert self.plan.timeout is not None  # or nobody would ask
+        return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
+
+    @property
+    def _to_come(self) -> int:
+        """Ladders that are yet to be climbed."""
+        return (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._ladders)
+
+    def _ladder(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> Ladder:
+        """One to climb, in its share of the time or so many seconds."""
         if plan.timeout is not None:
-            left = plan.timeout - (time.monotonic() - self._started)
-            to_come = (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._ladders)
-            plan = replace(plan, timeout=max(0.0, left) / to_come)
+            plan = replace(plan, timeout=max(at_least, self._left() / self._to_come))
+        is_first = not self._ladders
         ladder = Ladder(
             self.model,
             self.seen,
@@ -266,7 +283,7 @@ class Job:
             plan,
             targets_from=None if self.calib is None else (self.calib, None),
             count=self.progress.count,
-            on_trial=self._report,
+            on_trial=self._report if is_first else lambda trial, is_best: None,
         )
         self.progress.expect(ladder.expected())
         self._ladders.append(ladder)
@@ -282,50 +299,73 @@ class Job:
             warn_at_chance(trial.scores[ACCURACY.name], self.examples)
         self.on_trial(trial, is_best)
 
-    def _evidence(self, before: Setting, chosen: Setting) -> Evidence:
-        """On held-out examples; in a cross-fit, of what the same search finds without them."""
-        label, parts = "verdict on held-out examples", []
-        for fold, (tuning, held_out) in enumerate(self.parts):
-            setting = chosen
-            if len(self.parts) > 1:
-                study = f"{self.plan.study or 'bnpatch'}.fold{fold}"
-                ladder = self._ladder(tuning, replace(self.plan, study=study, reach=self._reached))
-                setting = _chosen(self._climbed(ladder)).setting
-                if self.max_overhead is not None:
-                    setting = _thinned_like(chosen, setting, self.model.identities())
-            self.progress.expect(2 * len(held_out))
-            parts.append(
-                gather(
-                    self.model,
-                    self.test_examples,
-                    self.final_judge,
-                    before,
-                    setting,
-                    held_out,
-                    self.came_with,
-                )
-            )
-            self.progress.count(label, 2 * len(held_out))
-            if len(self.parts) > 1 and ladder.interrupted:
-                self.notes.append(f"interrupted: judged by {fold + 1} of the {len(self.parts)} parts")
+    def _evidence(self, before: Setting, chosen: Setting) -> list[Evidence]:
+        """Of each part held out; in a cross-fit, on what the same search finds without it."""
+        if len(self.parts) == 1:
+            return [self._gathered(before, chosen, self.parts[0][1])]
+        judged: list[Evidence] = []
+        for fold in range(len(self.parts)):
+            try:
+                evidence = self._judged_by(fold, before, chosen)
+            except KeyboardInterrupt:
+                if not judged:
+                    raise
+                self._interrupted = True
+                evidence = None
+            if evidence is None:
                 break
-        return Evidence.joined(parts)
+            judged.append(evidence)
+        cut = (
+            ""
+            if len(judged) == len(self.parts)
+            else ": interrupted"
+            if self._interrupted
+            else ": time is over"
+        )
+        self.notes.append(
+            f"few examples: {len(judged)} of {len(self.parts)} parts took turns in being held out "
+            f"(cross-fitting){cut}"
+        )
+        return judged
+
+    def _judged_by(self, fold: int, before: Setting, chosen: Setting) -> Evidence | None:
+        """What a part says of what is found without it; None where time was over before that was as much.
+
+        Raises:
+            KeyboardInterrupt: what was found is not what the search would have.
+        """
+        tuning, held_out = self.parts[fold]
+        reach = self._ladders[0].reached
+        plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}", reach=reach)
+        # Without a part there is no verdict: the first has time enough for what was done before.
+        ladder = self._ladder(tuning, plan, at_least=2 * self._climbed_in if fold == 0 else 0.0)
+        setting = _chosen(self._climbed(ladder)).setting
+        if ladder.interrupted:
+            raise KeyboardInterrupt
+        if ladder.reached < reach and fold > 0:
+            return None
+        if self.max_overhead is not None:
+            setting = _thinned_like(chosen, setting, self.model.identities())
+        return self._gathered(before, setting, held_out)
+
+    def _gathered(self, before: Setting, setting: Setting, held_out: Indices) -> Evidence:
+        self.progress.expect(2 * len(held_out))
+        evidence = gather(
+            self.model, self.test_examples, self.final_judge, before, setting, held_out, self.came_with
+        )
+        self.progress.count("verdict on held-out examples", 2 * len(held_out))
+        return evidence
 
     def _better_global(self, rungs: list[Rung], evidence: Evidence) -> Rung | None:
         """One weight for all, if it does better on the held-out examples than the richer setting chosen."""
         lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
-        metric = self.goal.metric
-        best = sorted(lower, key=lambda rung: rung.mean, reverse=metric.higher_is_better)[0]
         if _chosen(rungs) in lower or len(self.parts) > 1:
             return None
-        judged = self.metrics[0].name
-        held_out = self.parts[0][1]
-        other = gather(
-            self.model, self.test_examples, self.final_judge, best.setting, best.setting, held_out, {}
-        )
-        change = paired_difference(other.after[judged], evidence.after[judged])
-        worse = change.value < 0 if self.metrics[0].higher_is_better else change.value > 0
-        return best if worse and change.excludes_zero else None
+        best = max(lower, key=lambda rung: self.goal.metric.sign * rung.mean)
+        metric = self.metrics[0]
+        of_best = scores(self.model, self.test_examples, self.final_judge, best.setting, self.parts[0][1])
+        change = paired_difference(of_best[metric.name], evidence.after[metric.name])
+        return best if metric.sign * change.value < 0 and change.excludes_zero else None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a study is of: with another model, other data or another metric its trials mean nothing."""
@@ -336,7 +376,6 @@ class Job:
             "data": self.seen.fingerprint(),
             "calibration data": None if self.calib is None else self.calib.fingerprint(),
             "weigh single values": self.model.weigh_single_values,
-            "examples": [int(sum(len(part) for part, _ in self.parts)), len(self.parts)],
             "metric": self.goal.metric.name,
             "class prior": str(self.goal.prior),
             "seed": self.plan.seed,

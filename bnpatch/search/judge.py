@@ -1,6 +1,6 @@
 """What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bnpatch.data.examples import Batch, Examples, Indices
 from bnpatch.evaluation import OutputsNotFiniteError, evaluate
-from bnpatch.metrics import METRICS, Metric, Values, score
+from bnpatch.metrics import Metric, Values, score
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.patchable import Patchable
@@ -45,8 +46,12 @@ class Judge(Protocol):
             OutputsNotFiniteError: an output is infinite or not a number.
         """
 
-    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
-        """What to go down by gradient; a tensor without gradient where there is none."""
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """What to go down by gradient, of all batches together, in parts that add up.
+
+        A part is computed when it is asked for, and no more than one batch's activations are in memory. It
+        is a tensor without gradient where there is none.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,17 @@ class ByMetric:
         """See :class:`Judge`."""
         return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
 
-    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""
-        outputs, targets = model.forward(batch.x), batch.targets.to(model.device)
-        if METRICS.get(self.metric.name) is self.metric:
-            return F.cross_entropy(outputs.float(), targets)
-        value = self.metric.score(outputs, targets).float().mean()
-        return -value if self.metric.higher_is_better else value
+        count = sum(len(batch.indices) for batch in batches)
+        for batch in batches:
+            targets = batch.targets.to(model.device, non_blocking=True)
+            yield self._total_loss(model.forward(batch.x), targets) / count
+
+    def _total_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.metric.of_classes:
+            return F.cross_entropy(outputs.float(), targets, reduction="sum")
+        return -self.metric.sign * self.metric.score(outputs, targets).float().sum()
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,18 @@ class ByObjective:
         values = {name: torch.cat(parts).cpu().double().numpy() for name, parts in by_example.items()}
         return {self.metric.name: np.array([value]), **values}
 
-    def loss(self, model: TorchModel, batch: Batch) -> Tensor:
-        """The objective of the batch."""
-        outputs, moments = model.observe(batch.x, gradients=True)
-        return self.objective(_seen(model, outputs, moments), self.sites)
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The objective of all batches as one set, in one part."""
+        if len(batches) == 1:
+            parts = [model.observe(batches[0].x, gradients=True)]
+        else:  # for the gradient each is run once more: not all activations fit into memory
+            parts = [
+                checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
+                for batch in batches
+            ]
+        outputs = torch.cat([logits for logits, _ in parts])
+        moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
+        yield self.objective(_seen(model, outputs, moments), self.sites)
 
 
 def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:

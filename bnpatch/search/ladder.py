@@ -14,19 +14,13 @@ import numpy as np
 from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import if_finite
-from bnpatch.metrics import CROSS_ENTROPY, METRICS, Estimate, Metric, Values, paired_difference
+from bnpatch.metrics import CROSS_ENTROPY, Estimate, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.patchable import Patchable
 from bnpatch.search.judge import Judge, in_sets
-from bnpatch.search.learn import (
-    CHECKS,
-    STEP_COST,
-    Course,
-    NoGradientError,
-    Shared,
-    learn,
-)
-from bnpatch.search.race import RaceResult, Runner, block_sizes, race
+from bnpatch.search.learn import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
+from bnpatch.search.race import RaceResult, Runner, race
+from bnpatch.search.scoreboard import Scoreboard, blocks_of
 from bnpatch.search.studies import Study, open_study
 from bnpatch.search.walk import Knob, walk
 from bnpatch.setting import Setting
@@ -47,6 +41,15 @@ FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8)
 #: which a glance at the last number is enough to see what is promising.
 _LEARNED_EXAMPLES, _WALKED_EXAMPLES, _GLANCED_EXAMPLES = 30_000, 500, 100
 
+# Of small images more are learned from at a time than a batch has: as many as eight large ones have values.
+_LEARNED_VALUES = 8 * 3 * 224 * 224
+
+# Moments of a batch by which the layers below normalize are too noisy of fewer examples.
+_RETARGET_BATCH = 250
+
+# An interval of fewer means of sets says next to nothing.
+_FEW_SETS = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,7 +61,7 @@ class Plan:
         recalibrate: let lambda, the weight of re-estimated running moments, join alpha.
         trials: at most so many weights in each race.
         max_passes: at most so many passes over the tuning examples in each race.
-        timeout: seconds after which nothing further is begun.
+        timeout: seconds after which nothing further is begun; the best so far still sees all examples.
         reach: climb no further than so many rungs above the identity.
         seed: of everything random.
         batch_size: examples at a time.
@@ -123,9 +126,9 @@ class Trial:
     examples: int
 
     @property
-    def weight(self) -> float:
-        """Of all sites; KeyError in the race that refines."""
-        return self.params["weight"]
+    def weight(self) -> float | None:
+        """Of all sites; None in the race that refines, whose trials have none in common."""
+        return self.params.get("weight")
 
 
 class Ladder:
@@ -136,11 +139,11 @@ class Ladder:
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
     itself. Every rung begins where a lower one ended, so that none is much worse.
 
-    Which one is kept is decided on selection examples: the best mean, of those that beat the identity beyond
-    doubt; among equals the lowest rung. Nothing was learned from them by gradient, though learning was
-    stopped by them. One weight for all sites can hardly fit itself to the examples that it was raced on, so
-    that its doubt is settled by all tuning examples. Being chosen flatters a setting a little; the verdict is
-    of other examples.
+    Which one is kept is decided on selection examples. Nothing was learned from them by gradient, though
+    learning was stopped by them. Does any rung beat the identity beyond doubt? One weight for all sites can
+    hardly fit itself to the examples that it was raced on, so that its doubt is settled by all tuning
+    examples. If so, the best mean wins; among equals the lowest rung. Being chosen flatters a setting a
+    little; the verdict is of other examples.
     """
 
     def __init__(
@@ -162,18 +165,16 @@ class Ladder:
         self._started = time.monotonic()
         self.trials: list[Trial] = []
         self.interrupted = False
-        self.reached = 0  # rungs above the identity that were begun
+        self.reached = 0  # rungs above the identity that were found
         self.seen = 0.0  # examples, by what they cost
-        order = np.random.default_rng(plan.seed).permutation(tuning)
-        sets = [len(part) for part in in_sets(order, judge.set_size)]
-        sizes = block_sizes(len(order)) if judge.set_size == 1 else sets
-        self._blocks = np.split(order, np.cumsum(sizes)[:-1])
+        self._best_score = -math.inf  # of all trials so far, more is better
+        blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
+        self._board = Scoreboard(model, examples, judge, blocks, self._spend)
         # A race scores all blocks of the settings that matter: choosing between them costs nothing more. One
         # weight for all does not fit itself to the examples: where nothing else is found, all of them choose.
         part = 1.0 if plan.granularity == "global" else SELECTION
-        self._selection = range(len(sizes) - max(1, round(part * len(sizes))), len(sizes))
-        self.fit = np.concatenate(self._blocks[: self._selection.start] or self._blocks)
-        self._scored: dict[tuple[Any, int], dict[str, Values]] = {}
+        self._selection = range(len(blocks) - max(1, round(part * len(blocks))), len(blocks))
+        self.fit = np.concatenate(blocks[: self._selection.start] or blocks)
 
     @property
     def passes(self) -> float:
@@ -182,11 +183,11 @@ class Ladder:
 
     def expected(self) -> float:
         """About how many examples :meth:`climb` will go through."""
-        names = [name for name, _ in self._ways({})]
+        names = [name for name, _ in self._ways({})[: self.plan.reach]]
         races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
         learned = len(names) - races if isinstance(self.model, TorchModel) else 0
         course = Course.of(len(self.fit), self.judge.set_size)
-        looks = CHECKS * sum(len(self._blocks[block]) for block in self._selection)
+        looks = CHECKS * (len(self.tuning) - len(self.fit))
         return races * self.plan.max_passes * len(self.tuning) + learned * (course.num_examples + looks)
 
     def climb(self) -> list[Rung]:
@@ -201,8 +202,8 @@ class Ladder:
             for name, find in self._ways(found)[: self.plan.reach]:
                 if self._hurry() or self.interrupted:
                     break
-                self.reached += 1
                 found[name] = find()
+                self.reached += 1
         except KeyboardInterrupt:
             if len(found) == 1:
                 raise
@@ -271,7 +272,7 @@ class Ladder:
         first: Sequence[Mapping[str, float]],
         start: Setting | None = None,
     ) -> RaceResult:
-        sizes = [len(block) for block in self._blocks]
+        sizes = [len(block) for block in self._board.blocks]
         # A handful of sets is too few to race over: then every trial sees them all.
         few = len(sizes) < 4
         passes, trials = (
@@ -279,12 +280,18 @@ class Ladder:
         )
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
-            return self._by_block(setting(params), blocks, name)
+            return self._board.by_block(setting(params), blocks, name)
 
         def report(runner: Runner, standing: RaceResult) -> None:
             trial = self._trial(name, runner, standing.identity.means, sizes)
             self.trials.append(trial)
-            self._on_trial(trial, standing.best.number == runner.number)
+            metric = self.judge.metric
+            score = metric.sign * trial.scores[metric.name]
+            is_best = standing.best.number == runner.number and score > self._best_score
+            if is_best:
+                self._best_score = score
+            self.model.set(setting(runner.params))  # it may have been scored long ago
+            self._on_trial(trial, is_best)
 
         result = race(
             self._study(name if start is None else f"{name}.{_digest(start)}"),
@@ -320,30 +327,27 @@ class Ladder:
     # One weight per stage or layer.
 
     def _find(self, start: Setting, per: str, lambdas: bool) -> Setting:
-        groups = self._groups(per)
+        by_name = self._groups(per)
         movable = self.model.targets() if lambdas else {}
-        shared = Shared(groups, {name: groups.get(name, name) for name in movable})
+        groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
         rung = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
         study = self._study("alpha")
         if kept := study.recall(rung):
             return Setting(*kept)
         try:
-            found = self._learn(start, shared)
+            found = self._learn(start, groups)
         except NoGradientError:
-            found = self._walk(start, shared)
+            found = self._walk(start, groups)
         if not (self.interrupted or self._hurry()):
             study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
         return found
 
-    def _learn(self, start: Setting, shared: Shared) -> Setting:
+    def _learn(self, start: Setting, groups: Groups) -> Setting:
         if not isinstance(self.model, TorchModel):
             raise NoGradientError
         label = "learning a weight per layer"
-        fit = self.fit[: min(len(self.fit), _LEARNED_EXAMPLES)]
-
-        def spent(count: int) -> None:
-            self.seen += STEP_COST * count
-            self._count(label, count)
+        fit = self.fit[:_LEARNED_EXAMPLES]
+        values = next(self.examples.batches(1, fit)).x.numel()
 
         return learn(
             self.model,
@@ -352,19 +356,20 @@ class Ladder:
             self.judge.loss,
             lambda: self._cost(self.model.setting(), label),
             start=start,
-            shared=shared,
+            groups=groups,
             course=Course.of(len(fit), self.judge.set_size),
+            batch_size=max(self.plan.batch_size, _LEARNED_VALUES // values),
             seed=self.plan.seed,
             stop=self._hurry,
-            on_batch=spent,
+            on_batch=lambda count: self._spend(label, count, STEP_COST),
         )
 
-    def _walk(self, start: Setting, shared: Shared) -> Setting:
+    def _walk(self, start: Setting, groups: Groups) -> Setting:
         portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_WALKED_EXAMPLES]
         knobs = []
-        for kind, groups in (("alpha", shared.alphas), ("lambda", shared.lambdas)):
+        for kind, by_name in (("alpha", groups.alphas), ("lambda", groups.lambdas)):
             members: dict[str, list[str]] = {}
-            for name, group in groups.items():
+            for name, group in by_name.items():
                 members.setdefault(group, []).append(name)
             knobs += [Knob(kind, tuple(names)) for names in members.values()]
         guide = self._guide
@@ -411,50 +416,42 @@ class Ladder:
 
     # Choosing.
 
-    @property
-    def _sign(self) -> float:
-        return -1.0 if self.judge.metric.higher_is_better else 1.0
-
     def _best(self, found: Mapping[str, Setting]) -> Setting:
         return next(rung.setting for rung in self._choose(found) if rung.chosen)
 
     def _choose(self, found: Mapping[str, Setting]) -> list[Rung]:
         """All settings scored on the selection examples, and one of them chosen."""
-        identity = found["identity"]
+        identity, sign = found["identity"], self.judge.metric.sign
         before = self.selected(identity)
-        rungs, supported = [], []
+        rungs, better, supported = [], [], False
         for name, setting in found.items():
             after = if_finite(partial(self.selected, setting))
             if after is None:
                 continue
             change = paired_difference(before, after)
             rungs.append(rung := Rung(name, setting, float(np.mean(after)), change))
-            if self._sign * change.value < 0 and (
-                self._settled(change, len(after)) or (name in GLOBAL_RUNGS and self._gains(identity, setting))
-            ):
-                supported.append(rung)
-        best = min(supported, key=lambda rung: self._sign * rung.mean, default=rungs[0])
+            if sign * change.value > 0:
+                better.append(rung)
+                supported = supported or self._gains(name, identity, setting)
+        best = max(better, key=lambda rung: sign * rung.mean) if supported else rungs[0]
         return [replace(rung, chosen=rung is best) for rung in rungs]
 
-    def _gains(self, identity: Setting, setting: Setting) -> bool:
-        """Is a setting better on all tuning examples, beyond doubt?"""
-        before, after = (
-            if_finite(partial(self._on, range(len(self._blocks)), s)) for s in (identity, setting)
-        )
+    def _gains(self, name: str, identity: Setting, setting: Setting) -> bool:
+        """Is a setting better beyond doubt, on the examples that may say so?"""
+        blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
+        before, after = (if_finite(partial(self._on, blocks, s)) for s in (identity, setting))
         if before is None or after is None:
             return False
         change = paired_difference(before, after)
-        return self._sign * change.value < 0 and self._settled(change, len(after))
-
-    def _settled(self, change: Estimate, units: int) -> bool:
-        """Is there no doubt which way a change goes? A few sets leave nothing but their mean to go by."""
-        return change.excludes_zero or units < 8
+        # A few sets leave nothing but their mean to go by.
+        settled = change.excludes_zero or (self.judge.set_size > 1 and len(after) < _FEW_SETS)
+        return settled and self.judge.metric.sign * change.value > 0
 
     def _cost(self, setting: Setting, label: str) -> float:
         """What a step is judged by on the selection examples; less is better."""
         guide = self._guide
-        scores = if_finite(lambda: self._on(self._selection, setting, label, guide.name))
-        return math.inf if scores is None else float(np.mean(scores)) * (-1 if guide.higher_is_better else 1)
+        scores = if_finite(partial(self._on, self._selection, setting, label, guide.name))
+        return math.inf if scores is None else -guide.sign * float(np.mean(scores))
 
     @property
     def _guide(self) -> Metric:
@@ -463,7 +460,7 @@ class Ladder:
         A rate changes by leaps; a few hundred examples can't tell by it whether a small step was a good one.
         """
         metric = self.judge.metric
-        return CROSS_ENTROPY if METRICS.get(metric.name) is metric else metric
+        return CROSS_ENTROPY if metric.of_classes else metric
 
     def selected(self, setting: Setting) -> Values:
         """Scores of the selection examples, or of sets of them.
@@ -479,58 +476,41 @@ class Ladder:
         self, blocks: range, setting: Setting, label: str = "choosing", metric: str | None = None
     ) -> Values:
         """Scores of the examples of some blocks, by the tuned metric or another one."""
-        name = metric or self.judge.metric.name
-        return np.concatenate([scores[name] for scores in self._by_block(setting, blocks, label)])
-
-    def _by_block(self, setting: Setting, blocks: range, label: str) -> list[dict[str, Values]]:
-        """Scores of the examples of each block; what was scored before is remembered."""
-        key = tuple(setting.alphas.values()), tuple(setting.lambdas.values())
-        missing = [block for block in blocks if (key, block) not in self._scored]
-        if missing and self.judge.set_size == 1:  # together, as small batches take long
-            scores = self._scores(setting, np.concatenate([self._blocks[b] for b in missing]), label)
-            ends = np.cumsum([len(self._blocks[block]) for block in missing])[:-1]
-            parts = {name: np.split(values, ends) for name, values in scores.items()}
-            for index, block in enumerate(missing):
-                self._scored[key, block] = {name: split[index] for name, split in parts.items()}
-        elif missing:
-            for block in missing:
-                self._scored[key, block] = self._scores(setting, self._blocks[block], label)
-        return [self._scored[key, block] for block in blocks]
+        return self._board.on(blocks, setting, label, metric or self.judge.metric.name)
 
     def _units(self, setting: Setting, indices: Indices, metric: Metric) -> Values:
         """Scores by example, or by set of examples."""
         label, sets = "turning one weight at a time", in_sets(indices, self.judge.set_size)
-        return np.concatenate([self._scores(setting, part, label)[metric.name] for part in sets])
+        return np.concatenate([self._board.of(part, setting, label)[metric.name] for part in sets])
 
-    def _scores(self, setting: Setting, indices: Indices, label: str) -> dict[str, Values]:
-        self.model.set(setting)
-        scores = self.judge.scores(self.model, self.examples, indices)
-        self.seen += len(indices)
-        self._count(label, len(indices))
-        return scores
+    def _spend(self, label: str, examples: int, cost: float = 1.0) -> None:
+        self.seen += cost * examples
+        self._count(label, examples)
 
     def _retarget(self) -> None:
         examples, indices = self.targets_from
 
-        def count(number: int) -> None:
-            self.seen += number
-            self._count("re-estimating moments", number)
-
-        size = max(self.plan.batch_size, 250)
-        self.model.retarget(
-            target_moments(
-                self.model, examples, indices=indices, batch_size=size, seed=self.plan.seed, on_batch=count
-            )
+        found = target_moments(
+            self.model,
+            examples,
+            indices=indices,
+            batch_size=max(self.plan.batch_size, _RETARGET_BATCH),
+            seed=self.plan.seed,
+            on_batch=partial(self._spend, "re-estimating moments"),
         )
+        self.model.retarget(found)
+        self._board.forget()
 
     def _study(self, rung: str) -> Study:
         higher = self.judge.metric.higher_is_better
         name = self.plan.study or "bnpatch"
+        # Scores are kept by place: of other examples, or of these in another order, they mean nothing.
+        order = np.concatenate(self._board.blocks).astype(np.int64)
         return open_study(
             self.plan.storage,
             name if rung == "alpha" else f"{name}.{rung.replace(', ', '+')}",
             direction="maximize" if higher else "minimize",
-            fingerprint={**self.plan.fingerprint, "rung": rung},
+            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": rung},
         )
 
     def _hurry(self) -> bool:
@@ -550,5 +530,8 @@ def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _digest(setting: Setting) -> str:
-    text = json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _hash(json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

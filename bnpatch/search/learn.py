@@ -1,7 +1,7 @@
 """Weights per site by gradient: for torch models, where every weight can be told which way to go."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,12 +21,13 @@ _MARGIN = 0.01
 #: How often the weights are judged on the way, and after how many such looks without a gain learning ends.
 CHECKS, _PATIENCE = 10, 3
 
-# Steps see at most so many examples, all together so many; there are no more and no fewer than these.
+# Steps see at most so many examples, or one set of those that a loss needs together; all of them together
+# about so many; and there are no more and no fewer steps than these.
 _BATCH, _EXAMPLES, _MOST_STEPS, _LEAST_STEPS = 128, 12_800, 100, 40
 # The learning rate is such that a logit can go about half as far in all.
 _REACH = 20.0
 
-#: A step costs as much as this many evaluations of its examples: forward, and backward at twice the price.
+#: A step costs about as much as this many evaluations of its examples: 2.1 to 3.1 were measured.
 STEP_COST = 3
 
 
@@ -64,7 +65,7 @@ class NoGradientError(Exception):
 
 
 @dataclass(frozen=True)
-class Shared:
+class Groups:
     """Which sites are learned, and which of them share a weight: a name of group by name of site."""
 
     alphas: Mapping[str, str]
@@ -75,12 +76,13 @@ def learn(
     model: TorchModel,
     examples: Examples,
     indices: Indices,
-    loss: Callable[[TorchModel, Batch], Tensor],
+    loss: Callable[[TorchModel, Sequence[Batch]], Iterator[Tensor]],
     cost: Callable[[], float],
     *,
     start: Setting,
-    shared: Shared,
+    groups: Groups,
     course: Course,
+    batch_size: int = 64,
     checks: int = CHECKS,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
@@ -95,12 +97,14 @@ def learn(
         model: its weights are any of those tried when this returns.
         examples: where the examples are.
         indices: which of them to learn from.
-        loss: of the model, as it is, on a batch.
+        loss: of the model, as it is, on the examples of a step: parts that add up, each computed when it is
+            asked for, so that no more than one is in memory.
         cost: what the model's weights are judged by on other examples; less is better, infinity where the
             outputs are not finite.
         start: where to begin; sites that are not learned keep what it says.
-        shared: which weights to learn. Where lambdas are, the model has targets.
+        groups: which weights to learn. Where lambdas are, the model has targets.
         course: how far to go. Adam's learning rate falls to a tenth along a cosine.
+        batch_size: examples at a time, of those of a step; it changes the result by rounding only.
         checks: how often the weights are judged.
         seed: of the order of the examples.
         stop: asked before each step whether to end.
@@ -115,10 +119,10 @@ def learn(
     model.set(start)
     best, lowest = start, cost()
     logits = {
-        kind: {group: _logit(values.get(name, 0.0), model.device) for name, group in groups.items()}
-        for kind, groups, values in (
-            ("alpha", shared.alphas, start.alphas),
-            ("lambda", shared.lambdas, start.lambdas),
+        kind: {group: _logit(values.get(name, 0.0), model.device) for name, group in by_name.items()}
+        for kind, by_name, values in (
+            ("alpha", groups.alphas, start.alphas),
+            ("lambda", groups.lambdas, start.lambdas),
         )
     }
     parameters = [logit for by_group in logits.values() for logit in by_group.values()]
@@ -132,20 +136,24 @@ def learn(
         for step, chosen in enumerate(_portions(indices, course, seed), start=1):
             if stop():
                 break
-            for batch in examples.batches(len(chosen), chosen):
-                with torch.enable_grad():
-                    _set_learned(model, shared, logits)
-                    value = loss(model, batch)
-                    if not value.requires_grad:
+            batches = list(examples.batches(batch_size, chosen))
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                parts = loss(model, batches)
+                while True:
+                    _set_learned(model, groups, logits)  # anew: going backward takes their graph along
+                    part = next(parts, None)
+                    if part is None:
+                        break
+                    if not part.requires_grad:
                         raise NoGradientError
-                    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                on_batch(len(batch.indices))
+                    torch.autograd.backward(part, inputs=parameters)
+                    del part  # the next is computed without it
+            optimizer.step()
+            on_batch(sum(len(batch.indices) for batch in batches))
             schedule.step()
             if step % every == 0 or step == steps:
-                found = _setting(start, shared, logits)
+                found = _setting(start, groups, logits)
                 if any(map(math.isnan, (*found.alphas.values(), *found.lambdas.values()))):
                     break  # the loss was not finite: asked of each step, that would wait for the device
                 model.set(found)
@@ -162,27 +170,30 @@ def _logit(weight: float, device: torch.device) -> Tensor:
     return torch.tensor(math.log(weight / (1 - weight)), device=device, requires_grad=True)
 
 
-def _set_learned(model: TorchModel, shared: Shared, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _set_learned(model: TorchModel, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
     for site in model.survey().sites:
         layer = site.module
         assert isinstance(layer, ExampleWeighedNorm)  # patched when the start was set
-        if site.name in shared.alphas:
-            layer.alpha = torch.sigmoid(logits["alpha"][shared.alphas[site.name]])
-        if site.name in shared.lambdas:
-            weight = torch.sigmoid(logits["lambda"][shared.lambdas[site.name]])
+        if site.name in groups.alphas:
+            layer.alpha = torch.sigmoid(logits["alpha"][groups.alphas[site.name]])
+        if site.name in groups.lambdas:
+            weight = torch.sigmoid(logits["lambda"][groups.lambdas[site.name]])
             layer.running = mix(weight, model.target(site), model.source(site))
 
 
-def _setting(start: Setting, shared: Shared, logits: Mapping[str, Mapping[str, Tensor]]) -> Setting:
-    def values(kind: str, groups: Mapping[str, str]) -> dict[str, float]:
-        return {name: torch.sigmoid(logits[kind][group]).item() for name, group in groups.items()}
+def _setting(start: Setting, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> Setting:
+    def values(kind: str, by_name: Mapping[str, str]) -> dict[str, float]:
+        if not by_name:
+            return {}
+        weights = torch.sigmoid(torch.stack([logits[kind][group] for group in by_name.values()]))
+        return dict(zip(by_name, weights.tolist(), strict=True))  # one wait for the device
 
-    alphas, lambdas = values("alpha", shared.alphas), values("lambda", shared.lambdas)
+    alphas, lambdas = values("alpha", groups.alphas), values("lambda", groups.lambdas)
     return Setting({**start.alphas, **alphas}, {**start.lambdas, **lambdas})
 
 
 def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:
-    """Random portions, every example once before any comes again."""
+    """Random portions; where fewer than one are left, all examples are shuffled anew."""
     rng = np.random.default_rng(seed)
     size = min(course.batch_size, len(indices))
     order: Indices = rng.permutation(indices)

@@ -27,7 +27,8 @@ class TuneResult:
         passes: how often the tuning examples were gone through before the verdict, a cross-fit's searches
             included; learning counts threefold.
         num_tuning: examples that the search saw, without the unreadable.
-        num_folds: parts that took turns in being held out, each judged by a search without it; else 1.
+        num_parts: parts that took turns in being held out and judged what was found without them, where
+            examples are few; else 1.
         skipped: examples that can't be read, by name, and why.
         notes: what a person should know about the result.
         interrupted: the user stopped the search early.
@@ -44,7 +45,7 @@ class TuneResult:
     sites: list[str]
     passes: float
     num_tuning: int
-    num_folds: int = 1
+    num_parts: int = 1
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False

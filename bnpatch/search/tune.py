@@ -66,7 +66,7 @@ def tune_alpha(
             where the granularity is "auto".
         trials: at most so many weights in each race for one weight.
         max_passes: of each race, over the tuning examples; 2 of them are the identity and the winner.
-        timeout: seconds after which nothing further is begun.
+        timeout: seconds after which the search begins nothing further; what it found is still judged.
         holdout: the part of the data that the search does not see, and that gives the verdict. By
             default half; with few labelled examples all take turns in being held out (cross-fitting).
         test_data: other data for the verdict; then all of ``data`` is for tuning.
@@ -85,7 +85,8 @@ def tune_alpha(
             ``x.journal``; None for memory.
         study: its name there.
         progress: called with what is going on, examples done and examples in all, about.
-        on_trial: called after each trial of a race with whether it is the best of that race so far.
+        on_trial: called after each trial of a race with whether it is the best so far, of all races; the
+            model has its weights. The searches of a cross-fit don't call it.
         options: for :func:`bnpatch.open_examples`.
 
     Raises:

@@ -105,22 +105,25 @@ def gather(
         indices: of the examples.
         came_with: the target moments that ``before`` weighs.
     """
-    indices = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
-    sets = in_sets(indices, judge.set_size)
-
-    def scores(setting: Setting) -> dict[str, Values]:
-        model.set(setting)
-        parts = [judge.scores(model, examples, part) for part in sets]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
     found = dict(model.targets())
     model.retarget(came_with)
-    first = scores(before)
+    first = scores(model, examples, judge, before, indices)
     model.retarget(found)
-    second = first if before == after and not came_with else scores(after)
+    unchanged = before == after and not came_with
+    second = first if unchanged else scores(model, examples, judge, after, indices)
     read = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
     labelled = examples.classes and examples.labelled[read].all()
     return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))
+
+
+def scores(
+    model: Patchable, examples: Examples, judge: Judge, setting: Setting, indices: Indices
+) -> dict[str, Values]:
+    """Scores of a setting by name of metric, of the examples that can be read or of sets of them."""
+    model.set(setting)
+    readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
+    parts = [judge.scores(model, examples, part) for part in in_sets(readable, judge.set_size)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:

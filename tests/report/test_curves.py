@@ -108,10 +108,8 @@ def test_sentences():
         verdict_sentence(gain)
         == f"Patched, the model gains: its accuracy rises from 50.00% to 60.00% {where}."
     )
-    folds = verdict_sentence(replace(gain, num_folds=5))
-    assert folds.endswith(
-        "on 1,234 examples, each judged by a search that did not see it (5-fold cross-fitting)."
-    )
+    folds = verdict_sentence(replace(gain, num_parts=5))
+    assert folds.endswith("on 1,234 examples, each left out of the search that it judged (cross-fitting).")
     less = Metric("loss", ACCURACY.score, higher_is_better=False)
     worse = verdict_sentence(result(metric=less))
     assert (

@@ -279,8 +279,8 @@ def test_without_labels(model, foggy, written):
 def test_cross_fitting(model, foggy, written):
     few = foggy[0][:100], foggy[1][:100]
     result = bnpatch.tune_alpha(model, few, granularity="global", trials=3)
-    assert result.num_folds == 5
-    assert "each judged by a search that did not see it (5-fold cross-fitting)" in written(result).text
+    assert result.num_parts == 5
+    assert "each left out of the search that it judged (cross-fitting)" in written(result).text
 
 
 def test_an_interrupted_search(model, foggy, written):

@@ -85,37 +85,108 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(model, foggy):
     assert result.passes < 6 * 4  # six races, of one or two passes more than three, as blocks are few
 
 
-def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model, foggy, monkeypatch):
-    climbed = []
+def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(model, foggy, monkeypatch):
+    loss, interrupted = ByMetric.loss, []
 
-    class Interrupted(Ladder):
-        def climb(self):
-            climbed.append(self)
-            rungs = super().climb()
-            self.interrupted = len(climbed) == 3
-            return rungs
+    def interrupt(self, *args):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return loss(self, *args)
 
-    monkeypatch.setattr(job, "Ladder", Interrupted)
-    result = bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
-    assert len(climbed) == 3
-    assert "interrupted: judged by 2 of the 5 parts" in result.notes
-    assert result.num_held_out == 40
+    monkeypatch.setattr(ByMetric, "loss", interrupt)
+    climbed = recorded(monkeypatch)
+    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
+    assert [[rung.name for rung in rungs] for rungs in climbed] == [["identity", "alpha"]] * 6
+
+
+def recorded(monkeypatch):
+    """The rungs of each ladder, in the order in which they are climbed."""
+    climb, climbed = Ladder.climb, []
+
+    def record(self):
+        climbed.append(rungs := climb(self))
+        return rungs
+
+    monkeypatch.setattr(Ladder, "climb", record)
+    return climbed
+
+
+@pytest.mark.parametrize("where", ["climb", "gather"])
+def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model, foggy, monkeypatch, where):
+    calls, owner = [], Ladder if where == "climb" else job
+    original, last = getattr(owner, where), 4 if where == "climb" else 3
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, where, interrupt)
+    result = bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
+    assert len(calls) == last
+    assert result.interrupted
+    assert result.num_parts == 2
+    assert result.num_held_out == 40
+    assert any("2 of 5 parts took turns in being held out" in note for note in result.notes)
+
+
+def test_an_interrupt_before_any_part_was_judged_is_passed_on(model, foggy, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "gather", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(job.time, "monotonic", lambda: self.now)
 
 
 def test_the_searches_of_a_cross_fit_share_the_time(model, foggy, monkeypatch):
-    clock, given = [0.0], []
+    clock, given = Clock(monkeypatch), []
 
     class Timed(Ladder):
         def climb(self):
             given.append(self.plan.timeout)
-            clock[0] += self.plan.timeout
-            return super().climb()
+            rungs = super().climb()
+            clock.now += 10.0
+            return rungs
 
     monkeypatch.setattr(job, "Ladder", Timed)
-    monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
     bnpatch.tune_alpha(model, few(foggy), granularity="global", timeout=60.0, trials=2)
-    np.testing.assert_allclose(given, [10.0] * 6)
+    np.testing.assert_allclose(given, [10.0, 20.0, 10.0, 10.0, 10.0, 10.0])  # twice: one part is a must
+
+
+def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(model, foggy, monkeypatch):
+    """A limit on latency takes all the time: a search that has none left would find the identity."""
+    clock, measured = Clock(monkeypatch), job.trade_off
+
+    def slow(*args, **kwargs):
+        clock.now += 60.0
+        return measured(*args, **kwargs)
+
+    class Timed(Ladder):
+        def climb(self):
+            rungs = super().climb()
+            clock.now += 5.0
+            return rungs
+
+    monkeypatch.setattr(job, "Ladder", Timed)
+    monkeypatch.setattr(job, "trade_off", slow)
+    options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
+    result = bnpatch.tune_alpha(model, few(foggy), timeout=60.0, trials=3, **options)
+    assert any("1 of 5 parts" in note and "time is over" in note for note in result.notes)
+    assert result.num_held_out == 20
+    assert str(result.verdict) == "gain"
+    assert not result.interrupted
 
 
 def overflowing(model, monkeypatch, where):
@@ -138,7 +209,9 @@ def test_learned_weights_that_overflow_are_not_kept(model, foggy, monkeypatch):
 
 def test_a_loss_that_overflows_ends_learning(model, foggy, monkeypatch):
     loss = ByMetric.loss
-    monkeypatch.setattr(ByMetric, "loss", lambda self, *args: loss(self, *args) * float("nan"))
+    monkeypatch.setattr(
+        ByMetric, "loss", lambda self, *args: (part * float("nan") for part in loss(self, *args))
+    )
     result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
     assert len(set(result.setting.alphas.values())) == 1
     assert str(result.verdict) == "gain"

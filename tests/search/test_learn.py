@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 
 import bnpatch
+from bnpatch.calibration import target_moments
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
-from bnpatch.search.learn import Course, NoGradientError, Shared, learn
+from bnpatch.search.goal import Goal
+from bnpatch.search.learn import Course, Groups, NoGradientError, learn
 from bnpatch.setting import Setting
 
 
@@ -18,8 +20,10 @@ def task(checkpoint, foggy):
     return model, examples, Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)), names
 
 
-def loss(model, batch):
-    return F.cross_entropy(model.forward(batch.x), batch.targets)
+def loss(model, batches):
+    count = sum(len(batch.indices) for batch in batches)
+    for batch in batches:
+        yield F.cross_entropy(model.forward(batch.x), batch.targets, reduction="sum") / count
 
 
 def cost_on(model, examples, indices):
@@ -38,7 +42,7 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
             loss,
             cost,
             start=start,
-            shared=Shared({name: name for name in names}, {}),
+            groups=Groups({name: name for name in names}, {}),
             course=Course(25, 128),
             checks=5,
         )
@@ -56,7 +60,7 @@ def test_sites_of_a_group_share_their_weight(task):
     with model.borrowed():
         found = learn(
             model, examples, np.arange(200), loss, cost_on(model, examples, np.arange(200, 300)),
-            start=start, shared=Shared(groups, {}), course=Course(4, 128),
+            start=start, groups=Groups(groups, {}), course=Course(4, 128),
         )  # fmt: skip
     assert len(set(found.alphas.values())) == 2
 
@@ -72,7 +76,7 @@ def test_the_start_is_kept_where_nothing_is_better(task):
     with model.borrowed():
         found = learn(
             model, examples, np.arange(100), loss, cost,
-            start=start, shared=Shared({n: n for n in names}, {}), course=Course(8, 128), checks=8,
+            start=start, groups=Groups({n: n for n in names}, {}), course=Course(8, 128), checks=8,
         )  # fmt: skip
     assert found == start
     assert len(calls) == 1 + 3  # and no more, as nothing is gained
@@ -80,8 +84,8 @@ def test_the_start_is_kept_where_nothing_is_better(task):
 
 def test_is_reproducible_and_stops_when_told(task):
     model, examples, start, names = task
-    shared = Shared({name: name for name in names}, {})
-    run = {"start": start, "shared": shared, "course": Course(3, 128), "checks": 3}
+    groups = Groups({name: name for name in names}, {})
+    run = {"start": start, "groups": groups, "course": Course(3, 128), "checks": 3}
     cost = cost_on(model, examples, np.arange(100, 200))
     with model.borrowed():
         first = learn(model, examples, np.arange(100), loss, cost, **run)
@@ -90,11 +94,56 @@ def test_is_reproducible_and_stops_when_told(task):
         assert learn(model, examples, np.arange(100), loss, cost, **run, stop=lambda: True) == start
 
 
+@pytest.mark.parametrize("metric", ["cross-entropy", "unlabeled"])
+def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, monkeypatch):
+    model, examples, start, names = task
+    sizes, forward = [], type(model).forward
+
+    def watched(self, x):
+        sizes.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    groups = Groups({name: name for name in names}, {name: name for name in names})
+    judge = Goal.of(metric, None, 64).judge(model, examples, np.arange(200))
+    found = {}
+    with model.borrowed():
+        model.retarget(target_moments(model, examples, indices=np.arange(200)))
+        for batch_size in (20, 100):
+            sizes.clear()
+            found[batch_size] = learn(
+                model, examples, np.arange(200), judge.loss, lambda: -len(sizes),
+                start=start, groups=groups, course=Course(3, 100), batch_size=batch_size,
+            )  # fmt: skip
+            assert max(sizes) == batch_size
+    for kind in ("alphas", "lambdas"):
+        some, others = (list(getattr(setting, kind).values()) for setting in found.values())
+        np.testing.assert_allclose(some, others, rtol=1e-3)
+        assert some != list(getattr(start, kind).values())
+
+
+def test_half_precision_has_the_range_of_gradients(checkpoint, foggy):
+    model = bnpatch.load(checkpoint, amp=True)
+    seen = []
+    model.module.register_forward_pre_hook(lambda *_: seen.append(torch.get_autocast_dtype("cpu")))
+    examples = bnpatch.open_examples(foggy, model)
+    x = next(examples.batches(2)).x
+    seen.clear()
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)  # as it is on most devices
+    try:
+        model.forward(x)
+        model.predict(x)
+    finally:
+        torch.set_autocast_dtype("cpu", before)
+    assert seen == [torch.bfloat16, torch.float16]
+
+
 def test_a_loss_without_gradient_is_said_so(task):
     model, examples, start, names = task
     with model.borrowed(), pytest.raises(NoGradientError):
         learn(
-            model, examples, np.arange(50), lambda model, batch: torch.ones(()), lambda: 1.0,
-            start=start, shared=Shared({name: name for name in names}, {}), course=Course(4, 50),
+            model, examples, np.arange(50), lambda model, batches: iter([torch.ones(())]), lambda: 1.0,
+            start=start, groups=Groups({name: name for name in names}, {}), course=Course(4, 50),
         )  # fmt: skip
     assert all(parameter.requires_grad for parameter in model.module.parameters())

@@ -1,0 +1,103 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import bnpatch
+from bnpatch.errors import BnpatchError
+from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.search.judge import ByMetric
+from bnpatch.search.ladder import Ladder
+from bnpatch.search.scoreboard import Scoreboard, blocks_of
+
+
+def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy):
+    few, seen = (foggy[0][:100], foggy[1][:100]), []
+
+    def look(trial, is_best):
+        seen.append((trial, is_best))
+        if trial.rung == "alpha":
+            assert set(model.alphas().values()) == {trial.weight}
+
+    bnpatch.tune_alpha(model, few, metric="cross-entropy", trials=4, on_trial=look)
+    assert sum(trial.rung == "alpha" and trial.number == 0 for trial, _ in seen) == 1  # of no cross-fit
+    assert len({trial.rung for trial, _ in seen}) == 4
+    scores = [trial.scores["cross-entropy"] for trial, is_best in seen if is_best]
+    assert len(scores) > 2
+    assert scores == sorted(set(scores), reverse=True)
+    assert {trial.weight for trial, _ in seen if trial.rung == "refined"} == {None}
+
+
+def test_a_study_of_other_examples_is_refused(model, folder, tmp_path):
+    """Scores are kept by place: an image that can be read at last would move all that come after it."""
+    data = tmp_path / "val"
+    for path in folder.rglob("*.png"):
+        copy = data / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    broken = min(data.rglob("*.png"))
+    content = broken.read_bytes()
+    run = {"granularity": "global", "storage": str(tmp_path / "s.journal"), "trials": 2}
+    broken.write_bytes(b"no image")
+    assert bnpatch.tune_alpha(model, data, **run).skipped
+    broken.write_bytes(content)
+    with pytest.raises(BnpatchError, match="made with another examples"):
+        bnpatch.tune_alpha(model, data, **run)
+
+
+@pytest.mark.parametrize(
+    ("count", "set_size", "blocks"), [(300, 250, 2), (12, 1, 2), (1000, 250, 4), (64, 1, 8)]
+)
+def test_there_are_examples_to_learn_from_and_others_to_choose_by(count, set_size, blocks):
+    order = np.random.default_rng(0).permutation(count)
+    found = blocks_of(order, set_size)
+    assert len(found) == blocks
+    assert np.concatenate(found).tolist() == order.tolist()
+
+
+def test_an_image_that_is_lost_on_the_way_is_named():
+    class Lost:
+        set_size = 1
+
+        def scores(self, model, examples, indices):
+            examples.skipped[7] = "no such file"
+            return {"accuracy": np.ones(len(indices) - 1)}
+
+    examples = SimpleNamespace(skipped={}, source=SimpleNamespace(name=lambda index: f"{index}.png"))
+    model, setting = SimpleNamespace(set=lambda setting: None), SimpleNamespace(alphas={}, lambdas={})
+    board = Scoreboard(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
+    with pytest.raises(BnpatchError, match=r"7\.png can't be read any more: no such file"):
+        board.on(range(2), setting, "", "accuracy")
+
+
+class Chooser(Ladder):
+    """A ladder whose settings have scores on eight blocks, the last two of which select."""
+
+    def __init__(self, scores):
+        self.scores = scores
+        self.judge = ByMetric(CROSS_ENTROPY, [CROSS_ENTROPY])
+        self._board = SimpleNamespace(blocks=range(8))
+        self._selection = range(6, 8)
+
+    def _on(self, blocks, setting, label="", metric=None):
+        return self.scores[setting][10 * blocks.start : 10 * blocks.stop]
+
+    def chosen(self):
+        return next(rung.name for rung in self._choose({name: name for name in self.scores}) if rung.chosen)
+
+
+def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_best_mean_wins():
+    rng = np.random.default_rng(0)
+    identity, noise = np.ones(80), rng.normal(0, 1, 80)
+    noise -= noise.reshape(4, 20).mean(1).repeat(20)  # of mean 0 where it selects, too
+    scores = {
+        "identity": identity,
+        "alpha": 0.7 * identity + noise,
+        "alpha per layer": 0.6 * identity + noise,
+    }
+    assert Chooser(scores).chosen() == "alpha per layer"  # that alpha gains is sure: of 80, not of 20
+    assert Chooser({"identity": identity, "alpha": scores["alpha"]}).chosen() == "alpha"
+    scores.pop("alpha")
+    assert Chooser(scores).chosen() == "identity"  # of 20, nothing is
+    tie = {"identity": identity, "alpha": 0.5 * identity, "lambda": 0.5 * identity}
+    assert Chooser(tie).chosen() == "alpha"
