@@ -1,12 +1,16 @@
 """Model, optimizer, schedule and averaged weights, on whatever devices accelerate finds."""
 
+import copy
+import random
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnpatch.decay import decay_norms, parameter_groups
 from bnpatch.errors import BnpatchError
@@ -46,10 +50,10 @@ class Engine:
         self.ema = ModelEmaV3(model.module, settings.ema, use_warmup=True) if settings.ema else None
         self.optimizer = _optimizer(model.module, settings)
         self.schedule = _schedule(self.optimizer, settings, updates_per_epoch)
-        if (
-            accelerator.num_processes > 1
-        ):  # each waits for every gradient, unless it knows that some don't come
-            accelerator.ddp_handler.find_unused_parameters = _leaves_out_parameters(model)
+        if accelerator.num_processes > 1:
+            # Each waits for every gradient, unless it knows that some don't come; all must know the same.
+            unused = _any_process(_may_leave_out_parameters(model))
+            accelerator.ddp_handler.find_unused_parameters = unused
         self._wrapped, self._stepper = accelerator.prepare(model.module, self.optimizer)
 
     @property
@@ -173,19 +177,55 @@ def copied(value: Any) -> Any:
     return value
 
 
-def _leaves_out_parameters(model: TorchModel) -> bool:
-    """Are there parameters that the loss does not depend on, as those of another classifier?"""
-    module = model.module
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    was_training, x = module.training, torch.zeros(2, *model.preprocessing.input_size, device=model.device)
-    outputs = output_tensor(module.train()(x))  # the generators are seeded anew for each epoch
-    gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-    module.train(was_training)
-    return any(gradient is None for gradient in gradients)
+def _any_process(answer: bool) -> bool:
+    from accelerate.utils import gather_object
+
+    return any(gather_object([answer]))
+
+
+def _may_leave_out_parameters(model: TorchModel) -> bool:
+    """Are there parameters that the loss does not depend on, be it in some steps only?
+
+    Always, as those of another classifier; or at times, where code decides by a random number or by what it
+    sees in a tensor what to compute, as of branches that are skipped at random. A single step can't show what
+    others leave out, so every model that decides is one that may.
+
+    In doubt it may: that costs a walk over the graph in each step, and torch's advice to do without, where a
+    wrong no ends the training.
+    """
+    before = _host_generators()  # moved by this at no harm: all generators are seeded anew for each epoch
+    try:
+        module = copy.deepcopy(model.module).train()  # running it may change anything about it
+        x = torch.zeros(2, *model.preprocessing.input_size, device=model.device)
+        with _Decisions() as decisions:
+            outputs = output_tensor(module(x))
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+    except Exception:  # some modules can't be copied, or take no such batch; training says what is wrong
+        return True
+    return (
+        decisions.possible or _host_generators() != before or any(gradient is None for gradient in gradients)
+    )
+
+
+class _Decisions(TorchDispatchMode):
+    """Notes whether code is told the value of a tensor, by which it may decide what to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.possible = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.possible |= torch.Tag.data_dependent_output in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _host_generators() -> tuple[Any, ...]:
+    """The states of the generators whose numbers are no tensors."""
+    of_numpy: Any = np.random.get_state()
+    return random.getstate(), of_numpy[1].tobytes(), *of_numpy[2:]
 
 
 def _optimizer(module: nn.Module, settings: FineTuneSettings) -> torch.optim.Optimizer:
