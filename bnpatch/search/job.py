@@ -13,20 +13,24 @@ from bnpatch.calibration import calibrate
 from bnpatch.calibration import recover_folded as recover
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import warn_at_chance
-from bnpatch.metrics import ACCURACY, Values, paired_difference
+from bnpatch.metrics import ACCURACY, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
+from bnpatch.moments import Moments
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.patchable import Patchable
 from bnpatch.processes import Processes, SharedJudge, dismiss, serve, start
 from bnpatch.search.goal import LABEL_FREE, Goal
 from bnpatch.search.insurance import harmless
-from bnpatch.search.judge import ByMetric
+from bnpatch.search.judge import ByMetric, Judge
 from bnpatch.search.ladder import GLOBAL_RUNGS, Ladder, Plan, Rung, Trial
 from bnpatch.search.result import TuneResult
 from bnpatch.search.sparse import trade_off
 from bnpatch.search.trade_off import Point, choose, knee
 from bnpatch.search.verdict import Evidence, Verdict, conclude, gather, scores
 from bnpatch.setting import Setting
+
+#: How long latencies are measured where there is a limit on them.
+LATENCY_SECONDS = 10.0
 
 
 class Progress:
@@ -76,12 +80,21 @@ class Job:
     max_overhead: float | None
     notes: list[str] = field(default_factory=list)
 
+    # What is known once it runs: who judges, what the model came with, and what was done so far.
+    judge: Judge = field(init=False)
+    final_judge: Judge = field(init=False)
+    metrics: list[Metric] = field(init=False)
+    came_with: dict[str, Moments[Any]] = field(init=False)
+    _alone: tuple[Judge, Judge] = field(init=False)  # the judges, before several processes share them
+    _started: float = field(init=False)
+    _climbed_in: float = field(init=False)
+    _ladders: list[Ladder] = field(default_factory=list, init=False)
+    _seen_clean: int = field(default=0, init=False)
+    _interrupted: bool = field(default=False, init=False)
+
     def run(self, recover_folded: bool) -> TuneResult:
         """Do it; the model is as before when this returns."""
         self._started = time.monotonic()
-        self._ladders: list[Ladder] = []
-        self._seen_clean = 0
-        self._interrupted = False
         with self.model.borrowed():
             came_with = self.model.setting()
             self.came_with = dict(self.model.targets())
@@ -95,7 +108,7 @@ class Job:
             self.judge = self.goal.judge(self.model, self.seen, self._whole)
             held = np.concatenate([held_out for _, held_out in self.parts])
             self.final_judge, self.metrics = self.goal.final_judge(self.judge, self.test_examples, held)
-            self.alone = self.judge, self.final_judge  # what no process shares
+            self._alone = self.judge, self.final_judge
             processes = start()
             return self._search(before) if processes is None else self._search_together(before, processes)
 
@@ -179,7 +192,7 @@ class Job:
         def clean(setting: Setting) -> Values:
             self.model.set(setting)
             self._seen_clean += len(ladder.tuning)
-            return self.alone[0].scores(self.model, self.examples, ladder.tuning)[name]
+            return self._alone[0].scores(self.model, self.examples, ladder.tuning)[name]
 
         best = harmless(rungs, self.goal.metric, ladder.selected, clean)
         if best is None:
@@ -194,7 +207,7 @@ class Job:
     def _insured(self, before: Setting, setting: Setting) -> str:
         """What a setting does to held-out examples that are shifted, in words."""
         held_out = np.concatenate([held_out for _, held_out in self.parts])
-        seen = gather(self.model, self.test_seen, self.alone[1], before, setting, held_out, self.came_with)
+        seen = gather(self.model, self.test_seen, self._alone[1], before, setting, held_out, self.came_with)
         metric = self.metrics[0]
         change = paired_difference(seen.before[metric.name], seen.after[metric.name])
         values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
@@ -228,11 +241,10 @@ class Job:
         """As many of the sites as the limit on latency allows."""
         assert self.max_overhead is not None  # or nobody would ask
         assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
-        if self.plan.timeout is None:
-            points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric)
-        else:
-            seconds = min(10.0, max(1.0, self._left() / (1 + self._to_come)))
-            points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric, seconds=seconds)
+        seconds = LATENCY_SECONDS
+        if self.plan.timeout is not None:
+            seconds = min(seconds, max(1.0, self._left() / (1 + self._to_come)))
+        points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric, seconds=seconds)
         best = choose(points, self.max_overhead)
         self.notes.append(f"--max-overhead: {best.reason}")
         if suggestion := knee(points):
@@ -315,17 +327,11 @@ class Job:
             if evidence is None:
                 break
             judged.append(evidence)
-        cut = (
-            ""
-            if len(judged) == len(self.parts)
-            else ": interrupted"
-            if self._interrupted
-            else ": time is over"
-        )
-        self.notes.append(
-            f"few examples: {len(judged)} of {len(self.parts)} parts took turns in being held out "
-            f"(cross-fitting){cut}"
-        )
+        turns = f"{len(judged)} of {len(self.parts)} parts took turns in being held out (cross-fitting)"
+        note = f"few examples: {turns}"
+        if len(judged) < len(self.parts):
+            note += ", then the search was interrupted" if self._interrupted else ", then time was over"
+        self.notes.append(note)
         return judged
 
     def _judged_by(self, fold: int, before: Setting, chosen: Setting) -> Evidence | None:

@@ -22,7 +22,7 @@ def trade_off(
     scores: Callable[[Setting], Values],
     metric: Metric,
     *,
-    seconds: float = 10.0,
+    seconds: float,
 ) -> list[Point]:
     """Measure gain and latency of ever more of the sites of a setting, the important ones first.
 

@@ -5,7 +5,6 @@ import pytest
 import bnpatch
 from bnpatch.search import job, ladder
 from bnpatch.search.learn import Course, learn
-from bnpatch.search.sparse import trade_off
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,7 +13,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "learn", partial(learn, checks=5))
         patch.setattr(Course, "of", lambda examples, set_size=1: Course(30, max(128, set_size)))
-        patch.setattr(job, "trade_off", partial(trade_off, seconds=2))
+        patch.setattr(job, "LATENCY_SECONDS", 2.0)
         yield
 
 

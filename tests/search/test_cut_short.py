@@ -183,7 +183,7 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(model, fog
     monkeypatch.setattr(job, "trade_off", slow)
     options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
     result = bnpatch.tune_alpha(model, few(foggy), timeout=60.0, trials=3, **options)
-    assert any("1 of 5 parts" in note and "time is over" in note for note in result.notes)
+    assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
     assert result.num_held_out == 20
     assert str(result.verdict) == "gain"
     assert not result.interrupted
