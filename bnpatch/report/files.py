@@ -12,7 +12,7 @@ from bnpatch.model import TorchModel
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.report.curves import plot_curves
 from bnpatch.report.page import report_page
-from bnpatch.search.ladder import Trial
+from bnpatch.search.plan import Trial
 from bnpatch.search.result import TuneResult
 
 _PARAMS = ("weight", "scale", "threshold")

@@ -12,7 +12,7 @@ import numpy as np
 
 from bnpatch.evaluation import if_finite
 from bnpatch.metrics import Metric, Values, paired_difference
-from bnpatch.search.ladder import Rung
+from bnpatch.search.plan import Rung
 from bnpatch.setting import Setting
 
 #: How far from the identity toward a rung.

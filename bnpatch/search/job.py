@@ -22,7 +22,8 @@ from bnpatch.processes import Processes, SharedJudge, dismiss, serve, start
 from bnpatch.search.goal import LABEL_FREE, Goal
 from bnpatch.search.insurance import harmless
 from bnpatch.search.judge import ByMetric, Judge
-from bnpatch.search.ladder import GLOBAL_RUNGS, Ladder, Plan, Rung, Trial
+from bnpatch.search.ladder import Ladder
+from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial
 from bnpatch.search.result import TuneResult
 from bnpatch.search.sparse import trade_off
 from bnpatch.search.trade_off import Point, choose, knee

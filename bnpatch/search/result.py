@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from bnpatch.evaluation import Comparison
 from bnpatch.metrics import Metric
 from bnpatch.recipe import Recipe
-from bnpatch.search.ladder import Rung, Trial
+from bnpatch.search.plan import Rung, Trial
 from bnpatch.search.trade_off import Point
 from bnpatch.search.verdict import Verdict
 from bnpatch.setting import Setting

@@ -20,8 +20,8 @@ from bnpatch.metrics import Metric, ScoreFunction
 from bnpatch.patchable import Patchable
 from bnpatch.search.goal import Goal
 from bnpatch.search.job import Job, Progress
-from bnpatch.search.ladder import Granularity, Plan, Trial
 from bnpatch.search.parts import parts_of
+from bnpatch.search.plan import Granularity, Plan, Trial
 from bnpatch.search.result import TuneResult
 
 

@@ -9,7 +9,7 @@ from bnpatch.evaluation import Comparison
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
 from bnpatch.report.summary import distances, is_identity, verdict_sentence, weight_axis
-from bnpatch.search.ladder import Rung, Trial
+from bnpatch.search.plan import Rung, Trial
 from bnpatch.search.result import TuneResult
 from bnpatch.search.verdict import Verdict
 from bnpatch.setting import Setting

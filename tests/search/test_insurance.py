@@ -5,7 +5,7 @@ import pytest
 
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate
 from bnpatch.search.insurance import PARTS, harmless, toward
-from bnpatch.search.ladder import Rung
+from bnpatch.search.plan import Rung
 from bnpatch.setting import Setting
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, 200)
