@@ -74,8 +74,7 @@ class Trial:
         params: ``weight``, the distance of all sites from the identity: alpha for Batch Norm, 1 - alpha for
             Group Norm; or lambda. In the race that refines: ``scale``, by which all of these distances are
             multiplied, and ``threshold``, below which they become none.
-        scores: by name of metric, the mean over the examples that were seen, moved by how those differ from
-            all examples at the identity.
+        scores: by name of metric, the mean over the tuning examples, judged by those that were seen.
         errors: standard errors of the change from the identity, likewise.
         examples: how many were seen.
     """

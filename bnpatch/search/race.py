@@ -48,7 +48,7 @@ class Runner:
         state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs), or RUNNING where the
             race was interrupted.
         means: over the examples of these blocks, by name of metric.
-        changes: from the identity on the same examples, with standard errors, by name of metric.
+        changes: from the identity, as they would be on all examples, with standard errors, by name of metric.
     """
 
     number: int
@@ -220,7 +220,7 @@ def _result(standings: Standings, interrupted: bool) -> RaceResult:
     origin = standings.origin
     assert origin is not None
     blocks = len(standings.rules.sizes)
-    runners = {t.number: _runner(standings, t, origin) for t in standings.trials}
+    runners = {t.number: _runner(standings, t) for t in standings.trials}
     whole = [t for t in standings.trials if t.state == TrialState.COMPLETE and done(t) == blocks]
     best = min(whole or [origin], key=lambda t: standings.rank(t, done(t)))
     passes = standings.spent / sum(standings.rules.sizes)
@@ -229,7 +229,7 @@ def _result(standings: Standings, interrupted: bool) -> RaceResult:
     )
 
 
-def _runner(standings: Standings, trial: StoredTrial, origin: StoredTrial) -> Runner:
+def _runner(standings: Standings, trial: StoredTrial) -> Runner:
     names = list(trial.blocks.get(0, ()))
     return Runner(
         trial.number,
@@ -237,5 +237,5 @@ def _runner(standings: Standings, trial: StoredTrial, origin: StoredTrial) -> Ru
         done(trial),
         trial.state,
         {name: standings.mean(trial, name) for name in names},
-        {name: standings.difference(trial, origin, name) for name in names},
+        {name: standings.change(trial, metric=name) for name in names},
     )

@@ -68,34 +68,46 @@ class Standings:
         values, weights = self._units(trial, done(trial) if blocks is None else blocks, metric)
         return float(np.average(values, weights=weights))
 
-    def difference(self, trial: StoredTrial, other: StoredTrial, metric: str | None = None) -> Difference:
+    def difference(self, trial: StoredTrial, other: StoredTrial) -> Difference:
         """How much more a trial scored than another, on the leading blocks that both have."""
         blocks = min(done(trial), done(other))
-        (a, weights), (b, _) = self._units(trial, blocks, metric), self._units(other, blocks, metric)
-        value = float(np.average(a - b, weights=weights))
-        n = len(a)
-        variance = float(np.sum((weights * (a - b - value)) ** 2)) / float(np.sum(weights)) ** 2
-        return Difference(value, math.sqrt(variance * n / (n - 1)) if n > 1 else math.inf, n)
+        (a, weights), (b, _) = self._units(trial, blocks), self._units(other, blocks)
+        return Difference(float(np.average(a - b, weights=weights)), _error(a - b, weights), len(a))
 
     def estimate(self, trial: StoredTrial, blocks: int) -> float:
-        """What a trial would score on all blocks, judged by the leading ones.
+        """What a trial would score on all blocks, judged by the leading ones."""
+        if self.origin is None or done(self.origin) < len(self.rules.sizes):
+            return self.mean(trial, blocks=blocks)
+        return self.mean(self.origin) + self.change(trial, blocks).value
+
+    def change(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> Difference:
+        """How much more a trial would score than the identity on all blocks, judged by the leading ones.
 
         The identity is a control variate: its scores are known on all blocks, so that it is known whether the
         leading ones are easier than the others, and a regression tells what that means for the trial.
+
+        Args:
+            trial: of which the leading blocks were scored; the identity was scored on all blocks.
+            blocks: how many of them to go by; by default all that it has.
+            metric: by default the tuned one.
         """
-        if (
-            blocks == len(self.rules.sizes)
-            or self.origin is None
-            or done(self.origin) < len(self.rules.sizes)
-        ):
-            return self.mean(trial, blocks=blocks)
-        (values, weights), (base, _) = self._units(trial, blocks), self._units(self.origin, blocks)
-        whole, here = self.mean(self.origin), float(np.average(base, weights=weights))
-        change, centred = values - base, base - here
-        covariance = float(np.average(centred * change, weights=weights))
-        variance = float(np.average(centred**2, weights=weights))
+        assert self.origin is not None
+        blocks = done(trial) if blocks is None else blocks
+        (values, weights), (base, _) = (
+            self._units(trial, blocks, metric),
+            self._units(self.origin, blocks, metric),
+        )
+        change, here = values - base, float(np.average(base, weights=weights))
+        if blocks == len(self.rules.sizes):
+            return Difference(float(np.average(change, weights=weights)), _error(change, weights), len(base))
+        whole, all_weights = self._units(self.origin, len(self.rules.sizes), metric)
+        covariance = float(np.average((base - here) * change, weights=weights))
+        variance = float(np.average((base - here) ** 2, weights=weights))
         slope = covariance / variance * len(base) / (len(base) + _PRIOR_UNITS) if variance > 0 else 0.0
-        return whole + float(np.average(change, weights=weights)) + slope * (whole - here)
+        easier = float(np.average(whole, weights=all_weights)) - here
+        value = float(np.average(change, weights=weights)) + slope * easier
+        rest = _error(change - slope * base, weights)  # what the regression does not explain
+        return Difference(value, math.hypot(rest, slope * _error(whole, all_weights)), len(base))
 
     def extrapolated(self) -> dict[int, float]:
         """What trials would score on all blocks, by number.
@@ -152,6 +164,16 @@ class Standings:
             np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.rules.sizes, strict=False)
         ]
         return np.concatenate(values), np.concatenate(weights)
+
+
+def _error(values: Values, weights: Values) -> float:
+    """The standard error of a weighted mean."""
+    n = len(values)
+    if n < 2:
+        return math.inf
+    mean = np.average(values, weights=weights)
+    variance = float(np.sum((weights * (values - mean)) ** 2)) / float(np.sum(weights)) ** 2
+    return math.sqrt(variance * n / (n - 1))
 
 
 def done(trial: StoredTrial) -> int:

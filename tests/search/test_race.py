@@ -6,7 +6,8 @@ from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import OutputsNotFiniteError
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
 from bnpatch.search.race import block_sizes, race
-from bnpatch.search.studies import open_study
+from bnpatch.search.standings import Rules, Standings
+from bnpatch.search.studies import StoredTrial, open_study
 
 GRID = np.linspace(0, 1, 101)
 FIRST = [{"x": x} for x in (0.1, 0.2, 0.35, 0.6, 1.0)]
@@ -256,3 +257,32 @@ def test_block_sizes_cover_all_examples(examples):
     sizes = block_sizes(examples)
     assert sum(sizes) == examples
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_is_said_of_a_trial_uses_what_is_known_of_the_examples():
+    """A trial's scores on some examples say more where those of the identity are known on all."""
+    rng = np.random.default_rng(0)
+    hard = rng.exponential(3.0, (8, 20))  # of the identity: some examples are much harder than others
+    errors, gains = [], []
+    for _ in range(200):
+        base = rng.permutation(hard.ravel()).reshape(8, 20)
+        better = 0.1 * base + rng.normal(0.2, 0.05, (8, 20))
+        trials = [
+            trial(0, {"x": 0.0}, base, TrialState.COMPLETE),
+            trial(1, {"x": 0.5}, better[:2], TrialState.PRUNED),
+        ]
+        standings = Standings(Rules([20] * 8, CROSS_ENTROPY, {"x": (0, 1)}, {"x": 0.0}), trials)
+        change = standings.change(trials[1])
+        truth = (better - base).mean()
+        errors.append(change.value - truth)
+        gains.append(standings.difference(trials[1], trials[0]).value - truth)
+        assert change.stderr < standings.difference(trials[1], trials[0]).stderr / 1.5
+    assert np.std(errors) < np.std(gains) / 2
+    whole = trial(1, {"x": 0.5}, better, TrialState.COMPLETE)
+    paired = standings.difference(whole, trials[0])
+    assert standings.change(whole) == paired
+
+
+def trial(number, params, blocks, state):
+    scores = {block: {"cross-entropy": values} for block, values in enumerate(blocks)}
+    return StoredTrial(number, params, 0, scores, state, "", 0.0)
