@@ -22,6 +22,18 @@ class BnpatchError(Exception):
         return " ".join(text.split())  # one line, whatever was quoted in it
 
 
+class NotEnoughMemoryError(BnpatchError):
+    """A batch does not fit into the memory of a device.
+
+    Args:
+        device: which.
+        batch_size: examples in the batch.
+    """
+
+    def __init__(self, device: object, batch_size: int) -> None:
+        super().__init__(f"{device} has not enough memory for a batch of {batch_size}", "lower --batch-size")
+
+
 class InvalidAlphaError(BnpatchError, ValueError):
     """A weight outside [0, 1]."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnpatch import recipe as recipes
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.errors import BnpatchError, first_line
+from bnpatch.errors import BnpatchError, NotEnoughMemoryError, first_line
 from bnpatch.files import atomic_path
 from bnpatch.loading.architecture import Architecture
 from bnpatch.moments import Moments, mix
@@ -255,9 +255,7 @@ class TorchModel:
                 y = self.module(x)
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
-                    raise BnpatchError(
-                        f"{self.device} has not enough memory for a batch of {len(x)}", "lower --batch-size"
-                    ) from error
+                    raise NotEnoughMemoryError(self.device, len(x)) from error
                 raise BnpatchError(
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.data.examples import Examples, Indices
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.evaluation import evaluate
 from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
@@ -296,9 +296,7 @@ class _Run:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise error
         if self.micro % 2 or self.accelerator.num_processes > 1:
-            raise BnpatchError(
-                f"{self.model.device} has not enough memory for a batch of {self.micro}", "lower --batch-size"
-            ) from error
+            raise NotEnoughMemoryError(self.model.device, self.micro) from error
         half = self.micro // 2
         self.settings.check_batch(half)
         self.load({**self.state, "micro": half, "accumulate": 2 * self.accumulate})

@@ -13,6 +13,7 @@ import numpy as np
 
 from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
+from bnpatch.errors import NotEnoughMemoryError
 from bnpatch.evaluation import if_finite
 from bnpatch.metrics import CROSS_ENTROPY, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
@@ -264,21 +265,27 @@ class Ladder:
         label = "learning a weight per layer"
         fit = self.fit[:_LEARNED_EXAMPLES]
         values = next(self.examples.batches(1, fit)).x.numel()
-
-        return learn(
-            self.model,
-            self.examples,
-            fit,
-            self.judge.loss,
-            lambda: self._cost(self.model.setting(), label),
-            start=start,
-            groups=groups,
-            course=Course.of(len(fit), self.judge.set_size),
-            batch_size=max(self.plan.batch_size, _LEARNED_VALUES // values),
-            seed=self.plan.seed,
-            stop=self._hurry,
-            on_batch=lambda count: self._spend(label, count, STEP_COST),
-        )
+        batch_size = max(self.plan.batch_size, _LEARNED_VALUES // values)
+        while True:
+            try:
+                return learn(
+                    self.model,
+                    self.examples,
+                    fit,
+                    self.judge.loss,
+                    lambda: self._cost(self.model.setting(), label),
+                    start=start,
+                    groups=groups,
+                    course=Course.of(len(fit), self.judge.set_size),
+                    batch_size=batch_size,
+                    seed=self.plan.seed,
+                    stop=self._hurry,
+                    on_batch=lambda count: self._spend(label, count, STEP_COST),
+                )
+            except NotEnoughMemoryError:  # gradients take more than the races before
+                if batch_size == 1:
+                    raise
+            batch_size //= 2
 
     def _walk(self, start: Setting, groups: Groups) -> Setting:
         portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_WALKED_EXAMPLES]

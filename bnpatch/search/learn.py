@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.data.examples import Batch, Examples, Indices
+from bnpatch.errors import NotEnoughMemoryError
 from bnpatch.model import TorchModel
 from bnpatch.moments import mix
 from bnpatch.nn.norm import ExampleWeighedNorm
@@ -115,6 +116,7 @@ def learn(
 
     Raises:
         NoGradientError: the loss has none.
+        NotEnoughMemoryError: for the gradients of so many examples at a time.
     """
     model.set(start)
     best, lowest = start, cost()
@@ -147,7 +149,10 @@ def learn(
                         break
                     if not part.requires_grad:
                         raise NoGradientError
-                    torch.autograd.backward(part, inputs=parameters)
+                    try:
+                        torch.autograd.backward(part, inputs=parameters)
+                    except torch.OutOfMemoryError as error:
+                        raise NotEnoughMemoryError(model.device, batch_size) from error
                     del part  # the next is computed without it
             optimizer.step()
             on_batch(sum(len(batch.indices) for batch in batches))
