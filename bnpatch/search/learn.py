@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -140,20 +141,10 @@ def learn(
                 break
             batches = list(examples.batches(batch_size, chosen))
             optimizer.zero_grad()
-            with torch.enable_grad():
-                parts = loss(model, batches)
-                while True:
-                    _set_learned(model, groups, logits)  # anew: going backward takes their graph along
-                    part = next(parts, None)
-                    if part is None:
-                        break
-                    if not part.requires_grad:
-                        raise NoGradientError
-                    try:
-                        torch.autograd.backward(part, inputs=parameters)
-                    except torch.OutOfMemoryError as error:
-                        raise NotEnoughMemoryError(model.device, batch_size) from error
-                    del part  # the next is computed without it
+            try:
+                _add_gradients(loss(model, batches), parameters, partial(_set_learned, model, groups, logits))
+            except torch.OutOfMemoryError as error:
+                raise NotEnoughMemoryError(model.device, batch_size) from error
             optimizer.step()
             on_batch(sum(len(batch.indices) for batch in batches))
             schedule.step()
@@ -168,6 +159,22 @@ def learn(
                 if idle == _PATIENCE:
                     break
     return best
+
+
+@torch.enable_grad()
+def _add_gradients(
+    parts: Iterator[Tensor], parameters: Sequence[Tensor], set_learned: Callable[[], None]
+) -> None:
+    """Add up the gradients of the parts of a loss."""
+    while True:
+        set_learned()  # anew: going backward takes their graph along
+        part = next(parts, None)
+        if part is None:
+            return
+        if not part.requires_grad:
+            raise NoGradientError
+        torch.autograd.backward(part, inputs=parameters)
+        del part  # the next is computed without it
 
 
 def _logit(weight: float, device: torch.device) -> Tensor:
