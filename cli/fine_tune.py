@@ -69,6 +69,7 @@ def fine_tune(
     from bnpatch.model import TorchModel
     from bnpatch.processes import is_first
     from bnpatch.report.files import write_results
+    from bnpatch.report.summary import training_sentence
 
     from .render import progress_bar
 
@@ -113,6 +114,8 @@ def fine_tune(
         return
     result.tuning.recipe.provenance["command"] = shlex.join(sys.argv[1:])
     result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
+    if result.comparisons:
+        result.tuning.notes.append(training_sentence(result.comparisons, result.tuning.metric))
     files = write_results(result.tuning, loaded, output)
     _show(result, files, rows, as_json)
 
@@ -195,7 +198,9 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
     comparison_table(result.comparisons, "held-out", before="checkpoint", after="fine-tuned")
     typer.echo("\nof which by example weighing:\n")
     comparison_table(tuning.comparisons, "held-out", before="alpha = 0", after="alpha tuned")
-    typer.echo(f"\n{verdict_sentence(tuning)}\n")
+    typer.echo(f"\nExample weighing: {verdict_sentence(tuning)}\n")
+    for note in tuning.notes:  # the last of them on the training
+        typer.echo(note)
     if rows:
         columns = ["contribution, held-out", "accuracy", "change", "cross-entropy", "change"]
         table(columns, [[row["name"], *row["cells"]] for row in rows])

@@ -1,5 +1,6 @@
 """Tables and progress for people."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def ladder_table(result: TuneResult) -> None:
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
-    """An interval for people."""
+    """An interval for people; "unknown" where there is none."""
+    if estimate.low == -math.inf or estimate.high == math.inf:
+        return "unknown"
     return f"[{metric.format(estimate.low, signed)}, {metric.format(estimate.high, signed)}]"
 
 

@@ -98,10 +98,10 @@ def ladder(result: TuneResult) -> Markup:
         [
             tag(
                 "p",
-                "Each rung gives the weights more freedom. One is chosen by the selection examples, a part "
-                "of the tuning examples set aside for that, if its gain over the identity is beyond doubt "
-                "there. Having been chosen by them, it looks better on them than it is: the "
-                "verdict comes from the held-out examples above.",
+                "Each rung gives the weights more freedom. Where any of them gains beyond doubt, the best is "
+                "chosen by the selection examples, a part of the tuning examples set aside for that (of one "
+                "weight for all, all of them settle the doubt). Having been chosen by them, it looks better "
+                "on them than it is: the verdict comes from the held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
         ]

@@ -1,7 +1,8 @@
 """What a search found, in words for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from bnpatch.evaluation import Comparison
 from bnpatch.metrics import Estimate, Metric
 from bnpatch.search.result import TuneResult
 
@@ -30,11 +31,27 @@ def verdict_sentence(result: TuneResult) -> str:
             f"Keep the model as it is: {result.chosen.name} did best in tuning, but makes its "
             f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
         )
+    if not abs(change.high - change.low) < float("inf"):
+        return (
+            f"Nobody knows whether the model gains: its {title(metric)} changes by "
+            f"{points(metric, change.value)} {where}, too few for an interval. Judge by more of them."
+        )
     by = f"{points(metric, change.value)}, {interval(metric, change)}"
     return (
         f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is, "
         "although the files hold the patch."
     )
+
+
+def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
+    """What further training did to a checkpoint, in one sentence that a user can act on."""
+    tuned = next(c for c in comparisons if c.metric.name == metric.name)
+    values = f"{title(metric)} {metric.format(tuned.before.value)} → {metric.format(tuned.after.value)}"
+    by = f"{values}, {points(metric, tuned.change.value)}, {interval(metric, tuned.change)}"
+    return {
+        "gain": f"Fine-tuned, the model is better than the checkpoint: {by}.",
+        "loss": f"Keep the checkpoint, the fine-tuned model is worse: {by}. Try a lower --lr or more epochs.",
+    }.get(tuned.verdict, f"The fine-tuned model is not better than the checkpoint beyond doubt: {by}.")
 
 
 def judged_on(result: TuneResult) -> str:

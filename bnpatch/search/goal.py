@@ -80,7 +80,7 @@ class Goal:
             metrics = [first, *(m for m in STANDARD_METRICS if m.name != first.name)]
             return ByMetric(first, [*metrics, *answers], self.batch_size), metrics
         assert isinstance(judge, ByObjective)
-        return replace(judge, metrics=answers), [self.metric]
+        return replace(judge, metrics=answers).sure_of(len(indices)), [self.metric]
 
 
 def _no_scores(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ from bnpatch.setting import Setting
 #: How long latencies are measured where there is a limit on them.
 LATENCY_SECONDS = 10.0
 
+# A verdict of fewer examples says little.
+_FEW = 30
+
 
 class Progress:
     """Counts examples towards a total that grows as more is found to be needed."""
@@ -157,6 +160,10 @@ class Job:
         self.model.set(setting)
         recipe = self.model.recipe()
         self.progress.finish()
+        if resumed := sum(climbed.resumed for climbed in self._ladders):
+            self.notes.append(f"{resumed} trials were in the storage already")
+        if verdict.num_examples < _FEW:
+            self.notes.append(f"{verdict.num_examples} examples judged: so few say little")
         if not self.goal.needs_labels:
             name = self.goal.metric.name
             self.notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
@@ -263,6 +270,11 @@ class Job:
             where["indices"] = self._whole
         if recover_folded:
             recover(self.model, **where)
+            if self.calib is None:
+                self.notes.append(
+                    "the moments of what was folded were taken from the tuning examples: a shift that all of "
+                    "them share is taken for normal (--calib-data: images like those of training)"
+                )
         if names := calibrate(self.model, **where):
             self.notes.append(
                 f"{len(names)} norms have no running moments: they were taken from "

@@ -1,7 +1,8 @@
 """What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,12 @@ from bnpatch.sites import SiteFacts
 
 #: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
 SET_SIZE, _PER_CLASS = 250, 2
+
+# So many sets make an interval; fewer are taken for one, of so many groups.
+_FEW_SETS, _GROUPS = 4, 20
+
+# What a model returns for a batch, and the moments at its norms.
+_Part = tuple[Tensor, Mapping[str, Moments[Tensor]]]
 
 
 def in_sets(indices: Indices, size: int) -> list[Indices]:
@@ -91,6 +98,8 @@ class ByObjective:
         metrics: scored beside it, where there are labels.
         num_classes: K.
         batch_size: examples at a time.
+        groups: with more than one, all examples make one set, whose values say how sure the objective is: as
+            many as there are groups, made by leaving out each in turn (pseudovalues of the jackknife).
     """
 
     metric: Metric
@@ -99,34 +108,55 @@ class ByObjective:
     metrics: Sequence[Metric] = ()
     num_classes: int = 2
     batch_size: int = 64
+    groups: int = 1
 
     @property
     def set_size(self) -> int:
         """Examples that are judged together: enough for a mean prediction that means something."""
-        return max(SET_SIZE, _PER_CLASS * self.num_classes)
+        return sys.maxsize if self.groups > 1 else max(SET_SIZE, _PER_CLASS * self.num_classes)
+
+    def sure_of(self, count: int) -> "ByObjective":
+        """The same with values that make an interval, for so many examples: many sets, or one of groups."""
+        if count >= _FEW_SETS * self.set_size or count < 2:
+            return self
+        groups = min(_GROUPS, count)
+        return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
 
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`Judge`: the objective once, and what labels there are of each example."""
-        outputs: list[Tensor] = []
-        seen: list[Mapping[str, Moments[Tensor]]] = []
+        parts: list[_Part] = []
+        met: list[Indices] = []
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
+        # Folders are sorted by class, and groups must look alike.
+        order = indices if self.groups == 1 else np.random.default_rng(0).permutation(indices)
         with model.evaluating():
-            for batch in examples.batches(self.batch_size, indices):
+            for batch in examples.batches(self.batch_size, order):
                 logits, moments = model.observe(batch.x)
-                outputs.append(logits)
-                seen.append(moments)
+                parts.append((logits, moments))
+                met.append(batch.indices)
                 for metric in self.metrics:
                     by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
-            if not outputs:
+            if not parts:
                 return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
-            moments = {name: _joined([part[name] for part in seen]) for name in seen[0]}
-            value = float(self.objective(_seen(model, torch.cat(outputs), moments), self.sites))
-        if not np.isfinite(value):
+            found = np.array([self._of(model, parts)])
+            if self.groups > 1 and len(parts) > 1:
+                count = min(self.groups, len(parts))
+                groups = [
+                    [part for n, part in enumerate(parts) if n % count != left] for left in range(count)
+                ]
+                without = np.array([self._of(model, group) for group in groups])
+                found = count * found - (count - 1) * without
+        if not np.isfinite(found).all():
             raise OutputsNotFiniteError(
                 f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
             )
-        values = {name: torch.cat(parts).cpu().double().numpy() for name, parts in by_example.items()}
-        return {self.metric.name: np.array([value]), **values}
+        place = {int(index): position for position, index in enumerate(indices)}
+        back = np.argsort([place[int(index)] for index in np.concatenate(met)], kind="stable")
+        values = {name: torch.cat(some).cpu().double().numpy()[back] for name, some in by_example.items()}
+        return {self.metric.name: found, **values}
+
+    def _of(self, model: Patchable, parts: Sequence["_Part"]) -> float:
+        return float(self.objective(_as_one(model, parts), self.sites))
 
     def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The objective of all batches as one set, in one part."""
@@ -137,9 +167,12 @@ class ByObjective:
                 checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
                 for batch in batches
             ]
-        outputs = torch.cat([logits for logits, _ in parts])
-        moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
-        yield self.objective(_seen(model, outputs, moments), self.sites)
+        yield self.objective(_as_one(model, parts), self.sites)
+
+
+def _as_one(model: Patchable, parts: Sequence[_Part]) -> Seen:
+    moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
+    return _seen(model, torch.cat([logits for logits, _ in parts]), moments)
 
 
 def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:

@@ -15,7 +15,7 @@ from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import NotEnoughMemoryError
 from bnpatch.evaluation import if_finite
-from bnpatch.metrics import CROSS_ENTROPY, Metric, Values, paired_difference
+from bnpatch.metrics import CROSS_ENTROPY, METRICS, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.patchable import Patchable
 from bnpatch.search.judge import Judge, in_sets
@@ -84,6 +84,7 @@ class Ladder:
         self.interrupted = False
         self.reached = 0  # rungs above the identity that were found
         self.seen = 0.0  # examples, by what they cost
+        self.resumed = 0  # trials that the storage had already
         self._best_score = -math.inf  # of all trials so far, more is better
         blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
         self._board = Scoreboard(model, examples, judge, blocks, self._spend)
@@ -210,8 +211,10 @@ class Ladder:
             self.model.set(setting(runner.params))  # it may have been scored long ago
             self._on_trial(trial, is_best)
 
+        study = self._study(name if start is None else f"{name}.{_digest(start)}")
+        self.resumed += len(study.trials())
         result = race(
-            self._study(name if start is None else f"{name}.{_digest(start)}"),
+            study,
             evaluate_blocks,
             sizes,
             metric=self.judge.metric,
@@ -232,11 +235,18 @@ class Ladder:
 
     def _trial(self, rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
         changes = runner.changes
+
+        def within(
+            metric: str, value: float
+        ) -> float:  # what is judged by few may lie beyond what a rate can be
+            is_rate = metric in METRICS and METRICS[metric].is_rate
+            return min(1.0, max(0.0, value)) if is_rate else value
+
         return Trial(
             rung,
             runner.number,
             _plain(runner.params),
-            {metric: whole[metric] + changes[metric].value for metric in whole},
+            {metric: within(metric, whole[metric] + changes[metric].value) for metric in whole},
             {metric: changes[metric].stderr for metric in whole},
             sum(sizes[: runner.blocks]),
         )

@@ -8,7 +8,7 @@ from PIL import Image
 from bnpatch.evaluation import Comparison
 from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
-from bnpatch.report.summary import distances, is_identity, verdict_sentence, weight_axis
+from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
 from bnpatch.search.plan import Rung, Trial
 from bnpatch.search.result import TuneResult
 from bnpatch.search.verdict import Verdict
@@ -101,6 +101,26 @@ def test_no_race_no_picture(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "start"),
+    [
+        (
+            Estimate(0.1, 0.05, 0.15),
+            "Fine-tuned, the model is better than the checkpoint: accuracy",
+        ),
+        (
+            Estimate(-0.1, -0.15, -0.05),
+            "Keep the checkpoint, the fine-tuned model is worse: accuracy",
+        ),
+        (Estimate(0.1, -0.1, 0.3), "The fine-tuned model is not better than the checkpoint beyond doubt: "),
+    ],
+)
+def test_what_training_did_is_said_of_the_checkpoint(change, start):
+    gain = result().comparisons[0]
+    trained = replace(gain, after=Estimate(0.5 + change.value, 0, 1), change=change)
+    assert training_sentence([trained], gain.metric).startswith(start)
+
+
 def test_sentences():
     gain = result()
     where = "on 1,234 examples that the search did not see"
@@ -121,7 +141,7 @@ def test_sentences():
     assert kept.startswith(f"No significant gain in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep")
     unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
     kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
-    assert "(+10.00 points, interval unknown)" in kept
+    assert kept.startswith("Nobody knows whether the model gains: its accuracy changes by +10.00 points")
     nothing = [replace(gain.rungs[0], chosen=True), replace(gain.rungs[1], chosen=False)]
     kept = replace(
         gain, rungs=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])

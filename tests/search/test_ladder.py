@@ -8,7 +8,9 @@ from bnpatch.errors import BnpatchError
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.ladder import Ladder
+from bnpatch.search.race import Runner
 from bnpatch.search.scoreboard import Scoreboard, blocks_of
+from bnpatch.search.standings import Difference
 
 
 def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy):
@@ -68,6 +70,14 @@ def test_an_image_that_is_lost_on_the_way_is_named():
     board = Scoreboard(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
     with pytest.raises(BnpatchError, match=r"7\.png can't be read any more: no such file"):
         board.on(range(2), setting, "", "accuracy")
+
+
+def test_what_few_examples_say_of_a_rate_is_still_a_rate():
+    change = {name: Difference(0.4, 0.1, 8) for name in ("accuracy", "cross-entropy")}
+    runner = Runner(1, {"sqrt_alpha": 0.5}, 1, TrialState.PRUNED, {}, change)
+    trial = Chooser({})._trial("alpha", runner, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
+    assert trial.scores == {"accuracy": 1.0, "cross-entropy": pytest.approx(1.2)}
+    assert trial.weight == 0.25
 
 
 class Chooser(Ladder):

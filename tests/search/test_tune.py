@@ -261,6 +261,18 @@ def test_where_there_are_labels_they_give_the_verdict(model, foggy):
     assert any("equally frequent" in note for note in result.notes)
 
 
+def test_a_verdict_without_labels_has_an_interval(model, foggy, clean):
+    """The images alone, in the order of a folder: by class."""
+    run = {"metric": "unlabeled", "granularity": "global", "recalibrate": True, "trials": 4}
+    sorted_foggy, sorted_clean = (images[np.argsort(labels)] for images, labels in (foggy, clean))
+    result = bnpatch.tune_alpha(model, sorted_foggy[::2], test_data=sorted_foggy[1::2], **run)
+    assert str(result.verdict) == "gain"
+    change = result.comparisons[0].change
+    assert change.low < change.value < change.high < 0
+    result = bnpatch.tune_alpha(model, sorted_clean[::2], test_data=sorted_clean[1::2], **run)
+    assert str(result.verdict) != "loss"
+
+
 @pytest.mark.parametrize("objective", ["alignment", "entropy", "evalnorm"])
 def test_other_objectives_run(model, foggy, objective):
     result = bnpatch.tune_alpha(model, foggy, metric=objective, granularity="global")
