@@ -275,7 +275,8 @@ class Ladder:
         label = "learning a weight per layer"
         fit = self.fit[:_LEARNED_EXAMPLES]
         values = next(self.examples.batches(1, fit)).x.numel()
-        batch_size = max(self.plan.batch_size, _LEARNED_VALUES // values)
+        course = Course.of(len(fit), self.judge.set_size)
+        batch_size = min(course.batch_size, max(self.plan.batch_size, _LEARNED_VALUES // values))
         while True:
             try:
                 return learn(
@@ -286,7 +287,7 @@ class Ladder:
                     lambda: self._cost(self.model.setting(), label),
                     start=start,
                     groups=groups,
-                    course=Course.of(len(fit), self.judge.set_size),
+                    course=course,
                     batch_size=batch_size,
                     seed=self.plan.seed,
                     stop=self._hurry,

@@ -2,9 +2,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from optuna.trial import TrialState
 
 import bnpatch
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.ladder import Ladder
@@ -55,6 +57,30 @@ def test_there_are_examples_to_learn_from_and_others_to_choose_by(count, set_siz
     found = blocks_of(order, set_size)
     assert len(found) == blocks
     assert np.concatenate(found).tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_learning_makes_do_with_the_memory_there_is(model, foggy, monkeypatch, where):
+    forward, backward, sizes = type(model).forward, torch.autograd.backward, []
+
+    def limited_forward(self, x):
+        sizes.append(len(x) if torch.is_grad_enabled() else 0)
+        if where == "forward" and sizes[-1] > 40:
+            raise NotEnoughMemoryError("cuda", len(x))
+        return forward(self, x)
+
+    def limited_backward(*args, **kwargs):
+        if where == "backward" and sizes[-1] > 40:
+            raise torch.OutOfMemoryError
+        backward(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", limited_forward)
+    monkeypatch.setattr(torch.autograd, "backward", limited_backward)
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="layer")
+    learned = next(rung for rung in result.rungs if rung.name == "alpha per layer")
+    assert len(set(learned.setting.alphas.values())) > 5
+    assert max(sizes) > 40  # it was tried
+    assert 20 < max(sizes[-90:]) <= 40
 
 
 def test_an_image_that_is_lost_on_the_way_is_named():
