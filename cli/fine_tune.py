@@ -87,6 +87,7 @@ def fine_tune(
     accelerator = new_accelerator(settings, loaded.device)
     settings = techniques.settle(loaded, examples, settings, output / "choose.journal", resume)
     opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
+    opt.say(f"               {settings.epochs} epochs, {settings.optimizer}, learning rate {settings.lr:g}")
     untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if seeds else None
     with progress_bar() as progress:
         result = fine_tune(

@@ -25,7 +25,11 @@ def verdict_sentence(result: TuneResult) -> str:
     if str(result.verdict) == "gain":
         way = "rises" if change.value > 0 else "falls"
         values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
-        return f"Patched, the model gains: its {title(metric)} {way} {values} {where}."
+        lost = [title(c.metric) for c in result.comparisons if c.verdict == "loss"]
+        if (calibration := result.verdict.calibration) is not None and calibration.verdict == "loss":
+            lost.append("calibration")
+        but = f" It loses in {' and '.join(lost)}, though." if lost else ""
+        return f"Patched, the model gains: its {title(metric)} {way} {values} {where}.{but}"
     if str(result.verdict) == "loss":
         return (
             f"Keep the model as it is: {result.chosen.name} did best in tuning, but makes its "

@@ -128,6 +128,9 @@ def test_sentences():
         verdict_sentence(gain)
         == f"Patched, the model gains: its accuracy rises from 50.00% to 60.00% {where}."
     )
+    entropy = replace(gain.comparisons[0], metric=CROSS_ENTROPY)  # the same rise, which is a loss
+    both = replace(gain, verdict=replace(gain.verdict, comparisons=[*gain.comparisons, entropy]))
+    assert verdict_sentence(both) == f"{verdict_sentence(gain)} It loses in cross-entropy, though."
     folds = verdict_sentence(replace(gain, num_parts=5))
     assert folds.endswith("on 1,234 examples, each left out of the search that it judged (cross-fitting).")
     less = Metric("loss", ACCURACY.score, higher_is_better=False)
