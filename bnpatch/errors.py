@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+import textwrap
+
 
 class BnpatchError(Exception):
     """Something is wrong with the user's input, and the user can put it right.
@@ -64,5 +66,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of another library's error, or its type where it says nothing in words."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if not any(map(str.isalpha, line)):
+        return type(error).__name__
+    return textwrap.shorten(line, 300, placeholder=" ...")

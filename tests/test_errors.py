@@ -1,0 +1,16 @@
+import pytest
+
+from bnpatch.errors import first_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  first\nsecond"), "first"),
+        (ValueError(), "ValueError"),
+        (KeyError(101), "KeyError"),
+        (ValueError("word " * 100), "word " * 59 + "..."),
+    ],
+)
+def test_the_first_line_of_an_error_says_something(error, line):
+    assert first_line(error) == line
