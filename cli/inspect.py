@@ -143,7 +143,7 @@ def _print_facts(facts: _Facts, list_sites: bool) -> None:
         typer.echo("(an example has no variance there: its weight would mostly shrink the signal)")
     if facts.folded:
         typer.echo(
-            f"\n{len(facts.folded)} convolutions may have had a Batch Norm folded into them: "
+            f"\n{len(facts.folded)} of the convolutions may have had a Batch Norm folded into it: "
             + opt.some(facts.folded)
         )
     if facts.left_alone:
