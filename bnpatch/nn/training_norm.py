@@ -45,7 +45,7 @@ class GeneralNorm(ExampleWeighedNorm):
         running = general._moments()
         if spec.channels_per_group > 1:
             running = _pool_groups(running, spec.channels_per_group)
-        general._set_running(running)
+        _store(running, general._averages())
         general.running = None  # training averages into the buffers
         return general
 
@@ -91,15 +91,9 @@ class GeneralNorm(ExampleWeighedNorm):
         momentum = self.momentum
         if momentum is None:
             momentum = self.num_batches_tracked.to(batch.mean.dtype).reciprocal()
-        before = self._averages()
-        before = Moments(before.mean.to(batch.mean), before.var.to(batch.var))
-        self._set_running(mix(momentum, batch, before))
-
-    @torch.no_grad()
-    def _set_running(self, moments: Moments[Tensor]) -> None:
         averages = self._averages()
-        averages.mean.copy_(moments.mean)
-        averages.var.copy_(moments.var)
+        before = Moments(averages.mean.to(batch.mean), averages.var.to(batch.var))
+        _store(mix(momentum, batch, before), averages)
 
     def _averages(self) -> Moments[Tensor]:
         """The buffers that training averages into."""
@@ -211,7 +205,8 @@ def _ghost_norm(
     stats = torch.promote_types(x.dtype, torch.float32)
     # With momentum 1 these come back as the moments of each group, at no cost.
     mean, var = (x.new_zeros(count * num_channels, dtype=stats) for _ in range(2))
-    scale, shift = (None if t is None else t.repeat(count) for t in (weight, bias))
+    # As repeat does, in half the time.
+    scale, shift = (None if t is None else t.expand(count, -1).reshape(-1) for t in (weight, bias))
     y = F.batch_norm(rows, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
     values = rows.numel() // rows.shape[1]
     groups = Moments(mean.view(count, -1), var.view(count, -1) * ((values - 1) / values))  # biased
@@ -286,6 +281,12 @@ class _PooledNorm(torch.autograd.Function):
         of_dy = (weight.to(rstd) * rstd).view(*mean.shape, *(1,) * (x.ndim - 2))
         dx = affine(x.to(rstd.dtype), of_x, constant).addcmul_(dy.to(rstd.dtype), of_dy).to(x.dtype)
         return dx, d_scale.sum(0).to(weight.dtype), d_shift.sum(0).to(weight.dtype), None, None, None
+
+
+@torch.no_grad()
+def _store(moments: Moments[Tensor], buffers: Moments[Tensor]) -> None:
+    buffers.mean.copy_(moments.mean)
+    buffers.var.copy_(moments.var)
 
 
 def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
