@@ -12,8 +12,8 @@ def quick():
     """A small network on easy images learns in fewer steps, and its latency is measured sooner."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "learn", partial(learn, checks=5))
-        patch.setattr(Course, "of", lambda examples, set_size=1: Course(30, max(128, set_size)))
-        patch.setattr(job, "LATENCY_SECONDS", 2.0)
+        patch.setattr(Course, "of", lambda examples, set_size=1: Course(24, max(128, set_size)))
+        patch.setattr(job, "LATENCY_SECONDS", 1.0)
         yield
 
 
