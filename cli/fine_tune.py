@@ -69,7 +69,7 @@ def fine_tune(
     from bnpatch.model import TorchModel
     from bnpatch.processes import is_first
     from bnpatch.report.files import write_results
-    from bnpatch.report.summary import training_sentence
+    from bnpatch.report.findings import Training
 
     from .render import progress_bar
 
@@ -115,9 +115,8 @@ def fine_tune(
         return
     result.tuning.recipe.provenance["command"] = shlex.join(sys.argv[1:])
     result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
-    if result.comparisons:
-        result.tuning.notes.append(training_sentence(result.comparisons, result.tuning.metric))
-    files = write_results(result.tuning, loaded, output)
+    training_report = Training(result.comparisons, [[row["name"], *row["cells"]] for row in rows])
+    files = write_results(result.tuning, loaded, output, training_report)
     _show(result, files, rows, as_json)
 
 
@@ -172,7 +171,7 @@ def _ablation(
 
 
 def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]], as_json: bool) -> None:
-    from bnpatch.report.summary import verdict_sentence
+    from bnpatch.report.summary import training_sentence, verdict_sentence
 
     from .render import comparison_table, table
 
@@ -199,9 +198,8 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
     comparison_table(result.comparisons, "held-out", before="checkpoint", after="fine-tuned")
     typer.echo("\nof which by example weighing:\n")
     comparison_table(tuning.comparisons, "held-out", before="alpha = 0", after="alpha tuned")
-    typer.echo(f"\nExample weighing: {verdict_sentence(tuning)}\n")
-    for note in tuning.notes:  # the last of them on the training
-        typer.echo(note)
+    typer.echo(f"\n{training_sentence(result.comparisons, tuning.metric)}")
+    typer.echo(f"Example weighing: {verdict_sentence(tuning)}\n")
     if rows:
         columns = ["contribution, held-out", "accuracy", "change", "cross-entropy", "change"]
         table(columns, [[row["name"], *row["cells"]] for row in rows])

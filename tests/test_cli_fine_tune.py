@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import bnpatch
 from bnpatch.data.examples import split
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.recipe import Recipe
+from tests.report.html_page import Page
 from tests.test_cli import cli, one_line  # noqa: F401, a fixture
 
 QUICK = ["--epochs", 1, "-b", 32, "--trials", 2, "-j", 0, "--min-scale", 1, "--hflip", 0, "--device", "cpu"]
@@ -77,6 +79,11 @@ def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
     assert code == 0, err
     content = json.loads(out)
     rows = {row["name"]: row for row in content["contributions"]}
+    report = Page(Path("bnpatch-out/report.html").read_text())
+    assert "Fine-tuned, against the checkpoint" in report.headings
+    assert "What each technique contributes" in report.headings
+    assert "example weighing" in report.text
+    assert report.text.count("Example weighing: ") == 1
     assert next(iter(rows)) == "none"
     assert list(rows)[-1] == "all"
     assert len(rows) == 6

@@ -11,6 +11,7 @@ from bnpatch.files import write_text
 from bnpatch.model import TorchModel
 from bnpatch.onnx_model import OnnxModel
 from bnpatch.report.curves import plot_curves
+from bnpatch.report.findings import Training
 from bnpatch.report.page import report_page
 from bnpatch.search.plan import Trial
 from bnpatch.search.result import TuneResult
@@ -19,7 +20,10 @@ _PARAMS = ("weight", "scale", "threshold")
 
 
 def write_results(
-    result: TuneResult, model: TorchModel | OnnxModel, folder: str | os.PathLike[str]
+    result: TuneResult,
+    model: TorchModel | OnnxModel,
+    folder: str | os.PathLike[str],
+    training: Training | None = None,
 ) -> list[Path]:
     """Write all results of a search into a folder, each file atomically.
 
@@ -27,6 +31,7 @@ def write_results(
         result: of :func:`bnpatch.tune_alpha`.
         model: the model that it was of; it is patched with the recipe.
         folder: made if it isn't there.
+        training: what was done to the model before, for the report.
 
     Returns:
         The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png`` where there was a
@@ -50,7 +55,7 @@ def write_results(
         pickled = not model.save(patched, result.recipe)
     curves = [curve] if plot_curves(result, curve) else []
     write_trials(result.trials, trials)
-    write_text(report, report_page(result, model, recipe, patched, pickled))
+    write_text(report, report_page(result, model, recipe, patched, pickled, training))
     return [recipe, patched, *curves, trials, report]
 
 

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from bnpatch.evaluation import Comparison
 from bnpatch.metrics import Estimate, Metric
 from bnpatch.report.charts import curve_chart, depth_chart, strip
 from bnpatch.report.curves import Curve, race_curves
@@ -58,6 +60,37 @@ def before_and_after(result: TuneResult) -> Markup:
             else None,
         ]
     )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a network was trained further with, where it was, before alpha was tuned.
+
+    Attributes:
+        comparisons: the fine-tuned and patched model against the checkpoint, on held-out examples.
+        contributions: of each technique its name, accuracy, change, cross-entropy and change, as cells.
+    """
+
+    comparisons: Sequence[Comparison]
+    contributions: Sequence[Sequence[str]] = ()
+
+
+def trained(training: Training, examples: str) -> Markup:
+    """The fine-tuned model against the checkpoint."""
+    return table(
+        f"On {examples}. Small: 95% intervals; the change is paired, example by example.",
+        ["metric", "checkpoint", "fine-tuned", "change"],
+        [_compared(c.metric, c.before, c.after, c.change, c.verdict) for c in training.comparisons],
+    )
+
+
+def contributions(training: Training) -> Markup | None:
+    """What each technique contributes alone, and all together, where that was asked for."""
+    if not training.contributions:
+        return None
+    head = ["trained with", "accuracy", "change", "cross-entropy", "change"]
+    caption = "Means over seeds, on held-out examples; changes from training with none of them."
+    return table(caption, head, training.contributions)
 
 
 def _compared(metric: Metric, before: Estimate, after: Estimate, change: Estimate, verdict: str) -> list[str]:

@@ -16,7 +16,7 @@ from bnpatch.onnx_model import OnnxModel
 from bnpatch.recipe import Recipe
 from bnpatch.report import details, findings
 from bnpatch.report.markup import Markup, join, table, tag
-from bnpatch.report.summary import is_identity, title, verdict_sentence
+from bnpatch.report.summary import is_identity, judged_on, title, training_sentence, verdict_sentence
 from bnpatch.search.result import TuneResult
 
 #: Images that can't be read are named, so many of them.
@@ -24,7 +24,12 @@ _NAMED = 5
 
 
 def report_page(
-    result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path, pickled: bool = False
+    result: TuneResult,
+    model: TorchModel | OnnxModel,
+    recipe: Path,
+    patched: Path,
+    pickled: bool = False,
+    training: findings.Training | None = None,
 ) -> Markup:
     """The report as HTML, self-contained: no scripts, and nothing is fetched.
 
@@ -34,9 +39,11 @@ def report_page(
         recipe: where the recipe was written.
         patched: where the patched model was written.
         pickled: it is a pickled module, which loads only where somebody says that they want it.
+        training: what was done to the model before.
     """
     measured = result.trade_off
     sections: list[tuple[str, Markup | None]] = [
+        *(() if training is None else _training(training, result)),
         ("Before and after", findings.before_and_after(result)),
         ("Notes", _notes(result, model)),
         ("The ladder", findings.ladder(result)),
@@ -63,16 +70,27 @@ def report_page(
     )
     header = tag(
         "header",
-        tag("p", "bnpatch tune-alpha", class_="kicker"),
+        tag("p", f"bnpatch {'tune-alpha' if training is None else 'fine-tune'}", class_="kicker"),
         tag("h1", model.name),
         tag("p", _subtitle(result), class_="muted"),
     )
     body = [
         tag("section", tag("h2", heading), content) for heading, content in sections if content is not None
     ]
-    verdict = str(result.verdict) if str(result.verdict) in ("gain", "loss") else ""
-    main = tag("main", tag("p", verdict_sentence(result), class_=f"verdict {verdict}".strip()), *body)
+    verdict, sentence = str(result.verdict), verdict_sentence(result)
+    if training is not None:
+        verdict = next(c for c in training.comparisons if c.metric.name == result.metric.name).verdict
+        sentence = f"{training_sentence(training.comparisons, result.metric)} Example weighing: {sentence}"
+    colour = verdict if verdict in ("gain", "loss") else ""
+    main = tag("main", tag("p", sentence, class_=f"verdict {colour}".strip()), *body)
     return join([Markup("<!doctype html>\n"), tag("html", head, tag("body", header, main), lang="en"), "\n"])
+
+
+def _training(training: findings.Training, result: TuneResult) -> list[tuple[str, Markup | None]]:
+    return [
+        ("Fine-tuned, against the checkpoint", findings.trained(training, judged_on(result))),
+        ("What each technique contributes", findings.contributions(training)),
+    ]
 
 
 @cache
