@@ -88,9 +88,12 @@ def contributions(training: Training) -> Markup | None:
     """What each technique contributes alone, and all together, where that was asked for."""
     if not training.contributions:
         return None
-    head = ["trained with", "accuracy", "change", "cross-entropy", "change"]
-    caption = "Means over seeds, on held-out examples; changes from training with none of them."
-    return table(caption, head, training.contributions)
+    rows = [
+        [name, join([accuracy, tag("small", change)]), join([entropy, tag("small", other)])]
+        for name, accuracy, change, entropy, other in training.contributions
+    ]
+    caption = "Means over seeds, on held-out examples. Small: changes from training with none of them."
+    return table(caption, ["trained with", "accuracy", "cross-entropy"], rows)
 
 
 def _compared(metric: Metric, before: Estimate, after: Estimate, change: Estimate, verdict: str) -> list[str]:
