@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.moments import Moments
 from bnpatch.search import job
+from bnpatch.search.goal import Goal
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.trade_off import Choice
 from bnpatch.setting import Setting
@@ -271,6 +273,20 @@ def test_a_verdict_without_labels_has_an_interval(model, foggy, clean):
     assert change.low < change.value < change.high < 0
     result = bnpatch.tune_alpha(model, sorted_clean[::2], test_data=sorted_clean[1::2], **run)
     assert str(result.verdict) != "loss"
+
+
+def test_an_interval_without_labels_does_not_depend_on_the_order_of_the_images(model, foggy):
+    images, labels = (part[np.argsort(foggy[1], kind="stable")][::2] for part in foggy)
+    examples = bnpatch.open_examples((images, labels), model)
+    by_class = np.arange(len(labels))
+    judge = Goal.of("unlabeled", None, 64).judge(model, examples, by_class)
+    judge = replace(judge, metrics=(bnpatch.metrics.ACCURACY,)).sure_of(len(by_class))
+    shuffled = np.random.default_rng(1).permutation(by_class)
+    with model.evaluating():
+        first, second = (judge.scores(model, examples, order) for order in (by_class, shuffled))
+    assert len(first["unlabeled"]) == len(second["unlabeled"]) == 20
+    assert 0.5 < np.std(first["unlabeled"]) / np.std(second["unlabeled"]) < 2
+    np.testing.assert_array_equal(first["accuracy"][shuffled], second["accuracy"])
 
 
 @pytest.mark.parametrize("objective", ["alignment", "entropy", "evalnorm"])
