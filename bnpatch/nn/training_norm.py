@@ -86,7 +86,7 @@ class GeneralNorm(ExampleWeighedNorm):
 
     @torch.no_grad()
     def _update_running(self, batch: Moments[Tensor]) -> None:
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         # Without a momentum, Batch Norm averages over all steps.
         momentum = self.momentum
         if momentum is None:
