@@ -150,10 +150,13 @@ def tune_alpha(
     from bnpatch.files import check_writable
     from bnpatch.processes import is_first
     from bnpatch.report.files import write_results, write_trials
+    from bnpatch.search.tune import check_settings
 
     from .render import progress_bar
 
-    check_writable(output)  # now, not after the search
+    # Now, not after the model is loaded, or the search is over.
+    check_settings(metric, class_prior, augment, trials, max_passes, holdout, max_overhead)
+    check_writable(output)
     loaded = loading.open(model)
     done: list[Any] = []
     with progress_bar() as progress:

@@ -305,6 +305,14 @@ def test_bad_options(cli, checkpoint, folder, options, message):
     assert message in one_line(err)
 
 
+def test_options_are_checked_before_the_model_is_loaded(cli):
+    for options in (["--metric", "f1"], ["--augment", "fog"], ["--holdout", "1"]):
+        code, _, err = cli("tune-alpha", "no-such.pt", "--data", "nowhere", *options)
+        assert code == 2
+        assert options[1] in one_line(err)
+        assert "no-such.pt" not in err
+
+
 def test_bad_usage_is_exit_code_2(cli, checkpoint):
     for args in (["tune-alpha"], ["tune-alpha", checkpoint], ["nope"], ["evaluate", checkpoint, "--data"]):
         assert cli(*args)[0] == 2

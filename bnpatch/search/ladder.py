@@ -32,7 +32,7 @@ SELECTION = 0.3
 
 #: Where a race for alpha begins, by its square root, which resolves the small values that are often useful:
 #: a search of few trials sees the range, one of more has no gap that a curve with two peaks could hide in.
-FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8)
+FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
 
 #: Learning sees at most this many examples, which is as many as it takes; without gradients, this many, of
 #: which a glance at the last number is enough to see what is promising.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from bnpatch import __version__
-from bnpatch.data.augment import augmented
+from bnpatch.data.augment import augmented, parse_kinds
 from bnpatch.data.examples import Examples
 from bnpatch.data.sources import open_examples
 from bnpatch.errors import BnpatchError
@@ -93,7 +93,7 @@ def tune_alpha(
         BnpatchError: the model or the data can't be used.
     """
     started = time.monotonic()
-    _check_settings(trials, max_passes, holdout, max_overhead)
+    check_settings(metric, class_prior, augment, trials, max_passes, holdout, max_overhead)
     patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not (patchable.survey().sites or patchable.uncalibrated() or recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
@@ -138,9 +138,23 @@ def tune_alpha(
     return result
 
 
-def _check_settings(
-    trials: int | None, max_passes: float, holdout: float | None, max_overhead: float | None
+def check_settings(
+    metric: str | Metric | ScoreFunction = "accuracy",
+    class_prior: str | Sequence[float] | None = None,
+    augment: str | Sequence[str] | None = None,
+    trials: int | None = None,
+    max_passes: float = 3.0,
+    holdout: float | None = None,
+    max_overhead: float | None = None,
 ) -> None:
+    """Find what is wrong with arguments of :func:`tune_alpha` that no model or data can put right.
+
+    Raises:
+        BnpatchError: they are out of range, not known, or don't go together.
+    """
+    Goal.of(metric, class_prior, batch_size=1)
+    if augment is not None:
+        parse_kinds(augment)
     if trials is not None and trials < 1:
         raise BnpatchError(f"{trials} trials find nothing", "set --trials to 1 or more")
     if not max_passes > 0:
