@@ -57,10 +57,11 @@ class Ladder:
     itself. Every rung begins where a lower one ended, so that none is much worse.
 
     Which one is kept is decided on selection examples. Nothing was learned from them by gradient, though
-    learning was stopped by them. Does any rung beat the identity beyond doubt? One weight for all sites can
-    hardly fit itself to the examples that it was raced on, so that its doubt is settled by all tuning
-    examples. If so, the best mean wins; among equals the lowest rung. Being chosen flatters a setting a
-    little; the verdict is of other examples.
+    learning was stopped by them. Does any rung with a better mean beat the identity beyond doubt? The
+    cross-entropy may say so in place of a rate, which few examples tell little about. One weight for all
+    sites can hardly fit itself to the examples that it was raced on, so that its doubt is settled by all
+    tuning examples. If so, the best mean wins; among equals the lowest rung. Being chosen flatters a setting
+    a little; the verdict is of other examples.
     """
 
     def __init__(
@@ -371,15 +372,21 @@ class Ladder:
         return [replace(rung, chosen=rung is best) for rung in rungs]
 
     def _gains(self, name: str, identity: Setting, setting: Setting) -> bool:
-        """Is a setting better beyond doubt, on the examples that may say so?"""
+        """Is a setting better beyond doubt, on the examples that may say so, by the metric or its guide?"""
         blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
-        before, after = (if_finite(partial(self._on, blocks, s)) for s in (identity, setting))
+        metrics = {metric.name: metric for metric in (self.judge.metric, self._guide)}
+        return any(self._is_better(blocks, identity, setting, metric) for metric in metrics.values())
+
+    def _is_better(self, blocks: range, identity: Setting, setting: Setting, metric: Metric) -> bool:
+        before, after = (
+            if_finite(partial(self._on, blocks, s, metric=metric.name)) for s in (identity, setting)
+        )
         if before is None or after is None:
             return False
         change = paired_difference(before, after)
         # A few sets leave nothing but their mean to go by.
         settled = change.excludes_zero or (self.judge.set_size > 1 and len(after) < _FEW_SETS)
-        return settled and self.judge.metric.sign * change.value > 0
+        return settled and metric.sign * change.value > 0
 
     def _cost(self, setting: Setting, label: str) -> float:
         """What a step is judged by on the selection examples; less is better."""

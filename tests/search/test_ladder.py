@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 import bnpatch
 from bnpatch.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.ladder import Ladder
 from bnpatch.search.race import Runner
@@ -109,14 +109,15 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
 class Chooser(Ladder):
     """A ladder whose settings have scores on eight blocks, the last two of which select."""
 
-    def __init__(self, scores):
-        self.scores = scores
-        self.judge = ByMetric(CROSS_ENTROPY, [CROSS_ENTROPY])
+    def __init__(self, scores, cross_entropies=None):
+        self.scores, self.cross_entropies = scores, cross_entropies
+        self.judge = ByMetric(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
         self._board = SimpleNamespace(blocks=range(8))
         self._selection = range(6, 8)
 
     def _on(self, blocks, setting, label="", metric=None):
-        return self.scores[setting][10 * blocks.start : 10 * blocks.stop]
+        scores = self.cross_entropies if self.cross_entropies and metric == "cross-entropy" else self.scores
+        return scores[setting][10 * blocks.start : 10 * blocks.stop]
 
     def chosen(self):
         return next(rung.name for rung in self._choose({name: name for name in self.scores}) if rung.chosen)
@@ -137,3 +138,16 @@ def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_
     assert Chooser(scores).chosen() == "identity"  # of 20, nothing is
     tie = {"identity": identity, "alpha": 0.5 * identity, "lambda": 0.5 * identity}
     assert Chooser(tie).chosen() == "alpha"
+
+
+def test_the_cross_entropy_may_settle_what_few_answers_do_not():
+    right = np.tile([1.0, 0.0], 40)
+    one_more = right.copy()
+    one_more[[1, 61]] = 1
+    accuracies, losses = {"identity": right, "alpha": one_more}, {"identity": 1.0 - right / 2}
+    noise = np.random.default_rng(0).normal(0, 1, 80)
+    assert Chooser(accuracies, {**losses, "alpha": 0.8 - right / 2}).chosen() == "alpha"
+    assert Chooser(accuracies, {**losses, "alpha": 1.2 - right / 2}).chosen() == "identity"
+    assert Chooser(accuracies, {**losses, "alpha": losses["identity"] + noise}).chosen() == "identity"
+    one_less = {"identity": one_more, "alpha": right}
+    assert Chooser(one_less, {**losses, "alpha": 0.8 - right / 2}).chosen() == "identity"
