@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.calibration import calibrate
-from bnpatch.calibration import recover_folded as recover
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import warn_at_chance
 from bnpatch.metrics import ACCURACY, Metric, Values, paired_difference
@@ -23,7 +21,9 @@ from bnpatch.search.goal import LABEL_FREE, Goal
 from bnpatch.search.insurance import harmless
 from bnpatch.search.judge import ByMetric, Judge
 from bnpatch.search.ladder import Ladder
+from bnpatch.search.make_sites import make_sites
 from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial
+from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 from bnpatch.search.sparse import trade_off
 from bnpatch.search.trade_off import Point, choose, knee
@@ -35,28 +35,6 @@ LATENCY_SECONDS = 10.0
 
 # A verdict of fewer examples says little.
 _FEW = 30
-
-
-class Progress:
-    """Counts examples towards a total that grows as more is found to be needed."""
-
-    def __init__(self, show: Callable[[str, int, int], None]) -> None:
-        self._show = show
-        self._done, self._total, self._label = 0, 0, ""
-
-    def expect(self, examples: float) -> None:
-        """So many more will come, about."""
-        self._total += int(examples)
-
-    def count(self, label: str, examples: int) -> None:
-        """So many were done."""
-        self._label = label
-        self._done += examples
-        self._show(label, self._done, max(self._done, self._total))
-
-    def finish(self) -> None:
-        """All that will be done is done."""
-        self._show(self._label, self._done, self._done)
 
 
 @dataclass
@@ -102,7 +80,14 @@ class Job:
         with self.model.borrowed():
             came_with = self.model.setting()
             self.came_with = dict(self.model.targets())
-            self._make_sites(recover_folded)
+            self.notes += make_sites(
+                self.model,
+                self.calib,
+                self.examples,
+                self._whole,
+                batch_size=self.plan.batch_size,
+                recover_folded=recover_folded,
+            )
             before = Setting(
                 {**self.model.identities(), **came_with.alphas},
                 {**self.model.setting().lambdas, **came_with.lambdas},
@@ -262,28 +247,6 @@ class Job:
         after, before = ladder.selected(setting), ladder.selected(points[0].setting)
         change = paired_difference(before, after)
         return Rung(f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True), points
-
-    def _make_sites(self, recover_folded: bool) -> None:
-        """Running moments from data where there are none."""
-        where: dict[str, Any] = {"images": self.calib or self.examples, "batch_size": self.plan.batch_size}
-        if self.calib is None:
-            where["indices"] = self._whole
-        if recover_folded:
-            recover(self.model, **where)
-            if self.calib is None:
-                self.notes.append(
-                    "the moments of what was folded were taken from the tuning examples: a shift that all of "
-                    "them share is taken for normal (--calib-data: images like those of training)"
-                )
-        if names := calibrate(self.model, **where):
-            self.notes.append(
-                f"{len(names)} norms have no running moments: they were taken from "
-                + (
-                    "the tuning examples (--calib-data says otherwise)"
-                    if self.calib is None
-                    else "--calib-data"
-                )
-            )
 
     def _left(self) -> float:
         """Seconds, where there is a limit."""

@@ -19,9 +19,10 @@ from bnpatch.loading.load import load
 from bnpatch.metrics import Metric, ScoreFunction
 from bnpatch.patchable import Patchable
 from bnpatch.search.goal import Goal
-from bnpatch.search.job import Job, Progress
+from bnpatch.search.job import Job
 from bnpatch.search.parts import parts_of
 from bnpatch.search.plan import Granularity, Plan, Trial
+from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 
 

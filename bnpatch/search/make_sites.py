@@ -1,0 +1,43 @@
+"""What a search needs before it begins: sites that have running moments."""
+
+from bnpatch.calibration import calibrate
+from bnpatch.calibration import recover_folded as recover
+from bnpatch.data.examples import Examples, Indices
+from bnpatch.patchable import Patchable
+
+
+def make_sites(
+    model: Patchable,
+    calib: Examples | None,
+    examples: Examples,
+    tuning: Indices,
+    *,
+    batch_size: int,
+    recover_folded: bool,
+) -> list[str]:
+    """Take running moments from data where a model has none.
+
+    Args:
+        model: norms without running moments become sites.
+        calib: where the moments are from; None for the examples to tune on.
+        examples: where those are.
+        tuning: which they are.
+        batch_size: examples at a time.
+        recover_folded: take convolutions that a Batch Norm was folded into as sites, too.
+
+    Returns:
+        What the user should know of it, as notes.
+    """
+    notes = []
+    images, indices = (examples, tuning) if calib is None else (calib, None)
+    if recover_folded:
+        recover(model, images, indices=indices, batch_size=batch_size)
+        if calib is None:
+            notes.append(
+                "the moments of what was folded were taken from the tuning examples: a shift that all of "
+                "them share is taken for normal (--calib-data: images like those of training)"
+            )
+    if names := calibrate(model, images, indices=indices, batch_size=batch_size):
+        source = "the tuning examples (--calib-data says otherwise)" if calib is None else "--calib-data"
+        notes.append(f"{len(names)} norms have no running moments: they were taken from {source}")
+    return notes
