@@ -1,6 +1,7 @@
 """Errors that a user can act on."""
 
-import textwrap
+# Of another library's message.
+_LONGEST = 300
 
 
 class BnpatchError(Exception):
@@ -70,4 +71,7 @@ def first_line(error: BaseException) -> str:
     line = next(iter(str(error).strip().splitlines()), "")
     if not any(map(str.isalpha, line)):
         return type(error).__name__
-    return textwrap.shorten(line, 300, placeholder=" ...")
+    if len(line) <= _LONGEST:
+        return line
+    end = line.rfind(" ", _LONGEST // 2, _LONGEST)  # between words, unless one is too long for that
+    return f"{line[: end if end > 0 else _LONGEST]} ..."

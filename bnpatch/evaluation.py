@@ -168,7 +168,7 @@ def warn_at_chance(accuracy: float, examples: Examples) -> None:
     if not examples.classes or not examples.labelled.any():
         return
     chance = 1 / len(np.unique(examples.targets[examples.labelled]))
-    if accuracy <= 1.5 * chance < 1:
+    if accuracy <= chance + min(0.5 * chance, 0.1) < 1:
         warnings.warn(
             f"the model is right on {accuracy:.1%} of the examples as it is, and chance is {chance:.1%}: if "
             "that surprises you, the class folders may be in another order (--class-map), or the "

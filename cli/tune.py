@@ -155,7 +155,18 @@ def tune_alpha(
     from .render import progress_bar
 
     # Now, not after the model is loaded, or the search is over.
-    check_settings(metric, class_prior, augment, trials, max_passes, holdout, max_overhead)
+    settings: dict[str, Any] = {
+        "metric": metric,
+        "granularity": granularity.value,
+        "trials": trials,
+        "max_passes": max_passes,
+        "timeout": timeout,
+        "holdout": holdout,
+        "class_prior": class_prior,
+        "augment": augment,
+        "max_overhead": max_overhead,
+    }
+    check_settings(**settings)
     check_writable(output)
     loaded = loading.open(model)
     done: list[Any] = []
@@ -172,18 +183,10 @@ def tune_alpha(
         result = tune_alpha(
             loaded,
             data,
-            metric=metric,
-            granularity=granularity.value,
+            **settings,
             recalibrate=recalibrate,
-            trials=trials,
-            max_passes=max_passes,
-            timeout=timeout,
-            holdout=holdout,
             test_data=test_data,
             calib_data=calib_data,
-            class_prior=class_prior,
-            augment=augment,
-            max_overhead=max_overhead,
             recover_folded=recover_folded,
             batch_size=reading.batch_size,
             seed=seed,

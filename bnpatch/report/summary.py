@@ -17,7 +17,7 @@ def verdict_sentence(result: TuneResult) -> str:
     if len(result.rungs) == 1:
         return "Keep the model as it is: the search ended before anything else was tried."
     # A model that came with weights may change, and for the better, by losing them.
-    same = result.num_parts > 1 or not any(c.change.value for c in result.comparisons)
+    same = not any(c.change.value for c in result.comparisons)
     if same and (is_identity(result) or result.chosen is result.rungs[0]):
         return (
             "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."

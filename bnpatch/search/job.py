@@ -5,12 +5,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bnpatch.data.examples import Examples, Indices
-from bnpatch.evaluation import warn_at_chance
+from bnpatch.evaluation import if_finite, warn_at_chance
 from bnpatch.metrics import ACCURACY, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
@@ -42,10 +43,10 @@ class Job:
     """A search: the sites made, the ladder climbed, the verdict given.
 
     In a cross-fit the ladder is climbed once more without each part of the examples, which then judges what
-    was found. These searches share the time that there is and go no further than the first one did. Where
+    was found. These searches share the time that there is and climb as far as the first one did. Where
     time is over or the user interrupts, the verdict is of the parts that were judged before, one at least.
-    Two things are taken from all examples once: running moments of norms that have none, and which sites a
-    limit on latency leaves out.
+    Where the first search keeps the model as it is, that is what is judged. Two things are taken from all
+    examples once: running moments of norms that have none, and which sites a limit on latency leaves out.
     """
 
     model: Patchable
@@ -116,7 +117,7 @@ class Job:
             if isinstance(judge, ByMetric)
         }
         if processes.rank > 0:
-            served: TuneResult = serve(processes, self.model, judges)
+            served: TuneResult = serve(processes, self.model, judges, [self.goal.metric, *self.metrics])
             return served
         if 0 in judges:
             self.judge = SharedJudge(judges[0][0], 0, processes)
@@ -216,6 +217,16 @@ class Job:
         parts = self._evidence(before, chosen.setting)
         evidence = Evidence.joined(parts)
         verdict = conclude(evidence, self.metrics)
+        identities = self.model.identities()
+        if len(parts) > 1 and before.is_identity(identities) and chosen.setting.is_identity(identities):
+            tuned = verdict.comparisons[0]
+            if change := tuned.change.value:
+                self.notes.append(
+                    "what was found without one of the parts changes their "
+                    f"{tuned.metric.name} by {tuned.metric.format(change, signed=True)}; all images together "
+                    "speak for none of it"
+                )
+            return rungs, before, conclude(replace(evidence, after=evidence.before), self.metrics), len(parts)
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
             return rungs, before, verdict, len(parts)
@@ -317,14 +328,15 @@ class Job:
             KeyboardInterrupt: what was found is not what the search would have.
         """
         tuning, held_out = self.parts[fold]
-        reach = self._ladders[0].reached
-        plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}", reach=reach)
+        whole = self._ladders[0]
+        plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}", reach=whole.reached)
         # Without a part there is no verdict: the first has time enough for what was done before.
         ladder = self._ladder(tuning, plan, at_least=2 * self._climbed_in if fold == 0 else 0.0)
         setting = _chosen(self._climbed(ladder)).setting
         if ladder.interrupted:
             raise KeyboardInterrupt
-        if ladder.reached < reach and fold > 0:
+        cut_shorter = ladder.cut and not (whole.cut and ladder.passes >= whole.passes)
+        if fold > 0 and (ladder.reached < whole.reached or cut_shorter):
             return None
         if self.max_overhead is not None:
             setting = _thinned_like(chosen, setting, self.model.identities())
@@ -344,8 +356,12 @@ class Job:
         if _chosen(rungs) in lower or len(self.parts) > 1:
             return None
         best = max(lower, key=lambda rung: self.goal.metric.sign * rung.mean)
-        metric = self.metrics[0]
-        of_best = scores(self.model, self.test_examples, self.final_judge, best.setting, self.parts[0][1])
+        metric, held_out = self.metrics[0], self.parts[0][1]
+        of_best = if_finite(
+            partial(scores, self.model, self.test_examples, self.final_judge, best.setting, held_out)
+        )
+        if of_best is None:
+            return None
         change = paired_difference(of_best[metric.name], evidence.after[metric.name])
         return best if metric.sign * change.value < 0 and change.excludes_zero else None
 

@@ -23,8 +23,10 @@ from bnpatch.sites import SiteFacts
 #: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
 SET_SIZE, _PER_CLASS = 250, 2
 
-# So many sets make an interval; fewer are taken for one, of so many groups.
-_FEW_SETS, _GROUPS = 4, 20
+#: An interval of fewer means of sets says next to nothing.
+FEW_SETS = 8
+# Then all examples are taken for one set, of so many groups.
+_GROUPS = 20
 
 # What a model returns for a batch, and the moments at its norms.
 _Part = tuple[Tensor, Mapping[str, Moments[Tensor]]]
@@ -99,7 +101,8 @@ class ByObjective:
         num_classes: K.
         batch_size: examples at a time.
         groups: with more than one, all examples make one set, whose values say how sure the objective is: as
-            many as there are groups, made by leaving out each in turn (pseudovalues of the jackknife).
+            many as there are groups, made by leaving out each in turn (pseudovalues of the jackknife). Groups
+            are of examples that follow each other, which should be in random order.
     """
 
     metric: Metric
@@ -117,7 +120,7 @@ class ByObjective:
 
     def sure_of(self, count: int) -> "ByObjective":
         """The same with values that make an interval, for so many examples: many sets, or one of groups."""
-        if count >= _FEW_SETS * self.set_size or count < 2:
+        if count >= FEW_SETS * self.set_size or count < 2:
             return self
         groups = min(_GROUPS, count)
         return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
@@ -125,15 +128,11 @@ class ByObjective:
     def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`Judge`: the objective once, and what labels there are of each example."""
         parts: list[_Part] = []
-        met: list[Indices] = []
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
-        # Folders are sorted by class, and groups must look alike.
-        order = indices if self.groups == 1 else np.random.default_rng(0).permutation(indices)
         with model.evaluating():
-            for batch in examples.batches(self.batch_size, order):
+            for batch in examples.batches(self.batch_size, indices):
                 logits, moments = model.observe(batch.x)
                 parts.append((logits, moments))
-                met.append(batch.indices)
                 for metric in self.metrics:
                     by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
             if not parts:
@@ -150,9 +149,7 @@ class ByObjective:
             raise OutputsNotFiniteError(
                 f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
             )
-        place = {int(index): position for position, index in enumerate(indices)}
-        back = np.argsort([place[int(index)] for index in np.concatenate(met)], kind="stable")
-        values = {name: torch.cat(some).cpu().double().numpy()[back] for name, some in by_example.items()}
+        values = {name: torch.cat(some).cpu().double().numpy() for name, some in by_example.items()}
         return {self.metric.name: found, **values}
 
     def _of(self, model: Patchable, parts: Sequence["_Part"]) -> float:

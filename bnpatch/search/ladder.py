@@ -18,7 +18,7 @@ from bnpatch.evaluation import if_finite
 from bnpatch.metrics import CROSS_ENTROPY, METRICS, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.patchable import Patchable
-from bnpatch.search.judge import Judge, in_sets
+from bnpatch.search.judge import FEW_SETS, Judge, in_sets
 from bnpatch.search.learn import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
 from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial
 from bnpatch.search.race import RaceResult, Runner, race
@@ -41,11 +41,11 @@ _LEARNED_EXAMPLES, _WALKED_EXAMPLES, _GLANCED_EXAMPLES = 30_000, 500, 100
 # Of small images more are learned from at a time than a batch has: as many as eight large ones have values.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
+# Fewer blocks are no race: so many trials see all of them.
+_LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
+
 # Moments of a batch by which the layers below normalize are too noisy of fewer examples.
 _RETARGET_BATCH = 250
-
-# An interval of fewer means of sets says next to nothing.
-_FEW_SETS = 8
 
 
 class Ladder:
@@ -60,8 +60,9 @@ class Ladder:
     learning was stopped by them. Does any rung with a better mean beat the identity beyond doubt? The
     cross-entropy may say so in place of a rate, which few examples tell little about. One weight for all
     sites can hardly fit itself to the examples that it was raced on, so that its doubt is settled by all
-    tuning examples. If so, the best mean wins; among equals the lowest rung. Being chosen flatters a setting
-    a little; the verdict is of other examples.
+    tuning examples. If so, the best mean wins; of rates that a single answer tells apart, the one with the
+    better cross-entropy; among equals the lowest rung. Being chosen flatters a setting a little; the verdict
+    is of other examples.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Ladder:
         self.trials: list[Trial] = []
         self.interrupted = False
         self.reached = 0  # rungs above the identity that were found
+        self.cut = False  # time was over before all was found, or the last of it was found at leisure
         self.seen = 0.0  # examples, by what they cost
         self.resumed = 0  # trials that the storage had already
         self._best_score = -math.inf  # of all trials so far, more is better
@@ -107,7 +109,16 @@ class Ladder:
         learned = len(names) - races if isinstance(self.model, TorchModel) else 0
         course = Course.of(len(self.fit), self.judge.set_size)
         looks = CHECKS * (len(self.tuning) - len(self.fit))
-        return races * self.plan.max_passes * len(self.tuning) + learned * (course.num_examples + looks)
+        passes, trials = self._budget
+        passes = min(passes, trials or math.inf)
+        return races * passes * len(self.tuning) + learned * (course.num_examples + looks)
+
+    @property
+    def _budget(self) -> tuple[float, int | None]:
+        """Of a race, in passes and in trials. A handful of sets is too few to race over: each sees all."""
+        if len(self._board.blocks) < _LEAST_BLOCKS:
+            return math.inf, self.plan.trials or _TRIALS_OF_FEW
+        return self.plan.max_passes, self.plan.trials
 
     def climb(self) -> list[Rung]:
         """Find the settings, and choose; the identity is the first of them.
@@ -127,6 +138,7 @@ class Ladder:
             if len(found) == 1:
                 raise
             self.interrupted = True
+        self.cut = self._hurry()
         return self._choose(found)
 
     def _ways(self, found: Mapping[str, Setting]) -> Sequence[tuple[str, Callable[[], Setting]]]:
@@ -192,11 +204,7 @@ class Ladder:
         start: Setting | None = None,
     ) -> RaceResult:
         sizes = [len(block) for block in self._board.blocks]
-        # A handful of sets is too few to race over: then every trial sees them all.
-        few = len(sizes) < 4
-        passes, trials = (
-            (math.inf, self.plan.trials or 12) if few else (self.plan.max_passes, self.plan.trials)
-        )
+        passes, trials = self._budget
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._board.by_block(setting(params), blocks, name)
@@ -368,8 +376,19 @@ class Ladder:
             if sign * change.value > 0:
                 better.append(rung)
                 supported = supported or self._gains(name, identity, setting)
-        best = max(better, key=lambda rung: sign * rung.mean) if supported else rungs[0]
+        best = self._best_of(better, len(before)) if supported else rungs[0]
         return [replace(rung, chosen=rung is best) for rung in rungs]
+
+    def _best_of(self, rungs: Sequence[Rung], num_examples: int) -> Rung:
+        """The best mean; of rates that a single answer tells apart, that with the better cross-entropy."""
+        metric, guide = self.judge.metric, self._guide
+        lead = max(metric.sign * rung.mean for rung in rungs)
+        answer = 0.0 if guide is metric else 1 / num_examples
+        equals = [rung for rung in rungs if metric.sign * rung.mean >= lead - answer * (1 + 1e-9)]
+        return max(
+            equals,
+            key=lambda rung: guide.sign * np.mean(self._on(self._selection, rung.setting, metric=guide.name)),
+        )
 
     def _gains(self, name: str, identity: Setting, setting: Setting) -> bool:
         """Is a setting better beyond doubt, on the examples that may say so, by the metric or its guide?"""
@@ -385,7 +404,7 @@ class Ladder:
             return False
         change = paired_difference(before, after)
         # A few sets leave nothing but their mean to go by.
-        settled = change.excludes_zero or (self.judge.set_size > 1 and len(after) < _FEW_SETS)
+        settled = change.excludes_zero or (self.judge.set_size > 1 and len(after) < FEW_SETS)
         return settled and metric.sign * change.value > 0
 
     def _cost(self, setting: Setting, label: str) -> float:

@@ -53,7 +53,7 @@ class Scoreboard:
 
     def forget(self) -> None:
         """The model has other targets: lambdas mean something else now."""
-        self._known = {}
+        self._known = {key: scores for key, scores in self._known.items() if not any(key[0][1])}
 
     def on(self, blocks: range, setting: Setting, label: str, metric: str) -> Values:
         """Scores of the examples of some blocks, or of these blocks as sets, by a metric.

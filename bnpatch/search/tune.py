@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -94,7 +94,9 @@ def tune_alpha(
         BnpatchError: the model or the data can't be used.
     """
     started = time.monotonic()
-    check_settings(metric, class_prior, augment, trials, max_passes, holdout, max_overhead)
+    check_settings(
+        metric, granularity, class_prior, augment, trials, max_passes, timeout, holdout, max_overhead
+    )
     patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not (patchable.survey().sites or patchable.uncalibrated() or recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
@@ -141,10 +143,12 @@ def tune_alpha(
 
 def check_settings(
     metric: str | Metric | ScoreFunction = "accuracy",
+    granularity: str = "auto",
     class_prior: str | Sequence[float] | None = None,
     augment: str | Sequence[str] | None = None,
     trials: int | None = None,
     max_passes: float = 3.0,
+    timeout: float | None = None,
     holdout: float | None = None,
     max_overhead: float | None = None,
 ) -> None:
@@ -154,12 +158,18 @@ def check_settings(
         BnpatchError: they are out of range, not known, or don't go together.
     """
     Goal.of(metric, class_prior, batch_size=1)
+    if granularity not in get_args(Granularity):
+        raise BnpatchError(
+            f"there is no granularity {granularity!r}", f"choose one of {', '.join(get_args(Granularity))}"
+        )
     if augment is not None:
         parse_kinds(augment)
     if trials is not None and trials < 1:
         raise BnpatchError(f"{trials} trials find nothing", "set --trials to 1 or more")
     if not max_passes > 0:
         raise BnpatchError(f"{max_passes} passes find nothing", "set --max-passes to 1 or more")
+    if timeout is not None and not timeout > 0:
+        raise BnpatchError(f"{timeout:g} seconds are no time", "set --timeout to more than 0")
     if max_overhead is not None and not max_overhead >= 1:
         raise BnpatchError(f"{max_overhead:g} times the latency is not possible", "write --max-overhead 1.1")
     if holdout is not None and not 0 < holdout < 1:

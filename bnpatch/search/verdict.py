@@ -105,13 +105,15 @@ def gather(
         indices: of the examples.
         came_with: the target moments that ``before`` weighs.
     """
+    if judge.set_size > 1:
+        examples.readable(indices)  # or sets could be of other examples the second time
     found = dict(model.targets())
     model.retarget(came_with)
     first = scores(model, examples, judge, before, indices)
     model.retarget(found)
     unchanged = before == after and not came_with
     second = first if unchanged else scores(model, examples, judge, after, indices)
-    read = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
+    read = _readable(examples, judge, indices)
     labelled = examples.classes and examples.labelled[read].all()
     return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))
 
@@ -119,11 +121,25 @@ def gather(
 def scores(
     model: Patchable, examples: Examples, judge: Judge, setting: Setting, indices: Indices
 ) -> dict[str, Values]:
-    """Scores of a setting by name of metric, of the examples that can be read or of sets of them."""
+    """Scores of a setting by name of metric, of the examples that can be read or of sets of them.
+
+    They are in an order that depends on the examples and the judge, not on the setting.
+    """
     model.set(setting)
-    readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
-    parts = [judge.scores(model, examples, part) for part in in_sets(readable, judge.set_size)]
+    sets = in_sets(_readable(examples, judge, indices), judge.set_size)
+    parts = [judge.scores(model, examples, part) for part in sets]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _readable(examples: Examples, judge: Judge, indices: Indices) -> Indices:
+    """The examples that can be read; in random order where sets of them are to look alike.
+
+    Folders are sorted by class: in their order each set would be of a class or two.
+    """
+    readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
+    if judge.set_size == 1:
+        return readable
+    return readable[np.argsort(np.random.default_rng(0).random(len(examples))[readable])]
 
 
 def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:

@@ -149,5 +149,8 @@ def test_the_cross_entropy_may_settle_what_few_answers_do_not():
     assert Chooser(accuracies, {**losses, "alpha": 0.8 - right / 2}).chosen() == "alpha"
     assert Chooser(accuracies, {**losses, "alpha": 1.2 - right / 2}).chosen() == "identity"
     assert Chooser(accuracies, {**losses, "alpha": losses["identity"] + noise}).chosen() == "identity"
+    two_more = {**accuracies, "lambda": one_more, "lambda, alpha": np.maximum(one_more, np.arange(80) >= 78)}
+    losses |= {"alpha": 0.7 - right / 2, "lambda": 0.6 - right / 2, "lambda, alpha": 0.8 - right / 2}
+    assert Chooser(two_more, losses).chosen() == "lambda"  # as good as the last, but for one answer of 20
     one_less = {"identity": one_more, "alpha": right}
     assert Chooser(one_less, {**losses, "alpha": 0.8 - right / 2}).chosen() == "identity"
