@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from bnpatch.spec import NormSpec
 #: Of Batch/Group Norm, where nothing else is asked for.
 CHANNELS_PER_GROUP = 16
 _GHOST = 16  # near the best of the paper's Fig. 3
-_DECAYS = (1e-5, 1e-2)  # range of the search
+_DECAYS = (1e-5, 1e-2)  # range of the search, which the guided rate may widen
 _SEARCH, _DIVERGED = "bnpatch:search", "bnpatch:diverged"  # names of user attributes
 
 
@@ -114,10 +113,11 @@ def by_search(
     metric, sites = METRICS[settings.metric], decay_sites(model)
     names = _specs(settings.batch_size)
     guided = by_guidance(model, settings)
-    guided_decay = guided.norm_decay.rate if guided.norm_decay else 0.0
+    guided_decay = guided.norm_decay.rate if guided.norm_decay else None
+    decays = (*_DECAYS, guided_decay or _DECAYS[0])
     first = (
         {"norm": str(NormSpec.batch()), "decays": False},
-        {"norm": str(guided.spec), "decays": bool(guided_decay), "decay": guided_decay or None},
+        {"norm": str(guided.spec), "decays": guided_decay is not None, "decay": guided_decay},
     )
     # All that scores depend on: the settings' workers, too, each of which augments with a seed of its own.
     search = {
@@ -136,7 +136,7 @@ def by_search(
     def objective(trial: optuna.Trial) -> float:
         trial.suggest_categorical("norm", list(names))
         if sites and trial.suggest_categorical("decays", [False, True]):
-            trial.suggest_float("decay", *_DECAYS, log=True)
+            trial.suggest_float("decay", min(decays), max(decays), log=True)
 
         def on_epoch(epoch: Epoch) -> None:
             trial.report(epoch.score(settings.metric), epoch.epoch)
@@ -154,12 +154,10 @@ def by_search(
                 on_epoch=on_epoch,
                 progress=progress,
             )
-            if not math.isfinite(score := result.best.score(settings.metric)):  # the last step diverged
-                raise NotFiniteLossError("the validation score is not a number", "lower --lr")
         except NotFiniteLossError:
             trial.set_user_attr(_DIVERGED, True)  # unlike a run that was cut off
             raise
-        return score
+        return result.best.score(settings.metric)
 
     def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         is_complete = trial.state == TrialState.COMPLETE  # a pruned one has a value too

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.evaluation import evaluate
+from bnpatch.evaluation import OutputsNotFiniteError, evaluate
 from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
 from bnpatch.finetune.moments import merge_processes, recalibrate
@@ -91,6 +91,7 @@ def train(
 
     Raises:
         NotFiniteLossError: training diverged; ``best.pt`` is of the best epoch before that.
+        OutputsNotFiniteError: the model returned infinities or NaN before it was trained.
         BnpatchError: the settings don't fit the model or the data, or ``last.pt`` is of another run.
     """
     check_same_classes(train_examples, val_examples, model.class_names)
@@ -190,7 +191,13 @@ class _Run:
         started = time.monotonic()
         loss = self._train()
         merge_processes(self.model.module, self.accelerator)
-        scores = self._scores()
+        try:
+            scores = self._scores()
+        except OutputsNotFiniteError:  # the last step ruined the weights, and no loss showed it
+            if not self.best:
+                self.engine.load(self.state)
+                self._scores()  # fails again where it wasn't training that ruined them
+            self._give_up()
         self.history.append(
             Epoch(
                 epoch=self.epoch + 1,
@@ -232,8 +239,11 @@ class _Run:
         self.progress(label, (self.epoch * batches + done) * size, epochs * batches * size)
 
     def _check_finite(self, total: Tensor) -> None:
-        if bool(torch.isfinite(self.engine.total(total))):
-            return
+        if not bool(torch.isfinite(self.engine.total(total))):
+            self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        """Go back to the best epoch, and say that training diverged."""
         kept = "no epoch was finished"
         if self.best:
             self._take_best()
@@ -251,8 +261,15 @@ class _Run:
         mine = self.selection[self.accelerator.process_index :: self.accelerator.num_processes]
         metrics = (ACCURACY, CROSS_ENTROPY)
         scored = replace(self.model, module=self.engine.scored)
-        scores = evaluate(scored, self.val_examples, metrics, indices=mine)
-        parts = gather_object([(len(scores), {name: v.sum() for name, v in scores.values.items()})])
+        part: Any
+        try:
+            scores = evaluate(scored, self.val_examples, metrics, indices=mine)
+            part = len(scores), {name: v.sum() for name, v in scores.values.items()}
+        except BnpatchError as error:
+            part = error  # the others must not wait for ever
+        parts = gather_object([part])
+        if errors := [p for p in parts if isinstance(p, BnpatchError)]:
+            raise errors[0]
         total = sum(count for count, _ in parts)
         return {m.name: float(sum(sums[m.name] for _, sums in parts) / total) for m in metrics}
 

@@ -1,3 +1,4 @@
+import copy
 import pickle
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ import torchvision
 import bnpatch
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
+from bnpatch.evaluation import OutputsNotFiniteError
 from bnpatch.finetune import choose
 from bnpatch.finetune.ablation import Contribution, variants
+from bnpatch.finetune.engine import Engine
 from bnpatch.finetune.loop import NotFiniteLossError
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
@@ -212,6 +215,18 @@ def test_processes_have_the_same_runs_before_them_and_refuse_alike(as_process, m
     assert refused[0] == refused[1]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rate", [1e-6, 0.05])
+def test_the_guided_rate_may_lie_beyond_those_that_are_searched(as_process, monkeypatch, rate):
+    seen = results(_score, monkeypatch)
+    best = as_process(0, weight_decay=rate)
+    assert seen[1][1] == rate
+    assert as_process(1, weight_decay=rate) == best
+    for rank in (0, 1):  # now the second has copies of the first one's runs
+        assert as_process(rank, weight_decay=rate) == best
+    assert len(seen) == 2 * 5
+
+
 def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
     residual, examples, as_process, monkeypatch, tmp_path
 ):
@@ -244,20 +259,31 @@ def test_search_survives_runs_that_diverge_unless_all_do(residual, examples, mon
         choose.by_search(residual, examples, settings, trials=3)
 
 
-def test_a_score_that_is_not_a_number_is_that_of_a_run_that_diverged(residual, examples, monkeypatch):
-    """The loss may be finite to the end, and the weights of the last step are not."""
-    settings = FineTuneSettings(batch_size=8, metric="cross-entropy")
-    told, seen = [], []
+def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeypatch, tmp_path):
+    step, steps, told = Engine.step, [], []
 
-    def train(model, examples, val_examples, settings, *, on_epoch, **options):
-        seen.append(settings)
-        assert len(seen) < 9
-        score = float("nan") if len(seen) == 1 else 1.0
-        return type("Result", (), {"best": Epoch(1, 0.1, 8, 1.0, 0.1, score, 0.0)})
+    def ruin(engine, update):
+        step(engine, update)
+        steps.append(update)
+        if len(steps) == 4:  # the last of the first run
+            next(engine.module.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(choose, "train", train)
-    choose.by_search(residual, examples, settings, trials=4, on_trial=lambda name, score: told.append(score))
-    assert told == [None, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(Engine, "step", ruin)
+    settings = FineTuneSettings(batch_size=8)
+    options = {"trials": 3, "epochs": 1, "journal": tmp_path / "choose.journal"}
+    best = choose.by_search(
+        residual, examples, settings, **options, on_trial=lambda name, score: told.append(score)
+    )
+    assert [score is None for score in told] == [True, False, False]
+    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert len(steps) == 3 * 4  # nothing came again
+
+
+def test_a_model_that_is_broken_before_it_is_trained_ends_the_search(residual, examples):
+    broken = replace(residual, module=copy.deepcopy(residual.module))
+    next(b for name, b in broken.module.named_buffers() if "running_mean" in name).fill_(float("nan"))
+    with pytest.raises(OutputsNotFiniteError, match="check the weights"):
+        choose.by_search(broken, examples, FineTuneSettings(batch_size=8), trials=3, epochs=1)
 
 
 def test_contributions_come_one_by_one(residual):

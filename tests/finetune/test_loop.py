@@ -16,6 +16,8 @@ import torch
 import bnpatch
 from bnpatch.decay import NormDecay
 from bnpatch.errors import BnpatchError
+from bnpatch.evaluation import OutputsNotFiniteError
+from bnpatch.finetune.engine import Engine
 from bnpatch.finetune.loop import NotFiniteLossError, train
 from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 from bnpatch.setting import Setting
@@ -196,6 +198,36 @@ def test_divergence_in_the_first_epoch_says_so(opened):
         run(opened, replace(SETTINGS, lr=1e30))
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize(
+    ("epoch", "message"),
+    [(1, "in epoch 1; no epoch was finished"), (2, "in epoch 2; the weights of epoch 1 are kept")],
+)
+def test_a_last_step_that_ruins_the_weights_is_divergence(opened, monkeypatch, tmp_path, ema, epoch, message):
+    step = Engine.step
+
+    def ruin(engine, update):
+        step(engine, update)
+        if update == 4 * epoch - 1:  # no loss comes after it in its epoch
+            next(engine.scored.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Engine, "step", ruin)
+    model = fresh(opened[0])
+    with pytest.raises(NotFiniteLossError, match=f"{message}.*lower --lr"):
+        train(model, *opened[1:], replace(SETTINGS, ema=ema), output=tmp_path)
+    assert all(torch.isfinite(value).all() for value in weights(model).values())
+    assert (tmp_path / "best.pt").exists() == (epoch > 1)
+    if epoch > 1:
+        assert_same(weights(bnpatch.load(tmp_path / "best.pt", device="cpu")), weights(model))
+
+
+def test_a_model_that_is_broken_before_it_is_trained_has_not_diverged(opened):
+    model = fresh(opened[0])
+    next(b for name, b in model.module.named_buffers() if "running_mean" in name).fill_(float("nan"))
+    with pytest.raises(OutputsNotFiniteError, match="check the weights"):
+        train(model, *opened[1:], SETTINGS)
+
+
 def test_halves_the_batch_where_memory_is_short(opened):
     model, told = fresh(opened[0]), []
 
@@ -350,15 +382,53 @@ for kind in TwoHeads, OneOfTwoHeads, AtRandom:
 """
 
 
-def test_processes_do_not_wait_for_gradients_that_do_not_come():
-    """As of a classifier that only its authors' loss used, that one process leaves out, or any by chance."""
+DIVERGES_IN_ONE = """
+import os
+import torch
+from torch import nn
+import bnpatch
+from bnpatch.finetune.loop import NotFiniteLossError, train
+from bnpatch.finetune.settings import FineTuneSettings
+
+class Diverges(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+        self.start = self.body[3].bias.tolist()
+
+    def forward(self, x):
+        is_ruined = os.environ["RANK"] == "1" and self.body[3].bias.tolist() != self.start
+        return self.body(x) / (0 if is_ruined and not self.training else 1)
+
+torch.manual_seed(0)
+options = {"img_size": 8, "mean": (0.5,), "std": (0.5,)}
+model = bnpatch.load(Diverges(), device="cpu", preprocessing=options)
+data = bnpatch.open_examples((torch.rand(32, 1, 8, 8), [0, 1] * 16), model)
+try:
+    train(model, data, data, FineTuneSettings(epochs=2, batch_size=4))
+except NotFiniteLossError:
+    print("diverged")
+"""
+
+
+def in_two_processes(code):
+    """What two processes of this code print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     done = subprocess.run(
-        [*command, "--rdzv-endpoint=localhost:0", "--no-python", sys.executable, "-c", LEFT_OUT],
+        [*command, "--rdzv-endpoint=localhost:0", "--no-python", sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained") == 2 * 3
+    return done.stdout
+
+
+def test_processes_do_not_wait_for_gradients_that_do_not_come():
+    """As of a classifier that only its authors' loss used, that one process leaves out, or any by chance."""
+    assert in_two_processes(LEFT_OUT).count("trained") == 2 * 3
+
+
+def test_processes_do_not_wait_for_scores_that_do_not_come():
+    assert in_two_processes(DIVERGES_IN_ONE).count("diverged") == 2
