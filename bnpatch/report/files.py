@@ -63,7 +63,7 @@ def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     """Write one line per trial: what was tried, how many examples saw it, and how they scored with it.
 
     The standard errors are those of the change from where the race began, see
-    :class:`~bnpatch.search.ladder.Trial`, which also says what the parameters are.
+    :class:`~bnpatch.search.plan.Trial`, which also says what the parameters are.
     """
     text = io.StringIO()
     names = list(trials[0].scores) if trials else []

@@ -134,10 +134,12 @@ def ladder(result: TuneResult) -> Markup:
         [
             tag(
                 "p",
-                "Each rung gives the weights more freedom. Where any of them gains beyond doubt, the best is "
-                "chosen by the selection examples, a part of the tuning examples set aside for that (of one "
-                "weight for all, all of them settle the doubt). Having been chosen by them, it looks better "
-                "on them than it is: the verdict comes from the held-out examples above.",
+                "Each rung gives the weights more freedom. Where any of them gains beyond doubt, by the "
+                "metric or the cross-entropy, the best is chosen by the selection examples, a part of the "
+                "tuning examples set aside for that (of one weight for all, all of them settle the doubt). "
+                "Rungs that a single answer tells apart are compared by cross-entropy. Having been chosen "
+                "by these examples, a rung looks better on them than it is: the verdict comes from the "
+                "held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
         ]
@@ -155,7 +157,8 @@ def curves(result: TuneResult) -> Markup | None:
             tag(
                 "p",
                 "One weight for all sites, on the tuning examples. Bands are 95% intervals of the change "
-                "from the identity on the same examples; hollow dots were given up after fewer examples.",
+                "from the identity; hollow dots were given up after fewer examples, which say what all would "
+                "score.",
             ),
             tag("div", *(_figure(curve, weight_axis(result), label) for curve in found), class_="charts"),
         ]

@@ -22,7 +22,8 @@ class Plan:
             feature maps), or each layer; "auto" is layer where gradients make that affordable.
         recalibrate: let lambda, the weight of re-estimated running moments, join alpha.
         trials: at most so many weights in each race.
-        max_passes: at most so many passes over the tuning examples in each race.
+        max_passes: at most so many passes over the tuning examples in each race. Where a label-free metric
+            finds them too few for a race, a dozen trials are scored on all of them instead.
         timeout: seconds after which nothing further is begun; the best so far still sees all examples.
         reach: climb no further than so many rungs above the identity.
         seed: of everything random.
@@ -75,7 +76,7 @@ class Trial:
             Group Norm; or lambda. In the race that refines: ``scale``, by which all of these distances are
             multiplied, and ``threshold``, below which they become none.
         scores: by name of metric, the mean over the tuning examples, judged by those that were seen.
-        errors: standard errors of the change from the identity, likewise.
+        errors: standard errors of the change from where the race began, likewise.
         examples: how many were seen.
     """
 

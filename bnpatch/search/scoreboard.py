@@ -1,4 +1,4 @@
-"""What settings scored on the tuning examples, block by block; nothing is scored twice."""
+"""What settings scored on the tuning examples, block by block, so that no block is scored twice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

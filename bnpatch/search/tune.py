@@ -66,7 +66,8 @@ def tune_alpha(
         recalibrate: let lambda join, the weight of running moments re-estimated on ``calib_data``; by default
             where the granularity is "auto".
         trials: at most so many weights in each race for one weight.
-        max_passes: of each race, over the tuning examples; 2 of them are the identity and the winner.
+        max_passes: of each race, over the tuning examples; 2 of them are the identity and the winner. Not
+            of label-free metrics on fewer than a thousand: a dozen trials see all of them.
         timeout: seconds after which the search begins nothing further; what it found is still judged.
         holdout: the part of the data that the search does not see, and that gives the verdict. By
             default half; with few labelled examples all take turns in being held out (cross-fitting).
@@ -168,8 +169,8 @@ def check_settings(
         raise BnpatchError(f"{trials} trials find nothing", "set --trials to 1 or more")
     if not max_passes > 0:
         raise BnpatchError(f"{max_passes} passes find nothing", "set --max-passes to 1 or more")
-    if timeout is not None and not timeout > 0:
-        raise BnpatchError(f"{timeout:g} seconds are no time", "set --timeout to more than 0")
+    if timeout is not None and not timeout >= 0:
+        raise BnpatchError(f"{timeout:g} seconds are no time", "set --timeout to 0 or more")
     if max_overhead is not None and not max_overhead >= 1:
         raise BnpatchError(f"{max_overhead:g} times the latency is not possible", "write --max-overhead 1.1")
     if holdout is not None and not 0 < holdout < 1:

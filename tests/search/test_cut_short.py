@@ -1,11 +1,14 @@
 """Searches that don't go as planned: interrupted, out of time, or with weights that overflow."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import bnpatch
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import OutputsNotFiniteError
+from bnpatch.report.summary import verdict_sentence
 from bnpatch.search import job
 from bnpatch.search.judge import ByMetric
 from bnpatch.search.ladder import Ladder
@@ -187,6 +190,62 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(model, fog
     assert result.num_held_out == 20
     assert str(result.verdict) == "gain"
     assert not result.interrupted
+
+
+def test_a_part_whose_race_was_cut_short_does_not_judge(model, foggy, monkeypatch):
+    """It would have found the identity, and made the verdict say that little is gained."""
+    clock, scores, measured = Clock(monkeypatch), ByMetric.scores, job.trade_off
+
+    def timed(self, model, examples, indices):
+        clock.now += len(indices) / 100  # a pass takes a second
+        return scores(self, model, examples, indices)
+
+    def slow(*args, **kwargs):
+        clock.now += 11.0
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(ByMetric, "scores", timed)
+    monkeypatch.setattr(job, "trade_off", slow)
+    options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
+    result = bnpatch.tune_alpha(model, few(foggy), timeout=40.0, trials=4, **options)
+    assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
+    whole = bnpatch.tune_alpha(model, few(foggy), trials=4, **options)
+    assert result.comparisons[0].change.value < 0.5 * whole.comparisons[0].change.value < 0
+
+
+def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(model, foggy, monkeypatch):
+    """What is found without one of the parts is not what is kept."""
+    climb, climbed = Ladder.climb, []
+
+    def then(self):
+        rungs = climb(self)
+        climbed.append(self)
+        if len(climbed) > 1:
+            return rungs
+        return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
+
+    monkeypatch.setattr(Ladder, "climb", then)
+    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", granularity="global", trials=3)
+    assert result.alpha == 0
+    assert str(result.verdict) == result.recipe.provenance["verdict"] == "no significant change"
+    assert {c.change.value for c in result.comparisons} == {0.0}
+    assert any("all images together speak for none of it" in note for note in result.notes)
+    assert verdict_sentence(result).startswith("No significant gain: nothing that was tried")
+
+
+def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(model, foggy, monkeypatch):
+    gather, gathered = job.gather, []
+
+    def then(*args):
+        found = gather(*args)
+        gathered.append(True)
+        return found
+
+    monkeypatch.setattr(job, "gather", then)
+    overflowing(model, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
+    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    assert len(set(result.setting.alphas.values())) > 1
+    assert str(result.verdict) == "gain"
 
 
 def overflowing(model, monkeypatch, where):
