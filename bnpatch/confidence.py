@@ -1,12 +1,11 @@
 """How far confidence is from being right, and which answers a change of the model flips."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bnpatch.metrics import Estimate, Values
+from bnpatch.metrics import CALIBRATION_ERROR, Comparison, Estimate, Values
 
 BINS = 15  #: as in Guo et al.
 
@@ -43,30 +42,9 @@ class Answers:
         return gaps
 
 
-@dataclass(frozen=True)
-class CalibrationComparison:
-    """The expected calibration error of the same examples without and with a patch; lower is better."""
-
-    before: Estimate
-    after: Estimate
-    change: Estimate
-
-    @property
-    def verdict(self) -> str:
-        """Either gain, loss, or no significant change, where the interval of the change contains 0."""
-        if not self.change.excludes_zero:
-            return "no significant change"
-        return "gain" if self.change.value < 0 else "loss"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        estimates = {"before": self.before, "after": self.after, "change": self.change}
-        return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
-
-
 def compare_calibration(
     before: Answers, after: Answers, *, resamples: int = 1000, seed: int = 0
-) -> CalibrationComparison:
+) -> Comparison:
     """The calibration error of two models on the same examples in the same order, and its change.
 
     The error is no mean over examples, so that its 95% intervals come from a bootstrap over pairs. Resampling
@@ -95,7 +73,8 @@ def compare_calibration(
         sums.append(counts @ columns)
     resampled = np.abs(np.concatenate(sums)).reshape(resamples, 2, BINS).sum(2) / n
     errors = before.calibration_error(), after.calibration_error()
-    return CalibrationComparison(
+    return Comparison(
+        CALIBRATION_ERROR,
         _estimate(errors[0], resampled[:, 0], 0.0),
         _estimate(errors[1], resampled[:, 1], 0.0),
         _estimate(errors[1] - errors[0], resampled[:, 1] - resampled[:, 0], -1.0),

@@ -15,11 +15,12 @@ from bnpatch.metrics import (
     ACCURACY,
     CROSS_ENTROPY,
     TOP5,
+    Comparison,
     Estimate,
     Metric,
     Values,
     mean_estimate,
-    paired_difference,
+    paired,
     score,
 )
 from bnpatch.patchable import Patchable
@@ -138,31 +139,6 @@ def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indic
         )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A metric on the same examples without and with a patch.
-
-    ``change`` is of the same examples, pair by pair, which is sharper than the other two intervals suggest.
-    """
-
-    metric: Metric
-    before: Estimate
-    after: Estimate
-    change: Estimate
-
-    @property
-    def verdict(self) -> str:
-        """Either gain, loss, or no significant change, where the interval of the change contains 0."""
-        if not self.change.excludes_zero:
-            return "no significant change"
-        return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; None for a bound that is infinite, as of a single example."""
-        estimates = {"before": self.before, "after": self.after, "change": self.change}
-        return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
-
-
 def warn_at_chance(accuracy: float, examples: Examples) -> None:
     """Warn where a model is hardly better than guessing, which is seldom its own fault."""
     if not examples.classes or not examples.labelled.any():
@@ -206,12 +182,4 @@ def compare_scores(
     before: Scores, after: Scores, metrics: Sequence[Metric] = STANDARD_METRICS
 ) -> list[Comparison]:
     """Compare scores of the same examples, pair by pair."""
-    return [
-        Comparison(
-            metric,
-            before.estimate(metric),
-            after.estimate(metric),
-            paired_difference(before.values[metric.name], after.values[metric.name]),
-        )
-        for metric in metrics
-    ]
+    return [paired(metric, before.values[metric.name], after.values[metric.name]) for metric in metrics]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +76,18 @@ def _prediction(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.argmax(1).float()
 
 
+def no_scores(outputs: Tensor, targets: Tensor) -> Tensor:
+    """What a metric that is of sets of examples has for its score."""
+    raise BnpatchError("this has no scores of single examples", "choose another metric")
+
+
 ACCURACY = Metric("accuracy", _correct, is_rate=True)
 CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False)
 TOP5 = Metric("top5", _among_five, is_rate=True)
 CONFIDENCE = Metric("confidence", _confidence)  #: of the answer; for calibration, not to be tuned
 PREDICTION = Metric("prediction", _prediction)  #: the answer itself; for the verdict, likewise
+#: Of sets of examples, see :mod:`bnpatch.confidence`; not to be tuned either
+CALIBRATION_ERROR = Metric("calibration error", no_scores, higher_is_better=False, is_rate=True)
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (ACCURACY, CROSS_ENTROPY, TOP5)}
 
 
@@ -142,6 +150,31 @@ class Estimate:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A metric on the same examples without and with a patch.
+
+    ``change`` is of the same examples, pair by pair, which is sharper than the other two intervals suggest.
+    """
+
+    metric: Metric
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """Either gain, loss, or no significant change, where the interval of the change contains 0."""
+        if not self.change.excludes_zero:
+            return "no significant change"
+        return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; None for a bound that is infinite, as of a single example."""
+        estimates = {"before": self.before, "after": self.after, "change": self.change}
+        return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
+
+
 def mean_estimate(scores: Values) -> Estimate:
     """The mean of per-example scores: Wilson's interval for rates, Student's otherwise."""
     n = len(scores)
@@ -167,6 +200,12 @@ def paired_difference(before: Values, after: Values) -> Estimate:
     half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     centre = float(up - down)
     return Estimate(float(np.mean(changes)), max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def paired(metric: Metric, before: Values, after: Values) -> Comparison:
+    """Compare scores of the same examples in the same order, pair by pair."""
+    change = paired_difference(before, after)
+    return Comparison(metric, mean_estimate(before), mean_estimate(after), change)
 
 
 def _student(values: Values) -> Estimate:

@@ -11,14 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnpatch.confidence import CalibrationComparison
-from bnpatch.evaluation import Comparison
-from bnpatch.metrics import CONFIDENCE, Estimate, Metric
+from bnpatch.metrics import Comparison, Estimate, Metric
 from bnpatch.search.result import TuneResult
 from bnpatch.search.verdict import Verdict
-
-#: For the table alone: it is no mean of what single examples score.
-_CALIBRATION_ERROR = Metric("calibration error", CONFIDENCE.score, higher_is_better=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -38,34 +33,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def comparison_table(
     comparisons: Sequence[Comparison],
     examples: str,
-    calibration: CalibrationComparison | None = None,
     *,
     before: str = "as it is",
     after: str = "patched",
 ) -> None:
     """Before, after, and the paired change with its interval, of what ``examples`` says."""
-    rows: list[tuple[Metric, Comparison | CalibrationComparison]] = [(c.metric, c) for c in comparisons]
-    if calibration is not None:
-        rows.append((_CALIBRATION_ERROR, calibration))
     table(
         [examples, before, after, "change", "95% interval", ""],
         [
             [
-                metric.name,
-                metric.format(c.before.value),
-                metric.format(c.after.value),
-                metric.format(c.change.value, signed=True),
-                interval(metric, c.change, signed=True),
+                c.metric.name,
+                c.metric.format(c.before.value),
+                c.metric.format(c.after.value),
+                c.metric.format(c.change.value, signed=True),
+                interval(c.metric, c.change, signed=True),
                 c.verdict,
             ]
-            for metric, c in rows
+            for c in comparisons
         ],
     )
 
 
 def verdict_table(verdict: Verdict) -> None:
     """Held-out examples before and after: every metric, calibration error, flips."""
-    comparison_table(verdict.comparisons, f"{verdict.num_examples} held-out", verdict.calibration)
+    comparison_table(verdict.all_comparisons, f"{verdict.num_examples} held-out")
     if verdict.flips is not None:
         typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
     elif verdict.changed is not None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bnpatch.data.examples import Examples, split
-from bnpatch.evaluation import Comparison, compare_scores, evaluate
+from bnpatch.evaluation import compare_scores, evaluate
 from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.loop import FineTuned, train
 from bnpatch.finetune.settings import FineTuneSettings
 from bnpatch.finetune.state import Epoch
+from bnpatch.metrics import Comparison
 from bnpatch.model import TorchModel
 from bnpatch.search.result import TuneResult
 from bnpatch.search.tune import tune_alpha

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bnpatch.evaluation import Comparison
-from bnpatch.metrics import Estimate, Metric
+from bnpatch.metrics import Comparison, Estimate, Metric
 from bnpatch.report.charts import curve_chart, depth_chart, strip
 from bnpatch.report.curves import Curve, race_curves
 from bnpatch.report.markup import Markup, join, table, tag
@@ -20,21 +19,15 @@ from bnpatch.report.summary import (
 )
 from bnpatch.search.result import TuneResult
 
-_CALIBRATION = Metric("calibration error", lambda outputs, targets: outputs, False, is_rate=True)
-
 
 def before_and_after(result: TuneResult) -> Markup:
     """Every metric on the held-out examples, and the answers that flipped."""
     verdict = result.verdict
     if is_identity(result) and not verdict.changed and not any(c.change.value for c in result.comparisons):
-        rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in result.comparisons]
-        if verdict.calibration is not None:
-            rows.append(_named(_CALIBRATION, _estimated(_CALIBRATION, verdict.calibration.before)))
+        rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in verdict.all_comparisons]
         caption = f"The model as it is, on {judged_on(result)}. Small: 95% intervals."
         return table(caption, ["metric", "as it is"], rows)
-    rows = [_compared(c.metric, c.before, c.after, c.change, c.verdict) for c in result.comparisons]
-    if (c := verdict.calibration) is not None:
-        rows.append(_compared(_CALIBRATION, c.before, c.after, c.change, c.verdict))
+    rows = [_compared(c) for c in verdict.all_comparisons]
     facts = []
     if verdict.flips is not None:
         facts += [
@@ -80,7 +73,7 @@ def trained(training: Training, examples: str) -> Markup:
     return table(
         f"On {examples}. Small: 95% intervals; the change is paired, example by example.",
         ["metric", "checkpoint", "fine-tuned", "change"],
-        [_compared(c.metric, c.before, c.after, c.change, c.verdict) for c in training.comparisons],
+        [_compared(c) for c in training.comparisons],
     )
 
 
@@ -96,14 +89,16 @@ def contributions(training: Training) -> Markup | None:
     return table(caption, ["trained with", "accuracy", "cross-entropy"], rows)
 
 
-def _compared(metric: Metric, before: Estimate, after: Estimate, change: Estimate, verdict: str) -> list[str]:
+def _compared(comparison: Comparison) -> list[str]:
+    metric, change, verdict = comparison.metric, comparison.change, comparison.verdict
     sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
     changed = [
         metric.format(change.value, signed=True),
         tag("small", interval(metric, change)),
         tag("small", sign, class_=f"is-{verdict}" if verdict in ("gain", "loss") else None),
     ]
-    return _named(metric, _estimated(metric, before), _estimated(metric, after), join(changed))
+    before, after = (_estimated(metric, estimate) for estimate in (comparison.before, comparison.after))
+    return _named(metric, before, after, join(changed))
 
 
 def _named(metric: Metric, *cells: str) -> list[str]:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from bnpatch.evaluation import Comparison
-from bnpatch.metrics import Estimate, Metric
+from bnpatch.metrics import Comparison, Estimate, Metric
 from bnpatch.search.result import TuneResult
 
 _TITLES = {"top5": "top-5 accuracy"}

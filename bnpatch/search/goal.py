@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import BnpatchError
 from bnpatch.evaluation import STANDARD_METRICS
-from bnpatch.metrics import ACCURACY, CONFIDENCE, PREDICTION, Metric, ScoreFunction, as_metric
+from bnpatch.metrics import ACCURACY, CONFIDENCE, PREDICTION, Metric, ScoreFunction, as_metric, no_scores
 from bnpatch.patchable import Patchable
 from bnpatch.search import objectives as label_free
 from bnpatch.search.judge import ByMetric, ByObjective, Judge
@@ -46,7 +44,7 @@ class Goal:
     ) -> "Goal":
         """By the metric's name, or of a function; BnpatchError where it doesn't go with a class prior."""
         if isinstance(metric, str) and metric in LABEL_FREE:
-            return cls(Metric(metric, _no_scores, higher_is_better=False), False, True, prior, batch_size)
+            return cls(Metric(metric, no_scores, higher_is_better=False), False, True, prior, batch_size)
         if prior is not None:
             raise BnpatchError("a class prior is for tuning without labels", "add --metric unlabeled")
         tuned = as_metric(metric, also=LABEL_FREE)
@@ -81,7 +79,3 @@ class Goal:
             return ByMetric(first, [*metrics, *answers], self.batch_size), metrics
         assert isinstance(judge, ByObjective)
         return replace(judge, metrics=answers).sure_of(len(indices)), [self.metric]
-
-
-def _no_scores(outputs: Tensor, targets: Tensor) -> Tensor:
-    raise BnpatchError("a label-free objective has no scores of single examples", "choose another metric")

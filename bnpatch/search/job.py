@@ -12,7 +12,7 @@ import numpy as np
 
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.evaluation import if_finite, warn_at_chance
-from bnpatch.metrics import ACCURACY, Metric, Values, paired_difference
+from bnpatch.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.moments import Moments
 from bnpatch.onnx_model import OnnxModel
@@ -117,7 +117,9 @@ class Job:
             if isinstance(judge, ByMetric)
         }
         if processes.rank > 0:
-            served: TuneResult = serve(processes, self.model, judges, [self.goal.metric, *self.metrics])
+            served: TuneResult = serve(
+                processes, self.model, judges, [self.goal.metric, *self.metrics, CALIBRATION_ERROR]
+            )
             return served
         if 0 in judges:
             self.judge = SharedJudge(judges[0][0], 0, processes)

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from bnpatch.evaluation import Comparison
-from bnpatch.metrics import Metric
+from bnpatch.metrics import Comparison, Metric
 from bnpatch.recipe import Recipe
 from bnpatch.search.plan import Rung, Trial
 from bnpatch.search.trade_off import Point

@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnpatch.confidence import Answers, CalibrationComparison, Flips, compare_calibration, flips
+from bnpatch.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.data.examples import Examples, Indices
-from bnpatch.evaluation import Comparison
 from bnpatch.metrics import (
     ACCURACY,
     CONFIDENCE,
     PREDICTION,
+    Comparison,
     Metric,
     Values,
-    mean_estimate,
-    paired_difference,
+    paired,
 )
 from bnpatch.moments import Moments
 from bnpatch.patchable import Patchable
@@ -63,7 +62,7 @@ class Verdict:
     """
 
     comparisons: list[Comparison]
-    calibration: CalibrationComparison | None = None
+    calibration: Comparison | None = None
     flips: Flips | None = None
     changed: int | None = None
     classes: npt.NDArray[np.int64] | None = field(default=None, repr=False)
@@ -72,6 +71,11 @@ class Verdict:
     def __str__(self) -> str:
         """Either gain, loss, or no significant change."""
         return self.comparisons[0].verdict
+
+    @property
+    def all_comparisons(self) -> list[Comparison]:
+        """Of the metrics and, where there are labels, of the calibration error."""
+        return [*self.comparisons, *([] if self.calibration is None else [self.calibration])]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -150,15 +154,7 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
         metrics: what to compare; the first is what the verdict is about.
     """
     before, after = evidence.before, evidence.after
-    comparisons = [
-        Comparison(
-            metric,
-            mean_estimate(before[metric.name]),
-            mean_estimate(after[metric.name]),
-            paired_difference(before[metric.name], after[metric.name]),
-        )
-        for metric in metrics
-    ]
+    comparisons = [paired(metric, before[metric.name], after[metric.name]) for metric in metrics]
     count = max(len(values) for values in before.values())
     if PREDICTION.name not in before:
         return Verdict(comparisons, num_examples=count)

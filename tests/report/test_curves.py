@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from bnpatch.evaluation import Comparison
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, Metric
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
 from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
 from bnpatch.search.plan import Rung, Trial
