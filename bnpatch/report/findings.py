@@ -132,9 +132,9 @@ def ladder(result: TuneResult) -> Markup:
                 "Each rung gives the weights more freedom. Where any of them gains beyond doubt, by the "
                 "metric or the cross-entropy, the best is chosen by the selection examples, a part of the "
                 "tuning examples set aside for that (of one weight for all, all of them settle the doubt). "
-                "Rungs that a single answer tells apart are compared by cross-entropy. Having been chosen "
-                "by these examples, a rung looks better on them than it is: the verdict comes from the "
-                "held-out examples above.",
+                "Of rungs that a single answer tells apart it is the first whose cross-entropy is within a "
+                "standard error of the best. Having been chosen by these examples, a rung looks better on "
+                "them than it is: the verdict comes from the held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
         ]

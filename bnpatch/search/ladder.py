@@ -15,7 +15,7 @@ from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import NotEnoughMemoryError
 from bnpatch.evaluation import if_finite
-from bnpatch.metrics import CROSS_ENTROPY, METRICS, Metric, Values, paired_difference
+from bnpatch.metrics import CROSS_ENTROPY, METRICS, Z95, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
 from bnpatch.patchable import Patchable
 from bnpatch.search.judge import FEW_SETS, Judge, in_sets
@@ -60,9 +60,9 @@ class Ladder:
     learning was stopped by them. Does any rung with a better mean beat the identity beyond doubt? The
     cross-entropy may say so in place of a rate, which few examples tell little about. One weight for all
     sites can hardly fit itself to the examples that it was raced on, so that its doubt is settled by all
-    tuning examples. If so, the best mean wins; of rates that a single answer tells apart, the one with the
-    better cross-entropy; among equals the lowest rung. Being chosen flatters a setting a little; the verdict
-    is of other examples.
+    tuning examples. If so, the best mean wins; of rates that a single answer tells apart, the lowest rung
+    whose cross-entropy is within a standard error of the best. Being chosen flatters a setting a little; the
+    verdict is of other examples.
     """
 
     def __init__(
@@ -380,14 +380,22 @@ class Ladder:
         return [replace(rung, chosen=rung is best) for rung in rungs]
 
     def _best_of(self, rungs: Sequence[Rung], num_examples: int) -> Rung:
-        """The best mean; of rates that a single answer tells apart, that with the better cross-entropy."""
+        """The best mean; of rates that a single answer tells apart, by the cross-entropy.
+
+        By that the lowest rung within a standard error of the best, as weights that cost latency should be
+        worth it (the rule of one standard error of Breiman et al., "Classification and Regression Trees").
+        """
         metric, guide = self.judge.metric, self._guide
         lead = max(metric.sign * rung.mean for rung in rungs)
         answer = 0.0 if guide is metric else 1 / num_examples
         equals = [rung for rung in rungs if metric.sign * rung.mean >= lead - answer * (1 + 1e-9)]
-        return max(
-            equals,
-            key=lambda rung: guide.sign * np.mean(self._on(self._selection, rung.setting, metric=guide.name)),
+        scores = [self._on(self._selection, rung.setting, metric=guide.name) for rung in equals]
+        best = max(scores, key=lambda values: guide.sign * float(np.mean(values)))
+        behind = (paired_difference(values, best) for values in scores)
+        return next(
+            rung
+            for rung, change in zip(equals, behind, strict=True)
+            if guide.sign * change.value <= change.reach / Z95
         )
 
     def _gains(self, name: str, identity: Setting, setting: Setting) -> bool:

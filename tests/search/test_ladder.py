@@ -152,5 +152,7 @@ def test_the_cross_entropy_may_settle_what_few_answers_do_not():
     two_more = {**accuracies, "lambda": one_more, "lambda, alpha": np.maximum(one_more, np.arange(80) >= 78)}
     losses |= {"alpha": 0.7 - right / 2, "lambda": 0.6 - right / 2, "lambda, alpha": 0.8 - right / 2}
     assert Chooser(two_more, losses).chosen() == "lambda"  # as good as the last, but for one answer of 20
+    losses |= {"alpha": 0.6 + noise / 8 - right / 2, "lambda": 0.6 - right / 2}
+    assert Chooser(two_more, losses).chosen() == "alpha"  # within a standard error
     one_less = {"identity": one_more, "alpha": right}
     assert Chooser(one_less, {**losses, "alpha": 0.8 - right / 2}).chosen() == "identity"
