@@ -23,6 +23,7 @@ def harmless(
     rungs: Sequence[Rung],
     metric: Metric,
     shifted: Callable[[Setting], Values],
+    gains: Callable[[Setting, Setting], bool],
     clean: Callable[[Setting], Values],
 ) -> Rung | None:
     """The best that is found on the way to any rung without harm to clean examples.
@@ -31,6 +32,7 @@ def harmless(
         rungs: of a ladder climbed on shifted views, the identity first.
         metric: that the scores are of.
         shifted: scores of a setting on shifted views of selection examples, always the same.
+        gains: whether the second of two settings is better beyond doubt on these views.
         clean: scores on clean examples, always the same.
 
     Returns:
@@ -47,7 +49,7 @@ def harmless(
             if after is None:
                 continue
             change = paired_difference(before, after)
-            if metric.sign * change.value > 0 and change.excludes_zero:
+            if metric.sign * change.value > 0 and gains(identity, setting):
                 name = rung.name if part == 1 else f"{rung.name} x {part:g}"
                 found.append(Rung(name, setting, float(np.mean(after)), change, True))
     unharmed = metric.sign * float(np.mean(clean(identity)))

@@ -190,7 +190,7 @@ class Job:
             self._seen_clean += len(ladder.tuning)
             return self._alone[0].scores(self.model, self.examples, ladder.tuning)[name]
 
-        best = harmless(rungs, self.goal.metric, ladder.selected, clean)
+        best = harmless(rungs, self.goal.metric, ladder.selected, ladder.gains, clean)
         if best is None:
             if ladder is self._ladders[0]:
                 self.notes.append(

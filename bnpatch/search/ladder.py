@@ -375,7 +375,9 @@ class Ladder:
             rungs.append(rung := Rung(name, setting, float(np.mean(after)), change))
             if sign * change.value > 0:
                 better.append(rung)
-                supported = supported or self._gains(name, identity, setting)
+                # One weight for all is judged by all.
+                blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
+                supported = supported or self._gains(blocks, identity, setting)
         best = self._best_of(better, len(before)) if supported else rungs[0]
         return [replace(rung, chosen=rung is best) for rung in rungs]
 
@@ -398,9 +400,11 @@ class Ladder:
             if guide.sign * change.value <= change.reach / Z95
         )
 
-    def _gains(self, name: str, identity: Setting, setting: Setting) -> bool:
-        """Is a setting better beyond doubt, on the examples that may say so, by the metric or its guide?"""
-        blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
+    def gains(self, identity: Setting, setting: Setting) -> bool:
+        """Is a setting better beyond doubt on the selection examples, by the metric or its guide?"""
+        return self._gains(self._selection, identity, setting)
+
+    def _gains(self, blocks: range, identity: Setting, setting: Setting) -> bool:
         metrics = {metric.name: metric for metric in (self.judge.metric, self._guide)}
         return any(self._is_better(blocks, identity, setting, metric) for metric in metrics.values())
 

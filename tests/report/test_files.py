@@ -271,7 +271,7 @@ def test_without_labels(model, foggy, written):
     page = written(result)
     assert result.verdict.classes is None
     assert "unlabeled needs no labels, and can't see everything" in page.text
-    assert page.row("unlabeled (lower is better)")
+    assert page.row("unlabeled objective (lower is better)")
     assert "interval unknown" not in page.text
     assert "Classes" not in page.headings
 
