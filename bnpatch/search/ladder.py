@@ -85,7 +85,7 @@ class Ladder:
         self.trials: list[Trial] = []
         self.interrupted = False
         self.reached = 0  # rungs above the identity that were found
-        self.cut = False  # time was over before all was found, or the last of it was found at leisure
+        self.cut = False  # time was over: the last rung may be less than it could have been
         self.seen = 0.0  # examples, by what they cost
         self.resumed = 0  # trials that the storage had already
         self._best_score = -math.inf  # of all trials so far, more is better
@@ -245,9 +245,8 @@ class Ladder:
     def _trial(self, rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
         changes = runner.changes
 
-        def within(
-            metric: str, value: float
-        ) -> float:  # what is judged by few may lie beyond what a rate can be
+        def within(metric: str, value: float) -> float:
+            # Judged by few, it may lie beyond what a rate can be.
             is_rate = metric in METRICS and METRICS[metric].is_rate
             return min(1.0, max(0.0, value)) if is_rate else value
 
@@ -375,7 +374,7 @@ class Ladder:
             rungs.append(rung := Rung(name, setting, float(np.mean(after)), change))
             if sign * change.value > 0:
                 better.append(rung)
-                # One weight for all is judged by all.
+                # One weight for all hardly fits itself to the examples: all may say so.
                 blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
                 supported = supported or self._gains(blocks, identity, setting)
         best = self._best_of(better, len(before)) if supported else rungs[0]

@@ -168,6 +168,13 @@ def test_chance_is_that_of_the_labelled(model, foggy):
     warn_at_chance(accuracy, data)  # no warning, which would be an error here
 
 
+def test_a_model_that_is_right_on_three_of_four_of_two_classes_does_not_guess(model, foggy):
+    data = bnpatch.open_examples((foggy[0], foggy[1] % 2), model)
+    warn_at_chance(0.75, data)
+    with pytest.warns(BnpatchWarning, match=r"chance is 50\.0%"):
+        warn_at_chance(0.55, data)
+
+
 def test_a_loader_is_drained_once_in_its_order(model):
     class Once(IterableDataset):
         passes = 0

@@ -13,6 +13,7 @@ from bnpatch.search.ladder import Ladder
 from bnpatch.search.race import Runner
 from bnpatch.search.scoreboard import Scoreboard, blocks_of
 from bnpatch.search.standings import Difference
+from bnpatch.setting import Setting
 
 
 def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy):
@@ -96,6 +97,27 @@ def test_an_image_that_is_lost_on_the_way_is_named():
     board = Scoreboard(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
     with pytest.raises(BnpatchError, match=r"7\.png can't be read any more: no such file"):
         board.on(range(2), setting, "", "accuracy")
+
+
+def test_other_targets_change_the_scores_of_lambdas_alone():
+    class Counts:
+        set_size, asked = 1, 0
+
+        def scores(self, model, examples, indices):
+            self.asked += 1
+            return {"score": np.full(len(indices), float(self.asked))}
+
+    judge, examples = Counts(), SimpleNamespace(skipped={})
+    model = SimpleNamespace(set=lambda setting: None)
+    board = Scoreboard(model, examples, judge, [np.arange(5)], lambda label, count: None)
+    plain, weighed = Setting({"a": 0.5}, {"a": 0.0}), Setting({"a": 0.5}, {"a": 0.5})
+
+    def seen(setting):
+        return board.on(range(1), setting, "", "score")[0]
+
+    assert [seen(plain), seen(weighed), seen(plain), seen(weighed)] == [1, 2, 1, 2]
+    board.forget()
+    assert [seen(plain), seen(weighed)] == [1, 3]
 
 
 def test_what_few_examples_say_of_a_rate_is_still_a_rate():
