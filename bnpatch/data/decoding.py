@@ -15,6 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 Indices = npt.NDArray[np.int64]
 ItemTransform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
+# An array, which a process sends faster than a tensor; or a tensor that is no image; or why there is none.
+_Item = tuple[npt.NDArray[np.uint8] | Tensor | None, str]
+
+# So many are sent by a process together: fewer waits, and memory for no more than some dozens.
+_AT_ONCE = 8
+
 
 class Source(Protocol):
     """Where examples come from, before any preprocessing."""
@@ -47,13 +53,24 @@ def decoded(
         return
     if num_workers is None:  # starting a process costs as much as decoding some hundred images
         num_workers = min(8, os.cpu_count() or 1, len(indices) // 256)
-    yield from DataLoader(
+    for some in DataLoader(
         _Decoded(source, transform, indices),
-        batch_size=None,
+        batch_size=_AT_ONCE,
         num_workers=num_workers,
-        prefetch_factor=32 if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        collate_fn=_as_they_are,
         worker_init_fn=_leave_interrupts_to_the_main_process,
-    )
+    ):
+        for x, problem in some:
+            if isinstance(x, np.ndarray):
+                x = torch.from_numpy(x)
+            elif x is not None:
+                x = x.clone()  # what another process made holds a file descriptor
+            yield x, problem
+
+
+def _as_they_are(items: list[_Item]) -> list[_Item]:
+    return items
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
@@ -82,7 +99,7 @@ class Part:
         return self.source.content(int(self.indices[index]))
 
 
-class _Decoded(Dataset[tuple[Tensor | None, str]]):
+class _Decoded(Dataset[_Item]):
     """Runs in the worker processes: an example's input, or why there is none."""
 
     def __init__(self, source: Source, transform: ItemTransform, indices: list[int]) -> None:
@@ -91,12 +108,12 @@ class _Decoded(Dataset[tuple[Tensor | None, str]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor | None, str]:
+    def __getitem__(self, position: int) -> _Item:
         try:
             item = self.source.read(self.indices[position])
             if isinstance(item, Tensor):
                 return item, ""
-            return torch.from_numpy(np.array(self.transform(item))), ""
+            return np.array(self.transform(item)), ""
         except (
             Exception
         ) as error:  # whatever a decoder raises for a broken file: it is one image, not the run

@@ -152,7 +152,6 @@ class Examples:
             if x is None:
                 self._skip(index, problem)
                 continue
-            x = x.clone()  # a worker's tensor holds a file descriptor
             self._cache.offer(index, x)
             yield index, x
 
