@@ -54,11 +54,14 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
     """The candidates of a model, in the order of its nodes; looks only.
 
     Convolutions whose output is known to have a single value per channel (the heart of squeeze and
-    excite, or a classifier written as a convolution) are none: no Batch Norm would have been there.
+    excite, or a classifier written as a convolution) are none: no Batch Norm would have been there. Nor are
+    those that embed patches in a model with Layer Norm (a transformer).
     """
     types = infer_types(model)
     candidates = []
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    has_layer_norm = any(node.op_type == "LayerNormalization" for node in nodes)
+    for node in nodes:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 3:
             continue
         weight, bias = constant_of(node.inputs[1]), constant_of(node.inputs[2])
@@ -66,6 +69,8 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
         if weight is None or bias is None or bias.ndim != 1 or not bias.any():
             continue
         if all(size == 1 for size in dims[2:]) or _is_normalized(node.outputs[0]):
+            continue
+        if has_layer_norm and _embeds_patches(node):
             continue
         candidates.append(FoldedCandidate(_name(node), node, int(bias.size), dims))
     return tuple(candidates)
@@ -150,6 +155,14 @@ def _is_normalized(value: ir.Value) -> bool:
     # Group Norm as exporters write it is an Instance Norm of a Reshape.
     users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
     return any(node.op_type in _NORMS for node in users)
+
+
+def _embeds_patches(node: ir.Node) -> bool:
+    """Does it take patches that do not overlap?"""
+    kernel, strides = (node.attributes.get(name) for name in ("kernel_shape", "strides"))
+    if node.op_type != "Conv" or kernel is None or strides is None:
+        return False
+    return list(kernel.as_ints()) == list(strides.as_ints()) and max(strides.as_ints()) > 1
 
 
 def _name(node: ir.Node) -> str:

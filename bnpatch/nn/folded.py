@@ -8,6 +8,7 @@ The virtual norm is a child of its convolution, called after it by a hook. It ha
 state dict, and as a site it is like any other, by the name that it has in an export of the model.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def folded_candidates(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ..
 
     Those have a bias, which convolutions of most architectures with Batch Norm do not have of their own, no
     norm after them, and more than one value per channel (unlike squeeze and excite). A convolution that is
-    recovered already is none.
+    recovered already is none; nor is one that embeds patches in a model with Layer Norm (a transformer).
 
     Args:
         model: in evaluation mode.
@@ -58,6 +59,8 @@ def folded_candidates(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ..
     names = [site.name for site in found.sites] + [left.name for left in found.left_alone]
     norms = {name: model.get_submodule(name) for name in names}
     convolutions = {name: m for name, m in model.named_modules() if _may_be_folded(m)}
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        convolutions = {name: m for name, m in convolutions.items() if not _embeds_patches(m)}
     outputs: dict[str, list[Tensor]] = {}
     normalized: list[Tensor] = []  # held, so that no other tensor gets the address
     with (
@@ -96,6 +99,13 @@ def is_convolution(model: nn.Module, name: str) -> bool:
 def _may_be_folded(module: nn.Module) -> bool:
     is_plain = type(module) in _CONVOLUTIONS and _child(module) is None
     return is_plain and isinstance(bias := module.bias, Tensor) and bool(torch.any(bias != 0))
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    """Does it take patches that do not overlap?"""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    return module.kernel_size == module.stride and math.prod(module.stride) > 1
 
 
 def _child(convolution: nn.Module) -> nn.Module | None:

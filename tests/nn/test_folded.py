@@ -156,6 +156,14 @@ def test_nothing_to_recover_is_said():
         model.calibrate({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
 
 
+def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):
+    model = load(settle(timm.create_model("test_vit", num_classes=5, img_size=SIZE)))
+    nn.init.normal_(model.module.patch_embed.proj.bias)
+    assert model.folded() == ()
+    bnpatch.export_onnx(model, tmp_path / "vit.onnx", X[:2])
+    assert bnpatch.load(tmp_path / "vit.onnx").folded() == ()
+
+
 @pytest.mark.parametrize(("name", "fewest"), [("repvgg_a0", 15), ("mobileone_s0", 30), ("fastvit_t8", 10)])
 def test_reparameterized_models_of_timm(name, fewest):
     model = load(reparameterize_model(settle(timm.create_model(name, num_classes=5))))
