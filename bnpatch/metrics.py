@@ -179,7 +179,7 @@ def mean_estimate(scores: Values) -> Estimate:
     """The mean of per-example scores: Wilson's interval for rates, Student's otherwise."""
     n = len(scores)
     if not np.isin(scores, (0, 1)).all():
-        return _student(scores)
+        return student(scores)
     z, p = Z95, float(np.mean(scores))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -194,7 +194,7 @@ def paired_difference(before: Values, after: Values) -> Estimate:
     """
     changes = after - before
     if not np.isin(np.concatenate([before, after]), (0, 1)).all():
-        return _student(changes)
+        return student(changes)
     n = len(changes)
     up, down = ((np.sum(changes == way) + 1) / (n + 2) for way in (1, -1))
     half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
@@ -208,7 +208,8 @@ def paired(metric: Metric, before: Values, after: Values) -> Comparison:
     return Comparison(metric, mean_estimate(before), mean_estimate(after), change)
 
 
-def _student(values: Values) -> Estimate:
+def student(values: Values) -> Estimate:
+    """The mean with Student's interval, which is infinite for a single value."""
     from scipy.stats import t  # slow to import
 
     n, mean = len(values), float(np.mean(values))

@@ -1,7 +1,6 @@
 """What each technique contributes: trained alone, and together."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from bnpatch.evaluation import evaluate
 from bnpatch.finetune.choose import CHANNELS_PER_GROUP, by_guidance, decay_sites
 from bnpatch.finetune.loop import train
 from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric, student
 from bnpatch.model import TorchModel
 from bnpatch.search.tune import tune_alpha
 from bnpatch.spec import NormSpec
@@ -156,11 +155,8 @@ def _held_out(
 
 def _change(metric: Metric, changes: list[float]) -> str:
     """For people: the mean change, and Student's interval over seeds where there are some."""
-    from scipy.stats import t  # slow to import
-
-    n, mean = len(changes), float(np.mean(changes))
-    text = metric.format(mean, signed=True)
-    if n < 2:
+    mean = student(np.array(changes))
+    text = metric.format(mean.value, signed=True)
+    if len(changes) < 2:
         return text
-    half = float(t.ppf(0.975, n - 1)) * float(np.std(changes, ddof=1)) / math.sqrt(n)
-    return f"{text} [{metric.format(mean - half, True)}, {metric.format(mean + half, True)}]"
+    return f"{text} [{metric.format(mean.low, True)}, {metric.format(mean.high, True)}]"
