@@ -85,6 +85,7 @@ FLOORS = {
     "processes": 6,
     "search.goal": 6,
     "search.scoreboard": 6,
+    "search.selection": 7,
     "search.verdict": 6,
     "finetune.choose": 7,
     "loading.load": 7,

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.data.examples import Examples, Indices
+from bnpatch.errors import BnpatchWarning
 from bnpatch.evaluation import if_finite, warn_at_chance
 from bnpatch.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
 from bnpatch.model import TorchModel
@@ -23,7 +25,7 @@ from bnpatch.search.insurance import harmless
 from bnpatch.search.judge import ByMetric, Judge
 from bnpatch.search.ladder import Ladder
 from bnpatch.search.make_sites import make_sites
-from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial
+from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial, kept
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 from bnpatch.search.sparse import trade_off
@@ -138,7 +140,7 @@ class Job:
         self._climbed_in = time.monotonic() - self._started
         points: list[Point] = []
         if self.max_overhead is not None:
-            thinned, points = self._thinned(_chosen(rungs), ladder)
+            thinned, points = self._thinned(kept(rungs), ladder)
             rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
         found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
         rungs, setting, verdict, num_parts = self._judge(before, rungs)
@@ -180,7 +182,13 @@ class Job:
     def _climbed(self, ladder: Ladder) -> list[Rung]:
         """The rungs of a ladder. Insurance against shifts that the data does not show costs it nothing."""
         rungs = ladder.climb()
-        self._interrupted = self._interrupted or ladder.interrupted
+        if ladder.interrupted and ladder is self._ladders[0]:  # the verdict takes a while yet
+            self._interrupted = True
+            warnings.warn(
+                "interrupted: what was found so far is judged now (interrupt again to end without a verdict)",
+                BnpatchWarning,
+                stacklevel=2,
+            )
         if self.seen is self.examples or len(rungs) == 1:
             return rungs
         name = self.goal.metric.name
@@ -190,7 +198,7 @@ class Job:
             self._seen_clean += len(ladder.tuning)
             return self._alone[0].scores(self.model, self.examples, ladder.tuning)[name]
 
-        best = harmless(rungs, self.goal.metric, ladder.selected, ladder.gains, clean)
+        best = harmless(rungs, self.goal.metric, ladder.selection.scores, ladder.selection.gains, clean)
         if best is None:
             if ladder is self._ladders[0]:
                 self.notes.append(
@@ -215,7 +223,7 @@ class Job:
 
     def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict, int]:
         """What held-out examples say of the chosen rung, what is kept then, and how many parts judged it."""
-        chosen = _chosen(rungs)
+        chosen = kept(rungs)
         parts = self._evidence(before, chosen.setting)
         evidence = Evidence.joined(parts)
         verdict = conclude(evidence, self.metrics)
@@ -250,14 +258,16 @@ class Job:
         seconds = LATENCY_SECONDS
         if self.plan.timeout is not None:
             seconds = min(seconds, max(1.0, self._left() / (1 + self._to_come)))
-        points = trade_off(self.model, chosen.setting, ladder.selected, self.goal.metric, seconds=seconds)
+        points = trade_off(
+            self.model, chosen.setting, ladder.selection.scores, self.goal.metric, seconds=seconds
+        )
         best = choose(points, self.max_overhead)
         self.notes.append(f"--max-overhead: {best.reason}")
         if suggestion := knee(points):
             sites, ratio = suggestion.num_sites, suggestion.latency.ratio
             self.notes.append(f"the gain flattens beyond {sites} sites, at {ratio:.2f}x the time")
         setting = best.point.setting
-        after, before = ladder.selected(setting), ladder.selected(points[0].setting)
+        after, before = ladder.selection.scores(setting), ladder.selection.scores(points[0].setting)
         change = paired_difference(before, after)
         return Rung(f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True), points
 
@@ -334,7 +344,7 @@ class Job:
         plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}", reach=whole.reached)
         # Without a part there is no verdict: the first has time enough for what was done before.
         ladder = self._ladder(tuning, plan, at_least=2 * self._climbed_in if fold == 0 else 0.0)
-        setting = _chosen(self._climbed(ladder)).setting
+        setting = kept(self._climbed(ladder)).setting
         if ladder.interrupted:
             raise KeyboardInterrupt
         cut_shorter = ladder.cut and not (whole.cut and ladder.passes >= whole.passes)
@@ -355,7 +365,7 @@ class Job:
     def _better_global(self, rungs: list[Rung], evidence: Evidence) -> Rung | None:
         """One weight for all, if it does better on the held-out examples than the richer setting chosen."""
         lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
-        if _chosen(rungs) in lower or len(self.parts) > 1:
+        if kept(rungs) in lower or len(self.parts) > 1:
             return None
         best = max(lower, key=lambda rung: self.goal.metric.sign * rung.mean)
         metric, held_out = self.metrics[0], self.parts[0][1]
@@ -388,7 +398,3 @@ def _thinned_like(chosen: Setting, setting: Setting, identities: Mapping[str, fl
         {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in setting.alphas.items()},
         setting.lambdas,
     )
-
-
-def _chosen(rungs: Sequence[Rung]) -> Rung:
-    return next(rung for rung in rungs if rung.chosen)

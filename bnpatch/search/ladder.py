@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -15,14 +14,15 @@ from bnpatch.calibration import target_moments
 from bnpatch.data.examples import Examples, Indices
 from bnpatch.errors import NotEnoughMemoryError
 from bnpatch.evaluation import if_finite
-from bnpatch.metrics import CROSS_ENTROPY, METRICS, Z95, Metric, Values, paired_difference
+from bnpatch.metrics import METRICS, Metric, Values
 from bnpatch.model import TorchModel
 from bnpatch.patchable import Patchable
-from bnpatch.search.judge import FEW_SETS, Judge, in_sets
+from bnpatch.search.judge import Judge, in_sets
 from bnpatch.search.learn import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
-from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial
+from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial, kept
 from bnpatch.search.race import RaceResult, Runner, race
 from bnpatch.search.scoreboard import Scoreboard, blocks_of
+from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
 from bnpatch.search.walk import Knob, walk
 from bnpatch.setting import Setting
@@ -54,15 +54,8 @@ class Ladder:
     The rungs: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one alpha
     per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
-    itself. Every rung begins where a lower one ended, so that none is much worse.
-
-    Which one is kept is decided on selection examples. Nothing was learned from them by gradient, though
-    learning was stopped by them. Does any rung with a better mean beat the identity beyond doubt? The
-    cross-entropy may say so in place of a rate, which few examples tell little about. One weight for all
-    sites can hardly fit itself to the examples that it was raced on, so that its doubt is settled by all
-    tuning examples. If so, the best mean wins; of rates that a single answer tells apart, the lowest rung
-    whose cross-entropy is within a standard error of the best. Being chosen flatters a setting a little; the
-    verdict is of other examples.
+    itself. Every rung begins where a lower one ended, so that none is much worse. Which one is kept is
+    decided on a part of the examples, the selection.
     """
 
     def __init__(
@@ -94,8 +87,9 @@ class Ladder:
         # A race scores all blocks of the settings that matter: choosing between them costs nothing more. One
         # weight for all does not fit itself to the examples: where nothing else is found, all of them choose.
         part = 1.0 if plan.granularity == "global" else SELECTION
-        self._selection = range(len(blocks) - max(1, round(part * len(blocks))), len(blocks))
-        self.fit = np.concatenate(blocks[: self._selection.start] or blocks)
+        first = len(blocks) - max(1, round(part * len(blocks)))
+        self.selection = Selection(self._board, judge, range(first, len(blocks)))
+        self.fit = np.concatenate(blocks[:first] or blocks)
 
     @property
     def passes(self) -> float:
@@ -139,7 +133,7 @@ class Ladder:
                 raise
             self.interrupted = True
         self.cut = self._hurry()
-        return self._choose(found)
+        return self.selection.choose(found)
 
     def _ways(self, found: Mapping[str, Setting]) -> Sequence[tuple[str, Callable[[], Setting]]]:
         """Name of each rung, and how it is found from those below it."""
@@ -162,7 +156,7 @@ class Ladder:
                 (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True))
             )
         if per:
-            ways.append(("refined", lambda: self._refine(self._best(found))))
+            ways.append(("refined", lambda: self._refine(kept(self.selection.choose(found)).setting)))
         return ways
 
     # One weight for all.
@@ -210,7 +204,7 @@ class Ladder:
             return self._board.by_block(setting(params), blocks, name)
 
         def report(runner: Runner, standing: RaceResult) -> None:
-            trial = self._trial(name, runner, standing.identity.means, sizes)
+            trial = _as_trial(name, runner, standing.identity.means, sizes)
             self.trials.append(trial)
             metric = self.judge.metric
             score = metric.sign * trial.scores[metric.name]
@@ -238,26 +232,9 @@ class Ladder:
         )
         # Also those that an earlier run finished.
         self.trials = [t for t in self.trials if t.rung != name]
-        self.trials += [self._trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
+        self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
         return result
-
-    def _trial(self, rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
-        changes = runner.changes
-
-        def within(metric: str, value: float) -> float:
-            # Judged by few, it may lie beyond what a rate can be.
-            is_rate = metric in METRICS and METRICS[metric].is_rate
-            return min(1.0, max(0.0, value)) if is_rate else value
-
-        return Trial(
-            rung,
-            runner.number,
-            _plain(runner.params),
-            {metric: within(metric, whole[metric] + changes[metric].value) for metric in whole},
-            {metric: changes[metric].stderr for metric in whole},
-            sum(sizes[: runner.blocks]),
-        )
 
     # One weight per stage or layer.
 
@@ -292,7 +269,7 @@ class Ladder:
                     self.examples,
                     fit,
                     self.judge.loss,
-                    lambda: self._cost(self.model.setting(), label),
+                    lambda: self.selection.cost(self.model.setting(), label),
                     start=start,
                     groups=groups,
                     course=course,
@@ -314,7 +291,7 @@ class Ladder:
             for name, group in by_name.items():
                 members.setdefault(group, []).append(name)
             knobs += [Knob(kind, tuple(names)) for names in members.values()]
-        guide = self._guide
+        guide = self.selection.guide
 
         def scores(indices: Indices, setting: Setting) -> Values | None:
             return if_finite(partial(self._units, setting, indices, guide))
@@ -355,99 +332,6 @@ class Ladder:
         if per == "layer":
             return {name: name for name in weighed}
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighed}
-
-    # Choosing.
-
-    def _best(self, found: Mapping[str, Setting]) -> Setting:
-        return next(rung.setting for rung in self._choose(found) if rung.chosen)
-
-    def _choose(self, found: Mapping[str, Setting]) -> list[Rung]:
-        """All settings scored on the selection examples, and one of them chosen."""
-        identity, sign = found["identity"], self.judge.metric.sign
-        before = self.selected(identity)
-        rungs, better, supported = [], [], False
-        for name, setting in found.items():
-            after = if_finite(partial(self.selected, setting))
-            if after is None:
-                continue
-            change = paired_difference(before, after)
-            rungs.append(rung := Rung(name, setting, float(np.mean(after)), change))
-            if sign * change.value > 0:
-                better.append(rung)
-                # One weight for all hardly fits itself to the examples: all may say so.
-                blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._selection
-                supported = supported or self._gains(blocks, identity, setting)
-        best = self._best_of(better, len(before)) if supported else rungs[0]
-        return [replace(rung, chosen=rung is best) for rung in rungs]
-
-    def _best_of(self, rungs: Sequence[Rung], num_examples: int) -> Rung:
-        """The best mean; of rates that a single answer tells apart, by the cross-entropy.
-
-        By that the lowest rung within a standard error of the best, as weights that cost latency should be
-        worth it (the rule of one standard error of Breiman et al., "Classification and Regression Trees").
-        """
-        metric, guide = self.judge.metric, self._guide
-        lead = max(metric.sign * rung.mean for rung in rungs)
-        answer = 0.0 if guide is metric else 1 / num_examples
-        equals = [rung for rung in rungs if metric.sign * rung.mean >= lead - answer * (1 + 1e-9)]
-        scores = [self._on(self._selection, rung.setting, metric=guide.name) for rung in equals]
-        best = max(scores, key=lambda values: guide.sign * float(np.mean(values)))
-        behind = (paired_difference(values, best) for values in scores)
-        return next(
-            rung
-            for rung, change in zip(equals, behind, strict=True)
-            if guide.sign * change.value <= change.reach / Z95
-        )
-
-    def gains(self, identity: Setting, setting: Setting) -> bool:
-        """Is a setting better beyond doubt on the selection examples, by the metric or its guide?"""
-        return self._gains(self._selection, identity, setting)
-
-    def _gains(self, blocks: range, identity: Setting, setting: Setting) -> bool:
-        metrics = {metric.name: metric for metric in (self.judge.metric, self._guide)}
-        return any(self._is_better(blocks, identity, setting, metric) for metric in metrics.values())
-
-    def _is_better(self, blocks: range, identity: Setting, setting: Setting, metric: Metric) -> bool:
-        before, after = (
-            if_finite(partial(self._on, blocks, s, metric=metric.name)) for s in (identity, setting)
-        )
-        if before is None or after is None:
-            return False
-        change = paired_difference(before, after)
-        # A few sets leave nothing but their mean to go by.
-        settled = change.excludes_zero or (self.judge.set_size > 1 and len(after) < FEW_SETS)
-        return settled and metric.sign * change.value > 0
-
-    def _cost(self, setting: Setting, label: str) -> float:
-        """What a step is judged by on the selection examples; less is better."""
-        guide = self._guide
-        scores = if_finite(partial(self._on, self._selection, setting, label, guide.name))
-        return math.inf if scores is None else -guide.sign * float(np.mean(scores))
-
-    @property
-    def _guide(self) -> Metric:
-        """What single steps go by: of classes the cross-entropy, whatever is counted of them in the end.
-
-        A rate changes by leaps; a few hundred examples can't tell by it whether a small step was a good one.
-        """
-        metric = self.judge.metric
-        return CROSS_ENTROPY if metric.of_classes else metric
-
-    def selected(self, setting: Setting) -> Values:
-        """Scores of the selection examples, or of sets of them.
-
-        Raises:
-            OutputsNotFiniteError: the model returns infinities or NaN for one.
-        """
-        return self._on(self._selection, setting)
-
-    # Scores.
-
-    def _on(
-        self, blocks: range, setting: Setting, label: str = "choosing", metric: str | None = None
-    ) -> Values:
-        """Scores of the examples of some blocks, by the tuned metric or another one."""
-        return self._board.on(blocks, setting, label, metric or self.judge.metric.name)
 
     def _units(self, setting: Setting, indices: Indices, metric: Metric) -> Values:
         """Scores by example, or by set of examples."""
@@ -491,6 +375,25 @@ class Ladder:
         if self.plan.timeout is None:
             return None
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
+
+
+def _as_trial(rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
+    """What a race knows of a trial, as it would be on all examples; ``whole`` is what it began with there."""
+    changes = runner.changes
+
+    def within(metric: str, value: float) -> float:
+        # Judged by few, it may lie beyond what a rate can be.
+        is_rate = metric in METRICS and METRICS[metric].is_rate
+        return min(1.0, max(0.0, value)) if is_rate else value
+
+    return Trial(
+        rung,
+        runner.number,
+        _plain(runner.params),
+        {metric: within(metric, whole[metric] + changes[metric].value) for metric in whole},
+        {metric: changes[metric].stderr for metric in whole},
+        sum(sizes[: runner.blocks]),
+    )
 
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:

@@ -1,6 +1,6 @@
 """How far a search goes, and what it finds on the way: rungs of a ladder, trials of the races for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +63,11 @@ class Rung:
     mean: float
     change: Estimate
     chosen: bool = False
+
+
+def kept(rungs: Sequence[Rung]) -> Rung:
+    """The one that is chosen."""
+    return next(rung for rung in rungs if rung.chosen)
 
 
 @dataclass(frozen=True)

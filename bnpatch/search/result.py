@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from bnpatch.metrics import Comparison, Metric
 from bnpatch.recipe import Recipe
-from bnpatch.search.plan import Rung, Trial
+from bnpatch.search.plan import Rung, Trial, kept
 from bnpatch.search.trade_off import Point
 from bnpatch.search.verdict import Verdict
 from bnpatch.setting import Setting
@@ -58,7 +58,7 @@ class TuneResult:
     @property
     def chosen(self) -> Rung:
         """The rung that the selection examples support."""
-        return next(rung for rung in self.rungs if rung.chosen)
+        return kept(self.rungs)
 
     @property
     def comparisons(self) -> list[Comparison]:

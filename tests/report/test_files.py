@@ -8,6 +8,7 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.bench import Latency
+from bnpatch.errors import BnpatchWarning
 from bnpatch.recipe import Recipe
 from bnpatch.report.curves import race_curves
 from bnpatch.report.files import write_results, write_trials
@@ -288,7 +289,8 @@ def test_an_interrupted_search(model, foggy, written):
         if trial.number == 2:
             raise KeyboardInterrupt
 
-    result = bnpatch.tune_alpha(model, foggy, granularity="global", on_trial=interrupt)
+    with pytest.warns(BnpatchWarning, match="interrupted"):
+        result = bnpatch.tune_alpha(model, foggy, granularity="global", on_trial=interrupt)
     assert result.interrupted
     assert "The search was interrupted" in written(result).text
 

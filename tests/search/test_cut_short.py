@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnpatch
-from bnpatch.errors import BnpatchError
+from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import OutputsNotFiniteError
 from bnpatch.report.summary import verdict_sentence
 from bnpatch.search import job
@@ -24,7 +24,8 @@ def test_an_interrupt_keeps_the_best_so_far(model, foggy):
         if trial.rung == "alpha" and trial.number == 3:
             raise KeyboardInterrupt
 
-    result = bnpatch.tune_alpha(model, foggy, on_trial=interrupt)
+    with pytest.warns(BnpatchWarning, match="interrupted: what was found so far is judged now"):
+        result = bnpatch.tune_alpha(model, foggy, on_trial=interrupt)
     assert result.interrupted
     assert result.recipe.provenance["interrupted"]
     assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
@@ -44,7 +45,8 @@ def test_an_interrupt_while_learning_keeps_what_was_raced(model, foggy, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ByMetric, "loss", interrupt)
-    result = bnpatch.tune_alpha(model, foggy, recalibrate=False)
+    with pytest.warns(BnpatchWarning, match="interrupted"):
+        result = bnpatch.tune_alpha(model, foggy, recalibrate=False)
     assert result.interrupted
     assert result.chosen.name == "alpha"
     assert str(result.verdict) == "gain"
@@ -81,7 +83,8 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(model, foggy):
             raise KeyboardInterrupt
 
     interrupted = []
-    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", on_trial=interrupt)
+    with pytest.warns(BnpatchWarning, match="interrupted"):
+        result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", on_trial=interrupt)
     assert result.interrupted
     assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
     assert result.num_held_out == 100
@@ -99,7 +102,8 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(model
 
     monkeypatch.setattr(ByMetric, "loss", interrupt)
     climbed = recorded(monkeypatch)
-    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", recalibrate=False)
+    with pytest.warns(BnpatchWarning, match="interrupted"):
+        result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
     assert [[rung.name for rung in rungs] for rungs in climbed] == [["identity", "alpha"]] * 6
 

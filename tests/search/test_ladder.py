@@ -7,16 +7,16 @@ from optuna.trial import TrialState
 
 import bnpatch
 from bnpatch.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.search.judge import ByMetric
-from bnpatch.search.ladder import Ladder
+from bnpatch.search.ladder import _as_trial
+from bnpatch.search.learn import Course
 from bnpatch.search.race import Runner
 from bnpatch.search.scoreboard import Scoreboard, blocks_of
 from bnpatch.search.standings import Difference
 from bnpatch.setting import Setting
 
 
-def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy):
+def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy, monkeypatch):
+    monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 16))  # races are looked at
     few, seen = (foggy[0][:100], foggy[1][:100]), []
 
     def look(trial, is_best):
@@ -123,58 +123,6 @@ def test_other_targets_change_the_scores_of_lambdas_alone():
 def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     change = {name: Difference(0.4, 0.1, 8) for name in ("accuracy", "cross-entropy")}
     runner = Runner(1, {"sqrt_alpha": 0.5}, 1, TrialState.PRUNED, {}, change)
-    trial = Chooser({})._trial("alpha", runner, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
+    trial = _as_trial("alpha", runner, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
     assert trial.scores == {"accuracy": 1.0, "cross-entropy": pytest.approx(1.2)}
     assert trial.weight == 0.25
-
-
-class Chooser(Ladder):
-    """A ladder whose settings have scores on eight blocks, the last two of which select."""
-
-    def __init__(self, scores, cross_entropies=None):
-        self.scores, self.cross_entropies = scores, cross_entropies
-        self.judge = ByMetric(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
-        self._board = SimpleNamespace(blocks=range(8))
-        self._selection = range(6, 8)
-
-    def _on(self, blocks, setting, label="", metric=None):
-        scores = self.cross_entropies if self.cross_entropies and metric == "cross-entropy" else self.scores
-        return scores[setting][10 * blocks.start : 10 * blocks.stop]
-
-    def chosen(self):
-        return next(rung.name for rung in self._choose({name: name for name in self.scores}) if rung.chosen)
-
-
-def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_best_mean_wins():
-    rng = np.random.default_rng(0)
-    identity, noise = np.ones(80), rng.normal(0, 1, 80)
-    noise -= noise.reshape(4, 20).mean(1).repeat(20)  # of mean 0 where it selects, too
-    scores = {
-        "identity": identity,
-        "alpha": 0.7 * identity + noise,
-        "alpha per layer": 0.6 * identity + noise,
-    }
-    assert Chooser(scores).chosen() == "alpha per layer"  # that alpha gains is sure: of 80, not of 20
-    assert Chooser({"identity": identity, "alpha": scores["alpha"]}).chosen() == "alpha"
-    scores.pop("alpha")
-    assert Chooser(scores).chosen() == "identity"  # of 20, nothing is
-    tie = {"identity": identity, "alpha": 0.5 * identity, "lambda": 0.5 * identity}
-    assert Chooser(tie).chosen() == "alpha"
-
-
-def test_the_cross_entropy_may_settle_what_few_answers_do_not():
-    right = np.tile([1.0, 0.0], 40)
-    one_more = right.copy()
-    one_more[[1, 61]] = 1
-    accuracies, losses = {"identity": right, "alpha": one_more}, {"identity": 1.0 - right / 2}
-    noise = np.random.default_rng(0).normal(0, 1, 80)
-    assert Chooser(accuracies, {**losses, "alpha": 0.8 - right / 2}).chosen() == "alpha"
-    assert Chooser(accuracies, {**losses, "alpha": 1.2 - right / 2}).chosen() == "identity"
-    assert Chooser(accuracies, {**losses, "alpha": losses["identity"] + noise}).chosen() == "identity"
-    two_more = {**accuracies, "lambda": one_more, "lambda, alpha": np.maximum(one_more, np.arange(80) >= 78)}
-    losses |= {"alpha": 0.7 - right / 2, "lambda": 0.6 - right / 2, "lambda, alpha": 0.8 - right / 2}
-    assert Chooser(two_more, losses).chosen() == "lambda"  # as good as the last, but for one answer of 20
-    losses |= {"alpha": 0.6 + noise / 8 - right / 2, "lambda": 0.6 - right / 2}
-    assert Chooser(two_more, losses).chosen() == "alpha"  # within a standard error
-    one_less = {"identity": one_more, "alpha": right}
-    assert Chooser(one_less, {**losses, "alpha": 0.8 - right / 2}).chosen() == "identity"

@@ -1,0 +1,55 @@
+from types import SimpleNamespace
+
+import numpy as np
+
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
+from bnpatch.search.judge import ByMetric
+from bnpatch.search.plan import kept
+from bnpatch.search.selection import Selection
+
+
+def chosen(scores, cross_entropies=None):
+    """Of settings with scores on eight blocks, the last two of which select."""
+
+    def on(blocks, setting, label, metric):
+        values = (cross_entropies or scores) if metric == "cross-entropy" else scores
+        return values[setting][10 * blocks.start : 10 * blocks.stop]
+
+    judge = ByMetric(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
+    board = SimpleNamespace(blocks=range(8), on=on)
+    return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
+
+
+def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_best_mean_wins():
+    rng = np.random.default_rng(0)
+    identity, noise = np.ones(80), rng.normal(0, 1, 80)
+    noise -= noise.reshape(4, 20).mean(1).repeat(20)  # of mean 0 where it selects, too
+    scores = {
+        "identity": identity,
+        "alpha": 0.7 * identity + noise,
+        "alpha per layer": 0.6 * identity + noise,
+    }
+    assert chosen(scores) == "alpha per layer"  # that alpha gains is sure: of 80, not of 20
+    assert chosen({"identity": identity, "alpha": scores["alpha"]}) == "alpha"
+    scores.pop("alpha")
+    assert chosen(scores) == "identity"  # of 20, nothing is
+    tie = {"identity": identity, "alpha": 0.5 * identity, "lambda": 0.5 * identity}
+    assert chosen(tie) == "alpha"
+
+
+def test_the_cross_entropy_may_settle_what_few_answers_do_not():
+    right = np.tile([1.0, 0.0], 40)
+    one_more = right.copy()
+    one_more[[1, 61]] = 1
+    accuracies, losses = {"identity": right, "alpha": one_more}, {"identity": 1.0 - right / 2}
+    noise = np.random.default_rng(0).normal(0, 1, 80)
+    assert chosen(accuracies, {**losses, "alpha": 0.8 - right / 2}) == "alpha"
+    assert chosen(accuracies, {**losses, "alpha": 1.2 - right / 2}) == "identity"
+    assert chosen(accuracies, {**losses, "alpha": losses["identity"] + noise}) == "identity"
+    two_more = {**accuracies, "lambda": one_more, "lambda, alpha": np.maximum(one_more, np.arange(80) >= 78)}
+    losses |= {"alpha": 0.7 - right / 2, "lambda": 0.6 - right / 2, "lambda, alpha": 0.8 - right / 2}
+    assert chosen(two_more, losses) == "lambda"  # as good as the last, but for one answer of 20
+    losses |= {"alpha": 0.6 + noise / 8 - right / 2, "lambda": 0.6 - right / 2}
+    assert chosen(two_more, losses) == "alpha"  # within a standard error
+    one_less = {"identity": one_more, "alpha": right}
+    assert chosen(one_less, {**losses, "alpha": 0.8 - right / 2}) == "identity"
