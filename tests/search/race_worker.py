@@ -1,18 +1,17 @@
 """One process of a race, for the tests to kill.
 
-``python -m tests.search.race_worker STORAGE LOG RESULT [PEER]``
-
-Each block that it scores becomes a line of LOG; RESULT is written when the race is over. It begins when
-PEER is there, the log of another process that begins at the same moment, and leaves that one something to do
-once the identity is scored.
+Each block that it scores becomes a line of its log; the result is written when the race is over. It begins
+when its peers are there, logs of other processes that begin at the same moment, and leaves those something to
+do once the identity is scored.
 """
 
 import json
-import sys
+import os
 import time
-from pathlib import Path
 
 import numpy as np
+import scipy.optimize
+import scipy.stats  # noqa: F401
 
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.search.race import race
@@ -64,9 +63,8 @@ def wait(ready):
         time.sleep(0.001)
 
 
-if __name__ == "__main__":
-    storage, *paths = sys.argv[1:]
-    log, result, *peers = map(Path, paths)
+def main(storage, log, result, *peers):
     log.touch()
+    os.dup2(os.open(log.with_suffix(".stderr"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     wait(lambda: all(peer.exists() for peer in peers))
     result.write_text(json.dumps(run(storage, log, 0.02, peers)))

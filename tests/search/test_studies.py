@@ -1,10 +1,8 @@
 import json
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -16,7 +14,6 @@ from bnpatch.search import studies
 from bnpatch.search.studies import as_stored, open_study, this_process
 from tests.search import race_worker
 
-ROOT = Path(__file__).parents[2]
 SPACE = {"x": (0.0, 1.0)}
 
 
@@ -30,19 +27,26 @@ def uninterrupted():
     return json.loads(json.dumps(race_worker.run(None)))
 
 
-def start(storage, *paths):
-    arguments = [sys.executable, "-m", "tests.search.race_worker", storage, *map(str, paths)]
-    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+# Copies of one process that has imported everything: what is tested is how they end, not how they begin.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.search.race_worker"])
+
+
+def start(storage, log, result, *peers):
+    process = PROCESSES.Process(target=race_worker.main, args=(storage, log, result, *peers))
+    process.start()
+    return process
 
 
 def lines(log):
     return log.read_text().splitlines() if log.exists() else []
 
 
-def finish(process):
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert err == ""  # Optuna's chatter is none of the user's business
+def finish(process, log):
+    process.join(120)
+    said = log.with_suffix(".stderr").read_text()
+    assert process.exitcode == 0, said
+    assert said == ""  # Optuna's chatter is none of the user's business
 
 
 def states(storage, name="test"):
@@ -54,13 +58,13 @@ def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storag
     chance = random.Random(storage.startswith("sqlite"))
     for kill_at in (chance.randint(1, 12), chance.randint(13, 24)):
         process = start(storage, log, result)
-        while len(lines(log)) < kill_at and process.poll() is None:
+        while len(lines(log)) < kill_at and process.is_alive():
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.01))  # anywhere in the block, or in what is written after it
-        assert process.poll() is None, "it was over before it was killed"
+        assert process.is_alive(), "it was over before it was killed"
         process.kill()
-        process.communicate()
-    finish(start(storage, log, result))
+        process.join()
+    finish(start(storage, log, result), log)
     assert json.loads(result.read_text()) == uninterrupted
     assert TrialState.RUNNING not in states(storage)
     # Only the block that was being scored at each kill is scored again.
@@ -77,8 +81,8 @@ def test_running_it_again_scores_nothing(storage, tmp_path, uninterrupted):
 def test_two_processes_share_a_study(storage, tmp_path):
     logs, results = [tmp_path / "log1", tmp_path / "log2"], [tmp_path / "r1", tmp_path / "r2"]
     processes = [start(storage, logs[i], results[i], logs[1 - i]) for i in (0, 1)]
-    for process in processes:
-        finish(process)
+    for process, log in zip(processes, logs, strict=True):
+        finish(process, log)
     found = [json.loads(path.read_text()) for path in results]
     assert found[0]["best"] == found[1]["best"]
     assert found[0]["best"]["x"] == pytest.approx(0.4, abs=0.05)
@@ -131,8 +135,9 @@ def test_a_trial_is_left_to_whoever_lives(storage):
     assert not owned_by(storage, f"{host}:{os.getppid()}:another start", now).busy
     assert owned_by(storage, f"elsewhere:{pid}:{began}", now - studies.STALE_SECONDS / 2).busy
     assert not owned_by(storage, f"elsewhere:{pid}:{began}", now - studies.STALE_SECONDS * 2).busy
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gone = PROCESSES.Process(target=int)
+    gone.start()
+    gone.join()
     assert not owned_by(storage, f"{host}:{gone.pid}:", now).busy
 
 
