@@ -34,7 +34,8 @@ def tune_alpha(
     metric: Annotated[
         str,
         typer.Option(
-            help="accuracy, cross-entropy or top5; without labels unlabeled, alignment, entropy or evalnorm.",
+            help="accuracy, cross-entropy or top5; without labels unlabeled (for comparison: information, "
+            "alignment, entropy, evalnorm).",
             rich_help_panel=_SEARCH,
         ),
     ] = "accuracy",

@@ -101,11 +101,14 @@ def test_weights_that_are_learned_meet_their_layers(model):
 
 
 @pytest.mark.parametrize(
-    "objective", ["unlabeled", "unlabeled with a prior", "alignment", "entropy", "evalnorm"]
+    "objective",
+    ["unlabeled", "unlabeled step", "unlabeled with a prior", "infomax", "alignment", "entropy", "evalnorm"],
 )
 def test_objectives_stay_on_the_device(model, objective):
     judge = {
         "unlabeled": objectives.unlabeled(),
+        "unlabeled step": objectives.unlabeled_step(),
+        "infomax": objectives.infomax(),
         "unlabeled with a prior": objectives.unlabeled(torch.full((10,), 0.1)),
     }.get(objective) or getattr(objectives, objective)
     model.retarget(model.moments_by_batch(images()))

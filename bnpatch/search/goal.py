@@ -14,6 +14,7 @@ from bnpatch.search.judge import ByMetric, ByObjective, Judge
 #: Metrics that need no labels, and what each can't see.
 LABEL_FREE = {
     "unlabeled": "it presumes that all classes are equally frequent, or as --class-prior says",
+    "information": "it presumes that all classes are equally frequent, or as --class-prior says",
     "alignment": "it looks at the moments of the norms' inputs alone, never at an answer",
     "entropy": "it takes certainty for truth, which fails where a strong shift makes one class of everything",
     "evalnorm": "it makes inference like training, batch by batch, whether or not that helps",
@@ -58,15 +59,18 @@ class Goal:
             return ByMetric(self.metric, metrics, self.batch_size)
         readable = examples.readable(indices)  # or an error that says why not
         num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)
+        prior = label_free.as_prior(self.prior, num_outputs)
         objectives: Mapping[str, label_free.Objective] = {
-            "unlabeled": label_free.unlabeled(label_free.as_prior(self.prior, num_outputs)),
+            "unlabeled": label_free.unlabeled(prior),
+            "information": label_free.infomax(prior),
             "alignment": label_free.alignment,
             "entropy": label_free.entropy,
             "evalnorm": label_free.evalnorm,
         }
         beside = STANDARD_METRICS if examples.labelled[indices].all() else ()
         objective = objectives[self.metric.name]
-        return ByObjective(self.metric, objective, model.facts(), beside, num_outputs, self.batch_size)
+        step = label_free.unlabeled_step(prior) if self.metric.name == "unlabeled" else objective
+        return ByObjective(self.metric, objective, step, model.facts(), beside, num_outputs, self.batch_size)
 
     def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
         """What gives the verdict on these examples, by labels where there are, and the metrics compared."""

@@ -96,6 +96,7 @@ class ByObjective:
     Attributes:
         metric: name and direction; it can't score single examples.
         objective: see :mod:`bnpatch.search.objectives`.
+        step: what to go down by gradient for it.
         sites: what the objective needs to know of them.
         metrics: scored beside it, where there are labels.
         num_classes: K.
@@ -107,6 +108,7 @@ class ByObjective:
 
     metric: Metric
     objective: Objective
+    step: Objective
     sites: Mapping[str, SiteFacts]
     metrics: Sequence[Metric] = ()
     num_classes: int = 2
@@ -156,7 +158,7 @@ class ByObjective:
         return float(self.objective(_as_one(model, parts), self.sites))
 
     def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The objective of all batches as one set, in one part."""
+        """Of all batches as one set, in one part."""
         if len(batches) == 1:
             parts = [model.observe(batches[0].x, gradients=True)]
         else:  # for the gradient each is run once more: not all activations fit into memory
@@ -164,7 +166,7 @@ class ByObjective:
                 checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
                 for batch in batches
             ]
-        yield self.objective(_as_one(model, parts), self.sites)
+        yield self.step(_as_one(model, parts), self.sites)
 
 
 def _as_one(model: Patchable, parts: Sequence[_Part]) -> Seen:

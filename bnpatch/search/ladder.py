@@ -44,6 +44,10 @@ _LEARNED_VALUES = 8 * 3 * 224 * 224
 # Fewer blocks are no race: so many trials see all of them.
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
+# An objective without labels has more than one valley, and races with one weight for all may end beside the
+# best. So learning begins at further places: with these alphas at the first site and at the last.
+_OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
+
 # Moments of a batch by which the layers below normalize are too noisy of fewer examples.
 _RETARGET_BATCH = 250
 
@@ -101,6 +105,8 @@ class Ladder:
         names = [name for name, _ in self._ways({})[: self.plan.reach]]
         races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
         learned = len(names) - races if isinstance(self.model, TorchModel) else 0
+        if learned > 1 and self.judge.set_size > 1:
+            learned += len(_OTHER_STARTS)
         course = Course.of(len(self.fit), self.judge.set_size)
         looks = CHECKS * (len(self.tuning) - len(self.fit))
         passes, trials = self._budget
@@ -244,15 +250,40 @@ class Ladder:
         groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
         rung = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
         study = self._study("alpha")
-        if kept := study.recall(rung):
-            return Setting(*kept)
+        if known := study.recall(rung):
+            return Setting(*known)
         try:
-            found = self._learn(start, groups)
+            found = self._learned(start, groups)
         except NoGradientError:
             found = self._walk(start, groups)
         if not (self.interrupted or self._hurry()):
             study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
         return found
+
+    def _learned(self, start: Setting, groups: Groups) -> Setting:
+        """The best of what is learned from one place; without labels, of what is learned from several."""
+        found = self._learn(start, groups)
+        if self.judge.set_size == 1 or not groups.lambdas:
+            return found
+        lowest = self.selection.cost(found, "choosing")
+        for weights in _OTHER_STARTS:
+            other = self._learn(self._weighed(start, groups, weights), groups)
+            if (cost := self.selection.cost(other, "choosing")) < lowest:
+                found, lowest = other, cost
+        return found
+
+    def _weighed(self, start: Setting, groups: Groups, weights: tuple[float, float]) -> Setting:
+        """Alphas from the first of these weights to the last, by depth, and lambdas in the middle.
+
+        Sites whose identity is not at 0 keep what they have: they see the example already.
+        """
+        ramp = np.linspace(*weights, len(self._identities)).tolist()
+        alphas = {
+            name: alpha
+            for (name, identity), alpha in zip(self._identities.items(), ramp, strict=True)
+            if identity == 0 and name in groups.alphas
+        }
+        return Setting({**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)})
 
     def _learn(self, start: Setting, groups: Groups) -> Setting:
         if not isinstance(self.model, TorchModel):

@@ -3,10 +3,11 @@
 Unlike the metrics of labelled examples these are functions of a set of examples, not means over them. Each
 is a scalar of which less is better, and has gradients.
 
-What they can't see: none of them knows the classes. *Information maximisation* wants predictions that are
-certain, and all classes equally often (or as often as ``prior`` says): on data with other proportions it
-is wrong by that much. *Entropy* wants certainty alone, which a network under a strong shift has when it
-takes everything for one class. *Alignment* and *EvalNorm* never look at the predictions.
+What they can't see: none of them knows the classes. *Self-labelling* and *information maximisation* want
+predictions that are certain, and all classes equally often (or as often as ``prior`` says): on data with
+other proportions they are wrong by that much. *Entropy* wants certainty alone, which a network under a
+strong shift has when it takes everything for one class. *Alignment* and *EvalNorm* never look at the
+predictions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,14 @@ from torch import Tensor
 from bnpatch.errors import BnpatchError
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.sites import SiteFacts
+
+# Temperature and iterations of self-labels: those that weights are judged by are balanced as they should be;
+# those to learn from are harder, and not balanced to the end, which leads out of more dead ends (see
+# docs/decisions/0009 for both).
+_JUDGED, _LEARNED = (0.3, 100), (0.1, 30)
+
+# Of the alignment, which says less than the predictions do.
+_ALIGNMENT = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,22 +55,61 @@ def entropy(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
     return -(log_p.exp() * log_p).sum(1).mean()
 
 
-def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -> Tensor:
+def self_labels(log_p: Tensor, prior: Tensor | None, temperature: float, iterations: int) -> Tensor:
+    """Labels that agree with the predictions, though the classes occur as often as they should.
+
+    The plan of optimal transport from examples to classes, at the cost of the negative log-probabilities and
+    with a little entropy, by iterations of Sinkhorn and Knopp (Asano et al. 2020, "Self-labelling via
+    simultaneous clustering and representation learning"; Cuturi 2013). Of examples that a network takes for
+    one class, all with certainty, those keep it that it is surest of; the others get what comes next.
+
+    Args:
+        log_p: logarithms of the predicted probabilities, (N, K).
+        prior: how often the classes occur, (K,); None for equally often.
+        temperature: weight of the entropy, in nats; little makes hard labels.
+        iterations: with few of them, classes that nobody predicts get less than their share.
+
+    Returns:
+        Probabilities (N, K), without gradient.
+    """
+    count, num_classes = log_p.shape
+    with torch.no_grad():
+        log_p = log_p.double()
+        # Relative to the best of each example, and no further from it than exp() can tell.
+        scaled = (log_p - log_p.amax(1, keepdim=True)) / temperature
+        kernel = scaled.clamp_min(-600).exp()
+        share = kernel.new_full((num_classes,), 1 / num_classes) if prior is None else prior.to(kernel)
+        by_example = kernel.new_ones(count)
+        for _ in range(iterations):
+            by_class = count * share / (by_example @ kernel)
+            by_example = 1 / (kernel @ by_class)
+        return by_example[:, None] * kernel * by_class
+
+
+def self_labelling(
+    seen: Seen, prior: Tensor | None = None, temperature: float = _JUDGED[0], iterations: int = _JUDGED[1]
+) -> Tensor:
+    """Mean cross-entropy of the predictions with :func:`self_labels` made of them, in nats."""
+    log_p = seen.logits.float().log_softmax(1)
+    labels = self_labels(log_p, prior, temperature, iterations)
+    return -(labels.to(log_p) * log_p).sum(1).mean()
+
+
+def information(seen: Seen, prior: Tensor | None = None) -> Tensor:
     """Mean entropy of the predictions plus the divergence of the mean prediction from the prior, in nats.
 
-    With the uniform prior and ``balance`` 1 this is minus the mutual information of example and
-    prediction, up to a constant (information maximisation).
+    With the uniform prior this is minus the mutual information of example and prediction, up to a constant
+    (information maximisation).
 
     Args:
         seen: what the model did.
         prior: how often the classes occur, (K,); None for equally often.
-        balance: of the divergence.
     """
     log_p = seen.logits.float().log_softmax(1)
     certain = -(log_p.exp() * log_p).sum(1).mean()
     mean = log_p.exp().mean(0).clamp_min(1e-12)
     expected = torch.full_like(mean, 1 / len(mean)) if prior is None else prior.to(mean)
-    return certain + balance * (mean * (mean.log() - expected.clamp_min(1e-12).log())).sum()
+    return certain + (mean * (mean.log() - expected.clamp_min(1e-12).log())).sum()
 
 
 def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
@@ -80,23 +128,23 @@ def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
-def unlabeled(prior: Tensor | None = None, balance: float = 3.0, weight: float = 1.0) -> Objective:
-    """Alignment plus information maximisation: what tells most without labels.
-
-    Classes in proportion count for more than certainty. Where images are shifted in different ways, a
-    network is certain of many that it takes for one and the same class, and with a balance of 1 it gets
-    more so: measured on such a mixture, 54% top-1 before, 55% with 1, 61% with 3 (68% with labels).
+def unlabeled(prior: Tensor | None = None) -> Objective:
+    """Self-labelling plus alignment: what tells most without labels.
 
     Args:
         prior: how often the classes occur, (K,); None for equally often.
-        balance: see :func:`information`.
-        weight: of the alignment.
     """
+    return lambda seen, sites: self_labelling(seen, prior) + _ALIGNMENT * alignment(seen, sites)
 
-    def objective(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
-        return information(seen, prior, balance) + weight * alignment(seen, sites)
 
-    return objective
+def unlabeled_step(prior: Tensor | None = None) -> Objective:
+    """What to go down by gradient for :func:`unlabeled`."""
+    return lambda seen, sites: self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, sites)
+
+
+def infomax(prior: Tensor | None = None) -> Objective:
+    """Information maximisation plus alignment; ``prior`` as of :func:`unlabeled`."""
+    return lambda seen, sites: information(seen, prior) + alignment(seen, sites)
 
 
 def evalnorm(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:

@@ -59,8 +59,9 @@ def tune_alpha(
         model: what :func:`bnpatch.load` takes or returns.
         data: what :func:`bnpatch.open_examples` takes, or returned.
         metric: ``accuracy``, ``cross-entropy`` or ``top5``; a function from (outputs, targets) to one number
-            per example, of which more is better; or without labels ``unlabeled``, ``alignment``,
-            ``entropy`` or ``evalnorm``, see :mod:`bnpatch.search.objectives`.
+            per example, of which more is better; or without labels ``unlabeled`` and, for comparison,
+            ``information``, ``alignment``, ``entropy`` and ``evalnorm``, see
+            :mod:`bnpatch.search.objectives`.
         granularity: one weight for all ("global"), per "stage" (the sites of one resolution) or per "layer";
             "auto" tries both ends.
         recalibrate: let lambda join, the weight of running moments re-estimated on ``calib_data``; by default

@@ -7,8 +7,9 @@ from optuna.trial import TrialState
 
 import bnpatch
 from bnpatch.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.search.ladder import _as_trial
-from bnpatch.search.learn import Course
+from bnpatch.search import ladder
+from bnpatch.search.ladder import Ladder, _as_trial
+from bnpatch.search.learn import Course, Groups
 from bnpatch.search.race import Runner
 from bnpatch.search.scoreboard import Scoreboard, blocks_of
 from bnpatch.search.standings import Difference
@@ -126,3 +127,32 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     trial = _as_trial("alpha", runner, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
     assert trial.scores == {"accuracy": 1.0, "cross-entropy": pytest.approx(1.2)}
     assert trial.weight == 0.25
+
+
+@pytest.mark.parametrize(("set_size", "expected"), [(1, 0.3), (250, 0.1)])
+def test_without_labels_learning_begins_at_several_places(monkeypatch, set_size, expected):
+    """And the valley that is lowest by the selection examples is kept. Labels know the way."""
+    starts = []
+
+    class Learner(Ladder):
+        def __init__(self):
+            self.judge = SimpleNamespace(set_size=set_size)
+            self.selection = SimpleNamespace(cost=lambda setting, label: setting.alphas["b"])
+            self._identities = {"a": 0.0, "b": 0.0, "gn": 1.0, "c": 0.0}
+
+        def _learn(self, start, groups):
+            starts.append(start)
+            return Setting({**start.alphas, "b": [0.3, 0.1, 0.2][(len(starts) - 1) % 3]}, start.lambdas)
+
+    monkeypatch.setattr(ladder, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
+    names = dict.fromkeys(("a", "b", "gn"), "")
+    race = Setting({"a": 0.4, "b": 0.4, "gn": 1.0, "c": 0.4}, {"a": 1.0, "b": 1.0})
+    found = Learner()._learned(race, Groups(names, {"a": "", "b": ""}))
+    assert found.alphas["b"] == expected
+    if set_size > 1:
+        half = {"a": 0.5, "b": 0.5}
+        first, second = Setting({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, half), starts[2]
+        assert starts[:2] == [race, first]
+        assert second.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
+        assert Learner()._learned(race, Groups(names, {})) is not None
+        assert len(starts) == 4  # alphas alone begin where the race ended

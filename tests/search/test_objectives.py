@@ -7,7 +7,19 @@ import torch.nn.functional as F
 from bnpatch.errors import BnpatchError
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import example_moments, weighed_norm
-from bnpatch.search.objectives import Seen, alignment, as_prior, entropy, evalnorm, information, unlabeled
+from bnpatch.search.objectives import (
+    Seen,
+    alignment,
+    as_prior,
+    entropy,
+    evalnorm,
+    infomax,
+    information,
+    self_labelling,
+    self_labels,
+    unlabeled,
+    unlabeled_step,
+)
 from bnpatch.sites import SiteFacts
 
 
@@ -28,8 +40,6 @@ def test_information_wants_certain_and_balanced_predictions():
     unsure = torch.zeros(3, 3)
     values = [information(seen(logits)).item() for logits in (balanced, unsure, collapsed)]
     assert values == pytest.approx([0, math.log(3), math.log(3)], abs=1e-5)
-    tripled = [information(seen(logits), balance=3).item() for logits in (balanced, unsure, collapsed)]
-    assert tripled == pytest.approx([0, math.log(3), 3 * math.log(3)], abs=1e-5)
 
 
 def test_a_prior_says_what_balanced_means():
@@ -37,6 +47,49 @@ def test_a_prior_says_what_balanced_means():
     fitting, uniform = torch.tensor([0.75, 0.25, 0.0]), None
     assert information(seen(logits), fitting).item() == pytest.approx(0, abs=1e-5)
     assert information(seen(logits), uniform).item() > 0.5
+
+
+def by_logarithms(log_p, prior, temperature, iterations):
+    """Sinkhorn's iterations in the form that can't underflow."""
+    scaled, (n, k) = log_p.double() / temperature, log_p.shape
+    u, v = -scaled.amax(1), torch.zeros(k).double()
+    for _ in range(iterations):
+        v = (n * prior).log() - (scaled + u[:, None]).logsumexp(0)
+        u = -(scaled + v).logsumexp(1)
+    return (scaled + u[:, None] + v).exp()
+
+
+@pytest.mark.parametrize("prior", [None, torch.tensor([0.6, 0.3, 0.1])])
+def test_self_labels_are_a_transport_plan(prior):
+    """Against the plain iterations: probabilities of each example, and classes as often as expected."""
+    generator = torch.Generator().manual_seed(0)
+    log_p = (torch.randn(40, 3, generator=generator) + torch.tensor([3.0, 0.0, 0.0])).log_softmax(1)
+    assert (log_p.argmax(1) == 0).double().mean() > 0.8  # what the network takes for one class
+    expected = torch.full((3,), 1 / 3).double() if prior is None else prior.double()
+    for temperature, iterations in ((0.3, 100), (0.1, 30)):
+        found = self_labels(log_p, prior, temperature, iterations)
+        torch.testing.assert_close(found.sum(1), torch.ones(40).double())
+        torch.testing.assert_close(found, by_logarithms(log_p, expected, temperature, iterations))
+    torch.testing.assert_close(self_labels(log_p, prior, 0.3, 100).mean(0), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.mean(0), expected, atol=0.03, rtol=0)
+
+
+def test_self_labels_leave_a_class_to_the_examples_that_are_surest_of_it():
+    logits = torch.tensor([[9.0, 0, 0], [8, 1, 0], [7, 0, 1], [9, 0, 0], [8, 2, 0], [7, 0, 2]])
+    labels = self_labels(logits.log_softmax(1), None, 0.3, 100)
+    assert labels.argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+    assert self_labelling(seen(logits)).item() > 3  # though each prediction is certain
+    assert self_labelling(seen(50 * torch.eye(3))).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_self_labels_of_a_class_that_nobody_predicts_are_finite():
+    logits = torch.cat([torch.full((6, 1), 5000.0), torch.zeros(6, 2)], 1).requires_grad_()
+    loss = self_labelling(seen(logits))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+    absent = self_labels(logits.log_softmax(1), torch.tensor([1.0, 0.0, 0.0]), 0.3, 100)
+    assert absent.argmax(1).tolist() == [0] * 6
 
 
 def test_alignment_is_the_divergence_of_normal_distributions():
@@ -66,10 +119,13 @@ def test_evalnorm_is_the_squared_difference_of_outputs():
     assert value.item() == pytest.approx((here - there).square().mean().item(), rel=1e-9)
 
 
-def test_unlabeled_is_the_sum():
-    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    state = seen(logits)
-    assert unlabeled(balance=2.0)(state, {}).item() == pytest.approx(information(state, balance=2.0).item())
+def test_the_objectives_are_sums():
+    state = seen(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    assert unlabeled()(state, {}).item() == pytest.approx(self_labelling(state).item())
+    labels = self_labels(state.logits.log_softmax(1), None, 0.1, 30)
+    hard = F.cross_entropy(state.logits.double(), labels).item()
+    assert unlabeled_step()(state, {}).item() == pytest.approx(hard)
+    assert infomax()(state, {}).item() == pytest.approx(information(state).item())
 
 
 @pytest.mark.parametrize(
