@@ -44,8 +44,8 @@ def make(name):
     return torchvision.models.resnet18(num_classes=10)
 
 
-def train(name, images, labels, epochs):
-    torch.manual_seed(0)
+def train(name, images, labels, epochs, seed=0):
+    torch.manual_seed(seed)
     model = make(name).train()
     channels = next(model.parameters()).shape[1]
     x = (

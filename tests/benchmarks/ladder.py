@@ -46,15 +46,16 @@ def shifted(kind, images, rng):
     return x.round().clip(0, 255).astype(np.uint8)
 
 
-def trained(name, folder, checkpoints):
-    """The network, from a checkpoint or trained on 20,000 images."""
+def trained(name, folder, checkpoints, seed=0):
+    """The network, from a checkpoint or trained on 20,000 images, others for each seed."""
     stored = checkpoints / f"{name}.pt" if checkpoints else None
     if stored and stored.exists():
         return stored
     fashion_mnist.make = lambda name: timm.create_model(name, num_classes=10, in_chans=1)
     images, labels = fashion_mnist.read(folder, "train")
     path = Path(f"{name}.pt")
-    torch.save(fashion_mnist.train(name, images[:20000], labels[:20000], 4).state_dict(), path)
+    part = slice(20000 * seed, 20000 * (seed + 1))
+    torch.save(fashion_mnist.train(name, images[part], labels[part], 4, seed).state_dict(), path)
     return path
 
 
@@ -67,13 +68,14 @@ def main():
     parser.add_argument("--shifts", nargs="+", default=kinds)
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
     parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, choices=range(3), help="of what is trained")
     args = parser.parse_args()
     warnings.simplefilter("ignore", BnpatchWarning)  # that some models guess is what this is about
     images, labels = fashion_mnist.read(args.data, "t10k")
     print("| model | shift | search | chosen | top-1 | change | cross-entropy | flips | passes | time |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
-        path = trained(name, args.data, args.checkpoints)
+        path = trained(name, args.data, args.checkpoints, args.seed)
         if args.onnx:
             model = bnpatch.load(path, preprocessing=VALUES)
             bnpatch.export_onnx(model, path := Path(f"{name}.onnx"))

@@ -312,7 +312,8 @@ def test_other_objectives_run(model, foggy, objective):
 
 
 def test_augmentation_insures_against_what_the_data_does_not_show(model, clean, foggy):
-    result = bnpatch.tune_alpha(model, clean, metric="cross-entropy", augment="contrast")
+    run = {"metric": "cross-entropy", "granularity": "global", "recalibrate": True}
+    result = bnpatch.tune_alpha(model, clean, augment="contrast", **run)
     before = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
     model.apply(result.recipe)
     after = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
