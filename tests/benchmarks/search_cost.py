@@ -131,6 +131,24 @@ class Regret:
         return f"{size}, {'within' if self.in_interval else 'outside'}"
 
 
+def of_a_part(curve, metric, share):
+    """In how many orders the whole grid would land if it saw a part of the examples: the limit of any search.
+
+    With the identity's scores on all of them as a control variate, as in the race.
+    """
+    scores, landed = np.stack([values[metric.name] for values in curve]), 0
+    changes = metric.sign * (scores - scores[0])
+    for seed in range(ORDERS):
+        part = np.random.default_rng(seed).permutation(scores.shape[1])[: int(share * scores.shape[1])]
+        identity = scores[0] - scores[0].mean()
+        centred = identity[part] - identity[part].mean()
+        slopes = changes[:, part] @ centred / (centred @ centred or 1.0)
+        found = np.argmax(changes[:, part].mean(1) - slopes * identity[part].mean())
+        best = max(scores, key=lambda values: metric.sign * values.mean())
+        landed += Regret(metric, scores[found], best).lands
+    return landed
+
+
 def compare(name, scorer):
     """Rows of the table: the race and the loop, by metric, against the grid."""
     curve, _, grid_seconds = scorer.timed(partial(grid, scorer))
@@ -153,6 +171,8 @@ def compare(name, scorer):
             f"{landed} of {ORDERS}",
         ]
         print("| " + " | ".join(row) + " |", flush=True)
+        quarter, half = (of_a_part(curve, metric, share) for share in (1 / 4, 1 / 2))
+        print(f"<!-- a grid on a quarter lands in {quarter} of {ORDERS}, on half in {half} -->", flush=True)
 
 
 def problems(checkpoints, fashion, examples, shifts):
