@@ -81,7 +81,8 @@ def tune_alpha(
     class_prior: Annotated[
         str | None,
         typer.Option(
-            help="With --metric unlabeled: how often the classes occur, e.g. 0.7,0.2,0.1. Default: equally.",
+            help="With --metric unlabeled or information: how often the classes occur, e.g. 0.7,0.2,0.1. "
+            "Default: equally.",
             rich_help_panel=_SEARCH,
         ),
     ] = None,

@@ -55,7 +55,8 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
 
     Convolutions whose output is known to have a single value per channel (the heart of squeeze and
     excite, or a classifier written as a convolution) are none: no Batch Norm would have been there. Nor are
-    those that embed patches in a model with Layer Norm (a transformer).
+    those that embed patches in a model with Layer Norm (a transformer; from opset 17 on, where it is an
+    operator).
     """
     types = infer_types(model)
     candidates = []
@@ -159,10 +160,10 @@ def _is_normalized(value: ir.Value) -> bool:
 
 def _embeds_patches(node: ir.Node) -> bool:
     """Does it take patches that do not overlap?"""
-    kernel, strides = (node.attributes.get(name) for name in ("kernel_shape", "strides"))
-    if node.op_type != "Conv" or kernel is None or strides is None:
+    weight, strides = constant_of(node.inputs[1]), node.attributes.get("strides")
+    if node.op_type != "Conv" or weight is None or strides is None:
         return False
-    return list(kernel.as_ints()) == list(strides.as_ints()) and max(strides.as_ints()) > 1
+    return list(weight.shape[2:]) == list(strides.as_ints()) and max(strides.as_ints()) > 1
 
 
 def _name(node: ir.Node) -> str:

@@ -5,7 +5,11 @@ from collections.abc import Mapping, Sequence
 from bnpatch.metrics import Comparison, Estimate, Metric
 from bnpatch.search.result import TuneResult
 
-_TITLES = {"top5": "top-5 accuracy", "unlabeled": "unlabeled objective"}
+_TITLES = {
+    "top5": "top-5 accuracy",
+    "unlabeled": "unlabeled objective",
+    "information": "information objective",
+}
 
 
 def verdict_sentence(result: TuneResult) -> str:

@@ -9,7 +9,7 @@ from bnpatch.evaluation import STANDARD_METRICS
 from bnpatch.metrics import ACCURACY, CONFIDENCE, PREDICTION, Metric, ScoreFunction, as_metric, no_scores
 from bnpatch.patchable import Patchable
 from bnpatch.search import objectives as label_free
-from bnpatch.search.judge import ByMetric, ByObjective, Judge
+from bnpatch.search.judge import SET_SIZE, ByMetric, ByObjective, Judge
 
 #: Metrics that need no labels, and what each can't see.
 LABEL_FREE = {
@@ -19,6 +19,10 @@ LABEL_FREE = {
     "entropy": "it takes certainty for truth, which fails where a strong shift makes one class of everything",
     "evalnorm": "it makes inference like training, batch by batch, whether or not that helps",
 }
+
+#: Labels are made of predictions where there are so many sets of examples, each of so many per class; else
+#: information is maximised, see :func:`bnpatch.search.objectives.unlabeled`.
+SELF_LABELLED_SETS, _PER_CLASS = 4, 25
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,19 @@ class Goal:
         readable = examples.readable(indices)  # or an error that says why not
         num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)
         prior = label_free.as_prior(self.prior, num_outputs)
+        infomax = label_free.infomax(prior)
+        enough = len(indices) >= SELF_LABELLED_SETS * SET_SIZE and _PER_CLASS * num_outputs <= SET_SIZE
         objectives: Mapping[str, label_free.Objective] = {
-            "unlabeled": label_free.unlabeled(prior),
-            "information": label_free.infomax(prior),
+            "unlabeled": label_free.unlabeled(prior) if enough else infomax,
+            "information": infomax,
             "alignment": label_free.alignment,
             "entropy": label_free.entropy,
             "evalnorm": label_free.evalnorm,
         }
         beside = STANDARD_METRICS if examples.labelled[indices].all() else ()
         objective = objectives[self.metric.name]
-        step = label_free.unlabeled_step(prior) if self.metric.name == "unlabeled" else objective
+        is_self_labelled = enough and self.metric.name == "unlabeled"
+        step = label_free.unlabeled_step(prior) if is_self_labelled else objective
         return ByObjective(self.metric, objective, step, model.facts(), beside, num_outputs, self.batch_size)
 
     def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:

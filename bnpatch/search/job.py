@@ -185,7 +185,7 @@ class Job:
         if ladder.interrupted and ladder is self._ladders[0]:  # the verdict takes a while yet
             self._interrupted = True
             warnings.warn(
-                "interrupted: what was found so far is judged now (interrupt again to end without a verdict)",
+                "interrupted: what was found so far is judged now (interrupt again to end sooner)",
                 BnpatchWarning,
                 stacklevel=2,
             )

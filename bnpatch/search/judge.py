@@ -102,8 +102,9 @@ class ByObjective:
         num_classes: K.
         batch_size: examples at a time.
         groups: with more than one, all examples make one set, whose values say how sure the objective is: as
-            many as there are groups, made by leaving out each in turn (pseudovalues of the jackknife). Groups
-            are of examples that follow each other, which should be in random order.
+            many as there are groups, made by leaving out each in turn. Their mean is the objective itself,
+            and they vary as pseudovalues of the jackknife, whose mean would take away what grows with the
+            set, many times over. Groups are of examples that follow each other, in random order.
     """
 
     metric: Metric
@@ -146,7 +147,7 @@ class ByObjective:
                     [part for n, part in enumerate(parts) if n % count != left] for left in range(count)
                 ]
                 without = np.array([self._of(model, group) for group in groups])
-                found = count * found - (count - 1) * without
+                found = found + (count - 1) * (without.mean() - without)
         if not np.isfinite(found).all():
             raise OutputsNotFiniteError(
                 f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"

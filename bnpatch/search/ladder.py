@@ -45,7 +45,7 @@ _LEARNED_VALUES = 8 * 3 * 224 * 224
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
 # An objective without labels has more than one valley, and races with one weight for all may end beside the
-# best. So learning begins at further places: with these alphas at the first site and at the last.
+# best. So learning both weights begins at further places: with these alphas at the first site and the last.
 _OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
 
 # Moments of a batch by which the layers below normalize are too noisy of fewer examples.
@@ -58,7 +58,8 @@ class Ladder:
     The rungs: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one alpha
     per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
-    itself. Every rung begins where a lower one ended, so that none is much worse. Which one is kept is
+    itself. Every rung begins where a lower one ended, so that none is much worse; both weights without labels
+    begin at further places, too. Which one is kept is
     decided on a part of the examples, the selection.
     """
 
@@ -261,15 +262,22 @@ class Ladder:
         return found
 
     def _learned(self, start: Setting, groups: Groups) -> Setting:
-        """The best of what is learned from one place; without labels, of what is learned from several."""
+        """The best of what is learned from one place; of both weights without labels, from several."""
         found = self._learn(start, groups)
         if self.judge.set_size == 1 or not groups.lambdas:
             return found
-        lowest = self.selection.cost(found, "choosing")
-        for weights in _OTHER_STARTS:
-            other = self._learn(self._weighed(start, groups, weights), groups)
-            if (cost := self.selection.cost(other, "choosing")) < lowest:
-                found, lowest = other, cost
+        lowest, tried = self.selection.cost(found, "choosing"), [start]
+        try:
+            for weights in _OTHER_STARTS:
+                place = self._weighed(start, groups, weights)
+                if place in tried or self._hurry():
+                    continue
+                tried.append(place)
+                other = self._learn(place, groups)
+                if (cost := self.selection.cost(other, "choosing")) < lowest:
+                    found, lowest = other, cost
+        except KeyboardInterrupt:
+            self.interrupted = True
         return found
 
     def _weighed(self, start: Setting, groups: Groups, weights: tuple[float, float]) -> Setting:
@@ -277,12 +285,11 @@ class Ladder:
 
         Sites whose identity is not at 0 keep what they have: they see the example already.
         """
-        ramp = np.linspace(*weights, len(self._identities)).tolist()
-        alphas = {
-            name: alpha
-            for (name, identity), alpha in zip(self._identities.items(), ramp, strict=True)
-            if identity == 0 and name in groups.alphas
-        }
+        ramp = dict(zip(self._identities, np.linspace(*weights, len(self._identities)).tolist(), strict=True))
+        first: dict[str, str] = {}  # of each group
+        for name, group in groups.alphas.items():
+            first.setdefault(group, name)
+        alphas = {n: ramp[first[group]] for n, group in groups.alphas.items() if self._identities[n] == 0}
         return Setting({**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)})
 
     def _learn(self, start: Setting, groups: Groups) -> Setting:

@@ -20,8 +20,8 @@ from bnpatch.errors import BnpatchError
 from bnpatch.moments import Moments, mix, pool
 from bnpatch.sites import SiteFacts
 
-# Temperature and iterations of self-labels: those that weights are judged by are balanced as they should be;
-# those to learn from are harder, and not balanced to the end, which leads out of more dead ends (see
+# Temperature and iterations of self-labels: those that weights are judged by are balanced but for a few
+# percent; those to learn from are harder, and balanced halfway, which leads out of more dead ends (see
 # docs/decisions/0009 for both).
 _JUDGED, _LEARNED = (0.3, 100), (0.1, 30)
 
@@ -74,7 +74,7 @@ def self_labels(log_p: Tensor, prior: Tensor | None, temperature: float, iterati
     """
     count, num_classes = log_p.shape
     with torch.no_grad():
-        log_p = log_p.double()
+        log_p = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # which Apple's GPUs lack
         # Relative to the best of each example, and no further from it than exp() can tell.
         scaled = (log_p - log_p.amax(1, keepdim=True)) / temperature
         kernel = scaled.clamp_min(-600).exp()
@@ -95,21 +95,22 @@ def self_labelling(
     return -(labels.to(log_p) * log_p).sum(1).mean()
 
 
-def information(seen: Seen, prior: Tensor | None = None) -> Tensor:
+def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -> Tensor:
     """Mean entropy of the predictions plus the divergence of the mean prediction from the prior, in nats.
 
-    With the uniform prior this is minus the mutual information of example and prediction, up to a constant
-    (information maximisation).
+    With the uniform prior and ``balance`` 1 this is minus the mutual information of example and
+    prediction, up to a constant (information maximisation).
 
     Args:
         seen: what the model did.
         prior: how often the classes occur, (K,); None for equally often.
+        balance: weight of the divergence.
     """
     log_p = seen.logits.float().log_softmax(1)
     certain = -(log_p.exp() * log_p).sum(1).mean()
     mean = log_p.exp().mean(0).clamp_min(1e-12)
     expected = torch.full_like(mean, 1 / len(mean)) if prior is None else prior.to(mean)
-    return certain + (mean * (mean.log() - expected.clamp_min(1e-12).log())).sum()
+    return certain + balance * (mean * (mean.log() - expected.clamp_min(1e-12).log())).sum()
 
 
 def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
@@ -129,7 +130,10 @@ def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
 
 
 def unlabeled(prior: Tensor | None = None) -> Objective:
-    """Self-labelling plus alignment: what tells most without labels.
+    """Self-labelling plus alignment: what tells most without labels, of 25 examples of each class or more.
+
+    Of fewer a set holds one class twice as often as another by chance, and each label that is forced on an
+    example then costs the more the surer the network is: better networks would be judged as worse.
 
     Args:
         prior: how often the classes occur, (K,); None for equally often.
@@ -143,8 +147,12 @@ def unlabeled_step(prior: Tensor | None = None) -> Objective:
 
 
 def infomax(prior: Tensor | None = None) -> Objective:
-    """Information maximisation plus alignment; ``prior`` as of :func:`unlabeled`."""
-    return lambda seen, sites: information(seen, prior) + alignment(seen, sites)
+    """Information maximisation plus alignment; ``prior`` as of :func:`unlabeled`.
+
+    Classes in proportion count three times as much as certainty. Where images are shifted in different
+    ways, a network is certain of many that it takes for one and the same class.
+    """
+    return lambda seen, sites: information(seen, prior, balance=3.0) + alignment(seen, sites)
 
 
 def evalnorm(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:

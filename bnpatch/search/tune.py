@@ -76,7 +76,8 @@ def tune_alpha(
         calib_data: where moments are re-estimated, labels unused; by default the tuning examples. For
             ``recover_folded`` and for Group Norm, which have no running moments: images like those that
             the model was trained on, or a shift that all of them share is taken for normal.
-        class_prior: for ``unlabeled``, how often the classes occur, in the order of the outputs.
+        class_prior: for ``unlabeled`` and ``information``, how often the classes occur, in the order of the
+            outputs.
         augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.augment`.
         max_overhead: find the best weights whose measured latency, one image at a time, is at most so many
             times the original's; sites that aren't worth their time stay as they were.

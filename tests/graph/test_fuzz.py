@@ -19,7 +19,7 @@ from tests.graph.build import batch_norm, bn_model, parameters
 from tests.graph.test_match import in_function, in_if
 
 LIGHT = Path(onnx.backend.test.__file__).parent / "data" / "light"
-SECONDS = 3  # for each source of graphs
+SECONDS = 2  # for each source of graphs
 
 
 def flip_bytes(data, rng):

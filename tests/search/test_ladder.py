@@ -129,30 +129,63 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     assert trial.weight == 0.25
 
 
-@pytest.mark.parametrize(("set_size", "expected"), [(1, 0.3), (250, 0.1)])
-def test_without_labels_learning_begins_at_several_places(monkeypatch, set_size, expected):
-    """And the valley that is lowest by the selection examples is kept. Labels know the way."""
-    starts = []
+class Learner(Ladder):
+    """Learns nothing but one weight, of which less is better."""
 
-    class Learner(Ladder):
-        def __init__(self):
-            self.judge = SimpleNamespace(set_size=set_size)
-            self.selection = SimpleNamespace(cost=lambda setting, label: setting.alphas["b"])
-            self._identities = {"a": 0.0, "b": 0.0, "gn": 1.0, "c": 0.0}
+    def __init__(self, outcomes, identities, set_size=250, hurry=False):
+        self.judge = SimpleNamespace(set_size=set_size)
+        self.selection = SimpleNamespace(cost=lambda setting, label: setting.alphas["b"])
+        self.interrupted, self.outcomes, self.starts = False, iter(outcomes), []
+        self._identities, self._hurry = identities, lambda: hurry
 
-        def _learn(self, start, groups):
-            starts.append(start)
-            return Setting({**start.alphas, "b": [0.3, 0.1, 0.2][(len(starts) - 1) % 3]}, start.lambdas)
+    def _learn(self, start, groups):
+        self.starts.append(start)
+        outcome = next(self.outcomes)
+        if outcome is None:
+            raise KeyboardInterrupt
+        return Setting({**start.alphas, "b": outcome}, start.lambdas)
 
+
+RACED = Setting({"a": 0.4, "b": 0.4, "gn": 1.0, "c": 0.4}, {"a": 1.0, "b": 1.0})
+IDENTITIES = {"a": 0.0, "b": 0.0, "gn": 1.0, "c": 0.0}
+LAMBDAS = {"a": "a", "b": "b"}
+
+
+@pytest.fixture
+def two_more_places(monkeypatch):
     monkeypatch.setattr(ladder, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
-    names = dict.fromkeys(("a", "b", "gn"), "")
-    race = Setting({"a": 0.4, "b": 0.4, "gn": 1.0, "c": 0.4}, {"a": 1.0, "b": 1.0})
-    found = Learner()._learned(race, Groups(names, {"a": "", "b": ""}))
-    assert found.alphas["b"] == expected
-    if set_size > 1:
-        half = {"a": 0.5, "b": 0.5}
-        first, second = Setting({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, half), starts[2]
-        assert starts[:2] == [race, first]
-        assert second.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
-        assert Learner()._learned(race, Groups(names, {})) is not None
-        assert len(starts) == 4  # alphas alone begin where the race ended
+
+
+def test_without_labels_learning_begins_at_several_places(two_more_places):
+    """And the valley that is lowest by the selection examples is kept."""
+    groups = Groups({"a": "a", "b": "b", "gn": "gn"}, LAMBDAS)
+    learner = Learner([0.3, 0.1, 0.2], IDENTITIES)
+    assert learner._learned(RACED, groups).alphas["b"] == 0.1
+    raced, flat, falling = learner.starts
+    assert raced == RACED
+    assert flat == Setting({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, {"a": 0.5, "b": 0.5})
+    assert falling.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
+    stages = Groups({"a": "s", "b": "s", "c": "s"}, LAMBDAS)
+    learner = Learner([0.3, 0.3, 0.3], IDENTITIES)
+    learner._learned(RACED, stages)
+    assert {name: learner.starts[2].alphas[name] for name in "abc"} == dict.fromkeys("abc", 0.8)
+
+
+def test_one_place_is_enough_with_labels_for_alphas_alone_and_where_all_are_the_same(two_more_places):
+    groups = Groups({"a": "a", "b": "b"}, LAMBDAS)
+    for learner, some in (
+        (Learner([0.3], IDENTITIES, set_size=1), groups),
+        (Learner([0.3], IDENTITIES), Groups(groups.alphas, {})),
+        (Learner([0.3], IDENTITIES, hurry=True), groups),
+    ):
+        assert learner._learned(RACED, some).alphas["b"] == 0.3
+        assert len(learner.starts) == 1
+    learner = Learner([0.3, 0.2], dict.fromkeys(IDENTITIES, 1.0))
+    assert learner._learned(RACED, groups).alphas["b"] == 0.2
+    assert len(learner.starts) == 2  # Group Norm stays where it is
+
+
+def test_an_interrupt_at_a_further_place_keeps_what_was_learned(two_more_places):
+    learner = Learner([0.3, None], IDENTITIES)
+    assert learner._learned(RACED, Groups({"a": "a", "b": "b"}, LAMBDAS)).alphas["b"] == 0.3
+    assert learner.interrupted

@@ -120,12 +120,18 @@ def test_evalnorm_is_the_squared_difference_of_outputs():
 
 
 def test_the_objectives_are_sums():
-    state = seen(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
-    assert unlabeled()(state, {}).item() == pytest.approx(self_labelling(state).item())
+    generator = torch.Generator().manual_seed(0)
+    moments = {name: example_moments(torch.randn(8, 4, 7, generator=generator) + 1) for name in "ab"}
+    state = seen(torch.randn(8, 3, generator=generator), moments)
+    facts = dict.fromkeys("ab", SiteFacts(Moments(torch.zeros(4), torch.ones(4)), 1e-5))
+    aligned = alignment(state, facts).item()
+    assert aligned > 0.1
+    assert unlabeled()(state, facts).item() == pytest.approx(self_labelling(state).item() + 0.3 * aligned)
     labels = self_labels(state.logits.log_softmax(1), None, 0.1, 30)
     hard = F.cross_entropy(state.logits.double(), labels).item()
-    assert unlabeled_step()(state, {}).item() == pytest.approx(hard)
-    assert infomax()(state, {}).item() == pytest.approx(information(state).item())
+    assert unlabeled_step()(state, facts).item() == pytest.approx(hard + 0.3 * aligned)
+    informed = information(state, balance=3.0).item()
+    assert infomax()(state, facts).item() == pytest.approx(informed + aligned)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
 from bnpatch.metrics import CROSS_ENTROPY
 from bnpatch.moments import Moments
-from bnpatch.search import job
+from bnpatch.search import goal, job
 from bnpatch.search.goal import Goal
 from bnpatch.search.judge import ByMetric
+from bnpatch.search.objectives import Seen, infomax, unlabeled_step
 from bnpatch.search.trade_off import Choice
 from bnpatch.search.verdict import scores
 from bnpatch.setting import Setting
@@ -198,7 +199,7 @@ def test_chance_is_warned_of(model, foggy):
 
 def test_few_examples_take_turns_in_being_held_out(model, foggy):
     result = bnpatch.tune_alpha(
-        model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy", granularity="layer"
+        model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy", granularity="layer", trials=4
     )
     assert result.num_tuning == result.num_held_out == 100
     assert any("cross-fitting" in note for note in result.notes)
@@ -248,8 +249,9 @@ def test_onnx_is_tuned_without_gradients(exported, foggy, tuned):
     assert str(result.verdict) == "gain"
 
 
-def test_labels_are_not_needed(model, foggy, climbed):
-    result = bnpatch.tune_alpha(model, foggy[0], metric="unlabeled")
+def test_labels_are_not_needed(model, foggy, climbed, monkeypatch):
+    monkeypatch.setattr(goal, "SELF_LABELLED_SETS", 1)
+    result = bnpatch.tune_alpha(model, foggy[0], metric="unlabeled", trials=4)
     assert result.comparisons[0].metric.name == "unlabeled"
     assert result.verdict.flips is None
     assert result.verdict.changed > 100
@@ -257,6 +259,21 @@ def test_labels_are_not_needed(model, foggy, climbed):
     accuracy = evaluate(model, bnpatch.open_examples(foggy, model)).mean(bnpatch.metrics.ACCURACY)
     labelled = next(c for c in climbed.comparisons if c.metric.name == "accuracy").after.value
     assert accuracy > labelled - 0.04  # of 300 examples and 600
+
+
+@pytest.mark.parametrize(("sets", "classes", "labels"), [(4, 10, True), (3, 10, False), (4, 11, False)])
+def test_labels_are_made_where_sets_are_balanced_but_for_chance(sets, classes, labels):
+    """Else information is maximised, step by step, too."""
+    images, logits = torch.zeros(250 * sets, 1, 2, 2), torch.randn(250, classes)
+    module = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(4, classes))
+    model = bnpatch.load(module.eval())
+    examples = bnpatch.open_examples((images, np.zeros(len(images), np.int64)), model)
+    judge = Goal.of("unlabeled", None, 64).judge(model, examples, np.arange(len(images)))
+    state = Seen(logits, {}, {}, {})
+    hard, soft = unlabeled_step()(state, {}), infomax()(state, {})
+    assert judge.step(state, {}).item() == pytest.approx((hard if labels else soft).item())
+    judge = replace(judge, step=lambda seen, sites: seen.logits.sum() * 0 + 7)
+    assert [part.item() for part in judge.loss(model, list(examples.batches(64, np.arange(64))))] == [7]
 
 
 def test_where_there_are_labels_they_give_the_verdict(model, foggy):
