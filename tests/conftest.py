@@ -5,7 +5,20 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, on small models
 
+# What takes longest begins first: at the end no worker waits long for another.
+LONGEST = (
+    "test_the_demo",
+    "test_processes.py",
+    "test_two_processes",
+    "test_browser.py",
+    "test_goes_on_bit_for_bit",
+)
+
 DIGITS = 600  # of each half: enough to see an effect, few enough to be quick
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
 
 
 @pytest.fixture(scope="session")
