@@ -45,7 +45,7 @@ _LEARNED_VALUES = 8 * 3 * 224 * 224
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
 # An objective without labels has more than one valley, and races with one weight for all may end beside the
-# best. So learning both weights begins at further places: with these alphas at the first site and the last.
+# best. So both weights are looked for from further places: with these alphas at the first site and the last.
 _OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
 
 # Moments of a batch by which the layers below normalize are too noisy of fewer examples.
@@ -254,16 +254,18 @@ class Ladder:
         if known := study.recall(rung):
             return Setting(*known)
         try:
-            found = self._learned(start, groups)
+            found = self._from_places(self._learn, start, groups)
         except NoGradientError:
-            found = self._walk(start, groups)
+            found = self._from_places(self._walk, start, groups)
         if not (self.interrupted or self._hurry()):
             study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
         return found
 
-    def _learned(self, start: Setting, groups: Groups) -> Setting:
-        """The best of what is learned from one place; of both weights without labels, from several."""
-        found = self._learn(start, groups)
+    def _from_places(
+        self, find: Callable[[Setting, Groups], Setting], start: Setting, groups: Groups
+    ) -> Setting:
+        """The best of what is found from one place; of both weights without labels, from several."""
+        found = find(start, groups)
         if self.judge.set_size == 1 or not groups.lambdas:
             return found
         lowest, tried = self.selection.cost(found, "choosing"), [start]
@@ -273,7 +275,7 @@ class Ladder:
                 if place in tried or self._hurry():
                     continue
                 tried.append(place)
-                other = self._learn(place, groups)
+                other = find(place, groups)
                 if (cost := self.selection.cost(other, "choosing")) < lowest:
                     found, lowest = other, cost
         except KeyboardInterrupt:

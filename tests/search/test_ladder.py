@@ -160,14 +160,14 @@ def test_without_labels_learning_begins_at_several_places(two_more_places):
     """And the valley that is lowest by the selection examples is kept."""
     groups = Groups({"a": "a", "b": "b", "gn": "gn"}, LAMBDAS)
     learner = Learner([0.3, 0.1, 0.2], IDENTITIES)
-    assert learner._learned(RACED, groups).alphas["b"] == 0.1
+    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.1
     raced, flat, falling = learner.starts
     assert raced == RACED
     assert flat == Setting({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, {"a": 0.5, "b": 0.5})
     assert falling.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
     stages = Groups({"a": "s", "b": "s", "c": "s"}, LAMBDAS)
     learner = Learner([0.3, 0.3, 0.3], IDENTITIES)
-    learner._learned(RACED, stages)
+    learner._from_places(learner._learn, RACED, stages)
     assert {name: learner.starts[2].alphas[name] for name in "abc"} == dict.fromkeys("abc", 0.8)
 
 
@@ -178,14 +178,14 @@ def test_one_place_is_enough_with_labels_for_alphas_alone_and_where_all_are_the_
         (Learner([0.3], IDENTITIES), Groups(groups.alphas, {})),
         (Learner([0.3], IDENTITIES, hurry=True), groups),
     ):
-        assert learner._learned(RACED, some).alphas["b"] == 0.3
+        assert learner._from_places(learner._learn, RACED, some).alphas["b"] == 0.3
         assert len(learner.starts) == 1
     learner = Learner([0.3, 0.2], dict.fromkeys(IDENTITIES, 1.0))
-    assert learner._learned(RACED, groups).alphas["b"] == 0.2
+    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.2
     assert len(learner.starts) == 2  # Group Norm stays where it is
 
 
 def test_an_interrupt_at_a_further_place_keeps_what_was_learned(two_more_places):
-    learner = Learner([0.3, None], IDENTITIES)
-    assert learner._learned(RACED, Groups({"a": "a", "b": "b"}, LAMBDAS)).alphas["b"] == 0.3
+    learner, groups = Learner([0.3, None], IDENTITIES), Groups({"a": "a", "b": "b"}, LAMBDAS)
+    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.3
     assert learner.interrupted
