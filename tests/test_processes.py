@@ -1,15 +1,13 @@
 """Two processes on the CPU find what one finds, and learn of each other's troubles."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bnpatch
 from tests import process_worker
+from tests.two_processes import in_two_processes
 
 pytest.importorskip("accelerate")
 
@@ -24,17 +22,7 @@ def together(checkpoint, data, tmp_path_factory):
     """What each of two processes says, started once: that takes longer than all of their searches."""
     folder = tmp_path_factory.mktemp("two")
     np.savez(folder / "data.npz", x=data[0], y=data[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = ["-m", "tests.process_worker", checkpoint, folder / "data.npz", folder]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes("tests.process_worker", checkpoint, folder / "data.npz", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from bnpatch.finetune.loop import NotFiniteLossError, train
 from bnpatch.finetune.settings import Augmentation, FineTuneSettings
 from bnpatch.setting import Setting
 from bnpatch.spec import NormSpec
+from tests.two_processes import in_two_processes
 
 PLAIN = Augmentation(min_scale=1.0, hflip=0.0)
 SETTINGS = FineTuneSettings(spec=NormSpec.ghost(8), epochs=2, batch_size=32, lr=0.02, augmentation=PLAIN)
@@ -344,15 +344,6 @@ def test_says_what_to_install(opened, monkeypatch):
 
 def test_processes_do_not_wait_for_what_does_not_come():
     """Gradients of what one of them leaves out; scores after the loss of one is not finite."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*command, "--rdzv-endpoint=localhost:0", "-m", "tests.finetune.process_worker"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = in_two_processes("tests.finetune.process_worker").splitlines()
     ends = {"TwoHeads": "trained", "OneOfTwoHeads": "trained", "AtRandom": "trained", "Diverges": "diverged"}
-    assert sorted(done.stdout.splitlines()) == sorted(2 * [f"{name} {end}" for name, end in ends.items()])
+    assert sorted(printed) == sorted(2 * [f"{name} {end}" for name, end in ends.items()])

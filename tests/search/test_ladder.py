@@ -189,3 +189,21 @@ def test_an_interrupt_at_a_further_place_keeps_what_was_learned(two_more_places)
     learner, groups = Learner([0.3, None], IDENTITIES), Groups({"a": "a", "b": "b"}, LAMBDAS)
     assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.3
     assert learner.interrupted
+
+
+@pytest.mark.parametrize(("kind", "find"), [("torch", "learn"), ("onnx", "walk")])
+def test_both_ways_to_find_weights_begin_at_several_places(
+    checkpoint, exported, foggy, two_more_places, monkeypatch, kind, find
+):
+    starts = []
+
+    def found(*args, **options):
+        starts.append(options["start"] if find == "learn" else args[1])
+        return starts[-1]
+
+    monkeypatch.setattr(ladder, find, found)
+    model = bnpatch.load(checkpoint if kind == "torch" else exported)
+    run = {"metric": "unlabeled", "granularity": "layer", "recalibrate": True, "trials": 2}
+    bnpatch.tune_alpha(model, foggy[0][:60], test_data=foggy[0][60:120], **run)
+    assert len(starts) == 1 + 3  # alphas; both weights, from three places
+    assert set(starts[2].lambdas.values()) == {0.5}
