@@ -111,6 +111,7 @@ def test_accumulation_is_a_larger_batch(opened):
 
 KILLED = """
     import os, signal, sys, torch
+    from pathlib import Path
     from tests.finetune.test_loop import *
     (threads, checkpoint, data, folder) = sys.argv[1:]
     torch.set_num_threads(int(threads))
