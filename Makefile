@@ -1,10 +1,11 @@
 # make demo   sets up, trains a small classifier on real digits, tunes it for a shifted camera (some minutes)
-# make test   sets up, runs the tests
+# make test   sets up, runs the tests (4 minutes on 2 cores)
+# make slow   sets up, runs the tests that are marked slow
 # make check  sets up, runs what continuous integration checks besides the tests: ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test slow check format clean
 
 # The stamp is newer than pyproject.toml when everything that it asks for is installed.
 .venv/.installed: pyproject.toml
@@ -17,6 +18,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/.installed
 	$(BIN)/ruff check .

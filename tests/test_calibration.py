@@ -16,6 +16,12 @@ from bnpatch.setting import Setting
 from tests.nn.test_surgery import images, settle
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Models that are made without a seed of their own are the same in every run."""
+    torch.manual_seed(0)
+
+
 class Small(nn.Module):
     """Two convolutions, a norm that is used twice, one of single values, and a classifier."""
 

@@ -74,6 +74,7 @@ def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):  # noqa: 
     assert {site.channels_per_group for site in again.survey().sites} == {8}
 
 
+@pytest.mark.slow
 def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
     code, out, err = cli(*arguments(checkpoint, data, "--json", "--seeds", 2))
     assert code == 0, err
@@ -92,7 +93,7 @@ def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
     (_, held_out) = split(val.strata, 0.5, 0)
     as_it_came = bnpatch.evaluate(original, val, indices=held_out).mean(CROSS_ENTROPY)
     compared = content["fine_tuned"]["cross-entropy"]
-    assert compared["before"]["value"] == pytest.approx(as_it_came)
+    assert compared["before"]["value"] == pytest.approx(as_it_came, rel=1e-5)
     patched = bnpatch.load("bnpatch-out/patched.pt", device="cpu")
     now = bnpatch.evaluate(patched, val, indices=held_out).mean(CROSS_ENTROPY)
     assert compared["after"]["value"] == pytest.approx(now, rel=1e-5)
@@ -154,6 +155,7 @@ def test_a_damaged_resume_file_and_an_onnx_file(cli, checkpoint, data, exported,
     assert "an ONNX file, which can't be trained" in one_line(err)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(cli, checkpoint, data, tmp_path):  # noqa: F811
     """As ``accelerate launch`` starts them. Group Norm doesn't see how a batch is divided."""
     # accelerate starts several processes with its launcher for GPUs only; --device cpu keeps them off those.
@@ -179,4 +181,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(cli, checkpoint, data, 
     for name, value in one["model"].items():
         if not name.endswith("num_batches_tracked"):
             torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4)
-    assert two["history"][0]["accuracy"] == one["history"][0]["accuracy"]
+    (two_scored,), (one_scored,) = two["history"], one["history"]
+    for name, tolerance in (("train_loss", 1e-3), ("cross_entropy", 1e-2)):  # as close as weights are
+        assert two_scored[name] == pytest.approx(one_scored[name], rel=tolerance)

@@ -65,9 +65,18 @@ def test_comparison_is_seeded_and_does_not_depend_on_portions(monkeypatch):
     before, after = pairs(200, np.random.default_rng(0), 0.2, 0.05)
     result = compare_calibration(before, after)
     assert result == compare_calibration(before, after)
-    assert result != compare_calibration(before, after, seed=1)
+    other = compare_calibration(before, after, seed=1)
     monkeypatch.setattr("bnpatch.confidence._AT_A_TIME", 1000)
-    assert compare_calibration(before, after) == result
+    in_portions = compare_calibration(before, after)
+    for name in ("before", "after", "change"):
+        # A product of matrices may round a row otherwise where there are fewer of them.
+        expected = pytest.approx(as_numbers(getattr(result, name)), rel=1e-12)
+        assert as_numbers(getattr(in_portions, name)) == expected
+        assert as_numbers(getattr(other, name)) != expected
+
+
+def as_numbers(estimate):
+    return estimate.value, estimate.low, estimate.high
 
 
 def test_bootstrap_equals_resampling_by_hand():
@@ -114,8 +123,16 @@ def test_flips():
 
 
 def test_answers_of_a_model(checkpoint, clean):
+    """Where classes are drawn by its own probabilities it is calibrated, but for the noise in 15 bins."""
     model = bnpatch.load(checkpoint)
-    scores = evaluate(model, bnpatch.open_examples(clean, model), [ACCURACY, CONFIDENCE])
-    answers = Answers(scores.values["confidence"], scores.values["accuracy"])
-    assert answers.confidence.min() >= 0.1
-    assert answers.calibration_error() < 0.1
+    images = torch.from_numpy(clean[0])[:, None].float() / 127.5 - 1
+    chances = model.predict(images).double().softmax(1).cumsum(1).numpy()
+    labels = (np.random.default_rng(0).random((len(images), 1)) > chances[:, :-1]).sum(1)
+    errors = []
+    for targets in (labels, (labels + 1) % 10):
+        examples = bnpatch.open_examples((clean[0], targets), model)
+        scores = evaluate(model, examples, [ACCURACY, CONFIDENCE])
+        answers = Answers(scores.values["confidence"], scores.values["accuracy"])
+        assert answers.confidence.min() >= 0.1
+        errors.append(answers.calibration_error())
+    assert errors[0] < 0.1 < 0.5 < errors[1]

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import bnpatch
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +18,7 @@ def run(*command, **kwargs):
     return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_and_runs(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

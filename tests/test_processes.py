@@ -10,6 +10,7 @@ from tests import process_worker
 from tests.two_processes import in_two_processes
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

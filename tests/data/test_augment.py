@@ -174,10 +174,19 @@ def test_what_cannot_be_read_is_skipped_in_both():
 
 
 def test_a_model_on_augmented_examples(checkpoint, clean):
+    """It sees the clean half as it was, and the others shifted, which costs answers."""
     model = bnpatch.load(checkpoint)
     data = bnpatch.open_examples(clean, model)
-    plain, shifted = (evaluate(model, e).values["accuracy"].mean() for e in (data, augmented(data, ALL)))
-    assert 0.7 < shifted < plain  # mild: it costs something, and the model still knows most
+    view = augmented(data, ALL)
+    plain, shifted = (evaluate(model, e) for e in (data, view))
+    is_clean = np.array(view.kinds_of(plain.indices)) == "clean"
+    before, after = (scores.values["cross-entropy"] for scores in (plain, shifted))
+    np.testing.assert_allclose(after[is_clean], before[is_clean], rtol=1e-3, atol=1e-4)  # rounding
+    # Of the others 76% are scored otherwise: what is white can't be brighter.
+    assert np.mean(after[~is_clean] != before[~is_clean]) > 0.5
+    plain, shifted = (scores.values["accuracy"].mean() for scores in (plain, shifted))
+    # Mild: ten seeds of the classifier lost 8 to 14 points of accuracy, and kept 72% to 78%.
+    assert 0.5 < shifted < plain - 0.02
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import bnpatch
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate, warn_at_chance
-from bnpatch.metrics import ACCURACY, Metric
+from bnpatch.metrics import Metric
 
 WITHOUT_LABELS = "or search without labels: --metric unlabeled"
 
@@ -159,13 +159,13 @@ def test_labels_are_asked_for_where_they_are_needed(model, foggy):
 
 
 def test_chance_is_that_of_the_labelled(model, foggy):
-    data = bnpatch.open_examples((foggy[0], (foggy[1] + 1) % 10), model)
-    accuracy = evaluate(model, data).mean(ACCURACY)
-    data.labelled = np.arange(600) < 500
-    with pytest.warns(BnpatchWarning, match=r"chance is 10\.0%"):
-        warn_at_chance(accuracy, data)
+    data = bnpatch.open_examples((foggy[0], np.arange(600) // 60), model)  # the last class is not labelled
+    data.labelled = np.arange(600) < 540
+    with pytest.warns(BnpatchWarning, match=r"right on 16\.0% .* chance is 11\.1%"):
+        warn_at_chance(0.16, data)
+    warn_at_chance(0.17, data)  # no warning, which would be an error here
     data.labelled = np.zeros(600, bool)
-    warn_at_chance(accuracy, data)  # no warning, which would be an error here
+    warn_at_chance(0.0, data)
 
 
 def test_a_model_that_is_right_on_three_of_four_of_two_classes_does_not_guess(model, foggy):
@@ -292,13 +292,21 @@ def test_metrics_of_classes_need_classes(segmenter):
         bnpatch.open_examples((floats(), torch.arange(6)), segmenter)
 
 
-def test_a_regression_of_one_number_per_example(segmenter):
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_a_regression_of_one_number_per_example(segmenter, truth):
+    """The targets are what the model gives at a known alpha: the nearer to it, the smaller the error."""
     segmenter.module.append(torch.nn.Flatten()).append(torch.nn.Linear(128, 1)).append(torch.nn.Flatten(0))
-    loader = DataLoader(TensorDataset(floats(40), torch.linspace(-1, 1, 40)), batch_size=8)
+    segmenter.set_alphas(truth)
+    targets = segmenter.predict(floats(40)).clone()
+    segmenter.set_alphas(0.0)
+    loader = DataLoader(TensorDataset(floats(40), targets), batch_size=8)
     error = Metric("error", lambda outputs, targets: (outputs - targets) ** 2, higher_is_better=False)
     result = bnpatch.tune_alpha(segmenter, loader, metric=error, granularity="global", trials=3)
     assert [c.metric.name for c in result.comparisons] == ["error"]
-    assert result.alpha == min(result.trials, key=lambda t: (t.scores["error"], t.weight)).weight
+    weights = [trial.weight for trial in result.trials]
+    assert len(set(weights)) == 3
+    assert result.alpha == (max(weights) if truth else 0.0)
+    assert result.alpha == min(result.trials, key=lambda t: t.scores["error"]).weight
 
 
 def test_a_list_of_targets_that_is_none_is_not_taken_for_one(segmenter):

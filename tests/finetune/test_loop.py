@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import bnpatch
 from bnpatch.decay import NormDecay
@@ -24,18 +26,19 @@ from bnpatch.spec import NormSpec
 from tests.two_processes import in_two_processes
 
 PLAIN = Augmentation(min_scale=1.0, hflip=0.0)
-SETTINGS = FineTuneSettings(spec=NormSpec.ghost(8), epochs=2, batch_size=32, lr=0.02, augmentation=PLAIN)
+SETTINGS = FineTuneSettings(spec=NormSpec.ghost(8), epochs=2, batch_size=16, lr=0.02, augmentation=PLAIN)
+TRAIN, VAL = 64, 40  # examples: four steps in an epoch
 
 
 @pytest.fixture(scope="module")
 def opened(checkpoint, digits):
-    """The trained model with little to train on and little to validate with."""
+    """A classifier with little to train on and little to validate with."""
     (images, labels), (others, other_labels) = digits
     model = bnpatch.load(checkpoint, device="cpu")
     return (
         model,
-        bnpatch.open_examples((images[:128], labels[:128]), model),
-        bnpatch.open_examples((others[:200], other_labels[:200]), model),
+        bnpatch.open_examples((images[:TRAIN], labels[:TRAIN]), model),
+        bnpatch.open_examples((others[:VAL], other_labels[:VAL]), model),
     )
 
 
@@ -59,9 +62,16 @@ def assert_same(a, b):
 
 
 def test_training_gets_better_at_what_it_trains_on(opened):
-    (_, result) = run(opened, replace(SETTINGS, epochs=4, optimizer="adamw", lr=1e-3))
+    """A head of zeros gives all classes alike: a loss of ln 10 before the first step."""
+    model = fresh(opened[0])
+    nn.init.zeros_(model.module.fc.weight)
+    nn.init.zeros_(model.module.fc.bias)
+    settings = replace(SETTINGS, epochs=4, optimizer="adamw", lr=3e-3)
+    result = train(model, *opened[1:], settings)
     losses = [epoch.train_loss for epoch in result.history]
-    assert losses[-1] < losses[0]
+    # Ten seeds of the classifier: 2.24 to 2.26 in the first epoch, and 1.44 to 1.53 in the last.
+    assert losses[0] < math.log(10)
+    assert losses[-1] < 0.8 * losses[0]
     assert result.best == max(result.history, key=lambda e: (e.accuracy, -e.epoch))
 
 
@@ -87,7 +97,8 @@ def test_averaged_weights_are_other_weights(opened):
 
 
 def test_the_seed_decides_everything(opened):
-    settings = replace(SETTINGS, augmentation=Augmentation(auto_augment="rand-m9-n1", random_erasing=0.5))
+    augmentation = Augmentation(auto_augment="rand-m9-n1", random_erasing=0.5)
+    settings = replace(SETTINGS, epochs=1, augmentation=augmentation)
     first, again, other = (run(opened, replace(settings, seed=seed))[0] for seed in (1, 1, 2))
     assert_same(weights(first), weights(again))
     assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(first).items())
@@ -100,10 +111,10 @@ def test_worker_processes_and_mixup(opened):
 
 
 def test_accumulation_is_a_larger_batch(opened):
-    """Group Norm doesn't see the batch: four batches of 16 give the step of one of 64."""
+    """Group Norm doesn't see the batch: four batches of 8 give the step of one of 32."""
     settings = replace(SETTINGS, spec=NormSpec.group(8), epochs=1, lr=0.01)
-    whole, _ = run(opened, replace(settings, batch_size=64))
-    parts, _ = run(opened, replace(settings, batch_size=16, accumulate=4))
+    whole, _ = run(opened, replace(settings, batch_size=32))
+    parts, _ = run(opened, replace(settings, batch_size=8, accumulate=4))
     for name, value in weights(whole).items():
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(value, weights(parts)[name], rtol=1e-3, atol=1e-4)
@@ -119,7 +130,7 @@ KILLED = """
     model = bnpatch.load(checkpoint, device="cpu")
     pairs = [(arrays[f"arr_{i}"], arrays[f"arr_{i + 1}"]) for i in (0, 2)]
     def progress(label, done, total):
-        if done == 128 + 64:  # amid the second epoch
+        if done == TRAIN + TRAIN // 2:  # amid the second epoch
             os.kill(os.getpid(), signal.SIGKILL)
     examples = [bnpatch.open_examples(pair, model) for pair in pairs]
     train(model, *examples, KILLED_SETTINGS, output=Path(folder), progress=progress)
@@ -133,9 +144,10 @@ KILLED_SETTINGS = replace(
 )
 
 
+@pytest.mark.slow
 def test_goes_on_bit_for_bit_after_a_kill(opened, checkpoint, digits, tmp_path):
     (images, labels), (others, other_labels) = digits
-    np.savez(tmp_path / "data.npz", images[:128], labels[:128], others[:200], other_labels[:200])
+    np.savez(tmp_path / "data.npz", images[:TRAIN], labels[:TRAIN], others[:VAL], other_labels[:VAL])
     folder = tmp_path / "killed"
     arguments = [torch.get_num_threads(), checkpoint, tmp_path / "data.npz", folder]
     command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, arguments)]
@@ -174,12 +186,13 @@ def test_a_resume_file_must_be_whole_and_of_this_run(opened, tmp_path):
             run(opened, settings, output=tmp_path, resume=True)
 
 
-def test_stops_early(opened):
-    _, result = run(opened, replace(SETTINGS, epochs=9, patience=2, lr=1e-12, spec=NormSpec.group(8)))
-    # Weights that don't change score alike, at least in the first decimals of the accuracy.
+def test_stops_early(opened, monkeypatch):
+    """Steps that change nothing leave the score as it is: no epoch is better than the first."""
+    monkeypatch.setattr(Engine, "step", lambda engine, update: engine.drop_gradient())
+    _, result = run(opened, replace(SETTINGS, epochs=9, patience=2, spec=NormSpec.group(8)))
     assert result.stopped_early
-    assert len(result.history) < 9
-    assert result.best.epoch == len(result.history) - 2
+    assert len(result.history) == 3
+    assert result.best.epoch == 1
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(opened, tmp_path):
@@ -233,14 +246,14 @@ def test_halves_the_batch_where_memory_is_short(opened):
     model, told = fresh(opened[0]), []
 
     def refuse(module, args):
-        if module.training and len(args[0]) > 8:
+        if module.training and len(args[0]) > 8:  # half of a batch
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.module.register_forward_pre_hook(refuse)
     result = train(model, *opened[1:], SETTINGS, tell=told.append)
     assert [epoch.batch_size for epoch in result.history] == [8, 8]
-    assert len(told) == 2
-    assert "batches of 16: two of 8" in told[1]
+    assert len(told) == 1
+    assert "batches of 16: two of 8" in told[0]
 
 
 def test_a_group_that_no_halved_batch_holds_ends_the_run(opened):
@@ -343,6 +356,7 @@ def test_says_what_to_install(opened, monkeypatch):
         run(opened)
 
 
+@pytest.mark.slow
 def test_processes_do_not_wait_for_what_does_not_come():
     """Gradients of what one of them leaves out; scores after the loss of one is not finite."""
     printed = in_two_processes("tests.finetune.process_worker").splitlines()

@@ -1,5 +1,6 @@
 """Graph, torch layer and oracle compute the same numbers, over types, opsets, ranks, groups, alphas."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from bnpatch.graph.rewrite import rewrite
 from bnpatch.moments import Moments
 from bnpatch.nn.norm import weighed_norm
 from tests.graph.build import batch_norm, bn_model, check, example, from_proto, helper, model, parameters, run
+from tests.nn.pairwise import pairwise
 from tests.reference import weighed_norm as oracle
 
 SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
@@ -49,18 +51,17 @@ def largest(a, b):
     return np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_types_ranks_and_alphas(dtype, shape, form):
-    if dtype is np.float16 and form != "direct":
-        pytest.skip("half precision is always direct")
+# Half precision is always direct.
+TYPES = [(np.float16, "direct"), *itertools.product([np.float32, np.float64], FORMS)]
+
+
+@pytest.mark.parametrize(("kind", "shape", "alpha"), pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0]))
+def test_types_ranks_and_alphas(kind, shape, alpha):
+    dtype, form = kind
     x = example(*shape, dtype=dtype)
-    proto = bn_model(x=("n", *shape[1:]), dtype=dtype)
-    for alpha in (0.01, 0.3, 0.99, 1.0):
-        y = run(patched(proto, alpha, FORMS[form]), x)
-        assert y.dtype == dtype
-        assert largest(y, expected(x, alpha, dtype)) < TOLERANCE[dtype]
+    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form]), x)
+    assert y.dtype == dtype
+    assert largest(y, expected(x, alpha, dtype)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])
@@ -80,9 +81,9 @@ def test_the_torch_layer(alpha):
     assert largest(run(patched(bn_model(), alpha), x), y.numpy()) < 1e-5  # float32
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", ["direct", "normalized"])
+@pytest.mark.parametrize(
+    ("groups", "shape", "form"), pairwise([1, 2, 3, 6], SHAPES, ["direct", "normalized"])
+)
 def test_groups(groups, shape, form):
     arrays = parameters()
     node = helper.make_node(

@@ -47,17 +47,11 @@ def test_single_values_are_none():
     assert names(proto) == []
 
 
-def test_the_exporter_folds_and_every_one_is_found():
-    import timm
-    import torch
+def test_the_exporter_folds_and_every_one_is_found(checkpoint, folded):
+    import bnpatch
 
-    model_ = timm.create_model("test_resnet", num_classes=3).eval()
-    for module in model_.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.bias)
-    program = torch.onnx.export(
-        model_, (torch.zeros(1, 3, 64, 64),), dynamo=True, optimize=True, verbose=False
-    )
-    proto = onnx.ModelProto.FromString(program.model_proto.SerializeToString())
-    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model_.modules())
-    assert len(names(proto)) == norms
+    model_ = bnpatch.load(checkpoint)
+    norms = [name for name, shape in model_.site_shapes().items() if shape != (1, 1)]
+    assert len(norms) == 12
+    assert all(model_.module.get_submodule(name).bias.abs().min() > 0 for name in norms)
+    assert len(names(onnx.load(folded))) == len(norms)

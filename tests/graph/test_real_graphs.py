@@ -21,7 +21,9 @@ def output(proto, x):
     return s.run(None, {s.get_inputs()[0].name: x})[0]
 
 
-@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize(
+    "name", [name if name == "shufflenet" else pytest.param(name, marks=pytest.mark.slow) for name in SITES]
+)
 def test_light_graphs(name):
     graph = load(LIGHT / f"light_{name}.onnx")
     found = survey(graph)
@@ -41,13 +43,24 @@ def test_light_graphs(name):
             session(proto)  # it loads
 
 
-@pytest.fixture(scope="module", params=["test_resnet", "test_efficientnet", "test_byobnet"])
-def exported(request):
-    """A timm model, its example, its export; moments are random, so that they matter."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        "the classifier of the other tests",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_efficientnet", "test_byobnet")),
+    ],
+)
+def case(request):
+    """A model, its example, its export; moments are random, so that they matter."""
     import timm
     import torch
 
+    import bnpatch
+
     torch.manual_seed(0)
+    if not request.param.startswith("test_"):
+        model = bnpatch.load(request.getfixturevalue("checkpoint")).module
+        return model, torch.randn(2, 1, 32, 32), load(request.getfixturevalue("exported"))
     model = timm.create_model(request.param, num_classes=10).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -60,8 +73,8 @@ def exported(request):
     return model, x, program.model
 
 
-def test_identity_in_the_limit(exported):
-    _, x, graph = exported
+def test_identity_in_the_limit(case):
+    _, x, graph = case
     sites = survey(graph).sites
     patched = graph.clone()
     rewrite(patched, {site.name: 1e-9 for site in sites}, weigh_single_values=True)
@@ -70,8 +83,8 @@ def test_identity_in_the_limit(exported):
     assert deviation < 1e-5
 
 
-def test_alpha_0_from_an_input_is_the_original(exported):
-    _, x, graph = exported
+def test_alpha_0_from_an_input_is_the_original(case):
+    _, x, graph = case
     patched = graph.clone()
     rewrite(patched, {site.name: 0.0 for site in survey(graph).sites}, alpha_inputs="global")
     expected = output(ir.to_proto(graph), x.numpy())
@@ -79,13 +92,13 @@ def test_alpha_0_from_an_input_is_the_original(exported):
     assert deviation < 1e-5
 
 
-def test_patched_torch_and_patched_graph_agree_by_name(exported):
+def test_patched_torch_and_patched_graph_agree_by_name(case):
     """The names of sites are those of torch's modules, so one mapping of alphas serves both."""
     import torch
 
     from bnpatch.nn import surgery
 
-    model, x, graph = exported
+    model, x, graph = case
     names = [site.name for site in surgery.survey(model).sites]
     assert {site.name for site in survey(graph).sites} == set(names)
     alphas = {name: float(a) for name, a in zip(names, np.linspace(0, 0.5, len(names)), strict=True)}

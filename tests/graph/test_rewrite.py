@@ -268,21 +268,32 @@ def test_group_norm_needs_moments():
         rewritten(group_norm_model(), {"bn": 0.5})
 
 
+EXPORTS = {
+    "new exporter": {"dynamo": True, "optimize": False},
+    "optimized": {"dynamo": True, "optimize": True},
+    "opset 21": {"dynamo": True, "optimize": False, "opset_version": 21},
+    "old exporter": {"dynamo": False, "opset_version": 17},
+}
+
+
 @pytest.mark.parametrize(
-    "export",
+    ("exporter", "affine"),
     [
-        {"dynamo": True, "optimize": False},
-        {"dynamo": True, "optimize": True},
-        {"dynamo": True, "optimize": False, "opset_version": 21},
-        {"dynamo": False, "opset_version": 17},
+        ("new exporter", True),
+        ("optimized", False),
+        ("old exporter", True),
+        pytest.param("new exporter", False, marks=pytest.mark.slow),
+        pytest.param("optimized", True, marks=pytest.mark.slow),
+        pytest.param("opset 21", True, marks=pytest.mark.slow),
+        pytest.param("opset 21", False, marks=pytest.mark.slow),
+        pytest.param("old exporter", False, marks=pytest.mark.slow),
     ],
-    ids=["new exporter", "optimized", "opset 21", "old exporter"],
 )
-@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_group_norm_as_exporters_write_it(export, affine, tmp_path):
+def test_group_norm_as_exporters_write_it(exporter, affine, tmp_path):
     import torch
 
+    export = EXPORTS[exporter]
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(4, 8, affine=affine), torch.nn.ReLU()

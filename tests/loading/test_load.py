@@ -298,8 +298,9 @@ def test_half_precision_and_amp(checkpoint, clean):
     half = bnpatch.load(bnpatch.load(checkpoint).module.bfloat16())
     half.preprocessing = bnpatch.load(checkpoint).preprocessing
     assert half.predict(torch.zeros(1, 1, 32, 32)).dtype == torch.bfloat16
-    # bfloat16 has 8 bits; 15 layers of it were measured to deviate by 0.5% of the largest logit
-    torch.testing.assert_close(amp.float(), full, rtol=0, atol=0.03 * full.abs().max().item())
+    # bfloat16 rounds by up to 0.4%, in each of 15 layers: ten seeds of the classifier gave 1.6% to 3.6%.
+    deviation = (amp.float() - full).norm() / full.norm()
+    assert 0 < deviation < 0.06
 
 
 def test_an_unknown_device_is_refused(checkpoint):

@@ -12,6 +12,13 @@ from tests.nn.test_surgery import images, settle
 
 TIMM_TEST_MODELS = timm.list_models("test_*")
 
+# Of each sweep, what is always run: small, and of unlike families. The rest is slow.
+QUICK = {
+    "timm": "mobilenetv3_small_050 resnet10t lcnet_035".split(),
+    "torchvision": ["mobilenet_v3_small", "shufflenet_v2_x0_5"],
+    "zoo": ["timm/lcnetv2_small"],
+}
+
 # One small member of each family.
 TIMM_FAMILIES = """
     cspresnet50 densenet121 dla46_c dpn48b efficientformer_l1 efficientvit_b0 efficientvit_m0
@@ -40,6 +47,11 @@ ZOO = """
 TORCHVISION_WITHOUT_BN = ["alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "vgg11", "vit_b_32"]
 
 
+def sweep(names, quick):
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def check(model, x):
     batch_norms = {n for n in zoo.expected_sites(model) if zoo.is_batch_norm(model.get_submodule(n))}
     assert {site.name for site in survey(model).sites} == batch_norms  # Group Norm has no moments yet
@@ -56,7 +68,7 @@ def check(model, x):
     return len(survey(model).sites)
 
 
-@pytest.mark.parametrize("name", TIMM_TEST_MODELS + TIMM_FAMILIES)
+@pytest.mark.parametrize("name", TIMM_TEST_MODELS + sweep(TIMM_FAMILIES, QUICK["timm"]))
 def test_timm(name):
     model = settle(timm.create_model(name))
     cfg = model.pretrained_cfg
@@ -65,7 +77,7 @@ def test_timm(name):
     assert num_sites or name in TIMM_TEST_MODELS
 
 
-@pytest.mark.parametrize("name", TORCHVISION_FAMILIES)
+@pytest.mark.parametrize("name", sweep(TORCHVISION_FAMILIES, QUICK["torchvision"]))
 def test_torchvision(name):
     kwargs = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = settle(torchvision.models.get_model(name, **kwargs))
@@ -73,7 +85,7 @@ def test_torchvision(name):
     assert check(model, images(2, 3, size, size))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sweep(ZOO, QUICK["zoo"]))
 def test_sample_of_the_zoo(name):
     library, name = name.split("/")
     model = settle(zoo.create(library, name))

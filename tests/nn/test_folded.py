@@ -157,14 +157,21 @@ def test_nothing_to_recover_is_said():
 
 
 def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):
-    model = load(settle(timm.create_model("test_vit", num_classes=5, img_size=SIZE)))
+    model = load(settle(timm.create_model("test_vit", num_classes=5, img_size=SIZE, depth=1)))
     nn.init.normal_(model.module.patch_embed.proj.bias)
     assert model.folded() == ()
     bnpatch.export_onnx(model, tmp_path / "vit.onnx", X[:2])
     assert bnpatch.load(tmp_path / "vit.onnx").folded() == ()
 
 
-@pytest.mark.parametrize(("name", "fewest"), [("repvgg_a0", 15), ("mobileone_s0", 30), ("fastvit_t8", 10)])
+@pytest.mark.parametrize(
+    ("name", "fewest"),
+    [
+        pytest.param("repvgg_a0", 15, marks=pytest.mark.slow),
+        pytest.param("mobileone_s0", 30, marks=pytest.mark.slow),
+        ("fastvit_t8", 10),
+    ],
+)
 def test_reparameterized_models_of_timm(name, fewest):
     model = load(reparameterize_model(settle(timm.create_model(name, num_classes=5))))
     names = model.folded()

@@ -54,7 +54,12 @@ def tensors(output):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+DETECTORS = {"fasterrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in DETECTORS else name for name in MODELS]
+)
 def test_identity_is_exact_and_a_weight_counts(name):
     torch.manual_seed(0)
     model = settle(MODELS[name]())

@@ -11,6 +11,7 @@ from bnpatch.errors import BnpatchWarning
 from bnpatch.moments import Moments, mix
 from bnpatch.nn.norm import ExampleWeighedNorm, example_moments, weighed_norm
 from tests import reference
+from tests.nn.pairwise import pairwise
 
 SHAPES = {
     "1d": (5, 6, 7),
@@ -53,11 +54,12 @@ def batch_norm(num_channels, rank=2, dtype=torch.float32):
     return bn
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("alpha", [0.0, 0.03, 0.5, 1.0])
-@pytest.mark.parametrize(("shape", "layout"), CASES)
-@pytest.mark.parametrize("channels_per_group", [1, 2, 6])
-def test_equals_the_oracle(shape, layout, alpha, dtype, channels_per_group):
+@pytest.mark.parametrize(
+    ("case", "alpha", "dtype", "channels_per_group"),
+    pairwise(CASES, [0.0, 0.03, 0.5, 1.0], TOLERANCE, [1, 2, 6]),
+)
+def test_equals_the_oracle(case, alpha, dtype, channels_per_group):
+    shape, layout = case
     x, (mean, var, weight, bias) = sample(shape, dtype, layout), parameters(shape[1], dtype)
     y = weighed_norm(x, Moments(mean, var), weight, bias, 0.1, alpha, channels_per_group)
     assert y.dtype == dtype
@@ -268,10 +270,10 @@ def running(num_channels=6, dtype=torch.float64, seed=7):
     return Moments(mean, var)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("channels_per_group", [1, 3])
+@pytest.mark.parametrize(
+    ("layout", "weight", "alpha", "channels_per_group"),
+    pairwise([torch.contiguous_format, torch.channels_last], [0.0, 0.3, 1.0], [0.0, 0.2, 1.0], [1, 3]),
+)
 def test_running_moments_that_are_given_take_the_place_of_the_buffers(
     layout, weight, alpha, channels_per_group
 ):

@@ -43,7 +43,13 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("case", ARCHITECTURES)
+LARGE = {"resnet50", "densenet121", "inception_v3", "googlenet", "vgg11_bn", "efficientnet_b0"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in ARCHITECTURES],
+)
 def test_architectures(case):
     make, expected = ARCHITECTURES[case]
     model = make()

@@ -281,7 +281,14 @@ def test_patching_again_keeps_whether_single_values_are_weighed():
     assert not model[0].weigh_single_values
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s", "repvgg_a0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("repvit_m0_9", marks=pytest.mark.slow),
+        "levit_128s",
+        pytest.param("repvgg_a0", marks=pytest.mark.slow),
+    ],
+)
 def test_reparameterizing_a_patched_model_warns_and_before_it_there_is_nothing_left(name):
     import timm.utils
 

@@ -1,6 +1,7 @@
 """The layer in training, against an oracle made of the paper's definitions."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -19,6 +20,7 @@ from bnpatch.nn.surgery import calibrated
 from bnpatch.nn.training_norm import GeneralNorm, grouped_norm, renorm
 from bnpatch.spec import NormSpec
 from tests import reference
+from tests.nn.pairwise import pairwise
 from tests.nn.test_norm import parameters, sample
 
 SPECS = {
@@ -56,10 +58,12 @@ def layer(spec, num_channels=6, dtype=torch.float64, rank=2, **options):
     return convert_norms(bn, spec)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("channels", "examples"), SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("num_examples", [2, 5, 6, 7])
-def test_training_equals_the_oracle(num_examples, channels, examples, layout):
+@pytest.mark.parametrize(
+    ("spec", "num_examples", "layout"),
+    pairwise(SPECS, [2, 5, 6, 7], [torch.contiguous_format, torch.channels_last]),
+)
+def test_training_equals_the_oracle(spec, num_examples, layout):
+    channels, examples = SPECS[spec]
     x = sample((num_examples, 6, 5, 4), layout=layout)
     norm = layer(NormSpec(channels, examples)).train()
     groups = groups_of(num_examples, examples, joined=channels == 1)
@@ -78,10 +82,17 @@ def test_training_equals_the_oracle_in_every_rank(shape, channels, examples):
     np.testing.assert_allclose(norm(x).detach(), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("channels", "examples"), [(1, 4), (1, 2), (2, 1), (2, 2), (2, 5), (4, 3)])
-def test_gradients(channels, examples, layout):
-    x = sample((5, 4, 3, 2), layout=layout).requires_grad_()
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    # Both layouts where groups hold several examples, with and without channels pooled; one layout elsewhere.
+    [
+        *itertools.product([torch.contiguous_format, torch.channels_last], [(1, 2), (2, 2)]),
+        *itertools.product([torch.contiguous_format], [(1, 4), (2, 1), (2, 5), (4, 3)]),
+    ],
+)
+def test_gradients(layout, groups):
+    channels, examples = groups
+    x = sample((5, 4, 2, 2), layout=layout).requires_grad_()
     _, _, weight, bias = parameters(4)
 
     def f(x, weight, bias):

@@ -11,7 +11,11 @@ import bnpatch
 from bnpatch.report.files import write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
+    # A classifier may do no better than guessing in fog.
+    pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.errors.BnpatchWarning"),
+]
 
 LONG = "an_unreasonably_long_name_without_any_place_to_break_it_" * 3
 

@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -5,6 +6,9 @@ import pytest
 import bnpatch
 from bnpatch.search import job, ladder
 from bnpatch.search.learn import Course, learn
+from tests.search.tiny import classifier, small
+
+CONTRAST = 0.4  # of the dim images
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,10 +18,43 @@ def quick():
         patch.setattr(ladder, "learn", partial(learn, checks=5))
         patch.setattr(Course, "of", lambda examples, set_size=1: Course(24, max(128, set_size)))
         patch.setattr(ladder, "_OTHER_STARTS", ())
-        patch.setattr(job, "LATENCY_SECONDS", 1.0)
+        patch.setattr(job, "LATENCY_SECONDS", 0.3)
         yield
 
 
 @pytest.fixture
 def model(checkpoint):
+    """The ResNet that most tests use, where it matters that it is one."""
     return bnpatch.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_module(digits, request):
+    images, labels = digits[0]
+    return classifier(small(images), labels, request.config.getoption("--fixture-seed"))
+
+
+@pytest.fixture
+def tiny(tiny_module):
+    """A classifier that takes no time, see :mod:`tests.search.tiny`."""
+    return bnpatch.load(copy.deepcopy(tiny_module))
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_module, tmp_path_factory):
+    """The same as ONNX, with its Batch Norm kept."""
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    bnpatch.export_onnx(bnpatch.load(copy.deepcopy(tiny_module)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(clean):
+    """The other digits as the tiny classifier takes them: (images, labels)."""
+    return small(clean[0]), clean[1]
+
+
+@pytest.fixture(scope="session")
+def dim(clean):
+    """The same with little contrast."""
+    return small(clean[0], CONTRAST), clean[1]

@@ -19,62 +19,62 @@ def few(data):
     return data[0][:100], data[1][:100]
 
 
-def test_an_interrupt_keeps_the_best_so_far(model, foggy):
+def test_an_interrupt_keeps_the_best_so_far(tiny, dim):
     def interrupt(trial, is_best):
         if trial.rung == "alpha" and trial.number == 3:
             raise KeyboardInterrupt
 
     with pytest.warns(BnpatchWarning, match="interrupted: what was found so far is judged now"):
-        result = bnpatch.tune_alpha(model, foggy, on_trial=interrupt)
+        result = bnpatch.tune_alpha(tiny, dim, on_trial=interrupt)
     assert result.interrupted
     assert result.recipe.provenance["interrupted"]
     assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
 
 
-def test_an_interrupt_before_anything_is_known_is_passed_on(model, foggy, monkeypatch):
+def test_an_interrupt_before_anything_is_known_is_passed_on(tiny, dim, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ByMetric, "scores", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bnpatch.tune_alpha(model, foggy)
+        bnpatch.tune_alpha(tiny, dim)
 
 
-def test_an_interrupt_while_learning_keeps_what_was_raced(model, foggy, monkeypatch):
+def test_an_interrupt_while_learning_keeps_what_was_raced(tiny, dim, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ByMetric, "loss", interrupt)
     with pytest.warns(BnpatchWarning, match="interrupted"):
-        result = bnpatch.tune_alpha(model, foggy, recalibrate=False)
+        result = bnpatch.tune_alpha(tiny, dim, recalibrate=False)
     assert result.interrupted
     assert result.chosen.name == "alpha"
     assert str(result.verdict) == "gain"
 
 
-def test_a_timeout_ends_the_search(model, foggy):
-    result = bnpatch.tune_alpha(model, foggy, timeout=0)
+def test_a_timeout_ends_the_search(tiny, dim):
+    result = bnpatch.tune_alpha(tiny, dim, timeout=0)
     assert [rung.name for rung in result.rungs] == ["identity"]
     assert result.alpha == 0
 
 
-def test_a_weight_that_overflows_is_a_failed_trial(model, foggy, monkeypatch):
-    predict = type(model).predict
+def test_a_weight_that_overflows_is_a_failed_trial(tiny, dim, monkeypatch):
+    predict = type(tiny).predict
 
     def overflow(self, x):
         y = predict(self, x)
         return y * float("inf") if max(self.alphas().values()) == 1 else y
 
-    monkeypatch.setattr(type(model), "predict", overflow)
-    result = bnpatch.tune_alpha(model, foggy, granularity="global")
+    monkeypatch.setattr(type(tiny), "predict", overflow)
+    result = bnpatch.tune_alpha(tiny, dim, granularity="global")
     assert 1.0 not in [t.weight for t in result.trials]
     assert str(result.verdict) == "gain"
-    monkeypatch.setattr(type(model), "predict", lambda self, x: predict(self, x) * float("nan"))
+    monkeypatch.setattr(type(tiny), "predict", lambda self, x: predict(self, x) * float("nan"))
     with pytest.raises(BnpatchError, match="infinities or NaN for example"):
-        bnpatch.tune_alpha(model, foggy)
+        bnpatch.tune_alpha(tiny, dim)
 
 
-def test_an_interrupt_ends_a_cross_fit_where_the_search_was(model, foggy):
+def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
     """Searches that go no further judge the parts: otherwise the verdict would be of something else."""
 
     def interrupt(trial, is_best):
@@ -84,14 +84,14 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(model, foggy):
 
     interrupted = []
     with pytest.warns(BnpatchWarning, match="interrupted"):
-        result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", on_trial=interrupt)
+        result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", on_trial=interrupt)
     assert result.interrupted
     assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
     assert result.num_held_out == 100
     assert result.passes < 6 * 4  # six races, of one or two passes more than three, as blocks are few
 
 
-def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(model, foggy, monkeypatch):
+def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny, dim, monkeypatch):
     loss, interrupted = ByMetric.loss, []
 
     def interrupt(self, *args):
@@ -103,7 +103,7 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(model
     monkeypatch.setattr(ByMetric, "loss", interrupt)
     climbed = recorded(monkeypatch)
     with pytest.warns(BnpatchWarning, match="interrupted"):
-        result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", recalibrate=False)
+        result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
     assert [[rung.name for rung in rungs] for rungs in climbed] == [["identity", "alpha"]] * 6
 
@@ -121,7 +121,7 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["climb", "gather"])
-def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model, foggy, monkeypatch, where):
+def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(tiny, dim, monkeypatch, where):
     calls, owner = [], Ladder if where == "climb" else job
     original, last = getattr(owner, where), 4 if where == "climb" else 3
 
@@ -132,7 +132,7 @@ def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model
         return original(*args)
 
     monkeypatch.setattr(owner, where, interrupt)
-    result = bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
+    result = bnpatch.tune_alpha(tiny, few(dim), granularity="global", trials=3)
     assert len(calls) == last
     assert result.interrupted
     assert result.num_parts == 2
@@ -140,13 +140,13 @@ def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(model
     assert any("2 of 5 parts took turns in being held out" in note for note in result.notes)
 
 
-def test_an_interrupt_before_any_part_was_judged_is_passed_on(model, foggy, monkeypatch):
+def test_an_interrupt_before_any_part_was_judged_is_passed_on(tiny, dim, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "gather", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bnpatch.tune_alpha(model, few(foggy), granularity="global", trials=3)
+        bnpatch.tune_alpha(tiny, few(dim), granularity="global", trials=3)
 
 
 class Clock:
@@ -157,7 +157,7 @@ class Clock:
         monkeypatch.setattr(job.time, "monotonic", lambda: self.now)
 
 
-def test_the_searches_of_a_cross_fit_share_the_time(model, foggy, monkeypatch):
+def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
     clock, given = Clock(monkeypatch), []
 
     class Timed(Ladder):
@@ -168,11 +168,11 @@ def test_the_searches_of_a_cross_fit_share_the_time(model, foggy, monkeypatch):
             return rungs
 
     monkeypatch.setattr(job, "Ladder", Timed)
-    bnpatch.tune_alpha(model, few(foggy), granularity="global", timeout=60.0, trials=2)
+    bnpatch.tune_alpha(tiny, few(dim), granularity="global", timeout=60.0, trials=2)
     np.testing.assert_allclose(given, [10.0, 20.0, 10.0, 10.0, 10.0, 10.0])  # twice: one part is a must
 
 
-def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(model, foggy, monkeypatch):
+def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim, monkeypatch):
     """A limit on latency takes all the time: a search that has none left would find the identity."""
     clock, measured = Clock(monkeypatch), job.trade_off
 
@@ -189,35 +189,38 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(model, fog
     monkeypatch.setattr(job, "Ladder", Timed)
     monkeypatch.setattr(job, "trade_off", slow)
     options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
-    result = bnpatch.tune_alpha(model, few(foggy), timeout=60.0, trials=3, **options)
+    result = bnpatch.tune_alpha(tiny, few(dim), timeout=60.0, trials=3, **options)
     assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
     assert result.num_held_out == 20
     assert str(result.verdict) == "gain"
     assert not result.interrupted
 
 
-def test_a_part_whose_race_was_cut_short_does_not_judge(model, foggy, monkeypatch):
+def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
     """It would have found the identity, and made the verdict say that little is gained."""
-    clock, scores, measured = Clock(monkeypatch), ByMetric.scores, job.trade_off
+    clock, scores, climbing = Clock(monkeypatch), ByMetric.scores, []
+
+    class Watched(Ladder):
+        def climb(self):
+            climbing.append(0)
+            return super().climb()
 
     def timed(self, model, examples, indices):
-        clock.now += len(indices) / 100  # a pass takes a second
+        climbing[-1] += 1
+        if len(climbing) == 3 and climbing[-1] == 2:  # the identity of the second part is scored
+            clock.now += 60.0
         return scores(self, model, examples, indices)
 
-    def slow(*args, **kwargs):
-        clock.now += 11.0
-        return measured(*args, **kwargs)
-
+    monkeypatch.setattr(job, "Ladder", Watched)
     monkeypatch.setattr(ByMetric, "scores", timed)
-    monkeypatch.setattr(job, "trade_off", slow)
-    options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
-    result = bnpatch.tune_alpha(model, few(foggy), timeout=40.0, trials=4, **options)
+    options = {"granularity": "global", "metric": "cross-entropy", "trials": 4}
+    result = bnpatch.tune_alpha(tiny, few(dim), timeout=40.0, **options)
     assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
-    whole = bnpatch.tune_alpha(model, few(foggy), trials=4, **options)
-    assert result.comparisons[0].change.value < 0.5 * whole.comparisons[0].change.value < 0
+    whole = bnpatch.tune_alpha(tiny, few(dim), **options)
+    assert result.comparisons[0].change.value < 0.6 * whole.comparisons[0].change.value < 0
 
 
-def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(model, foggy, monkeypatch):
+def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(tiny, dim, monkeypatch):
     """What is found without one of the parts is not what is kept."""
     climb, climbed = Ladder.climb, []
 
@@ -229,7 +232,7 @@ def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(mode
         return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
 
     monkeypatch.setattr(Ladder, "climb", then)
-    result = bnpatch.tune_alpha(model, few(foggy), metric="cross-entropy", granularity="global", trials=3)
+    result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", granularity="global", trials=3)
     assert result.alpha == 0
     assert str(result.verdict) == result.recipe.provenance["verdict"] == "no significant change"
     assert {c.change.value for c in result.comparisons} == {0.0}
@@ -237,7 +240,7 @@ def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(mode
     assert verdict_sentence(result).startswith("No significant gain: nothing that was tried")
 
 
-def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(model, foggy, monkeypatch):
+def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(tiny, dim, monkeypatch):
     gather, gathered = job.gather, []
 
     def then(*args):
@@ -246,8 +249,8 @@ def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(mo
         return found
 
     monkeypatch.setattr(job, "gather", then)
-    overflowing(model, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    overflowing(tiny, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
+    result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.setting.alphas.values())) > 1
     assert str(result.verdict) == "gain"
 
@@ -263,37 +266,44 @@ def overflowing(model, monkeypatch, where):
     monkeypatch.setattr(type(model), "predict", overflow)
 
 
-def test_learned_weights_that_overflow_are_not_kept(model, foggy, monkeypatch):
-    overflowing(model, monkeypatch, lambda alphas: len(set(alphas.values())) > 1)
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+def test_learned_weights_that_overflow_are_not_kept(tiny, dim, monkeypatch):
+    overflowing(tiny, monkeypatch, lambda alphas: len(set(alphas.values())) > 1)
+    result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.setting.alphas.values())) == 1
     assert str(result.verdict) == "gain"
 
 
-def test_a_loss_that_overflows_ends_learning(model, foggy, monkeypatch):
+def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
     loss = ByMetric.loss
     monkeypatch.setattr(
         ByMetric, "loss", lambda self, *args: (part * float("nan") for part in loss(self, *args))
     )
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
+    result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.setting.alphas.values())) == 1
     assert str(result.verdict) == "gain"
 
 
-def test_turns_that_overflow_are_not_taken(exported, foggy, monkeypatch):
-    model = bnpatch.load(exported)
-    first = next(iter(model.alphas()))
-    overflowing(model, monkeypatch, lambda alphas: len(set(alphas.values())) > 1 and alphas[first] > 0.5)
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", recalibrate=False)
-    assert len(set(result.setting.alphas.values())) > 1
-    assert result.setting.alphas[first] <= 0.5
+def test_turns_that_overflow_are_not_taken(tiny_onnx, dim, monkeypatch):
+    """The very turn that is taken where it does not."""
+    model = bnpatch.load(tiny_onnx)
+    run = {"metric": "cross-entropy", "granularity": "layer"}
+    free = bnpatch.tune_alpha(model, dim, **run)
+    start, end = (
+        next(rung.setting.alphas for rung in free.rungs if rung.name == name)
+        for name in ("alpha", "alpha per layer")
+    )
+    site = next(name for name in end if end[name] != start[name])
+    overflowing(model, monkeypatch, lambda alphas: alphas[site] == end[site])
+    result = bnpatch.tune_alpha(model, dim, **run)
+    assert result.setting.alphas[site] != end[site]
+    assert str(result.verdict) == "gain"
 
 
-def test_what_overflows_on_clean_images_insures_nothing(model, clean, monkeypatch):
+def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
     scores, climb, climbed = ByMetric.scores, Ladder.climb, []
 
     def overflow(self, model, examples, indices):
-        if climbed and max(model.alphas().values()) > 0:
+        if climbed and max(tiny.alphas().values()) > 0:
             raise OutputsNotFiniteError("too large", "leave it")
         return scores(self, model, examples, indices)
 
@@ -305,14 +315,14 @@ def test_what_overflows_on_clean_images_insures_nothing(model, clean, monkeypatc
     monkeypatch.setattr(ByMetric, "scores", overflow)
     monkeypatch.setattr(Ladder, "climb", then)
     result = bnpatch.tune_alpha(
-        model, clean, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
+        tiny, plain, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
     )
     assert result.alpha == 0
     assert any(note.startswith("nothing was found that helps the shifted") for note in result.notes)
 
 
-def test_thinned_patches_that_overflow_are_left_out(model, foggy, monkeypatch):
-    overflowing(model, monkeypatch, lambda alphas: sum(map(bool, alphas.values())) == 1)
-    result = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1000)
+def test_thinned_patches_that_overflow_are_left_out(tiny, dim, monkeypatch):
+    overflowing(tiny, monkeypatch, lambda alphas: sum(map(bool, alphas.values())) == 1)
+    result = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1000)
     assert 1 not in [point.num_sites for point in result.trade_off]
     assert len(result.trade_off) > 2

@@ -16,16 +16,16 @@ from bnpatch.search.standings import Difference
 from bnpatch.setting import Setting
 
 
-def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy, monkeypatch):
+def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
     monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 16))  # races are looked at
-    few, seen = (foggy[0][:100], foggy[1][:100]), []
+    few, seen = (dim[0][:100], dim[1][:100]), []
 
     def look(trial, is_best):
         seen.append((trial, is_best))
         if trial.rung == "alpha":
-            assert set(model.alphas().values()) == {trial.weight}
+            assert set(tiny.alphas().values()) == {trial.weight}
 
-    bnpatch.tune_alpha(model, few, metric="cross-entropy", trials=4, on_trial=look)
+    bnpatch.tune_alpha(tiny, few, metric="cross-entropy", trials=4, on_trial=look)
     assert sum(trial.rung == "alpha" and trial.number == 0 for trial, _ in seen) == 1  # of no cross-fit
     assert len({trial.rung for trial, _ in seen}) == 4
     scores = [trial.scores["cross-entropy"] for trial, is_best in seen if is_best]
@@ -34,7 +34,7 @@ def test_what_is_best_so_far_is_the_best_of_all_races(model, foggy, monkeypatch)
     assert {trial.weight for trial, _ in seen if trial.rung == "refined"} == {None}
 
 
-def test_a_study_of_other_examples_is_refused(model, folder, tmp_path):
+def test_a_study_of_other_examples_is_refused(tiny, folder, tmp_path):
     """Scores are kept by place: an image that can be read at last would move all that come after it."""
     data = tmp_path / "val"
     for path in folder.rglob("*.png"):
@@ -43,12 +43,12 @@ def test_a_study_of_other_examples_is_refused(model, folder, tmp_path):
         copy.write_bytes(path.read_bytes())
     broken = min(data.rglob("*.png"))
     content = broken.read_bytes()
-    run = {"granularity": "global", "storage": str(tmp_path / "s.journal"), "trials": 2}
+    run = {"granularity": "global", "storage": str(tmp_path / "s.journal"), "trials": 2, "holdout": 0.5}
     broken.write_bytes(b"no image")
-    assert bnpatch.tune_alpha(model, data, **run).skipped
+    assert bnpatch.tune_alpha(tiny, data, **run).skipped
     broken.write_bytes(content)
     with pytest.raises(BnpatchError, match="made with another examples"):
-        bnpatch.tune_alpha(model, data, **run)
+        bnpatch.tune_alpha(tiny, data, **run)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_there_are_examples_to_learn_from_and_others_to_choose_by(count, set_siz
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_learning_makes_do_with_the_memory_there_is(model, foggy, monkeypatch, where):
-    forward, backward, sizes = type(model).forward, torch.autograd.backward, []
+def test_learning_makes_do_with_the_memory_there_is(tiny, dim, monkeypatch, where):
+    forward, backward, sizes = type(tiny).forward, torch.autograd.backward, []
 
     def limited_forward(self, x):
         sizes.append(len(x) if torch.is_grad_enabled() else 0)
@@ -76,13 +76,14 @@ def test_learning_makes_do_with_the_memory_there_is(model, foggy, monkeypatch, w
             raise torch.OutOfMemoryError
         backward(*args, **kwargs)
 
-    monkeypatch.setattr(type(model), "forward", limited_forward)
+    monkeypatch.setattr(type(tiny), "forward", limited_forward)
     monkeypatch.setattr(torch.autograd, "backward", limited_backward)
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="layer")
+    result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer")
     learned = next(rung for rung in result.rungs if rung.name == "alpha per layer")
-    assert len(set(learned.setting.alphas.values())) > 5
-    assert max(sizes) > 40  # it was tried
-    assert 20 < max(sizes[-90:]) <= 40
+    assert len(set(learned.setting.alphas.values())) == 3
+    tried = [size for size in sizes if size]
+    assert max(tried) > 40
+    assert 20 < max(tried[-20:]) <= 40
 
 
 def test_an_image_that_is_lost_on_the_way_is_named():
@@ -193,7 +194,7 @@ def test_an_interrupt_at_a_further_place_keeps_what_was_learned(two_more_places)
 
 @pytest.mark.parametrize(("kind", "find"), [("torch", "learn"), ("onnx", "walk")])
 def test_both_ways_to_find_weights_begin_at_several_places(
-    checkpoint, exported, foggy, two_more_places, monkeypatch, kind, find
+    tiny, tiny_onnx, dim, two_more_places, monkeypatch, kind, find
 ):
     starts = []
 
@@ -202,8 +203,8 @@ def test_both_ways_to_find_weights_begin_at_several_places(
         return starts[-1]
 
     monkeypatch.setattr(ladder, find, found)
-    model = bnpatch.load(checkpoint if kind == "torch" else exported)
+    model = tiny if kind == "torch" else bnpatch.load(tiny_onnx)
     run = {"metric": "unlabeled", "granularity": "layer", "recalibrate": True, "trials": 2}
-    bnpatch.tune_alpha(model, foggy[0][:60], test_data=foggy[0][60:120], **run)
+    bnpatch.tune_alpha(model, dim[0][:60], test_data=dim[0][60:120], **run)
     assert len(starts) == 1 + 3  # alphas; both weights, from three places
     assert set(starts[2].lambdas.values()) == {0.5}

@@ -13,9 +13,9 @@ from bnpatch.setting import Setting
 
 
 @pytest.fixture
-def task(checkpoint, foggy):
-    model = bnpatch.load(checkpoint)
-    examples = bnpatch.open_examples(foggy, model)
+def task(tiny, dim):
+    model = tiny
+    examples = bnpatch.open_examples(dim, model)
     names = list(model.alphas())
     return model, examples, Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)), names
 
@@ -48,7 +48,7 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
         )
         model.set(found)
         assert cost() < 0.6 * before
-    assert len(set(found.alphas.values())) > 5
+    assert len(set(found.alphas.values())) == 3
     assert found.lambdas == start.lambdas
     assert model.alphas() == start.alphas  # borrowed
     assert all(parameter.requires_grad for parameter in model.module.parameters())

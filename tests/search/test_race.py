@@ -63,7 +63,7 @@ def regret(problem, result):
 
 def test_cross_entropy_lands_where_the_grid_does_in_three_passes():
     regrets = []
-    for seed, best in enumerate((0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)):
+    for seed, best in enumerate((0.0, 0.05, 0.3, 0.7, 1.0)):
         problem = Problem(3000, best, seed)
         result = run(problem, seed=seed)
         assert problem.scored <= 3 * 3000

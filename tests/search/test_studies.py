@@ -53,6 +53,7 @@ def states(storage, name="test"):
     return [t.state for t in open_study(storage, name, fingerprint=race_worker.FINGERPRINT).trials()]
 
 
+@pytest.mark.slow
 def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storage, tmp_path, uninterrupted):
     log, result = tmp_path / "log", tmp_path / "result"
     chance = random.Random(storage.startswith("sqlite"))
@@ -78,6 +79,7 @@ def test_running_it_again_scores_nothing(storage, tmp_path, uninterrupted):
     assert lines(log) == []
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(storage, tmp_path):
     logs, results = [tmp_path / "log1", tmp_path / "log2"], [tmp_path / "r1", tmp_path / "r2"]
     processes = [start(storage, logs[i], results[i], logs[1 - i]) for i in (0, 1)]
@@ -126,6 +128,7 @@ def owned_by(storage, owner, at):
     return study.trials()[0]
 
 
+@pytest.mark.slow
 def test_a_trial_is_left_to_whoever_lives(storage):
     host, pid, began = this_process().rsplit(":", 2)
     now = time.time()

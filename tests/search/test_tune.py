@@ -9,15 +9,17 @@ import bnpatch
 from bnpatch.calibration import target_moments
 from bnpatch.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation import evaluate
-from bnpatch.metrics import CROSS_ENTROPY
+from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.moments import Moments
 from bnpatch.search import goal, job
 from bnpatch.search.goal import Goal
 from bnpatch.search.judge import ByMetric
+from bnpatch.search.learn import Course
 from bnpatch.search.objectives import Seen, infomax, unlabeled_step
 from bnpatch.search.trade_off import Choice
 from bnpatch.search.verdict import scores
 from bnpatch.setting import Setting
+from tests.search.tiny import of_one_norm, small
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,9 @@ def tuned(checkpoint, foggy):
 
 
 @pytest.fixture(scope="module")
-def climbed(checkpoint, foggy):
-    """The whole ladder."""
-    return bnpatch.tune_alpha(bnpatch.load(checkpoint), foggy, metric="cross-entropy")
+def climbed(tiny_module, dim):
+    """The whole ladder, of the tiny classifier."""
+    return bnpatch.tune_alpha(tiny_module, dim, metric="cross-entropy")
 
 
 def test_one_alpha_gains_under_a_shift(tuned):
@@ -54,7 +56,7 @@ def test_one_alpha_costs_at_most_three_passes(tuned):
     assert tuned.alpha == best.weight
 
 
-def test_the_ladder_climbs_beyond_one_alpha(climbed, tuned):
+def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     names = [rung.name for rung in climbed.rungs]
     assert names == [
         "identity",
@@ -68,12 +70,37 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tuned):
     means = {rung.name: rung.mean for rung in climbed.rungs}
     assert climbed.chosen.mean == min(means.values())
     assert means["alpha per layer"] <= means["alpha"]  # it begins there
-    assert means["lambda and alpha per layer"] <= means["lambda, alpha"] <= means["lambda"]
-    before_and_after = {c.metric.name: c for c in climbed.comparisons}
-    one_alpha = {c.metric.name: c for c in tuned.comparisons}
-    assert before_and_after["cross-entropy"].after.value < 0.6 * one_alpha["cross-entropy"].after.value
-    assert before_and_after["accuracy"].after.value >= one_alpha["accuracy"].after.value
-    assert climbed.verdict.calibration.change.value < 0
+    assert means["lambda and alpha per layer"] <= means["lambda, alpha"]
+    tuning, _ = bnpatch.data.examples.split(dim[1].astype(np.int64), 0.5, seed=0)
+    examples = bnpatch.open_examples(dim, tiny)
+    with tiny.borrowed():  # a race compares on all tuning examples
+        tiny.retarget(target_moments(tiny, examples, indices=tuning, batch_size=250))
+        raced = []
+        for rung in climbed.rungs[:4]:
+            tiny.set(rung.setting)
+            raced.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
+    identity, one_alpha, one_lambda, both = raced
+    assert one_alpha < 0.8 * identity  # six seeds: 0.06 to 0.60 of it, on part of these examples
+    assert one_lambda < 0.5 * identity
+    assert both < one_lambda * (1 + 1e-4)
+    # Lambda alone undoes contrast: what is gained is all that was lost, and one alpha does not reach it.
+    found = {c.metric.name: c.after.value for c in climbed.comparisons}
+    without_loss = held_out_scores(tiny, plain)
+    one_alpha = held_out_scores(tiny, dim, climbed.rungs[1].setting)
+    lost = climbed.comparisons[0].before.value - without_loss.mean(CROSS_ENTROPY)
+    assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # six seeds: at most 0.07
+    assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.08  # six seeds: at most 0.04 less
+    assert found["cross-entropy"] < one_alpha.mean(CROSS_ENTROPY)  # six seeds: 0.29 to 0.90 of it
+    assert climbed.verdict.calibration.change.high < 0
+
+
+def held_out_scores(model, data, setting=None):
+    """Of the half that a search of this data leaves to the verdict."""
+    _, held_out = bnpatch.data.examples.split(data[1].astype(np.int64), 0.5, seed=0)
+    examples = bnpatch.open_examples(data, model)
+    with model.borrowed():
+        model.set(setting or model.setting())
+        return evaluate(model, examples, indices=held_out)
 
 
 def test_scores_are_those_of_the_patched_model(model, foggy, tuned):
@@ -86,24 +113,23 @@ def test_scores_are_those_of_the_patched_model(model, foggy, tuned):
     assert tuned.comparisons[0].after.value == pytest.approx(correct, abs=1e-12)
 
 
-def test_a_recipe_applied_gives_what_the_verdict_says(checkpoint, foggy, climbed):
+def test_a_recipe_applied_gives_what_the_verdict_says(tiny, dim, climbed):
     path_free = bnpatch.Recipe.from_json(json.loads(json.dumps(climbed.recipe.to_json())))
-    fresh = bnpatch.load(checkpoint)
-    fresh.apply(path_free)
-    _, held_out = bnpatch.data.examples.split(foggy[1].astype(np.int64), 0.5, seed=0)
-    scores = evaluate(fresh, bnpatch.open_examples(foggy, fresh), indices=held_out)
+    tiny.apply(path_free)
+    scores = held_out_scores(tiny, dim)
     assert scores.mean(CROSS_ENTROPY) == pytest.approx(climbed.comparisons[0].after.value, rel=1e-5)
 
 
-def test_is_reproducible(model, foggy, tuned):
-    again = bnpatch.tune_alpha(model, foggy, granularity="global")
-    assert [(t.weight, t.examples) for t in again.trials] == [(t.weight, t.examples) for t in tuned.trials]
-    other = bnpatch.tune_alpha(model, foggy, granularity="global", seed=1)
-    assert other.trials[0].scores != tuned.trials[0].scores  # of other examples
+def test_is_reproducible(tiny, dim):
+    first, again, other = (
+        bnpatch.tune_alpha(tiny, dim, granularity="global", seed=seed) for seed in (0, 0, 1)
+    )
+    assert [(t.weight, t.examples) for t in again.trials] == [(t.weight, t.examples) for t in first.trials]
+    assert other.trials[0].scores != first.trials[0].scores  # of other examples
 
 
 @pytest.mark.parametrize("granularity", ["global", "layer"])
-def test_the_search_never_sees_the_held_out_part(model, foggy, granularity, monkeypatch):
+def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeypatch):
     seen, learned = set(), set()
     scores, loss = ByMetric.scores, ByMetric.loss
     verdict = []
@@ -121,7 +147,7 @@ def test_the_search_never_sees_the_held_out_part(model, foggy, granularity, monk
 
     monkeypatch.setattr(ByMetric, "scores", spy_scores)
     monkeypatch.setattr(ByMetric, "loss", spy_loss)
-    result = bnpatch.tune_alpha(model, foggy, granularity=granularity, holdout=0.25)
+    result = bnpatch.tune_alpha(tiny, dim, granularity=granularity, holdout=0.25)
     assert len(seen) == result.num_tuning == 450
     assert not (seen | learned) & set(verdict)
     assert len(set(verdict)) == result.num_held_out == 150
@@ -129,13 +155,13 @@ def test_the_search_never_sees_the_held_out_part(model, foggy, granularity, monk
         assert 250 < len(learned) < 350
 
 
-def test_the_model_is_left_as_it_was(model, foggy):
-    types = [type(m) for m in model.module.modules()]
-    state = {name: value.clone() for name, value in model.module.state_dict().items()}
-    bnpatch.tune_alpha(model, foggy, metric="cross-entropy", timeout=5)
-    assert [type(m) for m in model.module.modules()] == types
-    module = model.module.train()
-    bnpatch.tune_alpha(module, _floats(foggy), granularity="global")
+def test_the_model_is_left_as_it_was(tiny, dim):
+    types = [type(m) for m in tiny.module.modules()]
+    state = {name: value.clone() for name, value in tiny.module.state_dict().items()}
+    bnpatch.tune_alpha(tiny, dim, metric="cross-entropy")
+    assert [type(m) for m in tiny.module.modules()] == types
+    module = tiny.module.train()
+    bnpatch.tune_alpha(module, _floats(dim), granularity="global")
     assert [type(m) for m in module.modules()] == types
     assert module.training
     assert all(parameter.requires_grad for parameter in module.parameters())
@@ -146,45 +172,61 @@ def _floats(data):
     return data[0][:, None].astype(np.float32) / 127.5 - 1, data[1]
 
 
-def test_a_module_and_a_metric_of_ones_own(model, foggy):
+def test_a_module_and_a_metric_of_ones_own(tiny, dim):
     def margin(outputs, targets):
         return outputs.gather(1, targets[:, None])[:, 0] - outputs.mean(1)
 
-    result = bnpatch.tune_alpha(model.module, _floats(foggy), metric=margin, granularity="layer")
+    result = bnpatch.tune_alpha(tiny.module, _floats(dim), metric=margin, granularity="layer")
     assert result.metric.name == "margin"
     assert result.chosen.mean == max(rung.mean for rung in result.rungs)
     assert result.rungs[2].mean > result.rungs[1].mean  # the metric itself has a gradient
 
 
-def test_test_data_gives_the_verdict(model, foggy, clean):
-    result = bnpatch.tune_alpha(model, foggy, test_data=clean, granularity="global")
+def test_test_data_gives_the_verdict(tiny, dim, plain):
+    own_answers = plain[0], answers(tiny, plain[0]).argmax(1).numpy()
+    result = bnpatch.tune_alpha(tiny, dim, test_data=own_answers, granularity="global")
     assert (result.num_tuning, result.num_held_out) == (600, 600)
-    assert result.comparisons[0].before.value > 0.95  # of the clean images
-    assert str(result.verdict) == "loss"  # tuned for fog
+    assert result.comparisons[0].before.value == 1  # any patch can but lose
+    assert str(result.verdict) == "loss"
     assert result.alpha == 0
     assert any("loss on held-out examples; not applied" in note for note in result.notes)
 
 
-def test_no_gain_is_claimed_where_there_is_none(model, clean):
-    """Seeded null cases: the data is what the model was trained for, so that a gain is rarely real."""
-    few = clean[0][:400], clean[1][:400]
+def answers(model, images):
+    with torch.inference_mode():
+        return model.forward(torch.from_numpy(images)[:, None].float() / 127.5 - 1)
+
+
+def drawn_labels(model, images, seed=0):
+    """Classes as the model expects them, by its own probabilities: no other answers are truly better."""
+    chances = answers(model, images).double().softmax(1).cumsum(1).numpy()
+    return (np.random.default_rng(seed).random((len(images), 1)) > chances[:, :-1]).sum(1)
+
+
+def test_no_gain_is_claimed_where_there_is_none(tiny, plain):
+    """Seeded null cases: a gain of the model as it is over any patch of it is real, the opposite never is."""
+    images = plain[0][:400]
+    with torch.no_grad():
+        for parameter in tiny.module[-1].parameters():
+            parameter.mul_(0.2)  # unsure: which labels are drawn is much of what a search sees
     claims, ends = 0, []
     for seed in range(20):
-        result = bnpatch.tune_alpha(model, few, granularity="global", trials=5, seed=seed)
+        data = images, drawn_labels(tiny, images, seed)
+        result = bnpatch.tune_alpha(tiny, data, granularity="global", trials=5, seed=seed)
         claims += str(result.verdict) == "gain"
         ends.append(result.alpha)
     assert claims <= 2
     assert np.median(ends) < 0.02
 
 
-def test_the_whole_ladder_claims_no_gain_where_there_is_none(model, clean):
-    result = bnpatch.tune_alpha(model, clean)
+def test_the_whole_ladder_claims_no_gain_where_there_is_none(tiny, plain):
+    result = bnpatch.tune_alpha(tiny, (plain[0], drawn_labels(tiny, plain[0])))
     assert str(result.verdict) != "gain"
 
 
-def test_a_tie_goes_to_the_identity(model, clean):
+def test_a_tie_goes_to_the_identity(tiny, plain):
     result = bnpatch.tune_alpha(
-        model, clean, metric=lambda outputs, targets: torch.ones(len(targets)), granularity="layer"
+        tiny, plain, metric=lambda outputs, targets: torch.ones(len(targets)), granularity="layer"
     )
     assert result.alpha == 0
     assert result.chosen.name == "identity"
@@ -192,14 +234,14 @@ def test_a_tie_goes_to_the_identity(model, clean):
     assert result.comparisons[0].change.value == 0
 
 
-def test_chance_is_warned_of(model, foggy):
+def test_chance_is_warned_of(tiny, dim):
     with pytest.warns(BnpatchWarning, match="and chance is 10.0%"):
-        bnpatch.tune_alpha(model, (foggy[0], (foggy[1] + 1) % 10), granularity="global", max_passes=1)
+        bnpatch.tune_alpha(tiny, (dim[0], (dim[1] + 1) % 10), granularity="global", max_passes=1)
 
 
-def test_few_examples_take_turns_in_being_held_out(model, foggy):
+def test_few_examples_take_turns_in_being_held_out(tiny, dim):
     result = bnpatch.tune_alpha(
-        model, (foggy[0][:100], foggy[1][:100]), metric="cross-entropy", granularity="layer", trials=4
+        tiny, (dim[0][:100], dim[1][:100]), metric="cross-entropy", granularity="layer", trials=4
     )
     assert result.num_tuning == result.num_held_out == 100
     assert any("cross-fitting" in note for note in result.notes)
@@ -207,8 +249,10 @@ def test_few_examples_take_turns_in_being_held_out(model, foggy):
     assert result.verdict.classes.shape == (3, 100)
 
 
-def test_stages_share_a_weight(model, foggy):
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="stage")
+def test_stages_share_a_weight(model, foggy, monkeypatch):
+    monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 32))
+    some = foggy[0][:200], foggy[1][:200]
+    result = bnpatch.tune_alpha(model, some, metric="cross-entropy", granularity="stage", trials=2)
     rung = next(rung for rung in result.rungs if rung.name == "alpha per stage")
     shapes = model.site_shapes()
     by_stage = {}
@@ -218,47 +262,53 @@ def test_stages_share_a_weight(model, foggy):
     assert len(by_stage) > 3
 
 
-def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, climbed):
+def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, monkeypatch):
+    monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 32))
+    some = foggy[0][:200], foggy[1][:200]
+    result = bnpatch.tune_alpha(model, some, metric="cross-entropy", granularity="layer", trials=2)
     shapes = model.site_shapes()
     single = [name for name, shape in shapes.items() if shape == (1, 1)]
     assert single
-    learned = next(rung for rung in climbed.rungs if rung.name == "alpha per layer")
-    start = next(rung for rung in climbed.rungs if rung.name == "alpha")
+    learned = next(rung for rung in result.rungs if rung.name == "alpha per layer")
+    start = next(rung for rung in result.rungs if rung.name == "alpha")
+    assert learned.setting != start.setting
     assert all(learned.setting.alphas[name] == start.setting.alphas[name] for name in single)
 
 
-def test_a_study_goes_on_where_it_was(model, foggy, tmp_path):
+def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     run = {"granularity": "layer", "storage": storage, "metric": "cross-entropy"}
-    some = foggy[0][:300], foggy[1][:300]
-    first = bnpatch.tune_alpha(model, some, **run)
-    again = bnpatch.tune_alpha(model, some, **run)
+    some = dim[0][:300], dim[1][:300]
+    first = bnpatch.tune_alpha(tiny, some, **run)
+    again = bnpatch.tune_alpha(tiny, some, **run)
     assert again.setting == first.setting
     assert again.trials == first.trials
     assert again.passes < first.passes / 3  # hardly anything is scored or learned again
     with pytest.raises(BnpatchError, match="made with another metric"):
-        bnpatch.tune_alpha(model, some, **run | {"metric": "entropy"})
+        bnpatch.tune_alpha(tiny, some, **run | {"metric": "entropy"})
     with pytest.raises(BnpatchError, match="made with another data"):
-        bnpatch.tune_alpha(model, (foggy[0][:250], foggy[1][:250]), **run)
+        bnpatch.tune_alpha(tiny, (dim[0][:250], dim[1][:250]), **run)
 
 
-def test_onnx_is_tuned_without_gradients(exported, foggy, tuned):
-    result = bnpatch.tune_alpha(bnpatch.load(exported), foggy, metric="cross-entropy", recalibrate=False)
+def test_onnx_is_tuned_without_gradients(tiny_onnx, dim):
+    result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", recalibrate=False)
     means = {rung.name: rung.mean for rung in result.rungs}
     assert means["alpha per layer"] < means["alpha"] < means["identity"]
     assert str(result.verdict) == "gain"
 
 
-def test_labels_are_not_needed(model, foggy, climbed, monkeypatch):
+def test_labels_are_not_needed(tiny, plain, dim, monkeypatch):
+    """Lambda alone undoes contrast: most of what it took is given back."""
+    without_loss = evaluate(tiny, bnpatch.open_examples(plain, tiny)).mean(ACCURACY)
+    as_it_is = evaluate(tiny, bnpatch.open_examples(dim, tiny)).mean(ACCURACY)
     monkeypatch.setattr(goal, "SELF_LABELLED_SETS", 1)
-    result = bnpatch.tune_alpha(model, foggy[0], metric="unlabeled", trials=4)
+    result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
     assert result.comparisons[0].metric.name == "unlabeled"
     assert result.verdict.flips is None
-    assert result.verdict.changed > 100
-    model.apply(result.recipe)
-    accuracy = evaluate(model, bnpatch.open_examples(foggy, model)).mean(bnpatch.metrics.ACCURACY)
-    labelled = next(c for c in climbed.comparisons if c.metric.name == "accuracy").after.value
-    assert accuracy > labelled - 0.04  # of 300 examples and 600
+    assert result.verdict.changed > 60  # of 300; six seeds: 116 to 235
+    tiny.apply(result.recipe)
+    accuracy = evaluate(tiny, bnpatch.open_examples(dim, tiny)).mean(ACCURACY)
+    assert accuracy > as_it_is + 0.25 * (without_loss - as_it_is)
 
 
 @pytest.mark.parametrize(("sets", "classes", "labels"), [(4, 10, True), (3, 10, False), (4, 11, False)])
@@ -276,28 +326,28 @@ def test_labels_are_made_where_sets_are_balanced_but_for_chance(sets, classes, l
     assert [part.item() for part in judge.loss(model, list(examples.batches(64, np.arange(64))))] == [7]
 
 
-def test_where_there_are_labels_they_give_the_verdict(model, foggy):
-    result = bnpatch.tune_alpha(model, foggy, metric="unlabeled", granularity="global")
+def test_where_there_are_labels_they_give_the_verdict(tiny, dim):
+    result = bnpatch.tune_alpha(tiny, dim, metric="unlabeled", granularity="global")
     assert result.comparisons[0].metric.name == "accuracy"
     assert any("equally frequent" in note for note in result.notes)
 
 
-def test_a_verdict_without_labels_has_an_interval(model, foggy, clean):
+def test_a_verdict_without_labels_has_an_interval(tiny, dim, plain):
     """The images alone, in the order of a folder: by class."""
     run = {"metric": "unlabeled", "granularity": "global", "recalibrate": True, "trials": 4}
-    sorted_foggy, sorted_clean = (images[np.argsort(labels)] for images, labels in (foggy, clean))
-    result = bnpatch.tune_alpha(model, sorted_foggy[::2], test_data=sorted_foggy[1::2], **run)
+    sorted_dim, sorted_plain = (images[np.argsort(labels)] for images, labels in (dim, plain))
+    result = bnpatch.tune_alpha(tiny, sorted_dim[::2], test_data=sorted_dim[1::2], **run)
     assert str(result.verdict) == "gain"
     change = result.comparisons[0].change
     assert change.low < change.value < change.high < 0
-    result = bnpatch.tune_alpha(model, sorted_clean[::2], test_data=sorted_clean[1::2], **run)
+    result = bnpatch.tune_alpha(tiny, sorted_plain[::2], test_data=sorted_plain[1::2], **run)
     assert str(result.verdict) != "loss"
 
 
-def test_sets_and_groups_of_images_look_alike_whatever_their_order(model, foggy):
+def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
     """A folder is sorted by class: a set of its neighbours would be of one."""
-    images, labels = (part[np.argsort(foggy[1], kind="stable")][::2] for part in foggy)
-    examples, by_class, asked = bnpatch.open_examples((images, labels), model), np.arange(len(labels)), []
+    images, labels = (part[np.argsort(dim[1], kind="stable")][::2] for part in dim)
+    examples, by_class, asked = bnpatch.open_examples((images, labels), tiny), np.arange(len(labels)), []
 
     class OfSets:
         set_size = 60
@@ -306,40 +356,51 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(model, foggy)
             asked.append(indices)
             return {"score": np.zeros(1)}
 
-    scores(model, examples, OfSets(), model.setting(), by_class)
+    scores(tiny, examples, OfSets(), tiny.setting(), by_class)
     assert sorted(np.concatenate(asked)) == by_class.tolist()
     assert min(len(np.unique(labels[part])) for part in asked) > 7
 
-    judge = Goal.of("unlabeled", None, 64).judge(model, examples, by_class)
+    judge = Goal.of("unlabeled", None, 64).judge(tiny, examples, by_class)
     judge = replace(judge, metrics=(bnpatch.metrics.ACCURACY,)).sure_of(len(by_class))
     shuffled = np.random.default_rng(1).permutation(by_class)
-    with model.evaluating():
-        first = scores(model, examples, judge, model.setting(), by_class)
-        second = judge.scores(model, examples, shuffled)
+    with tiny.evaluating():
+        first = scores(tiny, examples, judge, tiny.setting(), by_class)
+        second = judge.scores(tiny, examples, shuffled)
     assert len(first["unlabeled"]) == len(second["unlabeled"]) == 20
     assert 0.5 < np.std(first["unlabeled"]) / np.std(second["unlabeled"]) < 2
     assert first["accuracy"].mean() == second["accuracy"].mean()
 
 
 @pytest.mark.parametrize("objective", ["information", "alignment", "entropy", "evalnorm"])
-def test_other_objectives_run(model, foggy, objective):
-    result = bnpatch.tune_alpha(model, foggy, metric=objective, granularity="global")
+def test_other_objectives_run(tiny, dim, objective):
+    result = bnpatch.tune_alpha(tiny, dim, metric=objective, granularity="global")
     assert result.rungs[1].mean <= result.rungs[0].mean
     assert any(objective in note for note in result.notes)
 
 
-def test_augmentation_insures_against_what_the_data_does_not_show(model, clean, foggy):
-    run = {"metric": "cross-entropy", "granularity": "global", "recalibrate": True}
-    result = bnpatch.tune_alpha(model, clean, augment="contrast", **run)
-    before = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
+def test_augmentation_insures_against_what_the_data_does_not_show(digits):
+    """All images have the same values in other places: alpha changes nothing, and undoes brightness."""
+
+    def of_same_values(images):
+        order = np.argsort(np.argsort(small(images).reshape(-1, 64), kind="stable"))
+        return (120 + order).astype(np.uint8).reshape(-1, 8, 8)
+
+    (images, labels), (others, wanted) = digits
+    model = bnpatch.load(of_one_norm(of_same_values(images), labels))
+    seen = of_same_values(others)
+    result = bnpatch.tune_alpha(model, (seen, wanted), augment="brightness", granularity="global")
+    accuracy = result.comparisons[0]
+    assert (accuracy.change.value, str(result.verdict)) == (0, "no significant change")
+    unseen = bnpatch.open_examples(((seen * 0.5).astype(np.uint8), wanted), model)
+    before = evaluate(model, unseen).mean(ACCURACY)
     model.apply(result.recipe)
-    after = evaluate(model, bnpatch.open_examples(foggy, model)).mean(CROSS_ENTROPY)
-    assert after < 0.7 * before
-    assert str(result.verdict) != "loss"  # on clean images
+    after = evaluate(model, unseen).mean(ACCURACY)
+    assert before < accuracy.before.value - 0.2
+    assert after > accuracy.before.value - 0.05
 
 
-def test_a_limit_on_latency_is_kept(model, foggy):
-    result = bnpatch.tune_alpha(model, foggy, metric="cross-entropy", granularity="layer", max_overhead=1000)
+def test_a_limit_on_latency_is_kept(tiny, dim):
+    result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer", max_overhead=1000)
     assert result.chosen.name == "at most 1000x"
     assert result.trade_off[0].gain == 0
     assert [point.num_sites for point in result.trade_off[1:]] == sorted(
@@ -347,7 +408,7 @@ def test_a_limit_on_latency_is_kept(model, foggy):
     )
     chosen = next(point for point in result.trade_off if point.setting == result.setting)
     assert chosen.gain == max(point.gain for point in result.trade_off)
-    strict = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1.0)
+    strict = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1.0)
     assert strict.alpha == 0 or strict.trade_off  # nothing that costs time is within 1.0x, but for noise
 
 
@@ -365,20 +426,20 @@ def test_a_limit_on_latency_is_kept(model, foggy):
         ({"augment": "fog"}, "no augmentation 'fog'"),
     ],
 )
-def test_bad_settings_are_refused(model, foggy, change, message):
+def test_bad_settings_are_refused(tiny, dim, change, message):
     with pytest.raises(BnpatchError, match=message):
-        bnpatch.tune_alpha(model, foggy, **change)
+        bnpatch.tune_alpha(tiny, dim, **change)
 
 
-def test_bad_data_for_a_search_is_refused(model, foggy):
-    images, labels = foggy
+def test_bad_data_for_a_search_is_refused(tiny, dim):
+    images, labels = dim
     one = labels == 3
     with pytest.raises(BnpatchError, match="all examples are of one class"):
-        bnpatch.tune_alpha(model, (images[one], labels[one]))
+        bnpatch.tune_alpha(tiny, (images[one], labels[one]))
     with pytest.raises(BnpatchError, match="too few"):
-        bnpatch.tune_alpha(model, (images[:2], np.array([0, 1])), holdout=0.01)
+        bnpatch.tune_alpha(tiny, (images[:2], np.array([0, 1])), holdout=0.01)
     with pytest.raises(BnpatchError, match="no normalization layer"):
-        bnpatch.tune_alpha(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10)), _floats(foggy))
+        bnpatch.tune_alpha(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), _floats(dim))
 
 
 def test_the_recipe_says_where_it_comes_from(tuned):
@@ -392,10 +453,10 @@ def test_the_recipe_says_where_it_comes_from(tuned):
     assert {"bnpatch", "torch", "timm", "optuna", "python"} == set(about["versions"])
 
 
-def test_progress_reaches_the_end(model, foggy):
+def test_progress_reaches_the_end(tiny, dim):
     calls = []
     bnpatch.tune_alpha(
-        model, foggy, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
+        tiny, dim, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
     )
     assert calls[-1][1] == calls[-1][2] > 600
     assert {label for label, *_ in calls} >= {"alpha", "lambda", "verdict on held-out examples"}
@@ -404,15 +465,16 @@ def test_progress_reaches_the_end(model, foggy):
 
 def test_evaluate_does_not_depend_on_the_batch_size(model, foggy):
     model.set_alphas(0.3)
-    data = bnpatch.open_examples(foggy, model)
-    a, b = (evaluate(model, data, batch_size=size) for size in (600, 7))
+    data = bnpatch.open_examples((foggy[0][:100], foggy[1][:100]), model)
+    a, b = (evaluate(model, data, batch_size=size) for size in (100, 7))
     np.testing.assert_allclose(a.values["cross-entropy"], b.values["cross-entropy"], rtol=1e-3, atol=1e-5)
     assert np.array_equal(a.indices, b.indices)
     assert a.estimate(CROSS_ENTROPY).low < a.mean(CROSS_ENTROPY) < a.estimate(CROSS_ENTROPY).high
 
 
 def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, tuned):
-    result = bnpatch.tune_alpha(model, _floats(foggy), granularity="global")
+    some = _floats((foggy[0][:160], foggy[1][:160]))
+    result = bnpatch.tune_alpha(model, some, granularity="global", trials=2)
     assert result.recipe.provenance["preprocessing"] is None
     assert tuned.recipe.provenance["preprocessing"]["input_size"] == (1, 32, 32)
     assert repr(tuned) == "TuneResult(alpha, accuracy: gain)"
@@ -420,26 +482,26 @@ def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, t
         bnpatch.tune_alpha(model, foggy[0])
 
 
-def test_a_study_of_other_calibration_data_is_refused(model, foggy, clean, tmp_path):
+def test_a_study_of_other_calibration_data_is_refused(tiny, dim, plain, tmp_path):
     run = {"granularity": "global", "recalibrate": True, "storage": str(tmp_path / "s.journal"), "trials": 2}
-    bnpatch.tune_alpha(model, foggy, **run, calib_data=foggy[0][:50])
+    bnpatch.tune_alpha(tiny, dim, **run, calib_data=dim[0][:50])
     with pytest.raises(BnpatchError, match="another calibration data"):
-        bnpatch.tune_alpha(model, foggy, **run, calib_data=clean[0][:50])
+        bnpatch.tune_alpha(tiny, dim, **run, calib_data=plain[0][:50])
 
 
-def test_a_limit_on_latency_holds_against_what_held_out_examples_like_better(model, foggy, monkeypatch):
+def test_a_limit_on_latency_holds_against_what_held_out_examples_like_better(tiny, dim, monkeypatch):
     monkeypatch.setattr(job, "choose", lambda points, limit: Choice(points[0], "nothing is affordable"))
-    result = bnpatch.tune_alpha(model, foggy, granularity="global", max_overhead=1.5)
+    result = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1.5)
     assert result.chosen.name == "at most 1.5x"
     assert result.alpha == 0
 
 
-def test_a_cross_fit_leaves_the_targets_of_the_whole(model, foggy):
-    few = foggy[0][:100], foggy[1][:100]
+def test_a_cross_fit_leaves_the_targets_of_the_whole(tiny, dim):
+    few = dim[0][:100], dim[1][:100]
     run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 4}
-    result = bnpatch.tune_alpha(model, few, **run)
+    result = bnpatch.tune_alpha(tiny, few, **run)
     assert result.num_parts > 1
-    whole = target_moments(model, bnpatch.open_examples(few, model), indices=np.arange(100), batch_size=250)
+    whole = target_moments(tiny, bnpatch.open_examples(few, tiny), indices=np.arange(100), batch_size=250)
     stored = {site.name: site for site in result.recipe.sites}
     assert any(site.lambda_ for site in stored.values())
     for name, site in stored.items():
@@ -454,17 +516,17 @@ def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
 
 
 @pytest.mark.parametrize("make", ["torch", "onnx"])
-def test_a_model_that_came_with_lambdas_is_judged_as_it_came(checkpoint, exported, foggy, make):
+def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, dim, make):
     """Its own targets, not those that the search estimates; and it has them again afterwards."""
-    model = bnpatch.load(checkpoint if make == "torch" else exported)
+    model = tiny if make == "torch" else bnpatch.load(tiny_onnx)
     model.retarget({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
     model.set(Setting(lambdas=dict.fromkeys(model.alphas(), 0.7)))
     own = {name: np.array(part.mean) for name, part in model.targets().items()}
-    test = foggy[0][:200], foggy[1][:200]
+    test = dim[0][:200], dim[1][:200]
     examples = bnpatch.open_examples(test, model)
     before = evaluate(model, examples).mean(CROSS_ENTROPY)
     run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 3}
-    result = bnpatch.tune_alpha(model, (foggy[0][200:], foggy[1][200:]), test_data=test, **run)
+    result = bnpatch.tune_alpha(model, (dim[0][200:], dim[1][200:]), test_data=test, **run)
     assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
     assert all(np.array_equal(part.mean, own[name]) for name, part in model.targets().items())
     assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)
