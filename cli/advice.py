@@ -10,9 +10,10 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from bnpatch.advice import OutputRange, Technique
-    from bnpatch.model import TorchModel
-    from bnpatch.nn.paths import NormPaths
+    from bnpatch.evaluation.output_range import OutputRange
+    from bnpatch.finetune.guidance import Technique
+    from bnpatch.models.torch_model import TorchModel
+    from bnpatch.nn.tracing import NormPaths
 
 _DEFAULT_TRAIN_BATCH = 32
 
@@ -31,7 +32,7 @@ class Advice:
     @property
     def techniques(self) -> "tuple[Technique, ...]":
         """The paper's four things, judged."""
-        from bnpatch.advice import techniques
+        from bnpatch.finetune.guidance import techniques
 
         reached = None if self.unnormalized is None else len(self.unnormalized)
         return techniques(self.train_batch_size, len(self.sites), reached)
@@ -63,7 +64,7 @@ def advise(loaded: "TorchModel", data: str | None, asked: int | None, reading: o
 def _observe(
     loaded: "TorchModel", data: str, train_batch_size: int, reading: opt.Reading
 ) -> "Sequence[OutputRange]":
-    from bnpatch.output_range import output_ranges
+    from bnpatch.evaluation.output_range import output_ranges
 
     from .render import progress_bar
 
@@ -91,8 +92,8 @@ def _observe(
 def _paths(loaded: "TorchModel") -> "NormPaths | None":
     import torch
 
-    from bnpatch.errors import BnpatchError
-    from bnpatch.nn.paths import norm_paths
+    from bnpatch.core.errors import BnpatchError
+    from bnpatch.nn.tracing import norm_paths
 
     dtype = next((p.dtype for p in loaded.module.parameters() if p.is_floating_point()), torch.float32)
     example = torch.zeros(1, *loaded.preprocessing.input_size, device=loaded.device, dtype=dtype)

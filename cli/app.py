@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bnpatch import __version__
-from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 
 from . import bench, demo, evaluate, export, fine_tune, inspect, tune
 

@@ -41,7 +41,7 @@ def bench(
     bnpatch bench model.onnx --recipe bnpatch-out/recipe.json -b 8 --threads 1
     """
     from bnpatch import BnpatchError, Recipe
-    from bnpatch.bench import measure
+    from bnpatch.models.latency import measure
 
     from .render import table
 

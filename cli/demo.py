@@ -29,7 +29,7 @@ def demo(
     half is written as a camera behind fogged glass would see it, with contrast x 0.6. Then the very
     command runs that you would use.
     """
-    from bnpatch.files import check_writable
+    from bnpatch.core.io import check_writable
 
     check_writable(output)
     images, labels = _digits()
@@ -63,7 +63,7 @@ def _digits() -> tuple["npt.NDArray[Any]", "npt.NDArray[Any]"]:
     import numpy as np
     from PIL import Image
 
-    from bnpatch.errors import BnpatchError
+    from bnpatch.core.errors import BnpatchError
 
     try:
         from sklearn.datasets import load_digits
@@ -88,7 +88,7 @@ def _train(
     import torch
     import torch.nn.functional as F
 
-    from bnpatch.files import atomic_path
+    from bnpatch.core.io import atomic_path
 
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
@@ -119,7 +119,7 @@ def _write_folders(images: "npt.NDArray[Any]", labels: "npt.NDArray[Any]", folde
     """Write images as PNG files in a folder per class."""
     from PIL import Image
 
-    from bnpatch.files import writing_to
+    from bnpatch.core.io import writing_to
 
     with writing_to(folder):
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):

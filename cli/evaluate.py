@@ -29,10 +29,10 @@ def evaluate(
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
     from bnpatch import BnpatchError, Recipe
-    from bnpatch.evaluation import STANDARD_METRICS, compare, warn_at_chance
-    from bnpatch.evaluation import evaluate as score
-    from bnpatch.metrics import ACCURACY
-    from bnpatch.setting import Setting
+    from bnpatch.core.patch import Setting
+    from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
+    from bnpatch.evaluation.evaluate import evaluate as score
+    from bnpatch.evaluation.metrics import ACCURACY
 
     from .render import comparison_table, interval, progress_bar, table
 

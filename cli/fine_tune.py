@@ -14,10 +14,10 @@ from . import options as opt
 from .training_options import Techniques, Training
 
 if TYPE_CHECKING:
-    from bnpatch.data.examples import Examples
+    from bnpatch.data.dataset import Examples
+    from bnpatch.finetune.config import FineTuneSettings
     from bnpatch.finetune.run import FineTuneResult
-    from bnpatch.finetune.settings import FineTuneSettings
-    from bnpatch.model import TorchModel
+    from bnpatch.models.torch_model import TorchModel
 
 
 @opt.in_groups
@@ -61,15 +61,15 @@ def fine_tune(
 
     accelerate launch -m bnpatch_cli fine-tune model.pt --data train/ --val val/ --precision bf16
     """
-    from bnpatch.errors import BnpatchError
-    from bnpatch.files import check_writable
+    from bnpatch.core.errors import BnpatchError
+    from bnpatch.core.io import check_writable
     from bnpatch.finetune.data import check_same_folders
     from bnpatch.finetune.engine import new_accelerator
     from bnpatch.finetune.run import fine_tune
-    from bnpatch.model import TorchModel
-    from bnpatch.processes import is_first
+    from bnpatch.models.torch_model import TorchModel
     from bnpatch.report.files import write_results
     from bnpatch.report.findings import Training
+    from bnpatch.search.distributed import is_first
 
     from .render import progress_bar
 
@@ -123,7 +123,7 @@ def fine_tune(
 def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "TorchModel":
     if not asked:
         return model
-    from bnpatch.data.classes import ClassOrder
+    from bnpatch.data.class_folders import ClassOrder
     from bnpatch.finetune.head import classes_of, new_head
 
     return new_head(model, classes_of(data, ClassOrder(model.class_order)), seed)

@@ -12,9 +12,9 @@ from . import options as opt
 from .advice import Advice, advise, print_advice
 
 if TYPE_CHECKING:
-    from bnpatch.model import TorchModel
-    from bnpatch.onnx_model import OnnxModel
-    from bnpatch.sites import AnySite, LeftAlone, Survey
+    from bnpatch.core.inventory import AnySite, LeftAlone, Survey
+    from bnpatch.models.onnx_model import OnnxModel
+    from bnpatch.models.torch_model import TorchModel
 
 
 @opt.in_groups
@@ -45,7 +45,7 @@ def inspect(
 
     bnpatch inspect model.pt --data val/ --train-batch-size 128
     """
-    from bnpatch.onnx_model import OnnxModel
+    from bnpatch.models.onnx_model import OnnxModel
 
     loaded = loading.open(model)
     facts = _look(loaded, model)
@@ -94,8 +94,8 @@ class _Facts:
 
 
 def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
-    from bnpatch.errors import BnpatchError
-    from bnpatch.onnx_model import OnnxModel
+    from bnpatch.core.errors import BnpatchError
+    from bnpatch.models.onnx_model import OnnxModel
 
     try:
         shapes, outputs = loaded.site_shapes(), loaded.num_outputs()

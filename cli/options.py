@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from bnpatch.data.examples import Examples
-    from bnpatch.model import TorchModel
-    from bnpatch.onnx_model import OnnxModel
-    from bnpatch.recipe import Recipe
+    from bnpatch.core.recipe import Recipe
+    from bnpatch.data.dataset import Examples
+    from bnpatch.models.onnx_model import OnnxModel
+    from bnpatch.models.torch_model import TorchModel
 
 _LOADING = "Loading"
 _DATA = "Data"
@@ -221,7 +221,7 @@ def skipped(reasons: Mapping[str, str]) -> str:
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    from bnpatch.errors import BnpatchError
+    from bnpatch.core.errors import BnpatchError
 
     if text is None:
         return None

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnpatch.metrics import Comparison, Estimate, Metric
+from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
+from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
-from bnpatch.search.verdict import Verdict
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -10,10 +10,10 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from bnpatch.data.examples import Examples
-    from bnpatch.finetune.choose import Choice
-    from bnpatch.finetune.settings import FineTuneSettings
-    from bnpatch.model import TorchModel
+    from bnpatch.data.dataset import Examples
+    from bnpatch.finetune.config import FineTuneSettings
+    from bnpatch.finetune.techniques import Choice
+    from bnpatch.models.torch_model import TorchModel
 
 _NORMS = "Techniques"
 _TRAINING = "Training"
@@ -65,9 +65,9 @@ class Techniques:
         resume: bool,
     ) -> "FineTuneSettings":
         """Settings with the techniques that are asked for, or chosen; says why."""
-        from bnpatch.decay import NormDecay
-        from bnpatch.finetune.choose import decay_sites
-        from bnpatch.spec import NormSpec
+        from bnpatch.core.norm_spec import NormSpec
+        from bnpatch.finetune.norm_decay import NormDecay
+        from bnpatch.finetune.techniques import decay_sites
 
         self._check()
         is_auto = self.ghost_batch_size == "auto" and self.channels_per_group is None
@@ -89,7 +89,7 @@ class Techniques:
         return replace(settings, norm_decay=decay)
 
     def _check(self) -> None:
-        from bnpatch.errors import BnpatchError
+        from bnpatch.core.errors import BnpatchError
 
         for name, value in (
             ("ghost-batch-size", self.ghost_batch_size),
@@ -117,7 +117,7 @@ class Techniques:
         journal: Path,
         resume: bool,
     ) -> "Choice":
-        from bnpatch.finetune.choose import by_guidance, by_search
+        from bnpatch.finetune.techniques import by_guidance, by_search
 
         from .render import progress_bar
 
@@ -179,7 +179,7 @@ class Training:
         """The library's settings, without techniques."""
         if workers is None:  # starting a process costs as much as decoding some hundred images
             workers = min(8, os.cpu_count() or 1, num_examples // 1024)
-        from bnpatch.finetune.settings import Augmentation, FineTuneSettings
+        from bnpatch.finetune.config import Augmentation, FineTuneSettings
 
         images = ("min_scale", "hflip", "auto_augment", "random_erasing", "mixup", "cutmix")
         values = dict(vars(self))

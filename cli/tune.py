@@ -149,9 +149,9 @@ def tune_alpha(
     bnpatch tune-alpha resnet18-f37072fd.pth --data val/ --class-map classes.txt --storage sqlite:///s.db
     """
     from bnpatch import tune_alpha
-    from bnpatch.files import check_writable
-    from bnpatch.processes import is_first
+    from bnpatch.core.io import check_writable
     from bnpatch.report.files import write_results, write_trials
+    from bnpatch.search.distributed import is_first
     from bnpatch.search.tune import check_settings
 
     from .render import progress_bar

@@ -16,8 +16,8 @@ import numpy as np
 from torch.distributed import distributed_c10d
 
 import bnpatch
-from bnpatch.errors import BnpatchWarning
-from bnpatch.metrics import ACCURACY
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.evaluation.metrics import ACCURACY
 
 
 def settled(model, data):

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from bnpatch.advice import OutputRange, inference_bound, techniques, training_bound
+from bnpatch.evaluation.output_range import OutputRange, inference_bound, training_bound
+from bnpatch.finetune.guidance import techniques
 
 
 def fits(batch_size, num_unnormalized=2):

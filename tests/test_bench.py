@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.bench import MIN_ROUNDS, Latency, interleaved, measure, median_interval, site_costs
+from bnpatch.models.latency import MIN_ROUNDS, Latency, interleaved, measure, median_interval, site_costs
 
 
 class Machine:
@@ -119,7 +119,7 @@ def test_a_model_is_measured_and_left_as_it_was(model):
 
 def test_what_runs_is_what_the_setting_says(model, monkeypatch):
     """Of each setting: the sites that weigh examples while it is timed."""
-    from bnpatch import bench
+    from bnpatch.models import latency
 
     names = list(model.alphas())
     wanted = [{}, {names[1]: 0.2}, dict.fromkeys(names, 0.1)]
@@ -138,7 +138,7 @@ def test_what_runs_is_what_the_setting_says(model, monkeypatch):
         handle.remove()
         return kept[0]
 
-    monkeypatch.setattr(bench, "interleaved", once)
+    monkeypatch.setattr(latency, "interleaved", once)
     measure(model, wanted, batch_size=2)
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     if isinstance(model, bnpatch.OnnxModel):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import bnpatch
-from bnpatch.calibration import calibrate, target_moments
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments, mix
-from bnpatch.recipe import Recipe
-from bnpatch.setting import Setting
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.models.running_stats import calibrate, target_moments
 from tests.nn.test_surgery import images, settle
 
 

@@ -21,10 +21,10 @@ from bnpatch_cli import main
 from PIL import Image
 
 import bnpatch
-from bnpatch.data.examples import split
-from bnpatch.moments import Moments
-from bnpatch.recipe import Recipe
-from bnpatch.setting import Setting
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.data.dataset import split
 from tests.data.test_examples import BROKEN, break_images
 
 QUICK = ["--granularity", "global", "--holdout", "0.5", "-j", "0"]
@@ -459,7 +459,7 @@ def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder, p
 
 
 def test_a_failed_comparison_is_exit_code_1_and_leaves_no_file(cli, plain, tmp_path, monkeypatch):
-    from bnpatch import export
+    from bnpatch.models import export
 
     monkeypatch.setattr(export, "TOLERANCE", dict.fromkeys(export.TOLERANCE, -1.0))
     code, _, err = cli("export", plain[0], "-o", "model.onnx")

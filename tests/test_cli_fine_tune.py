@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.data.examples import split
-from bnpatch.metrics import CROSS_ENTROPY
-from bnpatch.recipe import Recipe
+from bnpatch.core.recipe import Recipe
+from bnpatch.data.dataset import split
+from bnpatch.evaluation.metrics import CROSS_ENTROPY
 from tests.report.html_page import Page
 from tests.test_cli import cli, one_line  # noqa: F401, a fixture
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.confidence import Answers, Flips, compare_calibration, flips
-from bnpatch.evaluation import evaluate
-from bnpatch.metrics import ACCURACY, CONFIDENCE, score
+from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, score
 
 
 def plain_loop(confidence, correct):
@@ -66,7 +66,7 @@ def test_comparison_is_seeded_and_does_not_depend_on_portions(monkeypatch):
     result = compare_calibration(before, after)
     assert result == compare_calibration(before, after)
     other = compare_calibration(before, after, seed=1)
-    monkeypatch.setattr("bnpatch.confidence._AT_A_TIME", 1000)
+    monkeypatch.setattr("bnpatch.evaluation.confidence._AT_A_TIME", 1000)
     in_portions = compare_calibration(before, after)
     for name in ("before", "after", "change"):
         # A product of matrices may round a row otherwise where there are fewer of them.

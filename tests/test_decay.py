@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from bnpatch.decay import NormDecay, decay_norms, parameter_groups
-from bnpatch.errors import BnpatchError
-from bnpatch.nn.conversion import convert_norms
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.finetune.norm_decay import NormDecay, decay_norms, parameter_groups
 from bnpatch.nn.surgery import survey
-from bnpatch.spec import NormSpec
+from bnpatch.nn.training_norm import convert_norms
 
 RATE, LR, STEPS = 0.3, 0.1, 4
 

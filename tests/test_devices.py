@@ -6,15 +6,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnpatch
+from bnpatch.core.moments import Moments
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.core.patch import Setting
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.model import TorchModel
-from bnpatch.moments import Moments
-from bnpatch.nn.conversion import convert_norms
-from bnpatch.search import objectives
-from bnpatch.search.judge import _seen
-from bnpatch.search.learn import Groups, _set_learned
-from bnpatch.setting import Setting
-from bnpatch.spec import NormSpec
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.training_norm import convert_norms
+from bnpatch.search import label_free
+from bnpatch.search.gradient_search import Groups, _set_learned
+from bnpatch.search.objective import _seen
 
 DEVICE = torch.device("cuda", 0)
 IMAGES = (4, 3, 8, 8)
@@ -106,11 +106,11 @@ def test_weights_that_are_learned_meet_their_layers(model):
 )
 def test_objectives_stay_on_the_device(model, objective):
     judge = {
-        "unlabeled": objectives.unlabeled(),
-        "unlabeled step": objectives.unlabeled_step(),
-        "infomax": objectives.infomax(),
-        "unlabeled with a prior": objectives.unlabeled(torch.full((10,), 0.1)),
-    }.get(objective) or getattr(objectives, objective)
+        "unlabeled": label_free.unlabeled(),
+        "unlabeled step": label_free.unlabeled_step(),
+        "infomax": label_free.infomax(),
+        "unlabeled with a prior": label_free.unlabeled(torch.full((10,), 0.1)),
+    }.get(objective) or getattr(label_free, objective)
     model.retarget(model.moments_by_batch(images()))
     model.set(everywhere(model, 0.2, 0.5))
     assert judge(_seen(model, *model.observe(images())), model.facts()).device == DEVICE
@@ -122,7 +122,7 @@ def test_objectives_stay_on_the_device(model, objective):
         NormSpec(examples_per_group=2),
         NormSpec(channels_per_group=2),
         NormSpec(channels_per_group=2, examples_per_group=2),
-        NormSpec(renorm=bnpatch.spec.Renorm()),
+        NormSpec(renorm=bnpatch.core.norm_spec.Renorm()),
     ],
     ids=str,
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from bnpatch.errors import first_line
+from bnpatch.core.errors import first_line
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import bnpatch
-from bnpatch.calibration import target_moments
-from bnpatch.errors import BnpatchError
-from bnpatch.export import ParityError, export_onnx
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.patch import Setting
+from bnpatch.models.export import ParityError, export_onnx
+from bnpatch.models.running_stats import target_moments
+from bnpatch.models.torch_export import module_to_graph
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.setting import Setting
-from bnpatch.to_graph import module_to_graph
 from tests.nn.test_surgery import CALIBRATED, images, settle
 from tests.test_calibration import INPUTS
 
@@ -36,7 +36,7 @@ def graph_of_checkpoint(checkpoint):
 @pytest.fixture
 def exporter(graph_of_checkpoint, monkeypatch):
     """What torch's exporter makes of the checkpoint, made once: these tests are about what follows it."""
-    from bnpatch import export
+    from bnpatch.models import export
 
     def once(module, x):
         assert not any(isinstance(m, ExampleWeighedNorm) for m in module.modules())
@@ -95,7 +95,7 @@ def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
 
 
 def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monkeypatch):
-    from bnpatch import export
+    from bnpatch.models import export
 
     def spoil(module, x):
         made = exporter(module, x)

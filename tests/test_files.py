@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from bnpatch.errors import BnpatchError
-from bnpatch.files import atomic_path, check_writable, write_text
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.io import atomic_path, check_writable, write_text
 
 
 def test_writes_whole_files_with_usual_permissions(tmp_path):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy import stats
 
-from bnpatch.errors import BnpatchError
-from bnpatch.metrics import (
+from bnpatch.core.errors import BnpatchError
+from bnpatch.evaluation.metrics import (
     ACCURACY,
     CROSS_ENTROPY,
     METRICS,

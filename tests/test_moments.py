@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnpatch.moments import Moments, mix, pool
+from bnpatch.core.moments import Moments, mix, pool
 from tests.reference import weighted_moments
 
 # The same examples on every machine, however long it takes for them.

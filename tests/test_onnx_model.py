@@ -7,17 +7,17 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import bnpatch
-from bnpatch.calibration import calibrate, target_moments
-from bnpatch.errors import BnpatchError
-from bnpatch.export import export_onnx
-from bnpatch.moments import Moments
-from bnpatch.recipe import Recipe
-from bnpatch.setting import Setting
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.models.export import export_onnx
+from bnpatch.models.running_stats import calibrate, target_moments
 from tests.nn.test_surgery import images
 from tests.test_calibration import DATA, INPUTS, group_norm, small
 
 # Of foggy digits some classifiers (--fixture-seed 3) know no more than chance, and the search says so.
-pytestmark = pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.errors.BnpatchWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.core.errors.BnpatchWarning")
 
 LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
@@ -81,7 +81,7 @@ def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, ex
 
 
 def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
-    from bnpatch import onnx_model
+    from bnpatch.models import onnx_model
 
     opened = []
     original = onnx_model.open_session
@@ -122,7 +122,7 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
 
 
 def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits, tmp_path):
-    from bnpatch.calibration import recover_folded
+    from bnpatch.models.running_stats import recover_folded
 
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     x = images(4, 1, 32, 32)
@@ -142,7 +142,7 @@ def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits,
 
 
 def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
-    from bnpatch.calibration import recover_folded
+    from bnpatch.models.running_stats import recover_folded
 
     found = []
     for size in (7, 600):
@@ -470,8 +470,8 @@ def test_recipes_pass_from_torch_to_onnx_and_back(exported_small):
 
 
 def test_moments_of_sites_in_branches_are_missing(tmp_path):
-    from tests.graph.build import batch_norm, parameters
-    from tests.graph.test_match import in_if
+    from tests.onnx.build import batch_norm, parameters
+    from tests.onnx.test_match import in_if
 
     model = opened(tmp_path, in_if(batch_norm(), parameters()))
     x = images(2, 6, 5, 4)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from bnpatch.data.sources import open_examples
-from bnpatch.loading.load import load
+from bnpatch.evaluation.output_range import output_ranges
+from bnpatch.models.load import load
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.surgery import patch
-from bnpatch.output_range import output_ranges
 from tests.nn.test_surgery import images, settle
 
 X = 3 * images(7, 3, 6, 6)

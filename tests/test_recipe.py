@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments
-from bnpatch.recipe import Recipe, SiteRecipe, fingerprint
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.core.recipe import Recipe, SiteRecipe, fingerprint
 
 RECIPE = Recipe(
     (SiteRecipe("bn1", "BatchNorm2d", 0.02, "aa"), SiteRecipe("bn2", "BatchNorm2d", 0.0, "bb")), {"seed": 1}

@@ -1,7 +1,7 @@
 import pytest
 
-from bnpatch.errors import BnpatchError
-from bnpatch.spec import NormSpec, Renorm
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.norm_spec import NormSpec, Renorm
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bnpatch.core.errors import BnpatchError
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.errors import BnpatchError
 
 Array = npt.NDArray[Any]
 

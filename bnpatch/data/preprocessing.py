@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 
@@ -158,3 +158,15 @@ class Preprocessing:
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
         return cls(**{**plain, "source": f"{where}, as of {first}"})
+
+
+class ImageModel(Protocol):
+    """What reading a data set needs to know of the model that it is for."""
+
+    name: str
+    class_names: tuple[str, ...] | None
+    class_order: str
+    preprocessing: Preprocessing
+
+    def num_outputs(self, example: Tensor | None = None) -> int:
+        """K, the number of classes."""

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
+from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
-from bnpatch.data.examples import Examples, subset
-from bnpatch.data.folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, drain
-from bnpatch.errors import BnpatchError, first_line
-from bnpatch.patchable import Patchable
+from bnpatch.data.preprocessing import ImageModel
 
 _NAMED = re.compile(r"(torch|hfds|wds|tfds|hfids)/.+", re.IGNORECASE)
 _KEYS = (("x", "y"), ("images", "labels"), ("data", "targets"), ("x_test", "y_test"))
@@ -26,7 +26,7 @@ _KEYS = (("x", "y"), ("images", "labels"), ("data", "targets"), ("x_test", "y_te
 
 def open_examples(
     data: Any,
-    model: Patchable,
+    model: ImageModel,
     *,
     labels: Literal["required", "optional"] = "required",
     classes: bool = True,
@@ -61,7 +61,7 @@ def open_examples(
         limit: use at most so many examples, chosen at random class by class.
         seed: of that choice.
         cache_gb: memory for decoded examples or for what a loader gives, in units of 10^9 bytes.
-        options: see :class:`~bnpatch.data.examples.Examples`.
+        options: see :class:`~bnpatch.data.dataset.Examples`.
 
     Raises:
         BnpatchError: there is nothing to read, its classes are not the model's, labels are missing, or a
@@ -102,7 +102,7 @@ def open_examples(
 
 def _open(
     data: Any,
-    model: Patchable,
+    model: ImageModel,
     optional: bool,
     class_map: str | os.PathLike[str] | None,
     data_root: str | None,
@@ -149,7 +149,7 @@ def _first(source: Source) -> Image.Image | Tensor | None:
 
 
 def _check_targets(
-    targets: Array, count: int, model: Patchable, x: Tensor | None, classes: bool, optional: bool
+    targets: Array, count: int, model: ImageModel, x: Tensor | None, classes: bool, optional: bool
 ) -> bool:
     """Are they class indices of the model? Raises where they should be and aren't."""
     if targets.ndim < 1 or len(targets) != count:
@@ -205,7 +205,7 @@ def _read_npz(path: Path, optional: bool) -> tuple[Array, Array | None]:
         raise BnpatchError(f"{path} is damaged or not an .npz file ({error})", "write it again") from error
 
 
-def _pair(x: Any, y: Any, model: Patchable) -> tuple[Source, Array | None]:
+def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
     x = np.asarray(x) if isinstance(x, list) else x
     dtype = torch.as_tensor(x[:0]).dtype
     if not dtype.is_floating_point and dtype != torch.uint8:
@@ -217,7 +217,7 @@ def _pair(x: Any, y: Any, model: Patchable) -> tuple[Source, Array | None]:
 
 
 def _open_named(
-    name: str, root: str | None, split_name: str, model: Patchable, budget: int
+    name: str, root: str | None, split_name: str, model: ImageModel, budget: int
 ) -> tuple[Source, Array | None]:
     from timm.data import create_dataset
 
@@ -232,7 +232,7 @@ def _open_named(
     return _open_dataset(dataset, model, budget)
 
 
-def _open_dataset(dataset: Any, model: Patchable, budget: int) -> tuple[Source, Array | None]:
+def _open_dataset(dataset: Any, model: ImageModel, budget: int) -> tuple[Source, Array | None]:
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise BnpatchError("the data set is a stream", "give a DataLoader of it, or write it to a folder")

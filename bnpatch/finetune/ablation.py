@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.data.examples import Examples, Indices, split
-from bnpatch.decay import NormDecay
-from bnpatch.evaluation import evaluate
-from bnpatch.finetune.choose import CHANNELS_PER_GROUP, by_guidance, decay_sites
-from bnpatch.finetune.loop import train
-from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Metric, student
-from bnpatch.model import TorchModel
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.data.dataset import Examples, Indices, split
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Metric, student
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.norm_decay import NormDecay
+from bnpatch.finetune.techniques import CHANNELS_PER_GROUP, by_guidance, decay_sites
+from bnpatch.finetune.trainer import train
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.search.tune import tune_alpha
-from bnpatch.spec import NormSpec
 
 #: Name of the run without any technique.
 NONE = "none"
@@ -92,7 +92,7 @@ def ablate(
         holdout: the part of the validation examples that is scored.
         trials: weights of the example to try.
         tell: called before each run with what it is.
-        progress: as of :func:`bnpatch.finetune.loop.train`.
+        progress: as of :func:`bnpatch.finetune.trainer.train`.
     """
     selection, held_out = split(val_examples.strata, holdout, settings.seed)
     named = variants(model, settings)

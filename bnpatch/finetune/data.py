@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bnpatch.data.examples import Examples, Indices
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.errors import BnpatchError
-from bnpatch.finetune.settings import Augmentation
+from bnpatch.finetune.config import Augmentation
 
 #: From (class indices (N,), batch size, random generator) to the batches of an epoch.
 Batching = Callable[[Indices, int, np.random.Generator], Sequence[Indices]]

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnpatch.decay import decay_norms, parameter_groups
-from bnpatch.errors import BnpatchError
-from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.model import TorchModel, output_tensor
+from bnpatch.core.errors import BnpatchError
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.norm_decay import decay_norms, parameter_groups
+from bnpatch.models.torch_model import TorchModel, output_tensor
 
 
 class Engine:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnpatch.data.classes import ClassOrder
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.class_folders import ClassOrder
 from bnpatch.finetune.data import class_folders
-from bnpatch.model import TorchModel
+from bnpatch.models.torch_model import TorchModel
 
 
 def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnpatch.moments import Moments, pool
+from bnpatch.core.moments import Moments, pool
 from bnpatch.nn.surgery import Site, survey
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnpatch.data.examples import Examples, split
-from bnpatch.evaluation import compare_scores, evaluate
+from bnpatch.data.dataset import Examples, split
+from bnpatch.evaluation.evaluate import compare_scores, evaluate
+from bnpatch.evaluation.metrics import Comparison
+from bnpatch.finetune.checkpoint import Epoch
+from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.engine import new_accelerator
-from bnpatch.finetune.loop import FineTuned, train
-from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.finetune.state import Epoch
-from bnpatch.metrics import Comparison
-from bnpatch.model import TorchModel
+from bnpatch.finetune.trainer import FineTuned, train
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.search.result import TuneResult
 from bnpatch.search.tune import tune_alpha
 
@@ -50,7 +50,7 @@ def fine_tune(
 ) -> FineTuneResult:
     """Train a model further with the techniques of the settings, in place, then tune one alpha and set it.
 
-    Alphas and lambdas that it came with are dropped first, see :func:`bnpatch.finetune.loop.train`.
+    Alphas and lambdas that it came with are dropped first, see :func:`bnpatch.finetune.trainer.train`.
 
     The validation examples are split in two: one part chooses the best epoch and alpha, the other gives
     the verdict and is seen by neither.

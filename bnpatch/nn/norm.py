@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnpatch.errors import BnpatchWarning, check_alpha
-from bnpatch.moments import Moments, mix, pool
+from bnpatch.core.errors import BnpatchWarning, check_alpha
+from bnpatch.core.moments import Moments, mix, pool
 
 # What the layer adds to the state of the module that it takes over.
 _OWN_STATE = (

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnpatch.errors import BnpatchError, check_alpha
-from bnpatch.moments import Moments
+from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, LeftAlone, Survey
+from bnpatch.core.moments import Moments
 from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.sites import CALIBRATE, NEEDS_CALIBRATION, LeftAlone, Survey
 
 _TORCH = "torch.nn.modules"
 
@@ -31,7 +31,7 @@ CONVERTIBLE: Mapping[str, bool] = {
     "timm.layers.split_batchnorm.SplitBatchNorm2d": False,
     "timm.layers.norm_act.FrozenBatchNormAct2d": True,
     "torchvision.ops.misc.FrozenBatchNorm2d": True,
-    "bnpatch.nn.folded.VirtualNorm": True,
+    "bnpatch.nn.fused_conv.VirtualNorm": True,
 }
 
 _OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from bnpatch.metrics import Estimate, Metric
+from bnpatch.evaluation.metrics import Estimate, Metric
 from bnpatch.report.curves import WEIGHT_TICKS, Curve
 from bnpatch.report.markup import Markup, join, tag
-from bnpatch.search.trade_off import Point, dominated, knee, pareto_front
+from bnpatch.search.latency_limit import Point, dominated, knee, pareto_front
 
 WIDTH, HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 14, 36

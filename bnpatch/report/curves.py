@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.files import atomic_path
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Z95, Metric
+from bnpatch.core.io import atomic_path
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Z95, Metric
 from bnpatch.report.summary import weight_axis, weight_label
 from bnpatch.search.result import TuneResult
 

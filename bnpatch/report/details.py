@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from itertools import islice
 
-from bnpatch.metrics import Metric
+from bnpatch.core.inventory import LeftAlone
+from bnpatch.evaluation.metrics import Metric
 from bnpatch.report.charts import trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import interval, points, title
+from bnpatch.search.latency_limit import Point, dominated, knee
 from bnpatch.search.result import TuneResult
-from bnpatch.search.trade_off import Point, dominated, knee
-from bnpatch.sites import LeftAlone
 
 #: Rows of tables of classes and of confusions.
 MOST_CLASSES = 15

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnpatch.export import export_onnx
-from bnpatch.files import write_text
-from bnpatch.model import TorchModel
-from bnpatch.onnx_model import OnnxModel
+from bnpatch.core.io import write_text
+from bnpatch.models.export import export_onnx
+from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.report.curves import plot_curves
 from bnpatch.report.findings import Training
 from bnpatch.report.page import report_page
-from bnpatch.search.plan import Trial
+from bnpatch.search.config import Trial
 from bnpatch.search.result import TuneResult
 
 _PARAMS = ("weight", "scale", "threshold")
@@ -63,7 +63,7 @@ def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     """Write one line per trial: what was tried, how many examples saw it, and how they scored with it.
 
     The standard errors are those of the change from where the race began, see
-    :class:`~bnpatch.search.plan.Trial`, which also says what the parameters are.
+    :class:`~bnpatch.search.config.Trial`, which also says what the parameters are.
     """
     text = io.StringIO()
     names = list(trials[0].scores) if trials else []

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bnpatch.metrics import Comparison, Estimate, Metric
+from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.report.charts import curve_chart, depth_chart, strip
 from bnpatch.report.curves import Curve, race_curves
 from bnpatch.report.markup import Markup, join, table, tag

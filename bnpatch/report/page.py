@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.errors import BnpatchError
-from bnpatch.model import TorchModel
-from bnpatch.onnx_model import OnnxModel
-from bnpatch.recipe import Recipe
+from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.report import details, findings
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import is_identity, judged_on, title, training_sentence, verdict_sentence

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from bnpatch.metrics import Comparison, Estimate, Metric
+from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.search.result import TuneResult
 
 _TITLES = {

@@ -11,27 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.data.examples import Examples, Indices
-from bnpatch.errors import BnpatchWarning
-from bnpatch.evaluation import if_finite, warn_at_chance
-from bnpatch.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
-from bnpatch.model import TorchModel
-from bnpatch.moments import Moments
-from bnpatch.onnx_model import OnnxModel
-from bnpatch.patchable import Patchable
-from bnpatch.processes import Processes, SharedJudge, dismiss, serve, start
-from bnpatch.search.goal import LABEL_FREE, Goal
-from bnpatch.search.insurance import harmless
-from bnpatch.search.judge import ByMetric, Judge
-from bnpatch.search.ladder import Ladder
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+from bnpatch.data.dataset import Examples, Indices
+from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
+from bnpatch.evaluation.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
+from bnpatch.models.base import Patchable
+from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.search.candidates import Ladder
+from bnpatch.search.config import GLOBAL_RUNGS, Plan, Rung, Trial, kept
+from bnpatch.search.distributed import Processes, SharedJudge, dismiss, serve, start
+from bnpatch.search.held_out import Evidence, Verdict, conclude, gather, scores
+from bnpatch.search.latency_limit import Point, choose, knee, trade_off
 from bnpatch.search.make_sites import make_sites
-from bnpatch.search.plan import GLOBAL_RUNGS, Plan, Rung, Trial, kept
+from bnpatch.search.objective import LABEL_FREE, ByMetric, Goal, Judge
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
-from bnpatch.search.sparse import trade_off
-from bnpatch.search.trade_off import Point, choose, knee
-from bnpatch.search.verdict import Evidence, Verdict, conclude, gather, scores
-from bnpatch.setting import Setting
+from bnpatch.search.robustness import harmless
 
 #: How long latencies are measured where there is a limit on them.
 LATENCY_SECONDS = 10.0

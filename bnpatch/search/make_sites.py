@@ -1,9 +1,9 @@
 """What a search needs before it begins: sites that have running moments."""
 
-from bnpatch.calibration import calibrate
-from bnpatch.calibration import recover_folded as recover
-from bnpatch.data.examples import Examples, Indices
-from bnpatch.patchable import Patchable
+from bnpatch.data.dataset import Examples, Indices
+from bnpatch.models.base import Patchable
+from bnpatch.models.running_stats import calibrate
+from bnpatch.models.running_stats import recover_folded as recover
 
 
 def make_sites(

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bnpatch.data.examples import Examples, Indices, folds, split
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.dataset import Examples, Indices, folds, split
 
 #: With fewer labelled examples than this, holding half of them out leaves too few for either purpose.
 SCARCE = 150

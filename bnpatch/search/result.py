@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from bnpatch.metrics import Comparison, Metric
-from bnpatch.recipe import Recipe
-from bnpatch.search.plan import Rung, Trial, kept
-from bnpatch.search.trade_off import Point
-from bnpatch.search.verdict import Verdict
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.evaluation.metrics import Comparison, Metric
+from bnpatch.search.config import Rung, Trial, kept
+from bnpatch.search.held_out import Verdict
+from bnpatch.search.latency_limit import Point
 
 
 @dataclass(repr=False)

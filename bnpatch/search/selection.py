@@ -7,12 +7,12 @@ from functools import partial
 
 import numpy as np
 
-from bnpatch.evaluation import if_finite
-from bnpatch.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
-from bnpatch.search.judge import FEW_SETS, Judge
-from bnpatch.search.plan import GLOBAL_RUNGS, Rung
-from bnpatch.search.scoreboard import Scoreboard
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.evaluate import if_finite
+from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
+from bnpatch.search.config import GLOBAL_RUNGS, Rung
+from bnpatch.search.objective import FEW_SETS, Judge
+from bnpatch.search.score_cache import Scoreboard
 
 
 class Selection:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from optuna.trial import TrialState
 
-from bnpatch.metrics import Metric, Values
+from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.search.studies import StoredTrial
 
 # A regression on few examples is unsure: its slope is shrunk as if so many more had shown none.

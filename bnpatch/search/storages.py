@@ -13,7 +13,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
-from bnpatch.errors import BnpatchError, first_line, root_cause
+from bnpatch.core.errors import BnpatchError, first_line, root_cause
 
 # How every line of a journal begins.
 _RECORD = b'{"op_code":'

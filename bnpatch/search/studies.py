@@ -30,8 +30,8 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from bnpatch.errors import BnpatchError
-from bnpatch.metrics import Values
+from bnpatch.core.errors import BnpatchError
+from bnpatch.evaluation.metrics import Values
 from bnpatch.search.storages import connect, quiet, usable
 
 #: How long an owner on another host is taken for alive after it last wrote.

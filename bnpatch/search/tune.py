@@ -11,17 +11,17 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from bnpatch import __version__
-from bnpatch.data.augment import augmented, parse_kinds
-from bnpatch.data.examples import Examples
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.corruptions import augmented, parse_kinds
+from bnpatch.data.dataset import Examples
 from bnpatch.data.sources import open_examples
-from bnpatch.errors import BnpatchError
-from bnpatch.loading.load import load
-from bnpatch.metrics import Metric, ScoreFunction
-from bnpatch.patchable import Patchable
-from bnpatch.search.goal import Goal
+from bnpatch.evaluation.metrics import Metric, ScoreFunction
+from bnpatch.models.base import Patchable
+from bnpatch.models.load import load
+from bnpatch.search.config import Granularity, Plan, Trial
 from bnpatch.search.job import Job
+from bnpatch.search.objective import Goal
 from bnpatch.search.parts import parts_of
-from bnpatch.search.plan import Granularity, Plan, Trial
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 
@@ -61,7 +61,7 @@ def tune_alpha(
         metric: ``accuracy``, ``cross-entropy`` or ``top5``; a function from (outputs, targets) to one number
             per example, of which more is better; or without labels ``unlabeled`` and, for comparison,
             ``information``, ``alignment``, ``entropy`` and ``evalnorm``, see
-            :mod:`bnpatch.search.objectives`.
+            :mod:`bnpatch.search.label_free`.
         granularity: one weight for all ("global"), per "stage" (the sites of one resolution) or per "layer";
             "auto" tries both ends.
         recalibrate: let lambda join, the weight of running moments re-estimated on ``calib_data``; by default
@@ -78,7 +78,7 @@ def tune_alpha(
             the model was trained on, or a shift that all of them share is taken for normal.
         class_prior: for ``unlabeled`` and ``information``, how often the classes occur, in the order of the
             outputs.
-        augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.augment`.
+        augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.corruptions`.
         max_overhead: find the best weights whose measured latency, one image at a time, is at most so many
             times the original's; sites that aren't worth their time stay as they were.
         recover_folded: take convolutions that a Batch Norm was folded into as sites. For ONNX models,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import bnpatch
-from bnpatch.errors import BnpatchWarning
+from bnpatch.core.errors import BnpatchWarning
 from tests.benchmarks import fashion_mnist
 from tests.benchmarks.ladder import HELD_OUT, TUNING, VALUES, shifted, trained
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import bnpatch
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from tests.benchmarks.fashion_mnist import SHIFTS, SIDE, read, train
 
 ALPHAS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.0)

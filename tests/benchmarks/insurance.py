@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import bnpatch
-from bnpatch.evaluation import evaluate
-from bnpatch.metrics import ACCURACY
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import ACCURACY
 from tests.benchmarks import fashion_mnist
 from tests.benchmarks.ladder import HELD_OUT, TUNING, VALUES, shifted, trained
 

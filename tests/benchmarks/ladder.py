@@ -14,7 +14,7 @@ import timm
 import torch
 
 import bnpatch
-from bnpatch.errors import BnpatchWarning
+from bnpatch.core.errors import BnpatchWarning
 from tests.benchmarks import fashion_mnist
 
 TUNING, HELD_OUT = 2000, 4000

@@ -22,12 +22,12 @@ import onnxruntime as ort
 import onnxscript.optimizer
 import torch
 
-from bnpatch.graph.expr import Tape, Value
-from bnpatch.graph.forms import append_site, example_moments
-from bnpatch.graph.match import Site, survey
-from bnpatch.graph.read import save
-from bnpatch.graph.rewrite import Append, rewrite
-from bnpatch.moments import Moments, mix
+from bnpatch.core.moments import Moments, mix
+from bnpatch.onnx.expressions import Tape, Value
+from bnpatch.onnx.formulas import append_site, example_moments
+from bnpatch.onnx.io import save
+from bnpatch.onnx.match import Site, survey
+from bnpatch.onnx.rewrite import Append, rewrite
 
 ALPHA = 0.1
 MODELS = {"test_resnet": 160, "mobilenet_v2": 224, "resnet50": 224}

@@ -22,14 +22,14 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import bnpatch
+from bnpatch.core.norm_spec import NormSpec
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.decay import NormDecay
+from bnpatch.finetune.config import Augmentation, FineTuneSettings
 from bnpatch.finetune.data import shuffled
-from bnpatch.finetune.loop import train
-from bnpatch.finetune.settings import Augmentation, FineTuneSettings
-from bnpatch.model import TorchModel
-from bnpatch.nn.paths import unnormalized_sites
-from bnpatch.spec import NormSpec
+from bnpatch.finetune.norm_decay import NormDecay
+from bnpatch.finetune.trainer import train
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.tracing import unnormalized_sites
 from tests.benchmarks.fashion_mnist import read
 
 SIDE = 32

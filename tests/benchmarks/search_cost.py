@@ -4,9 +4,9 @@ Handwritten digits (scikit-learn) and, where there are checkpoints, Fashion-MNIS
 ``python -m tests.benchmarks.search_cost [--checkpoints DIR] [--examples 2000]``. DIR holds bare state dicts
 named after their architecture (``test_resnet.pt``), of ten classes and one channel at 32 pixels.
 
-Each search scores the model for real through bnpatch.evaluation; regret is judged on the examples that all
-three saw, against the grid's best. Which blocks a race sees first is luck: races in other orders of the
-examples, on the grid's scores, say how much. Seconds are those of the processor, so that other programs do
+Each search scores the model for real through bnpatch.evaluation.evaluate; regret is judged on the
+examples that all three saw, against the grid's best. Which blocks a race sees first is luck: races in
+other orders of the examples, on the grid's scores, say how much. Seconds are those of the processor, so that other programs do
 not count: with OMP_NUM_THREADS=1 they are what the wall clock of an idle machine shows.
 """
 
@@ -21,10 +21,10 @@ import optuna
 from bnpatch_cli.demo import _digits, _train
 
 import bnpatch
-from bnpatch.evaluation import evaluate
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
-from bnpatch.search.ladder import FIRST_ROOTS
-from bnpatch.search.race import block_sizes, race
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.search.candidates import FIRST_ROOTS
+from bnpatch.search.global_search import block_sizes, race
 from bnpatch.search.studies import open_study
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 

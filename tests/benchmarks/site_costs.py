@@ -19,7 +19,7 @@ import timm
 import torchvision
 
 from bnpatch import export_onnx, load
-from bnpatch.bench import measure, site_costs
+from bnpatch.models.latency import measure, site_costs
 
 MODELS = {
     "test_resnet": lambda: timm.create_model("test_resnet"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import bnpatch
-from bnpatch.errors import BnpatchWarning
-from bnpatch.search.trade_off import knee
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.search.latency_limit import knee
 from tests.benchmarks import fashion_mnist
 from tests.benchmarks.ladder import HELD_OUT, TUNING, VALUES, shifted, trained
 

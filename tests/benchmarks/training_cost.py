@@ -15,8 +15,8 @@ import torch
 import torchvision
 from torch import nn
 
-from bnpatch.nn.conversion import convert_norms
-from bnpatch.spec import NormSpec
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.nn.training_norm import convert_norms
 
 SHAPES = ((32, 64, 56, 56), (32, 128, 28, 28), (32, 256, 14, 14), (32, 512, 7, 7), (128, 32, 32, 32))
 CHANNELS_PER_GROUP = 16

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnpatch
+from bnpatch.core.moments import Moments, pool
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.model import TorchModel
-from bnpatch.moments import Moments, pool
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.hooks import at_inputs
 from bnpatch.nn.norm import example_moments
-from bnpatch.nn.observe import at_inputs
 from bnpatch.nn.surgery import calibrated, uncalibrated
 from tests.nn.test_surgery import images, settle
 

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.data.augment import CLEAN_SHARE, augmented, parse_kinds
-from bnpatch.data.examples import Examples
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.corruptions import CLEAN_SHARE, augmented, parse_kinds
+from bnpatch.data.dataset import Examples
 from bnpatch.data.images import ArrayInputs
-from bnpatch.errors import BnpatchError
-from bnpatch.evaluation import evaluate
+from bnpatch.evaluation.evaluate import evaluate
 
 ALL = "contrast,brightness,noise,blur"
 

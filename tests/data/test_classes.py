@@ -1,7 +1,7 @@
 import pytest
 
-from bnpatch.data.classes import ClassOrder, read_class_map, targets_of_folders
-from bnpatch.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.data.class_folders import ClassOrder, read_class_map, targets_of_folders
 
 
 def targets(folders, num_outputs, class_names=None, order=ClassOrder.NATURAL, **kwargs):

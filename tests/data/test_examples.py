@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.data.examples import Examples, folds, split
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.data.dataset import Examples, folds, split
 from bnpatch.data.images import FileImages, as_mode
-from bnpatch.errors import BnpatchError, BnpatchWarning
 
 
 class Counting:

@@ -7,10 +7,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import bnpatch
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.evaluation import evaluate, warn_at_chance
-from bnpatch.metrics import Metric
+from bnpatch.evaluation.evaluate import evaluate, warn_at_chance
+from bnpatch.evaluation.metrics import Metric
 
 WITHOUT_LABELS = "or search without labels: --metric unlabeled"
 

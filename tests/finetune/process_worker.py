@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import bnpatch
-from bnpatch.finetune.loop import NotFiniteLossError, train
-from bnpatch.finetune.settings import FineTuneSettings
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.trainer import NotFiniteLossError, train
 
 
 class TwoHeads(nn.Module):

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 import bnpatch
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments
-from bnpatch.nn.conversion import convert_norms
-from bnpatch.nn.training_norm import GeneralNorm
-from bnpatch.recipe import Recipe
-from bnpatch.setting import Setting
-from bnpatch.spec import NormSpec
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.nn.training_norm import GeneralNorm, convert_norms
 
 
 @pytest.fixture

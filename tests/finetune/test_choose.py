@@ -9,17 +9,17 @@ import torch
 import torchvision
 
 import bnpatch
-from bnpatch.decay import NormDecay
-from bnpatch.errors import BnpatchError
-from bnpatch.evaluation import OutputsNotFiniteError
-from bnpatch.finetune import choose
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.evaluation.evaluate import OutputsNotFiniteError
+from bnpatch.finetune import techniques
 from bnpatch.finetune.ablation import Contribution, variants
+from bnpatch.finetune.checkpoint import Epoch
+from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.engine import Engine
-from bnpatch.finetune.loop import NotFiniteLossError
-from bnpatch.finetune.settings import FineTuneSettings
-from bnpatch.finetune.state import Epoch
+from bnpatch.finetune.norm_decay import NormDecay
+from bnpatch.finetune.trainer import NotFiniteLossError
 from bnpatch.search.storages import connect
-from bnpatch.spec import NormSpec
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def residual():
         (128, NormSpec.ghost(16)),
         (16, NormSpec.ghost(8)),
         (8, NormSpec.batch()),
-        (2, NormSpec.batch_group(choose.CHANNELS_PER_GROUP)),
+        (2, NormSpec.batch_group(techniques.CHANNELS_PER_GROUP)),
     ],
 )
 def test_guidance_goes_by_the_batch_size(residual, batch_size, spec):
-    choice = choose.by_guidance(residual, FineTuneSettings(batch_size=batch_size, weight_decay=3e-4))
+    choice = techniques.by_guidance(residual, FineTuneSettings(batch_size=batch_size, weight_decay=3e-4))
     assert choice.spec == spec
     assert choice.norm_decay.rate == 3e-4
     assert len(choice.reasons) == 4
@@ -47,12 +47,12 @@ def test_guidance_goes_by_the_batch_size(residual, batch_size, spec):
 
 def test_decay_sites_are_those_that_reach_the_output(residual):
     sites = {site.name for site in residual.survey().sites}
-    assert choose.decay_sites(residual) < sites
+    assert techniques.decay_sites(residual) < sites
     inception = bnpatch.load(
         torchvision.models.googlenet(num_classes=3, init_weights=False, aux_logits=False),
         preprocessing={"img_size": 64},
     )
-    found = choose.decay_sites(inception)
+    found = techniques.decay_sites(inception)
     assert found
     assert all(name.startswith("inception5b") for name in found)
 
@@ -71,7 +71,7 @@ def results(scores, monkeypatch):
             on_epoch(epoch)
         return type("Result", (), {"best": epochs[-1]})
 
-    monkeypatch.setattr(choose, "train", train)
+    monkeypatch.setattr(techniques, "train", train)
     return seen
 
 
@@ -83,7 +83,7 @@ def examples(residual):
 def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, examples, monkeypatch):
     seen = results(lambda spec, rate: 0.9 if spec.examples_per_group == 4 else 0.5 - rate, monkeypatch)
     told = []
-    choice = choose.by_search(
+    choice = techniques.by_search(
         residual,
         examples,
         FineTuneSettings(batch_size=8, epochs=9),
@@ -118,7 +118,7 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
     settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
     options = {"trials": 9, "epochs": 2, "journal": journal}
     whole = results(_score, monkeypatch)
-    best = choose.by_search(residual, examples, settings, **options)
+    best = techniques.by_search(residual, examples, settings, **options)
     runs = [(trial.params, trial.value) for trial in _trials(journal)]
     first = []
 
@@ -130,13 +130,13 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
 
     results(cut_off, monkeypatch)
     with pytest.raises(error):
-        choose.by_search(residual, examples, settings, **options)
+        techniques.by_search(residual, examples, settings, **options)
     rest = results(_score, monkeypatch)
-    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
     assert rest == whole[number - 1 :]  # the run that was cut off comes first
     assert [(t.params, t.value) for t in _trials(journal) if t.number != number - 1] == runs
     again = results(_score, monkeypatch)
-    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
     assert not again
 
 
@@ -150,7 +150,7 @@ def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
         return None if not rate else _score(spec, rate)
 
     whole = results(score, monkeypatch)
-    best = choose.by_search(residual, examples, settings, **options)
+    best = techniques.by_search(residual, examples, settings, **options)
     assert (str(NormSpec.batch()), 0.0) in whole
     ended = []
     journal.unlink()
@@ -165,7 +165,7 @@ def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
 
         results(cut_off, monkeypatch)
         try:
-            assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+            assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
         except KeyboardInterrupt:
             runs.pop()
         ended += runs
@@ -188,13 +188,13 @@ class _Processes:
 def as_process(residual, examples, monkeypatch, tmp_path):
     """Search in a process of two, the first of which comes first."""
     processes = _Processes()
-    monkeypatch.setattr(choose, "start", lambda: processes)
+    monkeypatch.setattr(techniques, "start", lambda: processes)
 
     def search(rank, **changes):
         processes.rank = rank
         settings = replace(FineTuneSettings(batch_size=8), **changes)
         journal = tmp_path / "choose.journal"
-        return choose.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+        return techniques.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
 
     return search
 
@@ -234,16 +234,16 @@ def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
     as_process(0)
     with pytest.raises(BnpatchError, match=r"settings\.workers differs"):
         as_process(0, workers=2)
-    monkeypatch.setattr(choose, "start", lambda: None)
+    monkeypatch.setattr(techniques, "start", lambda: None)
     settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
     with pytest.raises(BnpatchError, match=r"choose\.journal is of another search: processes differs"):
-        choose.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+        techniques.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
 
 
 def test_a_journal_that_cannot_be_removed_is_named(residual, examples, tmp_path):
     (journal := tmp_path / "choose.journal").mkdir()
     with pytest.raises(BnpatchError, match=r"cannot use journal://.*choose\.journal for a study"):
-        choose.by_search(residual, examples, FineTuneSettings(batch_size=8), journal=journal)
+        techniques.by_search(residual, examples, FineTuneSettings(batch_size=8), journal=journal)
 
 
 def _trials(journal):
@@ -253,10 +253,10 @@ def _trials(journal):
 def test_search_survives_runs_that_diverge_unless_all_do(residual, examples, monkeypatch):
     settings = FineTuneSettings(batch_size=8)
     results(lambda spec, rate: None if rate else 0.5, monkeypatch)
-    assert choose.by_search(residual, examples, settings, trials=8).norm_decay is None
+    assert techniques.by_search(residual, examples, settings, trials=8).norm_decay is None
     results(lambda spec, rate: None, monkeypatch)
     with pytest.raises(BnpatchError, match="every run diverged"):
-        choose.by_search(residual, examples, settings, trials=3)
+        techniques.by_search(residual, examples, settings, trials=3)
 
 
 def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeypatch, tmp_path):
@@ -271,11 +271,11 @@ def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeyp
     monkeypatch.setattr(Engine, "step", ruin)
     settings = FineTuneSettings(batch_size=8)
     options = {"trials": 3, "epochs": 1, "journal": tmp_path / "choose.journal"}
-    best = choose.by_search(
+    best = techniques.by_search(
         residual, examples, settings, **options, on_trial=lambda name, score: told.append(score)
     )
     assert [score is None for score in told] == [True, False, False]
-    assert choose.by_search(residual, examples, settings, **options, resume=True) == best
+    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
     assert len(steps) == 3 * 4  # nothing came again
 
 
@@ -283,7 +283,7 @@ def test_a_model_that_is_broken_before_it_is_trained_ends_the_search(residual, e
     broken = replace(residual, module=copy.deepcopy(residual.module))
     next(b for name, b in broken.module.named_buffers() if "running_mean" in name).fill_(float("nan"))
     with pytest.raises(OutputsNotFiniteError, match="check the weights"):
-        choose.by_search(broken, examples, FineTuneSettings(batch_size=8), trials=3, epochs=1)
+        techniques.by_search(broken, examples, FineTuneSettings(batch_size=8), trials=3, epochs=1)
 
 
 def test_contributions_come_one_by_one(residual):
@@ -291,7 +291,7 @@ def test_contributions_come_one_by_one(residual):
     settings = FineTuneSettings(batch_size=32, spec=NormSpec.ghost(4), norm_decay=decay)
     found = variants(residual, settings)
     techniques = [(s.spec, s.norm_decay, tuned) for s, tuned in found.values()]
-    plain, pooled = NormSpec.batch(), NormSpec.batch_group(choose.CHANNELS_PER_GROUP)
+    plain, pooled = NormSpec.batch(), NormSpec.batch_group(techniques.CHANNELS_PER_GROUP)
     assert techniques == [
         (plain, None, False),
         (plain, None, True),

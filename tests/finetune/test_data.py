@@ -4,15 +4,9 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.errors import BnpatchError
-from bnpatch.finetune.data import (
-    TrainingData,
-    TrainingImages,
-    check_same_folders,
-    load_batches,
-    shuffled,
-)
-from bnpatch.finetune.settings import Augmentation
+from bnpatch.core.errors import BnpatchError
+from bnpatch.finetune.config import Augmentation
+from bnpatch.finetune.data import TrainingData, TrainingImages, check_same_folders, load_batches, shuffled
 
 
 def test_an_epoch_has_every_example_once_up_to_the_last_batch():

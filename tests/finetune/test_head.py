@@ -5,8 +5,8 @@ import torchvision
 from torch import nn
 
 import bnpatch
-from bnpatch.data.classes import ClassOrder
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.class_folders import ClassOrder
 from bnpatch.finetune.head import classes_of, new_head
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import bnpatch
-from bnpatch.decay import NormDecay
-from bnpatch.errors import BnpatchError
-from bnpatch.evaluation import OutputsNotFiniteError
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.evaluate import OutputsNotFiniteError
+from bnpatch.finetune.config import Augmentation, FineTuneSettings
 from bnpatch.finetune.engine import Engine
-from bnpatch.finetune.loop import NotFiniteLossError, train
-from bnpatch.finetune.settings import Augmentation, FineTuneSettings
-from bnpatch.setting import Setting
-from bnpatch.spec import NormSpec
+from bnpatch.finetune.norm_decay import NormDecay
+from bnpatch.finetune.trainer import NotFiniteLossError, train
 from tests.two_processes import in_two_processes
 
 PLAIN = Augmentation(min_scale=1.0, hflip=0.0)

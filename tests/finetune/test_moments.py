@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
+from bnpatch.core.norm_spec import NormSpec
 from bnpatch.finetune.moments import recalibrate
-from bnpatch.nn.conversion import convert_norms
-from bnpatch.spec import NormSpec
+from bnpatch.nn.training_norm import convert_norms
 
 
 def test_moments_are_those_of_all_batches():

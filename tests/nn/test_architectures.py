@@ -5,7 +5,7 @@ import timm
 import torch
 import torchvision
 
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
 from bnpatch.nn.surgery import patch, survey
 from tests.benchmarks import zoo
 from tests.nn.test_surgery import images, settle

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bnpatch
-from bnpatch.calibration import recover_folded, target_moments
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments
-from bnpatch.nn.folded import VirtualNorm
-from bnpatch.setting import Setting
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+from bnpatch.models.running_stats import recover_folded, target_moments
+from bnpatch.nn.fused_conv import VirtualNorm
 from tests.nn.test_surgery import images, settle
 
 SIZE = 32

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnpatch
-from bnpatch.calibration import calibrate
-from bnpatch.nn.functional import functional_norms
+from bnpatch.models.running_stats import calibrate
+from bnpatch.nn.tracing import functional_norms
 from tests.nn.test_surgery import images, settle
 
 X = images(6, 3, 12, 12, seed=2)

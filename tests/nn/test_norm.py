@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnpatch.errors import BnpatchWarning
-from bnpatch.moments import Moments, mix
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.moments import Moments, mix
 from bnpatch.nn.norm import ExampleWeighedNorm, example_moments, weighed_norm
 from tests import reference
 from tests.nn.pairwise import pairwise

@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from bnpatch.moments import Moments
-from bnpatch.nn.observe import accurate_moments, at_inputs, joined, pooled_rows
+from bnpatch.core.moments import Moments
+from bnpatch.nn.hooks import accurate_moments, at_inputs, joined, pooled_rows
 from tests.nn.test_norm import sample
 
 

@@ -6,9 +6,9 @@ import torchvision
 from timm.layers import norm_act
 from torch import nn
 
-from bnpatch.errors import BnpatchError
-from bnpatch.nn.paths import NormPaths, norm_paths, unnormalized_sites
+from bnpatch.core.errors import BnpatchError
 from bnpatch.nn.surgery import patch, survey
+from bnpatch.nn.tracing import NormPaths, norm_paths, unnormalized_sites
 
 get_model = torchvision.models.get_model
 

@@ -11,14 +11,14 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.models import levit
 from torch import nn
 
-from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.model import TorchModel
-from bnpatch.moments import Moments
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.moments import Moments
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn import surgery
-from bnpatch.nn.conversion import convert_norms
 from bnpatch.nn.norm import ExampleWeighedNorm
 from bnpatch.nn.surgery import calibrated, patch, survey, uncalibrated, unpatch
-from bnpatch.spec import NormSpec
+from bnpatch.nn.training_norm import convert_norms
 from tests import reference
 
 

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnpatch
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments
-from bnpatch.nn.conversion import convert_norms
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.core.norm_spec import NormSpec
 from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
 from bnpatch.nn.surgery import calibrated
-from bnpatch.nn.training_norm import GeneralNorm, grouped_norm, renorm
-from bnpatch.spec import NormSpec
+from bnpatch.nn.training_norm import GeneralNorm, convert_norms, grouped_norm, renorm
 from tests import reference
 from tests.nn.pairwise import pairwise
 from tests.nn.test_norm import parameters, sample

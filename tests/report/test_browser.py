@@ -14,7 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
     # A classifier may do no better than guessing in fog.
-    pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.errors.BnpatchWarning"),
+    pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.core.errors.BnpatchWarning"),
 ]
 
 LONG = "an_unreasonably_long_name_without_any_place_to_break_it_" * 3

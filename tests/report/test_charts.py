@@ -3,12 +3,12 @@ import re
 
 import pytest
 
-from bnpatch.bench import Latency
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Estimate
+from bnpatch.models.latency import Latency
 from bnpatch.report.charts import HEIGHT, WIDTH, _ticks, curve_chart, depth_chart, strip, trade_off_chart
 from bnpatch.report.curves import Curve, CurvePoint
-from bnpatch.search.trade_off import Point
-from bnpatch.setting import Setting
+from bnpatch.search.latency_limit import Point
 from tests.report.html_page import Page
 
 

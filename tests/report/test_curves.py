@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
 from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
-from bnpatch.search.plan import Rung, Trial
+from bnpatch.search.config import Rung, Trial
+from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
-from bnpatch.search.verdict import Verdict
-from bnpatch.setting import Setting
 
 EVEN = Estimate(0.0, 0.0, 0.0)
 

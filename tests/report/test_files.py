@@ -7,17 +7,17 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.bench import Latency
-from bnpatch.errors import BnpatchWarning
-from bnpatch.recipe import Recipe
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.patch import Setting
+from bnpatch.core.recipe import Recipe
+from bnpatch.models.latency import Latency
 from bnpatch.report.curves import race_curves
 from bnpatch.report.files import write_results, write_trials
-from bnpatch.search.trade_off import Point
-from bnpatch.setting import Setting
+from bnpatch.search.latency_limit import Point
 from tests.report.html_page import Page
 
 # A classifier may do no better than guessing in fog.
-pytestmark = pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.errors.BnpatchWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.core.errors.BnpatchWarning")
 
 
 def some(data, count):

@@ -13,8 +13,8 @@ import numpy as np
 import scipy.optimize
 import scipy.stats  # noqa: F401
 
-from bnpatch.metrics import CROSS_ENTROPY
-from bnpatch.search.race import race
+from bnpatch.evaluation.metrics import CROSS_ENTROPY
+from bnpatch.search.global_search import race
 from bnpatch.search.studies import open_study
 
 SIZES = [64] * 12  # a batch each, so that each is a line of its own

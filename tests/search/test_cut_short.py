@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import bnpatch
-from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.evaluation import OutputsNotFiniteError
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.report.summary import verdict_sentence
 from bnpatch.search import job
-from bnpatch.search.judge import ByMetric
-from bnpatch.search.ladder import Ladder
+from bnpatch.search.candidates import Ladder
+from bnpatch.search.objective import ByMetric
 
 
 def few(data):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, Estimate, paired_difference
-from bnpatch.search.insurance import PARTS, harmless, toward
-from bnpatch.search.plan import Rung
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Estimate, paired_difference
+from bnpatch.search.config import Rung
+from bnpatch.search.robustness import PARTS, harmless, toward
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, 200)
 

@@ -6,14 +6,14 @@ import torch
 from optuna.trial import TrialState
 
 import bnpatch
-from bnpatch.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.search import ladder
-from bnpatch.search.ladder import Ladder, _as_trial
-from bnpatch.search.learn import Course, Groups
-from bnpatch.search.race import Runner
-from bnpatch.search.scoreboard import Scoreboard, blocks_of
+from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
+from bnpatch.core.patch import Setting
+from bnpatch.search import candidates
+from bnpatch.search.candidates import Ladder, _as_trial
+from bnpatch.search.global_search import Runner
+from bnpatch.search.gradient_search import Course, Groups
+from bnpatch.search.score_cache import Scoreboard, blocks_of
 from bnpatch.search.standings import Difference
-from bnpatch.setting import Setting
 
 
 def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
@@ -154,7 +154,7 @@ LAMBDAS = {"a": "a", "b": "b"}
 
 @pytest.fixture
 def two_more_places(monkeypatch):
-    monkeypatch.setattr(ladder, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
+    monkeypatch.setattr(candidates, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
 
 
 def test_without_labels_learning_begins_at_several_places(two_more_places):
@@ -202,7 +202,7 @@ def test_both_ways_to_find_weights_begin_at_several_places(
         starts.append(options["start"] if find == "learn" else args[1])
         return starts[-1]
 
-    monkeypatch.setattr(ladder, find, found)
+    monkeypatch.setattr(candidates, find, found)
     model = tiny if kind == "torch" else bnpatch.load(tiny_onnx)
     run = {"metric": "unlabeled", "granularity": "layer", "recalibrate": True, "trials": 2}
     bnpatch.tune_alpha(model, dim[0][:60], test_data=dim[0][60:120], **run)

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 import bnpatch
-from bnpatch.calibration import target_moments
-from bnpatch.evaluation import evaluate
-from bnpatch.metrics import CROSS_ENTROPY
-from bnpatch.search.goal import Goal
-from bnpatch.search.learn import Course, Groups, NoGradientError, learn
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import CROSS_ENTROPY
+from bnpatch.models.running_stats import target_moments
+from bnpatch.search.gradient_search import Course, Groups, NoGradientError, learn
+from bnpatch.search.objective import Goal
 
 
 @pytest.fixture

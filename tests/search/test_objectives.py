@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bnpatch.errors import BnpatchError
-from bnpatch.moments import Moments
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.inventory import SiteFacts
+from bnpatch.core.moments import Moments
 from bnpatch.nn.norm import example_moments, weighed_norm
-from bnpatch.search.objectives import (
+from bnpatch.search.label_free import (
     Seen,
     alignment,
     as_prior,
@@ -20,7 +21,6 @@ from bnpatch.search.objectives import (
     unlabeled,
     unlabeled_step,
 )
-from bnpatch.sites import SiteFacts
 
 
 def seen(logits=None, moments=None, alphas=None, running=None):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from bnpatch.errors import BnpatchError
-from bnpatch.evaluation import OutputsNotFiniteError
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
-from bnpatch.search.race import block_sizes, race
+from bnpatch.core.errors import BnpatchError
+from bnpatch.evaluation.evaluate import OutputsNotFiniteError
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.search.global_search import block_sizes, race
 from bnpatch.search.standings import Rules, Standings
 from bnpatch.search.studies import StoredTrial, open_study
 

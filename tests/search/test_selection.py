@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.search.judge import ByMetric
-from bnpatch.search.plan import kept
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
+from bnpatch.search.config import kept
+from bnpatch.search.objective import ByMetric
 from bnpatch.search.selection import Selection
 
 

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bnpatch.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError
 from bnpatch.search import studies
 from bnpatch.search.studies import as_stored, open_study, this_process
 from tests.search import race_worker

@@ -6,16 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from bnpatch.bench import Latency
-from bnpatch.search.trade_off import (
-    Point,
-    choose,
-    dominated,
-    knee,
-    nested_sites,
-    pareto_front,
-)
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.models.latency import Latency
+from bnpatch.search.latency_limit import Point, choose, dominated, knee, nested_sites, pareto_front
 
 
 def point(num_sites, ratio, gain, spread=0.01):

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.calibration import target_moments
-from bnpatch.errors import BnpatchError, BnpatchWarning
-from bnpatch.evaluation import evaluate
-from bnpatch.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.moments import Moments
-from bnpatch.search import goal, job
-from bnpatch.search.goal import Goal
-from bnpatch.search.judge import ByMetric
-from bnpatch.search.learn import Course
-from bnpatch.search.objectives import Seen, infomax, unlabeled_step
-from bnpatch.search.trade_off import Choice
-from bnpatch.search.verdict import scores
-from bnpatch.setting import Setting
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+from bnpatch.evaluation.evaluate import evaluate
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
+from bnpatch.models.running_stats import target_moments
+from bnpatch.search import job, objective
+from bnpatch.search.gradient_search import Course
+from bnpatch.search.held_out import scores
+from bnpatch.search.label_free import Seen, infomax, unlabeled_step
+from bnpatch.search.latency_limit import Choice
+from bnpatch.search.objective import ByMetric, Goal
 from tests.search.tiny import of_one_norm, small
 
 
@@ -71,7 +70,7 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     assert climbed.chosen.mean == min(means.values())
     assert means["alpha per layer"] <= means["alpha"]  # it begins there
     assert means["lambda and alpha per layer"] <= means["lambda, alpha"]
-    tuning, _ = bnpatch.data.examples.split(dim[1].astype(np.int64), 0.5, seed=0)
+    tuning, _ = bnpatch.data.dataset.split(dim[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(dim, tiny)
     with tiny.borrowed():  # a race compares on all tuning examples
         tiny.retarget(target_moments(tiny, examples, indices=tuning, batch_size=250))
@@ -96,7 +95,7 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
 
 def held_out_scores(model, data, setting=None):
     """Of the half that a search of this data leaves to the verdict."""
-    _, held_out = bnpatch.data.examples.split(data[1].astype(np.int64), 0.5, seed=0)
+    _, held_out = bnpatch.data.dataset.split(data[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(data, model)
     with model.borrowed():
         model.set(setting or model.setting())
@@ -105,7 +104,7 @@ def held_out_scores(model, data, setting=None):
 
 def test_scores_are_those_of_the_patched_model(model, foggy, tuned):
     """The same numbers by hand: no search, no cache, no batches."""
-    _, held_out = bnpatch.data.examples.split(foggy[1].astype(np.int64), 0.5, seed=0)
+    _, held_out = bnpatch.data.dataset.split(foggy[1].astype(np.int64), 0.5, seed=0)
     module = bnpatch.patch(model.module, tuned.alpha).eval()
     with torch.inference_mode():
         logits = module(torch.from_numpy(foggy[0][held_out])[:, None].float() / 127.5 - 1)
@@ -301,7 +300,7 @@ def test_labels_are_not_needed(tiny, plain, dim, monkeypatch):
     """Lambda alone undoes contrast: most of what it took is given back."""
     without_loss = evaluate(tiny, bnpatch.open_examples(plain, tiny)).mean(ACCURACY)
     as_it_is = evaluate(tiny, bnpatch.open_examples(dim, tiny)).mean(ACCURACY)
-    monkeypatch.setattr(goal, "SELF_LABELLED_SETS", 1)
+    monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
     result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
     assert result.comparisons[0].metric.name == "unlabeled"
     assert result.verdict.flips is None
@@ -361,7 +360,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
     assert min(len(np.unique(labels[part])) for part in asked) > 7
 
     judge = Goal.of("unlabeled", None, 64).judge(tiny, examples, by_class)
-    judge = replace(judge, metrics=(bnpatch.metrics.ACCURACY,)).sure_of(len(by_class))
+    judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).sure_of(len(by_class))
     shuffled = np.random.default_rng(1).permutation(by_class)
     with tiny.evaluating():
         first = scores(tiny, examples, judge, tiny.setting(), by_class)

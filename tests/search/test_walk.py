@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from bnpatch.search.walk import Knob, walk
-from bnpatch.setting import Setting
+from bnpatch.core.patch import Setting
+from bnpatch.search.coordinate_search import Knob, walk
 
 SITES = [f"s{index}" for index in range(30)]
 START = Setting(dict.fromkeys(SITES, 0.0), dict.fromkeys(SITES, 0.0))

@@ -1,0 +1,215 @@
+"""The recipe: what bnpatch found out about a model, in a file of a few KB that people keep."""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.io import write_text
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import Setting
+
+FORMAT = 1
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """One site of the model.
+
+    Attributes:
+        name: dotted name of the module.
+        kind: what it is.
+        alpha: the weight of the example.
+        fingerprint: a hash of its parameters.
+        lambda_: the weight of ``target`` in the running moments.
+        target: mean and variance of the data at hand; None where lambda is 0.
+        calibrated: mean and variance for a site that has no running moments of its own.
+        channels_per_group: consecutive channels whose moments a Batch/Group Norm pools. It is stored as
+            Batch Norm, so nothing else tells; Group Norm says so itself, and has 1 here.
+    """
+
+    name: str
+    kind: str
+    alpha: float
+    fingerprint: str
+    lambda_: float = 0.0
+    target: Moments[Array] | None = None
+    calibrated: Moments[Array] | None = None
+    channels_per_group: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; moments as base64 of little-endian float32, since nobody reads thousands."""
+        values = {name: getattr(self, name) for name in ("name", "kind", "alpha", "fingerprint")}
+        if self.target is not None:
+            values |= {"lambda": self.lambda_, "target": _encode(self.target)}
+        if self.calibrated is not None:
+            values["calibrated"] = _encode(self.calibrated)
+        if self.channels_per_group > 1:
+            values["channels_per_group"] = self.channels_per_group
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "SiteRecipe":
+        """Read what :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
+        known = {
+            "name",
+            "kind",
+            "alpha",
+            "fingerprint",
+            "lambda",
+            "target",
+            "calibrated",
+            "channels_per_group",
+        }
+        if unknown := values.keys() - known:
+            raise ValueError(f"a site has {min(unknown)!r}")
+        target, calibrated = (
+            _decode(values[name]) if name in values else None for name in ("target", "calibrated")
+        )
+        weight = values.get("lambda", 0.0)
+        if weight and target is None:
+            raise ValueError("lambda without target")
+        name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
+        groups = values.get("channels_per_group", 1)
+        return cls(name, kind, alpha, print_, weight, target, calibrated, groups)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Weights for the sites of one model, and where they come from.
+
+    Attributes:
+        sites: the sites, in the order of the model.
+        provenance: how the weights were found: metric, data, results with confidence intervals, seed,
+            versions, command line. Plain JSON values; nothing in it changes what the recipe does.
+        weigh_single_values: weigh also where an example has one value per channel.
+    """
+
+    sites: tuple[SiteRecipe, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    weigh_single_values: bool = False
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The weight of the example by name of site."""
+        return {site.name: site.alpha for site in self.sites}
+
+    @property
+    def setting(self) -> Setting:
+        """Both weights by name of site."""
+        return Setting(self.alphas, {site.name: site.lambda_ for site in self.sites})
+
+    def check_fits(self, fingerprints: Mapping[str, str]) -> None:
+        """Compare with the sites of a model, by name.
+
+        Raises:
+            BnpatchError: the model isn't the one that the recipe was made for; names the first
+                site that differs.
+        """
+        remedy = "apply it to the model that it was tuned on, or tune this one"
+        for site in self.sites:
+            if site.name not in fingerprints:
+                raise BnpatchError(f"the recipe is for another model: site {site.name!r} is missing", remedy)
+            if fingerprints[site.name] != site.fingerprint:
+                raise BnpatchError(
+                    f"the recipe is for another model: the parameters of site {site.name!r} differ", remedy
+                )
+        if extra := fingerprints.keys() - {site.name for site in self.sites}:
+            raise BnpatchError(f"the recipe is for another model: it has no site {min(extra)!r}", remedy)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "sites": [site.to_json() for site in self.sites],
+            **({"weigh_single_values": True} if self.weigh_single_values else {}),
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as JSON, atomically."""
+        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, content: Any, source: str = "recipe") -> "Recipe":
+        """Read what :meth:`to_json` made.
+
+        Raises:
+            BnpatchError: it is not a recipe, or one of a newer format.
+        """
+        remedy = "make one with bnpatch tune-alpha"
+        if not isinstance(content, dict) or "format" not in content:
+            raise BnpatchError(f"{source} is not a recipe", remedy)
+        if content["format"] != FORMAT:
+            raise BnpatchError(
+                f"{source} has recipe format {content['format']}, this bnpatch reads {FORMAT}",
+                "update bnpatch",
+            )
+        try:
+            sites = tuple(SiteRecipe.from_json(site) for site in content["sites"])
+            provenance = dict(content["provenance"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BnpatchError(f"{source} is a damaged recipe ({error})", remedy) from error
+        for site in sites:
+            for name, value in (("alpha", site.alpha), ("lambda", site.lambda_)):
+                if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                    raise BnpatchError(
+                        f"{source}: site {site.name!r} has {name} = {value}", f"{name} must lie in [0, 1]"
+                    )
+            if not isinstance(site.channels_per_group, int) or site.channels_per_group < 1:
+                raise BnpatchError(
+                    f"{source}: site {site.name!r} pools {site.channels_per_group} channels",
+                    "it must be 1 or more",
+                )
+        return cls(sites, provenance, content.get("weigh_single_values") is True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            BnpatchError: the file can't be read or is not a recipe.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BnpatchError(f"cannot read {path}: {error.strerror}", "name a recipe.json file") from error
+        except ValueError as error:
+            raise BnpatchError(f"{path} is not a recipe", "name a recipe.json file") from error
+        return cls.from_json(content, str(path))
+
+
+def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
+    """Hash the parameters of a site: gamma, beta, running mean and running variance.
+
+    Taken in float32, so that it survives an export or a change of precision that keeps the values.
+    """
+    digest = hashlib.sha256()
+    for values in parameters:
+        digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encode(moments: Moments[Array]) -> dict[str, str]:
+    parts = {"mean": moments.mean, "var": moments.var}
+    return {
+        name: base64.b64encode(np.asarray(part, "<f4").tobytes()).decode() for name, part in parts.items()
+    }
+
+
+def _decode(parts: Mapping[str, str]) -> Moments[Array]:
+    arrays = (np.frombuffer(base64.b64decode(parts[name], validate=True), "<f4") for name in ("mean", "var"))
+    mean, var = (array.astype(np.float64) for array in arrays)
+    if mean.shape != var.shape or not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all():
+        raise ValueError("moments that are none")
+    return Moments(mean, var)

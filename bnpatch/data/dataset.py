@@ -1,0 +1,256 @@
+"""Examples, decoded once and served in batches any number of times."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.decoding import Indices as Indices
+from bnpatch.data.decoding import ItemTransform, Part, Source, decoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, in the order of their indices: ``x`` (N, C, H, W), ``targets`` (N, ...)."""
+
+    indices: Indices
+    x: Tensor
+    targets: Tensor
+
+
+class Examples:
+    """A data set that serves batches any number of times.
+
+    What is decoded stays in memory as bytes, up to ``cache_gb``; the rest is decoded again at each
+    pass. Examples that can't be read are left out and counted in ``skipped``.
+
+    Args:
+        source: where images come from.
+        targets: class index of each example, of shape (N,), -1 where it is not known; or whatever else a
+            metric compares outputs with, of shape (N, ...).
+        transform: from an image to bytes (C, H, W).
+        classes: the targets are class indices.
+        labelled: which examples have a target, of shape (N,); by default those whose class is known.
+        num_workers: decoding processes; None for a number that suits the machine and the data.
+        cache_gb: memory for decoded examples, in units of 10^9 bytes.
+        strict: raise at the first example that can't be read.
+        pin_memory: hand out batches in memory from which a GPU copies without waiting.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: npt.ArrayLike,
+        transform: ItemTransform,
+        *,
+        classes: bool = True,
+        labelled: npt.NDArray[np.bool_] | None = None,
+        num_workers: int | None = None,
+        cache_gb: float = 4.0,
+        strict: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.source = source
+        self.targets: npt.NDArray[Any] = np.asarray(targets, dtype=np.int64 if classes else None)
+        self.classes = classes
+        if labelled is None:
+            labelled = self.targets >= 0 if classes else np.ones(len(self.targets), dtype=np.bool_)
+        self.labelled = labelled
+        self.transform = transform
+        self.num_workers = num_workers
+        self.strict = strict
+        self.pin_memory = pin_memory
+        self.skipped: dict[int, str] = {}
+        self.as_they_are = False  # inputs that no preprocessing was done to
+        self.in_memory = False  # reading from the source costs nothing: no cache, no processes
+        self._cache = _Cache(int(cache_gb * 1e9))
+
+    def __len__(self) -> int:
+        """Number of examples, unreadable ones included until they are met."""
+        return len(self.targets)
+
+    def keep(self, indices: Indices) -> None:
+        """Use only the examples with these indices from now on, which are numbered anew."""
+        self.source = Part(self.source, indices)
+        self.targets, self.labelled = self.targets[indices], self.labelled[indices]
+        self.skipped, self._cache = {}, _Cache(self._cache.budget)
+
+    @property
+    def strata(self) -> Indices:
+        """What a random choice should be balanced in, of shape (N,): the class, -1 without a label.
+
+        Targets that are no classes make one stratum, 0.
+        """
+        return np.where(self.labelled, self.targets if self.classes else 0, -1)
+
+    def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
+        """Yield the examples with these indices (default: all) in this order, without the unreadable ones.
+
+        Each index at most once.
+
+        Raises:
+            BnpatchError: an example can't be read and ``strict`` is set, or inputs differ in shape.
+        """
+        kept: list[tuple[int, Tensor]] = []
+        for item in self._items(np.arange(len(self)) if indices is None else indices):
+            kept.append(item)
+            if len(kept) == batch_size:
+                yield self._batch(kept)
+                kept = []
+        if kept:
+            yield self._batch(kept)
+
+    def readable(self, indices: Indices) -> Indices:
+        """Those of the examples that can be read, which stay in memory as far as that allows.
+
+        Raises:
+            BnpatchError: none can.
+        """
+        for _ in () if self.in_memory else self._items(indices):
+            pass
+        kept = np.array([index for index in indices if index not in self.skipped], dtype=np.int64)
+        if not len(kept):
+            index, problem = next(iter(self.skipped.items()))
+            raise BnpatchError(
+                f"none of the images can be read, {self.source.name(index)} for one: {problem}",
+                "look at the files",
+            )
+        return kept
+
+    def fingerprint(self) -> str:
+        """A hash of the names, the targets and, where it is cheap to have, the content of the examples."""
+        digest = hashlib.sha256(f"{self.targets.dtype} {self.targets.shape}".encode())
+        digest.update(self.targets.tobytes())
+        digest.update(self.labelled.tobytes())
+        for index in range(len(self)):
+            digest.update(self.source.name(index).encode())
+            digest.update(self.source.content(index))
+        return digest.hexdigest()[:16]
+
+    def _items(self, indices: Indices) -> Iterator[tuple[int, Tensor]]:
+        wanted = dict.fromkeys(map(int, indices))
+        if self.in_memory:
+            for index in wanted:
+                yield index, torch.as_tensor(self.source.read(index))
+            return
+        cached = self._cache.inputs
+        missing = [i for i in wanted if i not in cached and i not in self.skipped]
+        arriving = decoded(self.source, self.transform, missing, self.num_workers)
+        for index in wanted:
+            if index in self.skipped:
+                continue
+            if index in cached:
+                yield index, cached[index]
+                continue
+            x, problem = next(arriving)
+            if x is None:
+                self._skip(index, problem)
+                continue
+            self._cache.offer(index, x)
+            yield index, x
+
+    def _skip(self, index: int, problem: str) -> None:
+        name = self.source.name(index)
+        if self.strict:
+            raise BnpatchError(f"cannot read {name}: {problem}", "remove it, or leave out --strict")
+        self.skipped[index] = problem
+
+    def _batch(self, items: list[tuple[int, Tensor]]) -> Batch:
+        indices = np.array([index for index, _ in items])
+        try:
+            x = torch.stack([x for _, x in items])
+        except RuntimeError as error:
+            raise BnpatchError(f"inputs differ in shape ({error})", "give inputs of one shape") from error
+        targets = torch.from_numpy(self.targets[indices])
+        if self.pin_memory:
+            x, targets = x.pin_memory(), targets.pin_memory()
+        return Batch(indices, x, targets)
+
+
+@dataclass
+class _Cache:
+    """Inputs by index, of so many bytes at most."""
+
+    budget: int
+    used: int = 0
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def offer(self, index: int, x: Tensor) -> None:
+        """Keep an input if there is room."""
+        if self.used + x.nbytes <= self.budget:
+            self.inputs[index] = x
+            self.used += x.nbytes
+
+
+def split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Split examples at random into a part to tune on and a part held out, class by class.
+
+    What is held out judges, for which it takes labels: examples without one are never held out, unless none
+    has any.
+
+    Args:
+        strata: class of each example, -1 where it is not known, of shape (N,); :attr:`Examples.strata`.
+        fraction: of each class, how much is held out, in (0, 1).
+        seed: of the random choice.
+
+    Returns:
+        Indices of the two parts, each in ascending order.
+    """
+    judges = _judges(strata)
+    held_out = judges[subset(strata[judges], fraction, seed)]
+    return np.setdiff1d(np.arange(len(strata)), held_out), held_out
+
+
+def folds(strata: Indices, k: int, seed: int) -> list[Indices]:
+    """Split examples at random into k parts that are held out in turn, class by class.
+
+    The parts are disjoint, differ by one example in size at most, and together are all that
+    :func:`split` might hold out.
+
+    Args:
+        strata: as of :func:`split`.
+        k: number of parts.
+        seed: of the random choice.
+
+    Returns:
+        Indices of each part, in ascending order.
+
+    Raises:
+        BnpatchError: there are fewer than two parts, or fewer examples than parts.
+    """
+    judges = _judges(strata)
+    if not 2 <= k <= len(judges):
+        raise BnpatchError(
+            f"{len(judges)} examples can't be held out in {k} folds",
+            "choose 2 folds or more, or give more data",
+        )
+    rng = np.random.default_rng(seed)
+    by_class = [rng.permutation(judges[strata[judges] == value]) for value in np.unique(strata[judges])]
+    dealt = np.concatenate(by_class)  # like cards: every fold gets its share of each class
+    return [np.sort(dealt[part::k]) for part in range(k)]
+
+
+def subset(strata: Indices, fraction: float, seed: int) -> Indices:
+    """Choose a fraction of the examples at random, stratum by stratum; indices in ascending order."""
+    rng = np.random.default_rng(seed)
+    chosen: list[int] = []
+    debt = 0.0  # what rounding owes, carried from stratum to stratum, so that the total is right
+    for value in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == value))
+        debt += fraction * len(members)
+        count = min(round(debt), len(members))
+        debt -= count
+        chosen.extend(members[:count].tolist())
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _judges(strata: Indices) -> Indices:
+    """Those that can be held out: the labelled, or all where none is."""
+    labelled = np.flatnonzero(strata >= 0)
+    return labelled if len(labelled) else np.arange(len(strata))

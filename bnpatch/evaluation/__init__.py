@@ -1,0 +1,1 @@
+"""A model over examples: scores, and what can be said of them."""

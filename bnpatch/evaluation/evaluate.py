@@ -1,0 +1,185 @@
+"""Run a model over examples and score each."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.patch import Setting
+from bnpatch.data.dataset import Examples, Indices
+from bnpatch.evaluation.metrics import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    TOP5,
+    Comparison,
+    Estimate,
+    Metric,
+    Values,
+    mean_estimate,
+    paired,
+    score,
+)
+from bnpatch.models.base import Patchable
+
+T = TypeVar("T")
+
+STANDARD_METRICS = (ACCURACY, TOP5, CROSS_ENTROPY)
+
+
+class OutputsNotFiniteError(BnpatchError):
+    """The model returned infinities or NaN."""
+
+
+def if_finite(score: Callable[[], T]) -> T | None:
+    """What this returns; None where it finds that the model returns infinities or NaN."""
+    try:
+        return score()
+    except OutputsNotFiniteError:
+        return None
+
+
+class NoExamplesError(BnpatchError):
+    """None of the examples can be read."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the examples that could be read, in the order of ``indices``.
+
+    Attributes:
+        indices: which examples, of shape (N,).
+        values: by name of metric, the scores of shape (N,).
+    """
+
+    indices: Indices
+    values: dict[str, Values]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def mean(self, metric: Metric) -> float:
+        """The mean of a metric over the examples."""
+        return float(np.mean(self.values[metric.name]))
+
+    def estimate(self, metric: Metric) -> Estimate:
+        """The mean of a metric with its 95% confidence interval."""
+        return mean_estimate(self.values[metric.name])
+
+
+def evaluate(
+    model: Patchable,
+    examples: Examples,
+    metrics: Sequence[Metric] = STANDARD_METRICS,
+    *,
+    indices: Indices | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """Score examples, with the weights that the model has now.
+
+    Args:
+        model: in evaluation mode while this runs.
+        examples: from :func:`bnpatch.open_examples`.
+        metrics: what to compute.
+        indices: which examples; None for all.
+        batch_size: examples at a time; it changes nothing but the speed.
+        on_batch: called with the number of examples done, for progress.
+
+    Raises:
+        OutputsNotFiniteError: an output is infinite or not a number.
+        BnpatchError: the model doesn't take the examples, none can be read, or a metric needs classes that
+            they don't have.
+    """
+    _check_targets(examples, metrics, indices)
+    seen: list[Indices] = []
+    scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
+    finite: list[Tensor] = []
+    with model.evaluating():
+        for batch in examples.batches(batch_size, indices):
+            outputs = model.predict(batch.x)
+            targets = batch.targets.to(outputs.device, non_blocking=True)
+            # Nothing here waits for the device: the scores stay there until the end.
+            finite.append(torch.isfinite(outputs).reshape(len(outputs), -1).all(1))
+            for metric in metrics:
+                scores[metric.name].append(score(metric, outputs, targets))
+            seen.append(batch.indices)
+            on_batch(len(batch.indices))
+    if not seen:
+        index, problem = next(iter(examples.skipped.items()), (0, "there are none"))
+        raise NoExamplesError(
+            f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
+            "look at the files",
+        )
+    order = np.concatenate(seen)
+    if not (ok := torch.cat(finite).cpu().numpy()).all():
+        raise OutputsNotFiniteError(
+            f"{model.name} returns infinities or NaN for {examples.source.name(int(order[~ok][0]))}",
+            "check the weights and the preprocessing, or leave out --amp",
+        )
+    return Scores(order, {name: torch.cat(parts).cpu().double().numpy() for name, parts in scores.items()})
+
+
+def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indices | None) -> None:
+    metric = next((metric for metric in metrics if metric.of_classes), None)
+    if metric is None:
+        return  # what a metric of the user's own needs, it knows
+    if not examples.classes:
+        raise BnpatchError(
+            f"{metric.name} needs class indices, and the targets are something else",
+            "give a metric of your own, a function from (outputs, targets) to one number per example",
+        )
+    if not examples.labelled[slice(None) if indices is None else indices].all():
+        raise BnpatchError(
+            f"{metric.name} needs labels, and some examples have none", "give labelled examples"
+        )
+
+
+def warn_at_chance(accuracy: float, examples: Examples) -> None:
+    """Warn where a model is hardly better than guessing, which is seldom its own fault."""
+    if not examples.classes or not examples.labelled.any():
+        return
+    chance = 1 / len(np.unique(examples.targets[examples.labelled]))
+    if accuracy <= chance + min(0.5 * chance, 0.1) < 1:
+        warnings.warn(
+            f"the model is right on {accuracy:.1%} of the examples as it is, and chance is {chance:.1%}: if "
+            "that surprises you, the class folders may be in another order (--class-map), or the "
+            "preprocessing may not be the model's",
+            BnpatchWarning,
+            stacklevel=2,
+        )
+
+
+def compare(
+    model: Patchable,
+    examples: Examples,
+    setting: Setting,
+    metrics: Sequence[Metric] = STANDARD_METRICS,
+    **options: Any,
+) -> list[Comparison]:
+    """Score examples with the weights that a model has, then with others.
+
+    Args:
+        model: as it is before; its weights are those of ``setting`` when this returns.
+        examples: what to score.
+        setting: weights by name of site.
+        metrics: what to compute.
+        options: for :func:`evaluate`.
+    """
+    before = after = evaluate(model, examples, metrics, **options)
+    was = model.setting()
+    model.set(setting)
+    if model.setting() != was:
+        after = evaluate(model, examples, metrics, **options)
+    return compare_scores(before, after, metrics)
+
+
+def compare_scores(
+    before: Scores, after: Scores, metrics: Sequence[Metric] = STANDARD_METRICS
+) -> list[Comparison]:
+    """Compare scores of the same examples, pair by pair."""
+    return [paired(metric, before.values[metric.name], after.values[metric.name]) for metric in metrics]

@@ -1,0 +1,136 @@
+"""Observe how far normalized values lie from their mean, on data, against what training allowed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import Moments
+from bnpatch.data.dataset import Examples
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
+from bnpatch.nn.surgery import Site
+
+
+@dataclass(frozen=True)
+class OutputRange:
+    """How far the normalized values of a site lie from their mean, in standard deviations.
+
+    Attributes:
+        name: of the site.
+        observed: the largest on the data, that is ``max |y - beta| / |gamma|``.
+        training_bound: what no value can exceed in training, see :func:`training_bound`.
+        inference_bound: what no value can exceed at inference, see :func:`inference_bound`.
+    """
+
+    name: str
+    observed: float
+    training_bound: float
+    inference_bound: float
+
+    @property
+    def is_beyond_training(self) -> bool:
+        """Do the layers behind it see values that were impossible in training?"""
+        return not self.observed <= self.training_bound  # NaN is beyond, too
+
+
+def training_bound(num_values: int) -> float:
+    """The largest normalized value that is possible among ``num_values`` which are normalized together.
+
+    ``sqrt(n - 1)``: one value against n - 1 equal ones.
+    """
+    return math.sqrt(num_values - 1)
+
+
+def inference_bound(num_values: int, alpha: float) -> float:
+    """The largest normalized value that is possible at inference, for an example of ``num_values`` values.
+
+    ``sqrt(S / alpha - 1)``, as each of the S values carries the weight alpha / S in the moments that
+    normalize it; infinite at alpha = 0, where the example has no say.
+    """
+    return math.sqrt(num_values / alpha - 1) if alpha else math.inf
+
+
+def output_ranges(
+    model: TorchModel,
+    examples: Examples,
+    *,
+    train_batch_size: int,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> tuple[OutputRange, ...]:
+    """Run examples through a model, with the weights that it has now, and note the range at every site.
+
+    Args:
+        model: in evaluation mode while this runs.
+        examples: from :func:`bnpatch.open_examples`.
+        train_batch_size: examples that were normalized together in training.
+        batch_size: examples at a time; it changes nothing but the speed.
+        on_batch: called with the number of examples done, for progress.
+
+    Returns:
+        The sites that the examples reached, in the order of the model. The bounds are for the sizes of
+        the maps that these examples have.
+
+    Raises:
+        BnpatchError: the model doesn't take the examples, or none can be read.
+    """
+    watched = [_Watched(site) for site in model.survey().sites]
+    with model.evaluating():
+        handles = [watch.site.module.register_forward_pre_hook(watch.note) for watch in watched]
+        try:
+            for batch in examples.batches(batch_size):
+                model.predict(batch.x)
+                on_batch(len(batch.x))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if examples.skipped and len(examples.skipped) == len(examples):
+        index, problem = next(iter(examples.skipped.items()))
+        raise BnpatchError(
+            f"none of the images can be read, {examples.source.name(index)} for one: {problem}",
+            "look at the files",
+        )
+    return tuple(watch.range(train_batch_size) for watch in watched if watch.num_values)
+
+
+@dataclass
+class _Watched:
+    """A site, and what was seen there: values per example that are normalized together, and the largest."""
+
+    site: Site
+    num_values: int = 0
+    alpha: float = 0.0
+    largest: Tensor | None = None
+
+    def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        running = None
+        self.alpha = self.site.identity
+        if isinstance(module, ExampleWeighedNorm):
+            running = module.running
+            self.alpha = self.site.alpha if module.weighs(x) else self.site.identity
+        if running is None:
+            _, _, mean, var = self.site.parameters()
+            assert mean is not None  # a site without running moments has an override
+            assert var is not None
+            running = Moments(mean, var)
+        groups = self.site.channels_per_group
+        self.num_values = math.prod(x.shape[2:]) * groups
+        eps: Any = module.eps
+        y = weighed_norm(x, running, None, None, eps, self.alpha, groups)
+        largest = y.abs().amax().float()
+        # Stays on the device: reading it here would wait for every layer.
+        self.largest = largest if self.largest is None else self.largest.maximum(largest)
+
+    def range(self, train_batch_size: int) -> OutputRange:
+        assert self.largest is not None  # it was noted
+        return OutputRange(
+            self.site.name,
+            self.largest.item(),
+            training_bound(train_batch_size * self.num_values),
+            inference_bound(self.num_values, self.alpha),
+        )

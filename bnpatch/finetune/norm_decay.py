@@ -1,0 +1,110 @@
+"""Weight decay on gamma and beta (the paper's 3.3), for any torch optimizer.
+
+Optimizers decay toward 0; a scale may rather decay toward 1, where it leaves its input alone. So the scales
+and shifts get parameter groups of their own, with the optimizer's own decay at 0, and a hook decays
+them before each step. Learning rates come from the groups, whatever schedule writes them there.
+
+It acts only where no later normalization undoes it: a scale followed by another norm on every path to the
+output changes nothing that the network computes.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.nn.surgery import survey
+
+# Keys of a parameter group. Optimizers keep what they don't know, and store it in their state.
+_RATE, _TARGET, _COUPLED = "norm_decay", "norm_decay_toward", "norm_decay_coupled"
+
+
+@dataclass(frozen=True)
+class NormDecay:
+    """How scales and shifts decay.
+
+    Attributes:
+        rate: the coefficient, as of ``weight_decay``.
+        gamma_toward: where scales go, 1 or 0; the paper finds no difference. Shifts go to 0.
+        coupled: True adds ``rate * (p - target)`` to the gradient, as the paper's L2 penalty does; with
+            momentum or Adam it then goes through their averages. False is decoupled, as AdamW:
+            ``p -= lr * rate * (p - target)``.
+        sites: names of the norms that decay, or "all".
+    """
+
+    rate: float
+    gamma_toward: float = 1.0
+    coupled: bool = True
+    sites: Collection[str] | Literal["all"] = "all"
+
+    def __post_init__(self) -> None:
+        if not self.rate >= 0:
+            raise BnpatchError(f"a weight decay of {self.rate} is none", "give 0 or more")
+        if self.gamma_toward not in (0, 1):
+            raise BnpatchError(f"scales don't decay toward {self.gamma_toward}", "choose 1 or 0")
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, norm_decay: NormDecay | None = None
+) -> list[dict[str, Any]]:
+    """Parameters that require a gradient, in groups for an optimizer; each once.
+
+    Vectors and numbers (biases, and scales and shifts that don't decay) have no weight decay, as is
+    timm's habit.
+
+    Args:
+        model: patched or not.
+        weight_decay: of matrices and kernels, done by the optimizer itself.
+        norm_decay: of scales and shifts, done by :func:`decay_norms`.
+
+    Raises:
+        BnpatchError: ``norm_decay`` names a site that the model doesn't have.
+    """
+    toward: dict[int, float] = {}
+    if norm_decay is not None and norm_decay.rate:
+        sites = {site.name: site for site in survey(model).sites}
+        names = list(sites) if norm_decay.sites == "all" else list(norm_decay.sites)
+        for name in names:
+            if name not in sites:
+                raise BnpatchError(f"the model has no site {name!r} to decay", "see bnpatch inspect --sites")
+            gamma, beta, *_ = sites[name].parameters()
+            targets = ((gamma, norm_decay.gamma_toward), (beta, 0.0))
+            toward |= {id(p): target for p, target in targets if p is not None}
+    kinds: dict[tuple[float, float | None], list[Tensor]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            own_decay = weight_decay if p.ndim > 1 and id(p) not in toward else 0.0
+            kinds.setdefault((own_decay, toward.get(id(p))), []).append(p)
+    groups: list[dict[str, Any]] = []
+    for (own_decay, target), params in kinds.items():
+        group: dict[str, Any] = {"params": params, "weight_decay": own_decay}
+        if target is not None and norm_decay is not None:
+            group |= {_RATE: norm_decay.rate, _TARGET: target, _COUPLED: norm_decay.coupled}
+        groups.append(group)
+    return groups
+
+
+def decay_norms(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer decay the scales and shifts in its groups, from now on, before each step.
+
+    Args:
+        optimizer: made with groups of :func:`parameter_groups`.
+    """
+    optimizer.register_step_pre_hook(_decay)
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if not (rate := group.get(_RATE)):
+            continue
+        for p in group["params"]:
+            if p.grad is None:
+                continue  # the optimizer leaves it alone, and so do we
+            if group[_COUPLED]:
+                p.grad.add_(p - group[_TARGET], alpha=rate)
+            else:
+                p.sub_(p - group[_TARGET], alpha=float(group["lr"]) * rate)

@@ -1,0 +1,252 @@
+"""Which techniques suit a model and a batch size: by the paper's guidance, or by trying."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.norm_spec import NormSpec
+from bnpatch.data.dataset import Examples, split
+from bnpatch.evaluation.metrics import METRICS
+from bnpatch.finetune.checkpoint import Epoch, difference
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.guidance import techniques
+from bnpatch.finetune.norm_decay import NormDecay
+from bnpatch.finetune.trainer import NotFiniteLossError, train
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.tracing import unnormalized_sites
+from bnpatch.search.distributed import Processes, start
+from bnpatch.search.storages import connect, quiet, usable
+
+#: Of Batch/Group Norm, where nothing else is asked for.
+CHANNELS_PER_GROUP = 16
+_GHOST = 16  # near the best of the paper's Fig. 3
+_DECAYS = (1e-5, 1e-2)  # range of the search, which the guided rate may widen
+_SEARCH, _DIVERGED = "bnpatch:search", "bnpatch:diverged"  # names of user attributes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Techniques to train with, and why.
+
+    Attributes:
+        spec: what the norms pool.
+        norm_decay: decay of scales and shifts, or None.
+        reasons: one line per technique, for people.
+    """
+
+    spec: NormSpec
+    norm_decay: NormDecay | None
+    reasons: tuple[str, ...]
+
+    def settings(self, settings: FineTuneSettings) -> FineTuneSettings:
+        """The settings with these techniques."""
+        return replace(settings, spec=self.spec, norm_decay=self.norm_decay)
+
+
+def decay_sites(model: TorchModel) -> frozenset[str]:
+    """Sites at which decay of scale and shift can act: no other norm is between them and the output."""
+    example = torch.zeros(1, *model.preprocessing.input_size, device=model.device)
+    return unnormalized_sites(model.module, example)
+
+
+def by_guidance(model: TorchModel, settings: FineTuneSettings) -> Choice:
+    """What the paper says of this batch size and of this architecture, at the rate of the weight decay."""
+    sites, batch_size = decay_sites(model), settings.batch_size
+    judged = techniques(batch_size, len(model.survey().sites), len(sites))
+    fits = {technique.name: technique.fits == "yes" for technique in judged}
+    spec = NormSpec.batch()
+    if fits["Ghost Batch Norm"]:
+        spec = NormSpec.ghost(max(2, min(_GHOST, batch_size // 2)))
+    elif fits["Batch/Group Norm"]:
+        spec = NormSpec.batch_group(CHANNELS_PER_GROUP)
+    decay = None
+    if fits["weight decay on scales and shifts"] and settings.weight_decay:
+        decay = NormDecay(settings.weight_decay, sites=sites)
+    reasons = tuple(f"{t.name}: {t.fits}; {t.reason}" for t in judged)
+    return Choice(spec, decay, reasons)
+
+
+def by_search(
+    model: TorchModel,
+    examples: Examples,
+    settings: FineTuneSettings,
+    *,
+    trials: int = 12,
+    epochs: int = 3,
+    holdout: float = 0.2,
+    journal: Path | None = None,
+    resume: bool = False,
+    on_trial: Callable[[str, float | None], None] = lambda name, score: None,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Choice:
+    """Train short runs with various techniques, and take the best.
+
+    Plain Batch Norm comes first, then what the guidance says; then Optuna proposes. A run that after some
+    epoch is worse than the median of those before it is given up.
+
+    Args:
+        model: left as it is.
+        examples: training examples, a part of which is held out of these runs and scores them.
+        settings: of the runs, but for the techniques and the number of epochs.
+        trials: runs.
+        epochs: passes of each.
+        holdout: the part held out, class by class.
+        journal: file that keeps the runs as an Optuna study, so that a search that was killed goes on after
+            those that it had finished; None for memory.
+        resume: go on from it, if it is there; otherwise it is begun anew.
+        on_trial: called after each run with its techniques, and its score unless it was given up.
+        progress: as of :func:`bnpatch.finetune.trainer.train`.
+
+    Raises:
+        BnpatchError: no run ended with a finite loss, or the journal is of another search.
+    """
+    processes = start()
+    subset, selection = split(examples.strata, holdout, settings.seed)
+    metric, sites = METRICS[settings.metric], decay_sites(model)
+    names = _specs(settings.batch_size)
+    guided = by_guidance(model, settings)
+    guided_decay = guided.norm_decay.rate if guided.norm_decay else None
+    decays = (*_DECAYS, guided_decay or _DECAYS[0])
+    first = (
+        {"norm": str(NormSpec.batch()), "decays": False},
+        {"norm": str(guided.spec), "decays": guided_decay is not None, "decay": guided_decay},
+    )
+    # All that scores depend on: the settings' workers, too, each of which augments with a seed of its own.
+    search = {
+        "model": model.fingerprints(),
+        "data": examples.fingerprint(),
+        "settings": settings.to_json(),
+        "epochs": epochs,
+        "holdout": holdout,
+        "processes": 1 if processes is None else processes.count,  # each has a batch
+    }
+
+    def choice(params: Mapping[str, Any]) -> Choice:
+        rate = params["decay"] if params.get("decays") else 0.0
+        return Choice(names[params["norm"]], NormDecay(rate, sites=sites) if rate else None, ())
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_categorical("norm", list(names))
+        if sites and trial.suggest_categorical("decays", [False, True]):
+            trial.suggest_float("decay", min(decays), max(decays), log=True)
+
+        def on_epoch(epoch: Epoch) -> None:
+            trial.report(epoch.score(settings.metric), epoch.epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            result = train(
+                replace(model, module=copy.deepcopy(model.module)),
+                examples,
+                examples,
+                replace(choice(trial.params).settings(settings), epochs=epochs, patience=None),
+                subset=subset,
+                selection=selection,
+                on_epoch=on_epoch,
+                progress=progress,
+            )
+        except NotFiniteLossError:
+            trial.set_user_attr(_DIVERGED, True)  # unlike a run that was cut off
+            raise
+        return result.best.score(settings.metric)
+
+    def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        is_complete = trial.state == TrialState.COMPLETE  # a pruned one has a value too
+        on_trial(_describe(choice(trial.params)), trial.value if is_complete else None)
+
+    with quiet():
+        study = _opened(journal, resume, search, metric.higher_is_better, processes)
+        while (number := sum(map(_ended, study.trials))) < trials:
+            # What a run tries depends on the runs that have ended and on nothing else, so that one which was
+            # cut off comes again in its place, however it was cut off.
+            if number < len(first) and not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(first[number])
+            study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number, n_startup_trials=4)
+            study.optimize(objective, 1, catch=(NotFiniteLossError,), callbacks=[told])
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        raise BnpatchError("every run diverged", "lower --lr")
+    best = choice(study.best_params)
+    reason = f"best of {trials} runs of {epochs} epochs, {settings.metric} {metric.format(study.best_value)}"
+    return replace(best, reasons=(f"{_describe(best)}: {reason}",))
+
+
+def _opened(
+    journal: Path | None,
+    resume: bool,
+    search: Mapping[str, Any],
+    higher_is_better: bool,
+    processes: Processes | None,
+) -> optuna.Study:
+    """The study of a search; the first of several processes keeps it, the others have copies."""
+    if processes is None:
+        return _stored(journal, resume, search, higher_is_better)
+    if processes.rank == 0:
+        try:
+            study = _stored(journal, resume, search, higher_is_better)
+        except BnpatchError as error:
+            processes.tell(error)  # the others wait to be told something
+            raise
+        processes.tell(study.trials)
+        return study
+    told = processes.tell(None)
+    if isinstance(told, BnpatchError):
+        raise told
+    study = _stored(None, resume, search, higher_is_better)
+    study.add_trials(told)
+    return study
+
+
+def _stored(
+    journal: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
+) -> optuna.Study:
+    """The study of a search, as its journal has it."""
+    storage = None if journal is None else f"journal://{journal}"
+    with usable(storage or "memory"):
+        if journal is not None and not resume:
+            journal.unlink(missing_ok=True)
+        study = optuna.create_study(
+            storage=None if storage is None else connect(storage),
+            study_name="choose",
+            direction="maximize" if higher_is_better else "minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=2),
+            load_if_exists=True,
+        )
+        wanted = json.loads(json.dumps(search))
+        if study.trials and (key := difference(study.user_attrs.get(_SEARCH), wanted)) is not None:
+            raise BnpatchError(
+                f"{journal} is of another search: {key} differs",
+                "repeat the command as it was, or leave out --resume",
+            )
+        study.set_user_attr(_SEARCH, wanted)
+        for trial in study.trials:
+            if trial.state == TrialState.RUNNING:  # in a process that was killed
+                study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _ended(trial: optuna.trial.FrozenTrial) -> bool:
+    """By itself, not cut off."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _DIVERGED in trial.user_attrs
+
+
+def _specs(batch_size: int) -> dict[str, NormSpec]:
+    """Batch Norm, Ghost sizes that divide the batch, and Batch/Group Norm, by name."""
+    ghosts = [2**k for k in range(1, 8) if 2**k < batch_size and batch_size % 2**k == 0]
+    specs = [NormSpec.batch(), *map(NormSpec.ghost, ghosts), NormSpec.batch_group(CHANNELS_PER_GROUP)]
+    if batch_size > 1 and (guided := max(2, min(_GHOST, batch_size // 2))) not in ghosts:
+        specs.append(NormSpec.ghost(guided))
+    return {str(spec): spec for spec in specs}
+
+
+def _describe(choice: Choice) -> str:
+    rate = choice.norm_decay.rate if choice.norm_decay else 0.0
+    return f"{choice.spec}" + (f", decay of scales and shifts {rate:.2g}" if rate else "")

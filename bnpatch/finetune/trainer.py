@@ -1,0 +1,337 @@
+"""The training loop."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
+from bnpatch.core.patch import Setting
+from bnpatch.data.dataset import Examples, Indices
+from bnpatch.evaluation.evaluate import OutputsNotFiniteError, evaluate
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, METRICS
+from bnpatch.finetune.checkpoint import Epoch, load_state, save_state, write_history
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
+from bnpatch.finetune.engine import Engine, copied, new_accelerator
+from bnpatch.finetune.moments import merge_processes, recalibrate
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.training_norm import convert_norms
+
+_CALIBRATION_BATCHES = 32
+_CHECK_EVERY = 50  # steps; looking at the loss makes an accelerator wait
+
+
+class NotFiniteLossError(BnpatchError):
+    """Training diverged."""
+
+
+@dataclass
+class FineTuned:
+    """How training went.
+
+    Attributes:
+        history: all epochs.
+        best: the epoch whose weights the model has now.
+        skipped: training examples that can't be read, by name, and why.
+        stopped_early: the score stopped getting better.
+        notes: what a person should know.
+    """
+
+    history: list[Epoch]
+    best: Epoch
+    skipped: dict[str, str]
+    stopped_early: bool
+    notes: list[str]
+
+
+def train(
+    model: TorchModel,
+    train_examples: Examples,
+    val_examples: Examples,
+    settings: FineTuneSettings,
+    *,
+    subset: Indices | None = None,
+    selection: Indices | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    batching: Batching = shuffled,
+    accelerator: Any = None,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    tell: Callable[[str], None] = lambda note: None,
+) -> FineTuned:
+    """Train a model further, in place; it has the weights of its best epoch when this returns.
+
+    Alphas and lambdas that it came with are dropped first: they were tuned for other parameters.
+
+    The global random generators are seeded anew for each epoch, from the seed and its number: a run that
+    goes on after a kill is bit for bit the one that was never killed.
+
+    Args:
+        model: its Batch Norm layers train as ``settings.spec`` says.
+        train_examples: what to train on.
+        val_examples: what to choose the best epoch by.
+        settings: how.
+        subset: which of the training examples to use; None for all.
+        selection: which of the validation examples to use; None for all.
+        output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
+        resume: go on from ``last.pt``, if it is there.
+        batching: how an epoch is divided into batches.
+        accelerator: accelerate's; None to make one for the model's device.
+        progress: called with what is going on, examples done and examples in all.
+        on_epoch: called after each epoch.
+        tell: called with what a person should know at once.
+
+    Raises:
+        NotFiniteLossError: training diverged; ``best.pt`` is of the best epoch before that.
+        OutputsNotFiniteError: the model returned infinities or NaN before it was trained.
+        BnpatchError: the settings don't fit the model or the data, or ``last.pt`` is of another run.
+    """
+    check_same_classes(train_examples, val_examples, model.class_names)
+    run = _Run(
+        model, train_examples, val_examples, settings, subset, selection, output, batching, accelerator
+    )
+    run.progress, run.tell = progress, tell
+    if resume and output is not None and (output / "last.pt").exists():
+        run.load(load_state(output / "last.pt", run.identity))
+    while run.epoch < settings.epochs and not run.is_stale():
+        try:
+            run.one_epoch()
+        except RuntimeError as error:
+            run.halve_batch(error)
+            continue
+        run.keep()
+        on_epoch(run.history[-1])
+    return run.finish()
+
+
+class _Run:
+    """The state of a run between its epochs, and what an epoch does to it."""
+
+    progress: Callable[[str, int, int], None]
+    tell: Callable[[str], None]
+
+    def __init__(
+        self,
+        model: TorchModel,
+        train_examples: Examples,
+        val_examples: Examples,
+        settings: FineTuneSettings,
+        subset: Indices | None,
+        selection: Indices | None,
+        output: Path | None,
+        batching: Batching,
+        accelerator: Any,
+    ) -> None:
+        self.model, self.settings, self.output = model, settings, output
+        self.examples, self.val_examples = train_examples, val_examples
+        self.selection = np.arange(len(val_examples)) if selection is None else selection
+        self.accelerator = accelerator or new_accelerator(settings, model.device)
+        self.data = TrainingData(
+            train_examples,
+            np.arange(len(train_examples)) if subset is None else subset,
+            TrainingImages(train_examples, model.preprocessing, settings.augmentation),
+            batching,
+            settings.seed,
+            settings.workers,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.micro, self.accumulate = settings.batch_size, settings.accumulate
+        self.history: list[Epoch] = []
+        self.best: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.notes: list[str] = []
+        per_step = self.micro * self.accumulate * self.accelerator.num_processes
+        if len(self.data.subset) < per_step:
+            raise BnpatchError(
+                f"{len(self.data.subset)} training examples are fewer than the {per_step} of a step",
+                "lower --batch-size",
+            )
+        self.identity = {
+            "model": model.name,
+            "architecture": str(model.arch),
+            "norms": model.fingerprints(),
+            "data": {"train": train_examples.fingerprint(), "val": val_examples.fingerprint()},
+            "parts": [
+                hashlib.sha256(p.tobytes()).hexdigest()[:16] for p in (self.data.subset, self.selection)
+            ],
+            "settings": settings.to_json(),
+            "processes": self.accelerator.num_processes,
+        }
+        model.set(Setting(model.identities(), dict.fromkeys(model.identities(), 0.0)))
+        model.module = convert_norms(model.module, settings.spec)
+        model.device = self.accelerator.device
+        model.module.to(model.device)
+        if settings.spec.channels_per_group > 1:  # the running moments are of other activations
+            batches = self.data.batches(0, self.micro)[:_CALIBRATION_BATCHES]
+            recalibrate(model.module, (x.to(model.device) for x, _, _ in self.data.load(batches)))
+        self.engine = Engine(model, settings, len(self.data.subset) // per_step, self.accelerator)
+        self.state = self._snapshot()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def is_stale(self) -> bool:
+        """Has the score not got better for too long?"""
+        patience = self.settings.patience
+        return patience is not None and bool(self.best) and self.epoch - self.best["epoch"] >= patience
+
+    def one_epoch(self) -> None:
+        """Train for an epoch, and score it."""
+        started = time.monotonic()
+        loss = self._train()
+        merge_processes(self.model.module, self.accelerator)
+        try:
+            scores = self._scores()
+        except OutputsNotFiniteError:  # the last step ruined the weights, and no loss showed it
+            if not self.best:
+                self.engine.load(self.state)
+                self._scores()  # fails again where it wasn't training that ruined them
+            self._give_up()
+        self.history.append(
+            Epoch(
+                epoch=self.epoch + 1,
+                lr=self.engine.lr,
+                batch_size=self.micro,
+                train_loss=loss,
+                accuracy=scores[ACCURACY.name],
+                cross_entropy=scores[CROSS_ENTROPY.name],
+                seconds=time.monotonic() - started,
+            )
+        )
+        score, metric = scores[self.settings.metric], METRICS[self.settings.metric]
+        if not self.best or metric.better(score, self.best["score"]):
+            weights = copied(self.engine.scored.state_dict())
+            self.best = {"epoch": self.epoch, "score": score, "model": weights}
+
+    def _train(self) -> float:
+        """One pass over the training examples; the mean loss."""
+        batches = self.data.batches(self.epoch, self.micro, self.accumulate)
+        self.data.seed_everything(self.epoch)
+        self.engine.train()
+        total, count = torch.zeros((), device=self.model.device), 0
+        for index, (x, targets, problems) in enumerate(self.data.load(batches)):
+            self.skipped |= {self.examples.source.name(i): problem for i, problem in problems.items()}
+            is_last = (index + 1) % self.accumulate == 0
+            total += self.engine.add_gradient(x, targets, self.accumulate, is_last) * len(x)
+            count += len(x)
+            if is_last:
+                self.engine.step((self.epoch * len(batches) + index) // self.accumulate)
+            if (index + 1) % _CHECK_EVERY == 0 or index + 1 == len(batches):
+                self._check_finite(total)
+            self._show(index + 1, len(batches))
+        sums = self.engine.total(torch.stack([total, total.new_tensor(count)]))
+        return float(sums[0] / sums[1])
+
+    def _show(self, done: int, batches: int) -> None:
+        epochs, size = self.settings.epochs, self.micro * self.accelerator.num_processes
+        label = f"epoch {self.epoch + 1} of {epochs}"
+        self.progress(label, (self.epoch * batches + done) * size, epochs * batches * size)
+
+    def _check_finite(self, total: Tensor) -> None:
+        if not bool(torch.isfinite(self.engine.total(total))):
+            self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        """Go back to the best epoch, and say that training diverged."""
+        kept = "no epoch was finished"
+        if self.best:
+            self._take_best()
+            kept = f"the weights of epoch {self.best['epoch']} are kept"
+            kept += f" in {self.output / 'best.pt'}" if self.output is not None else ""
+        raise NotFiniteLossError(
+            f"the loss is no longer a number in epoch {self.epoch + 1}; {kept}",
+            "lower --lr, or set --clip-grad",
+        )
+
+    def _scores(self) -> dict[str, float]:
+        """Means over the examples of all processes, each of which scores its share."""
+        from accelerate.utils import gather_object
+
+        mine = self.selection[self.accelerator.process_index :: self.accelerator.num_processes]
+        metrics = (ACCURACY, CROSS_ENTROPY)
+        scored = replace(self.model, module=self.engine.scored)
+        part: Any
+        try:
+            scores = evaluate(scored, self.val_examples, metrics, indices=mine)
+            part = len(scores), {name: v.sum() for name, v in scores.values.items()}
+        except BnpatchError as error:
+            part = error  # the others must not wait for ever
+        parts = gather_object([part])
+        if errors := [p for p in parts if isinstance(p, BnpatchError)]:
+            raise errors[0]
+        total = sum(count for count, _ in parts)
+        return {m.name: float(sum(sums[m.name] for _, sums in parts) / total) for m in metrics}
+
+    def keep(self) -> None:
+        """Remember the epoch, on disk too."""
+        self.state = self._snapshot()
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        if self.best["epoch"] == self.epoch:
+            best = replace(self.model, module=self.engine.scored)
+            best.save(self.output / "best.pt", best.recipe())
+        write_history(self.history, self.output / "metrics.csv")
+        save_state(self.output / "last.pt", self.identity, self.state)
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            **self.engine.state(),
+            "best": self.best,
+            "history": [asdict(epoch) for epoch in self.history],
+            "micro": self.micro,
+            "accumulate": self.accumulate,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to the end of an epoch."""
+        self.engine.load(state)
+        self.best = dict(state["best"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.micro, self.accumulate = state["micro"], state["accumulate"]
+        self.state = dict(state)
+
+    def halve_batch(self, error: RuntimeError) -> None:
+        """Go back to the start of the epoch, for half the examples per batch and twice the batches per step.
+
+        Raises:
+            RuntimeError: memory isn't what was short.
+            BnpatchError: the batch can't be halved.
+        """
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise error
+        if self.micro % 2 or self.accelerator.num_processes > 1:
+            raise NotEnoughMemoryError(self.model.device, self.micro) from error
+        half = self.micro // 2
+        self.settings.check_batch(half)
+        self.load({**self.state, "micro": half, "accumulate": 2 * self.accumulate})
+        clear_device_cache(garbage_collection=True)
+        note = f"not enough memory for batches of {2 * half}: two of {half} take the place of one"
+        if self.settings.spec.examples_per_group is None:
+            note += "; the norms now pool over the smaller batch"
+        self.notes.append(note)
+        self.tell(note)
+
+    def _take_best(self) -> None:
+        self.model.module = self.engine.release()
+        self.model.module.load_state_dict(self.best["model"])
+        self.model.module.eval()
+
+    def finish(self) -> FineTuned:
+        """Give the model its best weights."""
+        self._take_best()
+        best = self.history[self.best["epoch"] - 1]
+        stopped = self.epoch < self.settings.epochs
+        return FineTuned(self.history, best, self.skipped, stopped, self.notes)

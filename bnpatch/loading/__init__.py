@@ -1,1 +1,0 @@
-"""From a name or a file to a model."""

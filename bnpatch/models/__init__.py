@@ -1,0 +1,1 @@
+"""A model that can be patched and asked for predictions, from wherever it comes."""

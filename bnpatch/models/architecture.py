@@ -1,0 +1,277 @@
+"""Which architecture do weights belong to? Build it so that they fit."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnpatch.core.errors import BnpatchError
+
+LIBRARIES = ("torchvision", "timm")
+
+# Weights that every architecture has, and that old checkpoints lack.
+_OPTIONAL = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A constructor of timm or torchvision and the arguments with which weights fit.
+
+    Attributes:
+        library: timm or torchvision.
+        name: the library's name for it.
+        num_classes: number of outputs; 0 where the weights have no classifier.
+        in_chans: number of input channels.
+        also: further architectures that the weights would fit, as ``library:name``.
+    """
+
+    library: str
+    name: str
+    num_classes: int = 1000
+    in_chans: int = 3
+    also: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.library}:{self.name}"
+
+    def build(self) -> nn.Module:
+        """Make the model, with random weights."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _build(self.library, self.name, num_classes=self.num_classes, in_chans=self.in_chans)
+
+    def sketch(self) -> nn.Module:
+        """Make the model without weights where its constructor can do that: names and shapes only."""
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except NotImplementedError:  # a constructor that computes with tensors, as torchvision's RegNet
+            return self.build()
+
+
+def known_names(library: str) -> list[str]:
+    """All classifiers of a library, by the names that its constructors have."""
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def parse_name(name: str) -> tuple[str | None, str]:
+    """Split ``library:name``; the library is None where it isn't said, a timm tag is dropped.
+
+    Raises:
+        BnpatchError: no such architecture; suggests the closest names.
+    """
+    library, colon, rest = name.partition(":")
+    if not colon:
+        library, rest = "", name
+    elif library not in LIBRARIES:
+        raise BnpatchError(
+            f"{name!r} names no library", f"write one of {', '.join(f'{n}:NAME' for n in LIBRARIES)}"
+        )
+    rest = rest.split(".")[0]
+    libraries = [library] if library else list(LIBRARIES)
+    known = [known_name for lib in libraries for known_name in known_names(lib)]
+    if rest not in known:
+        close = get_close_matches(rest, known, n=3)
+        remedy = f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
+        raise BnpatchError(f"there is no architecture {rest!r} in {' or '.join(libraries)}", remedy)
+    return library or None, rest
+
+
+def identify(
+    state_dict: Mapping[str, Tensor], hint: str | None = None, file_name: str = "", library: str | None = None
+) -> Architecture:
+    """Find the architecture that a state dict belongs to.
+
+    A name that the checkpoint or the file name gives is tried first; then all architectures with the
+    same names of tensors. A candidate must agree in every name and shape, up to the number of
+    classes and of input channels, which are read off the tensors. Where several agree, as do
+    variants that differ in strides only, the first is taken and the others are reported. Many
+    architectures are in both libraries, under one name: ``library`` says which is meant.
+
+    Raises:
+        BnpatchError: nothing fits.
+    """
+    if not state_dict:
+        raise BnpatchError(f"{file_name or 'the checkpoint'} has no weights", "save a state dict")
+    groups = (_named(hint), _named_by_file(file_name), _by_tensor_names(state_dict))
+    preferred = (sorted(group, key=lambda candidate: candidate[0] != library) for group in groups)
+    candidates = dict.fromkeys(candidate for group in preferred for candidate in group)
+    fits = [arch for lib, name in candidates if (arch := _fit(lib, name, state_dict))]
+    if not fits:
+        raise BnpatchError(
+            f"the weights of {file_name or 'the checkpoint'} fit no architecture of timm or torchvision",
+            "name one with --arch, or for code of your own call bnpatch.tune_alpha(module, data) from Python",
+        )
+    best = fits[0]
+    also = tuple(str(arch) for arch in fits[1:] if arch.name != best.name)
+    return Architecture(best.library, best.name, best.num_classes, best.in_chans, also)
+
+
+def fit(name: str, state_dict: Mapping[str, Tensor]) -> Architecture:
+    """Fit the weights to the architecture that the user named.
+
+    Raises:
+        BnpatchError: no such architecture, or one that the weights don't fit, with the first difference.
+    """
+    library, rest = parse_name(name)
+    libraries = [library] if library else [lib for lib in LIBRARIES if rest in known_names(lib)]
+    for lib in libraries:
+        if arch := _fit(lib, rest, state_dict):
+            return arch
+    raise BnpatchError(
+        f"the weights do not fit {libraries[0]}:{rest}: {_first_difference(libraries[0], rest, state_dict)}",
+        "leave out --arch to have the architecture identified",
+    )
+
+
+def names_hash(state_dict: Mapping[str, Any]) -> str:
+    """A hash of the names of tensors, by which the index of architectures is ordered."""
+    names = sorted(name for name in state_dict if not name.endswith(_OPTIONAL))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+@cache
+def _index() -> dict[str, list[str]]:
+    """Architectures by :func:`names_hash`; ``tests/loading/make_architecture_index.py`` writes the file."""
+    text = resources.files("bnpatch.models").joinpath("architectures.json").read_text(encoding="utf-8")
+    index: dict[str, list[str]] = json.loads(text)
+    return index
+
+
+def _by_tensor_names(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for entry in _index().get(names_hash(state_dict), []):
+        library, _, name = entry.partition(":")
+        if name in known_names(library):
+            yield library, name
+
+
+def _named(hint: str | None) -> list[tuple[str, str]]:
+    try:
+        library, name = parse_name(hint) if hint else (None, "")
+    except BnpatchError:
+        return []  # a name from elsewhere: the tensors decide
+    return [(lib, name) for lib in LIBRARIES if library in (None, lib) and name in known_names(lib)]
+
+
+def _named_by_file(file_name: str) -> list[tuple[str, str]]:
+    """Architectures whose name begins the file name, the longest first: resnet18-f37072fd.pth."""
+    stem = file_name.lower()
+    named = [
+        (library, name) for library in LIBRARIES for name in known_names(library) if stem.startswith(name)
+    ]
+    longest = max((len(name) for _, name in named), default=0)
+    return [(library, name) for library, name in named if len(name) == longest]
+
+
+def _fit(library: str, name: str, state_dict: Mapping[str, Tensor]) -> Architecture | None:
+    """Read classes and channels off the tensors; None where anything else differs."""
+    try:
+        default = Architecture(library, name).sketch()
+        arch = Architecture(library, name, *_classes_and_channels(library, default, state_dict))
+        return None if _difference(arch.sketch(), state_dict) else arch
+    except BnpatchError:
+        raise
+    except Exception:  # whatever a constructor raises for arguments that it does not take
+        return None
+
+
+def _first_difference(library: str, name: str, state_dict: Mapping[str, Tensor]) -> str:
+    default = Architecture(library, name)
+    model = default.sketch()
+    try:
+        arch = Architecture(library, name, *_classes_and_channels(library, model, state_dict))
+        return _difference(arch.sketch(), state_dict)
+    except Exception:
+        return _difference(model, state_dict)
+
+
+def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
+    """The first tensor in which model and weights differ; empty where they agree."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith(_OPTIONAL)}
+    given = {k: tuple(v.shape) for k, v in state_dict.items() if not k.endswith(_OPTIONAL)}
+    for key in own:
+        if key not in given:
+            return f"they have no {key}"
+        if own[key] != given[key]:
+            return f"{key} has shape {given[key]} where {own[key]} is wanted"
+    return next((f"they have {key}, which it has not" for key in given if key not in own), "")
+
+
+def _classes_and_channels(
+    library: str, default: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[int, int]:
+    if library == "timm":
+        cfg: Mapping[str, Any] = getattr(default, "pretrained_cfg", {})
+        classifier, first_conv = (_first(cfg.get(key)) for key in ("classifier", "first_conv"))
+        head, stem = (state_dict.get(f"{name}.weight") for name in (classifier, first_conv))
+        own_stem = default.state_dict().get(f"{first_conv}.weight")
+        grown = (
+            own_stem is not None and stem is not None and stem.ndim > 1 and stem.shape[1] != own_stem.shape[1]
+        )
+        if head is None and classifier and f"{classifier}.weight" in default.state_dict():
+            return 0, int(stem.shape[1]) if grown and stem is not None else 3
+        num_classes = int(head.shape[0]) if head is not None else int(getattr(default, "num_classes", 1000))
+        return num_classes, int(stem.shape[1]) if grown and stem is not None else 3
+    num_classes, in_chans = 1000, 3
+    for key, own in default.state_dict().items():
+        given = state_dict.get(key)
+        if given is None or given.shape == own.shape or given.ndim != own.ndim:
+            continue
+        if own.shape[0] == 1000 and given.shape[1:] == own.shape[1:]:
+            num_classes = int(given.shape[0])
+        elif own.ndim == 4 and own.shape[1] == 3 and given.shape[0] == own.shape[0]:
+            in_chans = int(given.shape[1])
+    return num_classes, in_chans
+
+
+def _first(value: Any) -> str:
+    return str((value[0] if isinstance(value, (tuple, list)) and value else value) or "")
+
+
+def _build(library: str, name: str, num_classes: int, in_chans: int) -> nn.Module:
+    if library == "timm":
+        import timm
+
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans)
+        return model
+    import torchvision
+
+    # These two would spend half a minute on initial weights that are replaced at once.
+    quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, num_classes=num_classes, **quick)
+    if in_chans != 3:
+        _widen_stem(model, in_chans)
+    return model
+
+
+def _widen_stem(model: nn.Module, in_chans: int) -> None:
+    """Give the first convolution another number of input channels; torchvision has no argument for it."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.in_channels == 3:
+                like = (
+                    "out_channels",
+                    "kernel_size",
+                    "stride",
+                    "padding",
+                    "dilation",
+                    "groups",
+                    "padding_mode",
+                )
+                kwargs = {key: getattr(child, key) for key in like}
+                setattr(module, name, nn.Conv2d(in_chans, bias=child.bias is not None, **kwargs))
+                return

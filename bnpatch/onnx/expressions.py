@@ -1,0 +1,169 @@
+"""Operators that append ONNX nodes, so that ``bnpatch.core.moments`` runs on the values of a graph.
+
+A :class:`Value` has what the formula needs, ``+ - *`` and ``.mean(axes, keepdims=True)``, and the few
+further operators that its callers use. Constants stay Python numbers and NumPy arrays until they meet
+a value: what is known beforehand is computed in float64 by NumPy and costs nothing at run time. Every
+operator exists from opset 7 on, so no opset has to be lifted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+#: A constant operand: known when the graph is written.
+Constant = int | float | NDArray[Any] | np.generic
+
+#: The first opset whose ReduceMean takes its axes as an input.
+_AXES_ARE_AN_INPUT = 18
+
+#: The first opset whose Constant may have integers.
+_CONSTANTS_ARE_OF_ANY_TYPE = 9
+
+
+class Tape:
+    """The nodes that replace one site, in order.
+
+    Args:
+        prefix: what the names of all new nodes and values begin with.
+        opset: version of the default domain.
+        taken: the names in use in the model; new ones are added.
+    """
+
+    def __init__(self, prefix: str, opset: int, taken: set[str]) -> None:
+        self.nodes: list[ir.Node] = []
+        self._prefix = prefix
+        self._opset = opset
+        self._taken = taken
+        self._memo: dict[Any, ir.Value] = {}
+
+    def op(self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attrs: Any) -> ir.Value:
+        """Append a node with one output; an equal node that is there already is used again.
+
+        Args:
+            op_type: name of the operator in the default domain.
+            inputs: its inputs.
+            dtype: type of the output; that of the first input by default.
+            attrs: its attributes.
+        """
+        key = (op_type, *(id(value) for value in inputs), *sorted((k, repr(v)) for k, v in attrs.items()))
+        if key not in self._memo:
+            self._memo[key] = self._append(op_type, inputs, dtype or inputs[0].dtype, attrs)
+        return self._memo[key]
+
+    def constant(self, value: Constant, dtype: ir.DataType) -> ir.Value:
+        """A Constant node, valid in subgraphs and for every IR version, unlike an initializer."""
+        if dtype == ir.DataType.INT64 and self._opset < _CONSTANTS_ARE_OF_ANY_TYPE:
+            return self.op("Cast", self.constant(value, ir.DataType.FLOAT), dtype=dtype, to=int(dtype))
+        array = np.asarray(value).astype(dtype.numpy())
+        key = ("Constant", dtype, array.shape, array.tobytes())
+        if key not in self._memo:
+            output = self._append("Constant", (), dtype, {"value": ir.tensor(array, dtype=dtype)})
+            output.shape = ir.Shape(array.shape)
+            self._memo[key] = output
+        return self._memo[key]
+
+    def reduce_mean(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """``ReduceMean`` that keeps the axes, with size 1."""
+        if self._opset < _AXES_ARE_AN_INPUT:
+            return self.op("ReduceMean", x, axes=list(axes), keepdims=1)
+        return self.op("ReduceMean", x, self.constant(np.array(axes), ir.DataType.INT64), keepdims=1)
+
+    def _append(
+        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType | None, attrs: dict[str, Any]
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attrs, name=self._new_name(op_type))
+        output = node.outputs[0]
+        output.name = self._new_name(f"{op_type}_output")
+        if dtype is not None:
+            output.type = ir.TensorType(dtype)
+        self.nodes.append(node)
+        return output
+
+    def _new_name(self, stem: str) -> str:
+        name = plain = f"{self._prefix}/{stem}"
+        count = 0
+        while name in self._taken:
+            count += 1
+            name = f"{plain}_{count}"
+        self._taken.add(name)
+        return name
+
+
+class Value:
+    """A value of a graph, with the operators of an array; each appends a node to the tape."""
+
+    #: Let ``array + value`` come here, instead of to NumPy, which would take the array apart.
+    __array_ufunc__ = None
+
+    def __init__(self, tape: Tape, value: ir.Value, dtype: ir.DataType | None = None) -> None:
+        dtype = dtype or value.dtype
+        if dtype is None:
+            raise ValueError(f"the type of {value.name!r} is not known")
+        self.tape = tape
+        self.value = value
+        self.dtype = dtype
+
+    def __add__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 0) else self._op("Add", self, other)
+
+    def __radd__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 0) else self._op("Add", other, self)
+
+    def __sub__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 0) else self._op("Sub", self, other)
+
+    def __rsub__(self, other: Any) -> "Value":
+        return self._op("Sub", other, self)
+
+    def __mul__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 1) else self._op("Mul", self, other)
+
+    def __rmul__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 1) else self._op("Mul", other, self)
+
+    def __rtruediv__(self, other: Any) -> "Value":
+        return self._op("Div", other, self)
+
+    def mean(self, axes: int | tuple[int, ...], keepdims: bool = True) -> "Value":
+        """The mean over ``axes``, which stay with size 1."""
+        if not keepdims:
+            raise ValueError("keepdims must be True")
+        axes = (axes,) if isinstance(axes, int) else axes
+        return Value(self.tape, self.tape.reduce_mean(self.value, axes), self.dtype)
+
+    def global_average_pool(self) -> "Value":
+        """The mean over all axes but the first two, which stay with size 1."""
+        return self._op("GlobalAveragePool", self)
+
+    def sqrt(self) -> "Value":
+        """The square root, element by element."""
+        return self._op("Sqrt", self)
+
+    def clamp_min_0(self) -> "Value":
+        """``max(x, 0)``; as Relu, because Max does not broadcast before opset 8."""
+        return self._op("Relu", self)
+
+    def reshape(self, shape: Sequence[int]) -> "Value":
+        """The same values in another shape; 0 keeps a size, -1 is what is left."""
+        target = self.tape.constant(np.array(shape), ir.DataType.INT64)
+        return Value(self.tape, self.tape.op("Reshape", self.value, target), self.dtype)
+
+    def cast(self, dtype: ir.DataType) -> "Value":
+        """The same values in another type; itself where it has that type."""
+        if dtype == self.dtype:
+            return self
+        return Value(self.tape, self.tape.op("Cast", self.value, dtype=dtype, to=int(dtype)), dtype)
+
+    def _op(self, op_type: str, *operands: Any) -> "Value":
+        inputs = [
+            operand.value if isinstance(operand, Value) else self.tape.constant(operand, self.dtype)
+            for operand in operands
+        ]
+        return Value(self.tape, self.tape.op(op_type, *inputs, dtype=self.dtype), self.dtype)
+
+
+def _is_scalar(operand: Any, number: int) -> bool:
+    return isinstance(operand, (int, float)) and operand == number

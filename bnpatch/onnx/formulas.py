@@ -1,0 +1,277 @@
+"""Arrangements of the formula as ONNX nodes; ``docs/onnx-latency.md`` has the measurement that chose.
+
+Two arrangements are one and the same code, :func:`bnpatch.core.moments.mix` on the values of the graph, seen
+from different coordinates; the third is what is left of the second when alpha is a number:
+
+- *direct*: on the input x, with the running moments (rm, rv) and eps.
+- *normalized*: on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
+  computes, with the running moments (0, rho), rho = rv / (rv + eps), and 1 - rho in the place of eps.
+- *folded*: on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
+
+The first two agree because a mixture moves along with an affine map of everything in it: with
+k = 1 / sqrt(rv + eps) the mixture of u has the mean k * (mean - rm) and the variance k^2 * var, hence
+
+    (u - mean_u) / sqrt(var_u + 1 - rho) = k * (x - mean) / sqrt(k^2 * var + k^2 * eps)
+                                         = (x - mean) / sqrt(var + eps)
+
+Where the input comes from a convolution, every runtime folds that BatchNormalization into the weights,
+as it did with the original, so u is there at no cost, and its moments about the running mean lose no
+digits where ``E[x^2] - mean^2`` would. Elsewhere u would cost a pass over memory, and direct is faster.
+
+The *folded* form takes 8 operators on (N, C) where the normalized one takes 13, which small models feel.
+In the normalized coordinates, with the example's mean m and mean square q, ``mix`` and eps give
+
+    alpha (q - m^2) + (1 - alpha) rho + alpha (1 - alpha) m^2 + 1 - rho
+        = alpha q - (alpha m)^2 + r,        r = ((1 - alpha) rv + eps) / (rv + eps)
+
+and with sqrt(alpha) in the scale of the BatchNormalization, alpha q is the mean square of u itself and
+(alpha m)^2 is alpha times its squared mean m_u:
+
+    w = q_u - (alpha m_u) m_u + r,  s = (g / sqrt(alpha)) / sqrt(w),  y = u s + (b - (alpha m_u) s)
+
+Here a difference of squares is left, but q_u - alpha m_u^2 >= (1 - alpha) q_u, far above rounding as long
+as alpha is not near 1; there, the normalized form is taken.
+
+With half-precision input both moments and the map are computed in float32 (squares overflow float16
+above 256), always directly: u could overflow where the running variance is tiny.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from bnpatch.core.moments import Moments, mix, pool
+from bnpatch.onnx.expressions import Tape, Value
+from bnpatch.onnx.inference import Array
+from bnpatch.onnx.match import Site
+
+Form = Literal["direct", "normalized", "folded"]
+
+#: Up to here the folded form has at least four digits more than rounding takes.
+_LARGEST_FOLDED_ALPHA = 0.99
+
+#: Operators into which a runtime can fold a BatchNormalization that follows.
+_FOLDING = ("Conv", "ConvTranspose", "Gemm")
+
+
+def best_form(site: Site, running: Moments[Array], alpha: float | ir.Value) -> Form:
+    """The fastest form of those that are accurate at this site."""
+    wide = site.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    if not wide or not np.all(running.var + site.eps > 0):
+        return "direct"
+    producer = site.input.producer()
+    folds = producer is not None and producer.op_type in _FOLDING and len(site.input.uses()) == 1
+    if not folds or site.input.is_graph_output():
+        return "direct"
+    is_number = isinstance(alpha, float) and 0 < alpha <= _LARGEST_FOLDED_ALPHA
+    return "folded" if is_number and site.channels_per_group == 1 else "normalized"
+
+
+def append_site(
+    tape: Tape,
+    site: Site,
+    running: Moments[Array],
+    alpha: float | ir.Value,
+    form: Form | None = None,
+    *,
+    given: Moments[ir.Value] | None = None,
+) -> ir.Value:
+    """Append what replaces a site: normalization by the mixture of example and running moments.
+
+    Args:
+        tape: takes the nodes.
+        site: where.
+        running: running mean and variance of shape (C,).
+        alpha: weight of the example, a number in [0, 1] or a scalar in the graph.
+        form: see the module; :func:`best_form` by default.
+        given: running mean and variance as float32 values of the graph, (C,), to normalize by in the place
+            of ``running``, which is then no more than what the coordinates are taken from.
+
+    Returns:
+        The result, of the shape and type of the input of the site.
+    """
+    compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    weight: Any = (
+        Value(tape, alpha, ir.DataType.FLOAT).cast(compute) if isinstance(alpha, ir.Value) else alpha
+    )
+    running = _pooled_per_channel(running, site.channels_per_group)
+    form = form or best_form(site, running, alpha if given is None else given.mean)
+    if form == "folded":
+        if isinstance(alpha, ir.Value) or site.channels_per_group > 1 or given is not None:
+            raise ValueError("the folded form is for constant alphas and moments, and for single channels")
+        return _folded(tape, site, running, alpha).value
+    eps: float | Array = site.eps
+    used: Moments[Any] = running
+    if given is not None:
+        used = Moments(*(Value(tape, v, ir.DataType.FLOAT).cast(compute) for v in (given.mean, given.var)))
+    if form == "normalized":
+        x = Value(tape, _batch_norm(tape, site, running), site.dtype)
+        total = running.var + site.eps
+        used, eps = (
+            Moments((used.mean - running.mean) * total**-0.5, used.var * (1 / total)),
+            site.eps / total,
+        )
+    else:
+        x = Value(tape, site.input, site.dtype).cast(compute)
+    return _weighed_norm(x, site, used, eps, weight, form).cast(site.dtype).value
+
+
+def append_batch_norm(
+    tape: Tape, site: Site, running: Moments[Array], given: Moments[ir.Value] | None = None
+) -> ir.Value:
+    """Append Batch Norm by other running moments: where they are constants, a node that runtimes fold.
+
+    Args:
+        tape: takes the node.
+        site: where.
+        running: running mean and variance of shape (C,).
+        given: float32 values of the graph to use in their place, for sites that pool no channels.
+    """
+    running = _pooled_per_channel(running, site.channels_per_group)
+    weight, bias = (
+        tape.constant(np.broadcast_to(a, site.num_channels), site.dtype) for a in (site.weight, site.bias)
+    )
+    if given is None:
+        moments = [tape.constant(a, site.dtype) for a in (running.mean, running.var)]
+    else:
+        values = (Value(tape, v, ir.DataType.FLOAT).cast(site.dtype) for v in (given.mean, given.var))
+        moments = [v.value for v in values]
+    return tape.op("BatchNormalization", site.input, weight, bias, *moments, epsilon=site.eps)
+
+
+def append_by_batch(tape: Tape, site: Site) -> tuple[ir.Value, Moments[ir.Value]]:
+    """Append the norm as it is in training: by the moments of the whole batch, which are returned too.
+
+    Group Norm stays Group Norm.
+
+    Args:
+        tape: takes the nodes.
+        site: where.
+
+    Returns:
+        The result, and mean and biased variance of the batch per channel, (1, C, 1, ..., 1) in float32
+        or wider.
+    """
+    compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    x = Value(tape, site.input, site.dtype).cast(compute)
+    moments = centred_moments(x, (0, *range(2, len(site.dims))))
+    found = Moments(moments.mean.value, moments.var.value)
+    if site.identity == 1:
+        ignored = Moments(np.zeros(site.num_channels), np.ones(site.num_channels))  # by a weight of 0
+        return append_site(tape, site, ignored, 1.0, "direct"), found
+    columns = (-1, *(1,) * (len(site.dims) - 2))
+    weight, bias = (np.broadcast_to(v, site.num_channels).reshape(columns) for v in (site.weight, site.bias))
+    scale: Value = weight / (moments.var + site.eps).sqrt()
+    return ((x - moments.mean) * scale + bias).cast(site.dtype).value, found
+
+
+def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
+    """Moments over some axes, which stay with size 1, in two passes.
+
+    No digits are lost where the mean is large against the standard deviation; for what is measured once.
+    """
+    mean = x.mean(axes)
+    centred = x - mean
+    return Moments(mean, (centred * centred).mean(axes))
+
+
+def _folded(tape: Tape, site: Site, running: Moments[Array], alpha: float) -> Value:
+    root = alpha**0.5
+    total = running.var + site.eps
+    weight, bias, rest = (
+        v.reshape(-1, *(1,) * (len(site.dims) - 2))
+        for v in (site.weight / root, site.bias, ((1 - alpha) * running.var + site.eps) / total)
+    )
+    u = Value(tape, _batch_norm(tape, site, running, root), site.dtype)
+    mean, mean_square = _means(u, len(site.dims), blocked=_is_blocked(site))
+    part = mean * alpha
+    scale: Value = weight / (mean_square - part * mean + rest).sqrt()
+    return u * scale + (bias - part * scale)
+
+
+def _weighed_norm(
+    x: Value, site: Site, running: Moments[Any], eps: float | Array, alpha: float | Value, form: Form
+) -> Value:
+    """Eq. 3 of the paper on graph values; running moments and eps per channel, alike within a group."""
+    spatial = (1,) * (len(site.dims) - 2)
+    example = example_moments(x, len(site.dims), blocked=form == "normalized" and _is_blocked(site))
+    per_group = site.channels_per_group > 1
+    columns = (-1, site.channels_per_group) if per_group else (-1, *spatial)
+    if per_group:
+        groups = (0, site.num_channels // site.channels_per_group, site.channels_per_group)
+        parts = (m.reshape(groups) if isinstance(m, Value) else m for m in (example.mean, example.var))
+        example = pool(Moments(*parts), axes=2)
+    columned: list[Any] = [
+        v.reshape(columns) if isinstance(v, Value) else np.broadcast_to(v, site.num_channels).reshape(columns)
+        for v in (running.mean, running.var, site.weight, site.bias, eps)
+    ]
+    means, variances, weights, biases, epsilons = columned
+    if per_group:  # groups of channels in rows
+        epsilons = epsilons[:, :1]
+        pooled = pool(Moments(means, variances), axes=1)
+        means, variances = pooled.mean, pooled.var
+    if isinstance(means, np.ndarray) and not means.any():
+        means = 0.0  # the plain number costs no nodes
+    moments = mix(alpha, example, Moments(means, variances))
+    scale: Value = weights / (moments.var + epsilons).sqrt()
+    shift: Value = biases - moments.mean * scale
+    if per_group:
+        scale, shift = (v.reshape((0, site.num_channels, *spatial)) for v in (scale, shift))
+    return x * scale + shift
+
+
+def example_moments(x: Value, rank: int, blocked: bool = False) -> Moments[Any]:
+    """Moments of each channel of each example, (N, C, *spatial) to (N, C, 1, ..., 1).
+
+    The variance is ``E[x^2] - mean^2``, clamped at 0: the relative error is about 1e-7 * (mean / std)^2
+    in float32. A same-shape product and a mean are faster than ReduceSumSquare in onnxruntime.
+
+    Args:
+        x: the values, (N, C, *spatial).
+        rank: number of dimensions.
+        blocked: ``x`` comes from a 2d convolution in float32, which onnxruntime's CPU provider leaves in
+            its blocked layout; GlobalAveragePool reads that, ReduceMean does not.
+    """
+    if rank == 2:
+        return Moments(x, 0.0)
+    mean, mean_square = _means(x, rank, blocked)
+    return Moments(mean, (mean_square - mean * mean).clamp_min_0())
+
+
+def _means(x: Value, rank: int, blocked: bool) -> tuple[Value, Value]:
+    """Mean and mean square over the spatial axes, which stay with size 1."""
+    if blocked:
+        return x.global_average_pool(), (x * x).global_average_pool()
+    axes = tuple(range(2, rank))
+    return (x.mean(axes), (x * x).mean(axes)) if axes else (x, x * x)
+
+
+def _is_blocked(site: Site) -> bool:
+    """The blocked layout of onnxruntime is for 2d convolutions in float32."""
+    return site.dtype == ir.DataType.FLOAT and len(site.dims) == 4
+
+
+def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Moments[Array]:
+    """Pool over groups of consecutive channels, and hand each channel its group's moments."""
+    columns = Moments(*(v.reshape(-1, channels_per_group) for v in (running.mean, running.var)))
+    pooled = pool(columns, axes=1)
+    return Moments(*(np.repeat(v, channels_per_group) for v in (pooled.mean, pooled.var)))
+
+
+def _batch_norm(tape: Tape, site: Site, running: Moments[Array], scale: float = 1.0) -> ir.Value:
+    """A BatchNormalization by the running moments alone: the site's own node, with bias 0."""
+    scales, zeros = (tape.constant(np.full(site.num_channels, v), site.dtype) for v in (scale, 0.0))
+    moments: list[ir.Value] = []
+    for own, mine, array in zip(
+        site.node.inputs[3:5] or (None, None),
+        (site.running_mean, site.running_var),
+        (running.mean, running.var),
+        strict=True,
+    ):
+        is_own = own is not None and mine is not None and np.array_equal(mine, array)
+        moments.append(own if own is not None and is_own else tape.constant(array, site.dtype))
+    attributes: dict[str, Any] = {"epsilon": site.eps}
+    if site.kind == "BatchNormalization":
+        attributes = {name: attribute.value for name, attribute in site.node.attributes.items()}
+    return tape.op("BatchNormalization", site.input, scales, zeros, *moments, **attributes)

@@ -1,0 +1,172 @@
+"""Convolutions that may have had a Batch Norm which was folded into them: find them, give it back.
+
+A folded Batch Norm leaves no trace but a bias, which the convolutions of most architectures with Batch
+Norm do not have of their own. So these are candidates, no more: what stands before a Softmax or at an
+output, or squeezes and excites, has a bias as well.
+
+What the Batch Norm did to its input is gone, and need not be known: normalization does not change under
+an affine map of each channel. So the output y0 of such a convolution is taken as the output of a virtual
+Batch Norm with running moments (b, v), those of y0 over data like the training data, scale sqrt(v + eps)
+and shift b, which is the identity; for alpha > 0 it is the formula of the paper up to eps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from bnpatch.core.inventory import FOLDED
+from bnpatch.core.moments import Moments
+from bnpatch.onnx.expressions import Tape, Value
+from bnpatch.onnx.formulas import centred_moments
+from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")
+
+
+@dataclass(frozen=True)
+class FoldedCandidate:
+    """A convolution with a bias and no norm after it.
+
+    Attributes:
+        name: dotted name of the torch module where the weight tells it, else the name of the node.
+        node: the convolution.
+        channels: C, the number of channels of its output.
+        dims: dimensions of its output, (N, C, *spatial).
+    """
+
+    name: str
+    node: ir.Node = field(repr=False)
+    channels: int
+    dims: Dims
+
+    @property
+    def parameters(self) -> list[Array]:
+        """Weight and bias of the convolution."""
+        arrays = (constant_of(value) for value in self.node.inputs[1:3])
+        return [array for array in arrays if array is not None]
+
+
+def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
+    """The candidates of a model, in the order of its nodes; looks only.
+
+    Convolutions whose output is known to have a single value per channel (the heart of squeeze and
+    excite, or a classifier written as a convolution) are none: no Batch Norm would have been there. Nor are
+    those that embed patches in a model with Layer Norm (a transformer; from opset 17 on, where it is an
+    operator).
+    """
+    types = infer_types(model)
+    candidates = []
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    has_layer_norm = any(node.op_type == "LayerNormalization" for node in nodes)
+    for node in nodes:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 3:
+            continue
+        weight, bias = constant_of(node.inputs[1]), constant_of(node.inputs[2])
+        dims = types.get(id(node.outputs[0]), TensorType()).dims
+        if weight is None or bias is None or bias.ndim != 1 or not bias.any():
+            continue
+        if all(size == 1 for size in dims[2:]) or _is_normalized(node.outputs[0]):
+            continue
+        if has_layer_norm and _embeds_patches(node):
+            continue
+        candidates.append(FoldedCandidate(_name(node), node, int(bias.size), dims))
+    return tuple(candidates)
+
+
+def observe(model: ir.Model, candidates: Sequence[FoldedCandidate]) -> list[tuple[str, str]]:
+    """Add the moments of each candidate's output to the outputs of its model, see :func:`observe_values`."""
+    return observe_values(model, [(c.node.outputs[0], len(c.dims)) for c in candidates])
+
+
+def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> list[tuple[str, str]]:
+    """Add the moments of values to the outputs of a model, in place.
+
+    Args:
+        model: the model.
+        values: of its main graph, (N, C, *spatial), each with its number of dimensions.
+
+    Returns:
+        For each value the names of two outputs, mean and variance per example, (N, C, 1, ..., 1).
+    """
+    names = []
+    opset = model.opset_imports.get("", 0)
+    for index, (output, rank) in enumerate(values):
+        tape = Tape(f"bnpatch/observe/{index}", opset, set())
+        value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
+        if rank == 2:  # a single value per channel: no variance
+            parts = [Value(tape, tape.op("Identity", value.value), value.dtype), value - value]
+        else:
+            moments = centred_moments(value, tuple(range(2, rank)))
+            parts = [moments.mean, moments.var]
+        producer = output.producer()
+        if producer is None:  # an input of the graph
+            model.graph.insert_before(model.graph[0], tape.nodes)
+        else:
+            model.graph.insert_after(producer, tape.nodes)
+        model.graph.outputs.extend(part.value for part in parts)
+        names.append((parts[0].value.name or "", parts[1].value.name or ""))
+    return names
+
+
+def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: float = 1e-5) -> None:
+    """Put a Batch Norm that is the identity after each of the convolutions named, in place.
+
+    Args:
+        model: the model.
+        moments: mean and variance, each of shape (C,), of the output of each convolution, by name.
+        eps: added to the variance; keeps channels that are constant from being divided by 0.
+    """
+    for candidate in folded_candidates(model) if moments else ():
+        if candidate.name not in moments:
+            continue
+        mean, var = moments[candidate.name].mean, moments[candidate.name].var
+        output = candidate.node.outputs[0]
+        dtype = output.dtype or ir.DataType.FLOAT
+        parameters = {"weight": np.sqrt(var + eps), "bias": mean, "running_mean": mean, "running_var": var}
+        values = []
+        for name, array in parameters.items():
+            tensor = ir.tensor(array.astype(dtype.numpy()), name=f"{candidate.name}{FOLDED}.{name}")
+            value = ir.Value(
+                name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+            )
+            model.graph.register_initializer(value)
+            values.append(value)
+        norm = ir.node("BatchNormalization", [output, *values], attributes={"epsilon": eps})
+        norm.name = f"{candidate.name}{FOLDED}"
+        result = norm.outputs[0]
+        result.type, result.shape = output.type, output.shape
+        output.replace_all_uses_with(result, replace_graph_outputs=True)
+        norm.replace_input_with(0, output)
+        result.name, output.name = output.name, f"{output.name}{FOLDED}"
+        _graph_of(candidate).insert_after(candidate.node, norm)
+
+
+def _graph_of(candidate: FoldedCandidate) -> ir.Graph | ir.Function:
+    graph = candidate.node.graph
+    assert graph is not None  # found in one
+    return graph
+
+
+def _is_normalized(value: ir.Value) -> bool:
+    users = [use.node for use in value.uses()]
+    # Group Norm as exporters write it is an Instance Norm of a Reshape.
+    users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
+    return any(node.op_type in _NORMS for node in users)
+
+
+def _embeds_patches(node: ir.Node) -> bool:
+    """Does it take patches that do not overlap?"""
+    weight, strides = constant_of(node.inputs[1]), node.attributes.get("strides")
+    if node.op_type != "Conv" or weight is None or strides is None:
+        return False
+    return list(weight.shape[2:]) == list(strides.as_ints()) and max(strides.as_ints()) > 1
+
+
+def _name(node: ir.Node) -> str:
+    for name in names_of(node.inputs[1]):
+        if name.endswith(".weight"):
+            return name.removesuffix(".weight")
+    return node.name or node.outputs[0].name or node.op_type

@@ -1,0 +1,182 @@
+"""What a value of a graph is, where that is known before the graph runs.
+
+Exporters hide parameters behind Identity, CastLike, Unsqueeze or Expand of what is constant; these are
+looked through, and nothing else is: a value that only ONNX knows how to compute counts as dynamic.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
+
+Array = NDArray[Any]
+
+#: No parameter of a norm, and no shape, is larger; a damaged file may ask for any amount of memory.
+_MOST_ELEMENTS = 1 << 24
+_DEEPEST = 32
+
+
+def constant_of(value: ir.Value | None) -> Array | None:
+    """The value as an array, or None where it depends on the input of the model.
+
+    An initializer counts as constant, also where it is listed among the inputs of the graph (as every
+    initializer had to be before IR version 4).
+    """
+    return None if value is None else _evaluate(value, _DEEPEST)
+
+
+def names_of(value: ir.Value | None) -> list[str]:
+    """Names under which a value goes: its own, then those of what it is a mere copy or view of."""
+    names: list[str] = []
+    for _ in range(_DEEPEST):
+        if value is None:
+            break
+        names.append(value.name or "")
+        node = value.producer()
+        if node is None or node.domain not in _DEFAULT or node.op_type not in _VIEWS or not node.inputs:
+            break
+        value = node.inputs[0]
+    return names
+
+
+def _evaluate(value: ir.Value, depth: int) -> Array | None:
+    if value.const_value is not None:
+        return _as_array(value.const_value)
+    node = value.producer()
+    if node is None or node.domain not in _DEFAULT or depth == 0:
+        return None
+    if node.op_type == "Constant":
+        try:
+            return _as_array(ir.convenience.get_const_tensor(value))
+        except (ValueError, TypeError):  # a Constant with no attribute, or with several
+            return None
+    if node.op_type == "Shape":
+        return _static_shape(node)
+    function = _OPERATORS.get(node.op_type)
+    if function is None:
+        return None
+    inputs = [None if operand is None else _evaluate(operand, depth - 1) for operand in node.inputs]
+    if node.op_type == "CastLike" and inputs and inputs[0] is not None:
+        return inputs[0]  # of what type does not matter here, and the second operand need not be constant
+    operands = [operand for operand in inputs if operand is not None]
+    if len(operands) < len(inputs):
+        return None
+    try:
+        result = function(node, operands)
+    except (ValueError, TypeError, IndexError, MemoryError, OverflowError, ArithmeticError):
+        return None  # an invalid node: what it computes is not known
+    return result if result.size <= _MOST_ELEMENTS else None
+
+
+def _as_array(tensor: ir.TensorProtocol | None) -> Array | None:
+    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > _MOST_ELEMENTS:
+        return None
+    return np.asarray(tensor.numpy())
+
+
+def _static_shape(node: ir.Node) -> Array | None:
+    """The part of a shape that a Shape node takes, where the graph says it in numbers."""
+    shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+    if shape is None:
+        return None
+    bounds = [node.attributes[name].value if name in node.attributes else None for name in ("start", "end")]
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    sizes = list(shape)[slice(*bounds)]
+    return np.array(sizes) if all(isinstance(size, int) and size >= 0 for size in sizes) else None
+
+
+def _expand(node: ir.Node, operands: list[Array]) -> Array:
+    shape = np.broadcast_shapes(operands[0].shape, tuple(int(size) for size in operands[1]))
+    return np.broadcast_to(operands[0], shape)
+
+
+def _unsqueeze(node: ir.Node, operands: list[Array]) -> Array:
+    axes = operands[1].tolist() if len(operands) > 1 else list(node.attributes["axes"].as_ints())
+    return np.expand_dims(operands[0], tuple(axes))
+
+
+def _reshape(node: ir.Node, operands: list[Array]) -> Array:
+    shape = [operands[0].shape[i] if size == 0 else size for i, size in enumerate(operands[1].tolist())]
+    return operands[0].reshape(shape)
+
+
+def _constant_of_shape(node: ir.Node, operands: list[Array]) -> Array:
+    shape = tuple(int(size) for size in operands[0])
+    fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.float32(0)
+    return np.broadcast_to(np.asarray(fill).reshape(()), shape)
+
+
+def _range(node: ir.Node, operands: list[Array]) -> Array:
+    start, limit, delta = (operand.item() for operand in operands)
+    if (limit - start) / delta > _MOST_ELEMENTS:
+        raise ValueError("too long")
+    return np.arange(start, limit, delta)
+
+
+_DEFAULT = ("", "ai.onnx")
+_VIEWS = ("Identity", "Cast", "CastLike", "Unsqueeze", "Reshape", "Expand")
+_OPERATORS: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
+    "Identity": lambda node, operands: operands[0],
+    "Cast": lambda node, operands: operands[0].astype(ir.DataType(node.attributes["to"].as_int()).numpy()),
+    "CastLike": lambda node, operands: operands[0],
+    "Concat": lambda node, operands: np.concatenate(operands, axis=node.attributes["axis"].as_int()),
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand,
+    "Range": _range,
+    "Reshape": _reshape,
+    "Sub": lambda node, operands: operands[0] - operands[1],
+    "Unsqueeze": _unsqueeze,
+}
+
+#: Dimensions of an array: a number where it is known, else a name, or None where there is none.
+Dims = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """What is known of a value; of no rank, ``()``, where its rank is not known."""
+
+    dtype: ir.DataType | None = None
+    dims: Dims = ()
+
+
+def infer_types(model: ir.Model) -> dict[int, TensorType]:
+    """Type and dimensions by ``id`` of the value, in the graph and its subgraphs.
+
+    The model itself stays as it is: inference runs on a copy, whose values are in the same order.
+    """
+    copy = model.clone()
+    copies = list(
+        _values(copy.graph)
+    )  # listed before: when it fails, the pass leaves inputs of its own behind
+    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    types = {}
+    for mine, inferred in zip(_values(model.graph), copies, strict=True):
+        dims = () if inferred.shape is None else tuple(_dim(size) for size in inferred.shape)
+        types[id(mine)] = TensorType(inferred.dtype, dims)
+    return types
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                continue
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _values(attribute.as_graph())
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                for subgraph in attribute.as_graphs():
+                    yield from _values(subgraph)
+        yield from node.outputs
+
+
+def _dim(size: int | ir.SymbolicDim) -> int | str | None:
+    if isinstance(size, int):
+        return size if size >= 0 else None  # -1 is written by tools that mean "any"
+    return size.value

@@ -1,0 +1,251 @@
+"""Read and write ONNX files, carefully.
+
+Reading: the path is made absolute first, because onnx-ir checks external data against the folder of
+the file, and with a bare file name it has none (CVE-2022-25882, CVE-2024-27318 and their successors
+are about data files outside that folder). Its checks stand; here they become one clear line.
+
+Writing: into a temporary folder beside the target, then renamed. Nobody ever sees half a file.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from bnpatch.core.errors import BnpatchError, first_line
+
+#: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
+EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # 64 MiB for everything that is no tensor
+
+_OLDEST_OPSET = 7  # before it, operators broadcast by other rules
+_NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
+_SMALL = 1024  # bytes; a tensor up to this size stays in the model file
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read a model and check it; tensors in external files are mapped into memory, not copied.
+
+    Calls of model-local functions that contain norms are inlined (:func:`inline_norms`).
+
+    Raises:
+        BnpatchError: the file does not exist, is no valid ONNX model, needs an opset that is not
+            supported, or its external data are missing, too short or outside its folder.
+    """
+    file = Path(os.path.abspath(path))
+    proto = _read(file)
+    _check_opset(file, proto)
+    try:
+        _check_text(proto)
+        model = ir.from_proto(proto)
+        external = [tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
+    except Exception as error:  # whatever a damaged file makes the library trip over
+        raise _not_valid(file, error) from error
+    _open_external_data(file, model, external)
+    try:  # by its path, the checker finds the external data
+        onnx.checker.check_model(str(file) if external else proto)
+        for tensor in _tensors(model):
+            tensor.numpy()  # the checker does not see that there are fewer numbers than the shape says
+    except Exception as error:  # ValidationError, and what the checker itself trips over
+        raise _not_valid(file, error) from error
+    return inline_norms(model)
+
+
+def inline_norms(model: ir.Model) -> ir.Model:
+    """Inline, in place, the calls of model-local functions that contain norms, at any depth.
+
+    Raises:
+        BnpatchError: a function cannot be inlined.
+    """
+    if not any(_contains_norm(function) for function in model.functions.values()):
+        return model
+    containing = {name for name, function in model.functions.items() if _contains_norm(function)}
+    while True:  # and those that call one that does
+        callers = {
+            name
+            for name, function in model.functions.items()
+            if any(
+                node.op_identifier() in containing for node in ir.traversal.RecursiveGraphIterator(function)
+            )
+        }
+        if callers <= containing:
+            break
+        containing |= callers
+    try:
+        InlinePass(criteria=lambda function: function.identifier() in containing)(model)
+    except Exception as error:
+        raise BnpatchError(
+            f"the model-local functions of the model cannot be inlined: {error}",
+            "inline them with onnx.inliner before patching",
+        ) from error
+    return model
+
+
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
+) -> Path:
+    """Write a model, whole or not at all.
+
+    Tensors go to ``<name>.data`` beside the file where they add up to more than the threshold.
+
+    Args:
+        model: the model; it stays as it is.
+        path: where to; an existing file is replaced.
+        external_data_threshold: bytes of tensors that the file itself may hold.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        BnpatchError: the folder does not exist or cannot be written, or the model cannot.
+    """
+    file = Path(os.path.abspath(path))
+    data_name = f"{file.name}.data"
+    external = sum(tensor.nbytes for tensor in _tensors(model)) > external_data_threshold
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            whole = Path(folder) / file.name
+            if external:
+                ir.save(model, whole, format="protobuf", external_data=data_name, size_threshold_bytes=_SMALL)
+            else:
+                _save_in_one_file(model, whole)
+            if external:
+                os.replace(Path(folder) / data_name, file.parent / data_name)
+            os.replace(whole, file)
+    except OSError as error:
+        raise BnpatchError(
+            f"{file} cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+    except Exception as error:  # a part of a damaged model that was read, but cannot be written
+        raise BnpatchError(
+            f"{file} cannot be written: {first_line(error)}", "the original file is damaged: fetch it again"
+        ) from error
+    return file
+
+
+def _save_in_one_file(model: ir.Model, file: Path) -> None:
+    """Save with every tensor in the file, those too that lie in external files now."""
+    values = [v for graph in model.graphs() for v in graph.initializers.values()]
+    external = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    try:
+        for value, tensor in external:
+            assert tensor is not None
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        ir.save(model, file, format="protobuf")
+    finally:
+        for value, tensor in external:
+            value.const_value = tensor
+
+
+def _read(file: Path) -> onnx.ModelProto:
+    try:
+        if not file.stat().st_size:
+            raise BnpatchError(f"{file} is empty", "fetch or export it again")
+        proto = onnx.load(file, format="protobuf", load_external_data=False)
+    except FileNotFoundError as error:
+        raise BnpatchError(f"{file} does not exist", "check the path") from error
+    except OSError as error:
+        raise BnpatchError(f"{file} cannot be read: {error.strerror or error}", "check the path") from error
+    except BnpatchError:
+        raise
+    except Exception as error:  # google.protobuf's DecodeError, whichever protobuf is installed
+        raise BnpatchError(
+            f"{file} is not an ONNX model, or is truncated",
+            "compare its size with the source and fetch it again",
+        ) from error
+    if not proto.ir_version or not proto.HasField("graph"):
+        raise BnpatchError(f"{file} is not an ONNX model", "export one, with torch.onnx.export for example")
+    return proto
+
+
+def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
+    versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    newest = onnx.defs.onnx_opset_version()
+    if not versions:
+        raise BnpatchError(
+            f"{file} does not say which opset it uses", "it holds no standard operators: nothing to patch"
+        )
+    if not _OLDEST_OPSET <= versions[0] <= newest:
+        raise BnpatchError(
+            f"{file} uses opset {versions[0]}; supported are {_OLDEST_OPSET} to {newest}",
+            "convert it with onnx.version_converter" if versions[0] <= newest else "install a newer onnx",
+        )
+
+
+def _check_text(message: Any) -> None:
+    """Raise ValueError where a name is not UTF-8: protobuf reads that, and then cannot write it."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_MESSAGE:
+            for part in values:
+                _check_text(part)
+        elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
+            raise ValueError(f"its field {field.name!r} is not UTF-8 text")
+
+
+def _not_valid(file: Path, error: Exception) -> BnpatchError:
+    return BnpatchError(f"{file} is not a valid ONNX model: {first_line(error)}", _remedy(error))
+
+
+def _remedy(error: Exception) -> str:
+    if re.search(r"sym(bolic )?link|hard link", str(error)):  # a cache that links to its blobs, most likely
+        return "copy the model and its data as plain files into one folder (cp -L)"
+    return "fetch or export it again"
+
+
+def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTensor]) -> None:
+    for tensor in tensors:
+        tensor.base_dir = file.parent
+        name = f"the external data {str(tensor.location)!r} of {file}"
+        try:
+            available = os.stat(tensor.path).st_size
+            tensor.numpy()
+        except FileNotFoundError as error:
+            raise BnpatchError(f"{name} does not exist", "put it beside the model") from error
+        except Exception as error:
+            links = "symlink" in str(error) or "hard link" in str(error)
+            raise BnpatchError(
+                f"{name} cannot be used: {first_line(error)}",
+                "copy the model and its data as plain files into one folder (cp -L)"
+                if links
+                else "fetch it again",
+            ) from error
+        if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > available:
+            raise BnpatchError(f"{name} is too short", "fetch it again")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for key, attribute in node.attributes.items():  # saving would leave these where they are
+            if isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[key] = ir.AttrTensor(key, ir.Tensor(attribute.value.numpy()))
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Every tensor: initializers and attributes, of the graph, its subgraphs and functions."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
+        for node in ir.traversal.RecursiveGraphIterator(root):
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
+
+
+def _contains_norm(function: ir.Function) -> bool:
+    return any(
+        node.domain in ("", "ai.onnx") and node.op_type in _NORMS
+        for node in ir.traversal.RecursiveGraphIterator(function)
+    )

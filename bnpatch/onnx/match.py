@@ -1,0 +1,298 @@
+"""Find the normalization layers of an ONNX graph: the sites, and those left alone with the reason.
+
+A site has the name that it has in torch: exporters keep a module's dotted name in the names of its
+parameters (``layer1.0.bn1.weight``).
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from bnpatch.core.inventory import LeftAlone, Survey
+from bnpatch.onnx.group_norm import find_exported_group_norm
+from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
+
+#: What the names of all nodes and values that a rewrite adds have in them.
+MARK = "/bnpatch/"
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_LIBRARIES = ("torch.", "timm.", "torchvision.")  # whose classes with "norm" in their names are norms
+_PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
+_GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per channel, not per group
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a graph normalizes by moments that could take the example in.
+
+    Attributes:
+        name: dotted name of the torch module where the parameters or the exporter's notes tell it, else the
+            name of the node, else that of its output; unique in the model.
+        module: the name before it was made unique: the same at all sites of one torch module.
+        kind: ``BatchNormalization`` or ``GroupNormalization``.
+        nodes: the nodes that compute it, in order; the last one has the output.
+        dtype: type of the input.
+        dims: dimensions of the input, (N, C, *spatial).
+        channels_per_group: consecutive channels whose moments are pooled; 1 is Batch Norm.
+        eps: added to the variance.
+        weight: learned scale (gamma) of shape (C,).
+        bias: learned shift (beta) of shape (C,).
+        running_mean: of shape (C,), or None where calibration has to find it.
+        running_var: likewise.
+    """
+
+    name: str
+    module: str
+    kind: str
+    nodes: tuple[ir.Node, ...] = field(repr=False)
+    dtype: ir.DataType
+    dims: Dims
+    channels_per_group: int
+    eps: float
+    weight: Array = field(repr=False)
+    bias: Array = field(repr=False)
+    running_mean: Array | None = field(default=None, repr=False)
+    running_var: Array | None = field(default=None, repr=False)
+
+    @property
+    def node(self) -> ir.Node:
+        """The last node, which has the output."""
+        return self.nodes[-1]
+
+    @property
+    def input(self) -> ir.Value:
+        """What is normalized, (N, C, *spatial)."""
+        value = self.nodes[0].inputs[0]
+        assert value is not None  # matched
+        return value
+
+    @property
+    def output(self) -> ir.Value:
+        """What comes out, of the shape of the input."""
+        return self.node.outputs[0]
+
+    @property
+    def num_channels(self) -> int:
+        """C, the number of channels."""
+        return int(self.weight.size)
+
+    @property
+    def identity(self) -> float:
+        """The alpha at which the site computes what the original does."""
+        return 0.0 if self.kind == "BatchNormalization" else 1.0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """There are no running moments: they have to be calibrated on data."""
+        return self.running_mean is None
+
+    @property
+    def single_value(self) -> bool:
+        """An example has a single value per channel, hence no variance, as far as shapes tell.
+
+        Unless channels are pooled by what the file has as Batch Norm.
+        """
+        has_variance = self.channels_per_group > 1 and self.identity == 0
+        return not has_variance and all(size == 1 for size in self.dims[2:])
+
+
+def survey(model: ir.Model) -> Survey[Site]:
+    """List the sites of a model, and the normalization layers that are no sites, with reasons.
+
+    Looks only: the model is not changed. Subgraphs (If, Loop, Scan) are searched; nodes in model-local
+    functions are listed as left alone, since one body serves many calls:
+    :func:`bnpatch.onnx.io.inline_norms` gives every call its own.
+    """
+    types = infer_types(model)
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    used: set[str] = set()
+    sites: list[Site] = []
+    left_alone: list[LeftAlone] = []
+    for node, function in _nodes(model):
+        found = _judge(node, opset, types, function)
+        if isinstance(found, Site):
+            sites.append(replace(found, name=_unique(found.module, used)))
+        elif isinstance(found, LeftAlone):
+            left_alone.append(found)
+    return Survey(tuple(sites), tuple(left_alone))
+
+
+def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield node, ""
+    for function in model.functions.values():
+        for node in ir.traversal.RecursiveGraphIterator(function):
+            yield node, function.name
+
+
+def _judge(
+    node: ir.Node, opset: int, types: Mapping[int, TensorType], function: str
+) -> Site | LeftAlone | None:
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type not in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
+        return None
+    kind = node.op_type
+    try:
+        if function:
+            raise _NoSiteError(
+                f"it lies in the model-local function {function!r}, which has to be inlined first"
+            )
+        if kind == "BatchNormalization":
+            return _batch_norm(node, opset, types)
+        if kind == "GroupNormalization":
+            return _group_norm(node, opset, types)
+        input_ = _type_of(_input_of_producer(node), types)
+        if exported := find_exported_group_norm(node, input_.dims):
+            kind = "GroupNormalization"
+            return _site(
+                exported.nodes, kind, input_, exported.num_groups, exported.eps,
+                [exported.weight, exported.bias], _module_name(exported.nodes[-1], exported.parameters),
+            )  # fmt: skip
+        raise _NoSiteError("Instance Norm normalizes by the example alone, on purpose")
+    except _NoSiteError as no:
+        return LeftAlone(_module_name(node, list(node.inputs[1:])), kind, str(no))
+
+
+class _NoSiteError(Exception):
+    """Why a node is no site."""
+
+
+def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> Site:
+    if opset < 7:
+        raise _NoSiteError(
+            f"BatchNormalization of opset {opset} is another operator: convert the model to 7 or newer"
+        )
+    if _int(node, "training_mode", 0):
+        raise _NoSiteError(
+            "it runs in training mode: it normalizes by its own batch, or standardizes weights"
+        )
+    if opset < 9 and not _int(node, "spatial", 1):
+        raise _NoSiteError("it has moments per position (spatial = 0), not per channel")
+    if len(node.inputs) != 5 or any(extra.uses() or extra.is_graph_output() for extra in node.outputs[1:]):
+        raise _NoSiteError("it has another number of inputs or outputs than at inference")
+    parameters = [
+        _parameter(value, ("scale", "bias", "mean", "var")[i]) for i, value in enumerate(node.inputs[1:])
+    ]
+    if any(MARK in name for name in names_of(node.inputs[1])):
+        raise _NoSiteError("it belongs to a patch: patch the original model instead")
+    if not np.all(parameters[3] >= 0):
+        raise _NoSiteError("its running variance is negative somewhere")
+    input_ = _type_of(node.inputs[0], types)
+    name = _module_name(node, [node.inputs[i] for i in (3, 4, 1, 2)])
+    return _site((node,), node.op_type, input_, parameters[0].size, _eps(node), parameters, name)
+
+
+def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> Site:
+    if len(node.inputs) != 3:
+        raise _NoSiteError("it has another number of inputs than its operator")
+    num_groups = _int(node, "num_groups", 0)
+    parameters = [_parameter(value, ("scale", "bias")[i]) for i, value in enumerate(node.inputs[1:])]
+    input_ = _type_of(node.inputs[0], types)
+    if opset < _GROUP_NORM_PER_CHANNEL:
+        channels = input_.dims[1] if len(input_.dims) > 1 else None
+        if not isinstance(channels, int) or num_groups < 1 or channels % num_groups:
+            raise _NoSiteError("its number of channels is not known, and its scale has one value per group")
+        parameters = [np.repeat(parameter, channels // num_groups) for parameter in parameters]
+    name = _module_name(node, list(node.inputs[1:]))
+    return _site((node,), node.op_type, input_, num_groups, _eps(node), parameters, name)
+
+
+def _site(
+    nodes: tuple[ir.Node, ...], kind: str, input_: TensorType, num_groups: int, eps: float,
+    parameters: list[Array], name: str,
+) -> Site:  # fmt: skip
+    channels = parameters[0].size
+    if len({parameter.size for parameter in parameters}) > 1 or channels == 0:
+        raise _NoSiteError("its parameters differ in size, or are empty")
+    if num_groups < 1 or channels % num_groups:
+        raise _NoSiteError(f"its {channels} channels do not divide into {num_groups} groups")
+    if not all(np.all(np.isfinite(parameter)) for parameter in parameters) or not np.isfinite(eps) or eps < 0:
+        raise _NoSiteError("its parameters are not finite (overflowed in float16, perhaps)")
+    if input_.dtype not in _FLOATS:
+        raise _NoSiteError("the type of its input is not known, or not floating point")
+    if len(input_.dims) < 2:
+        raise _NoSiteError("the rank of its input is not known, or below 2")
+    if isinstance(input_.dims[1], int) and input_.dims[1] != channels:
+        raise _NoSiteError(f"its input has {input_.dims[1]} channels, its parameters {channels}")
+    dims = (input_.dims[0], channels, *input_.dims[2:])
+    return Site(
+        name, name, kind, nodes, input_.dtype, dims, channels // num_groups, eps,
+        *(parameter.astype(np.float64) for parameter in parameters),
+    )  # fmt: skip
+
+
+def _parameter(value: ir.Value | None, role: str) -> Array:
+    array = constant_of(value)
+    if array is None:
+        raise _NoSiteError(f"its {role} is computed at run time")
+    if array.ndim != 1:
+        raise _NoSiteError(f"its {role} has shape {array.shape}, not one value per channel")
+    return array.astype(np.float64)
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    return int(_number(node, name, ir.AttributeType.INT, default))
+
+
+def _eps(node: ir.Node) -> float:
+    return _number(node, "epsilon", ir.AttributeType.FLOAT, 1e-5)
+
+
+def _number(node: ir.Node, name: str, kind: ir.AttributeType, default: float) -> float:
+    attribute = node.attributes.get(name)
+    if attribute is None:
+        return default
+    if attribute.is_ref() or attribute.type != kind:
+        raise _NoSiteError(f"its attribute {name} is not a number")
+    return float(attribute.value)
+
+
+def _module_name(node: ir.Node, parameters: list[ir.Value | None]) -> str:
+    for value in parameters:
+        for name in names_of(value):
+            if match := _PARAMETER.match(name):
+                return match.group(1)
+    return _scope(node) or node.name or node.outputs[0].name or node.op_type
+
+
+def _scope(node: ir.Node) -> str:
+    """The norm module that the node comes from, or the call in the forward of another one.
+
+    As torch's exporter noted it, from the model down to the call; empty where it did not.
+    """
+    try:
+        scopes, classes = (
+            [str(part) for part in ast.literal_eval(node.metadata_props.get(key, "[]"))]
+            for key in ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+        )
+    except (ValueError, SyntaxError, TypeError):
+        return ""
+    if len(scopes) < 2 or len(classes) < 2:
+        return ""
+    library, _, name = classes[-2].rpartition(".")
+    if library.startswith(_LIBRARIES) and "norm" in name.lower():
+        return scopes[-2]
+    return ".".join(filter(None, scopes[-2:]))
+
+
+def _unique(name: str, used: set[str]) -> str:
+    unique, count = name, 1
+    while unique in used:
+        count += 1
+        unique = f"{name}#{count}"
+    used.add(unique)
+    return unique
+
+
+def _input_of_producer(node: ir.Node) -> ir.Value | None:
+    producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return producer.inputs[0] if producer is not None and producer.inputs else None
+
+
+def _type_of(value: ir.Value | None, types: Mapping[int, TensorType]) -> TensorType:
+    return types.get(id(value), TensorType()) if value is not None else TensorType()

@@ -1,0 +1,128 @@
+"""What a graph takes and returns, and a session of onnxruntime that runs it."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.onnx import io
+
+_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Cast")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph takes and returns.
+
+    Attributes:
+        input: name of the image input.
+        dtype: NumPy type of the input; bytes are images that the graph normalizes itself.
+        channels_last: the input is (N, H, W, C).
+        size: (channels, height, width) of the input, None where the graph leaves it open.
+        batch: number of images that the graph takes at a time, None for any.
+        output: name of the output that is read.
+        is_probability: the output went through a Softmax; its logarithm serves as logits.
+    """
+
+    input: str
+    dtype: npt.DTypeLike
+    channels_last: bool
+    size: tuple[int | None, int | None, int | None]
+    batch: int | None
+    output: str
+    is_probability: bool
+
+
+def read_signature(model: ir.Model, output: str | None = None) -> Signature:
+    """Look at what a graph takes and returns.
+
+    Raises:
+        BnpatchError: it doesn't take one batch of images, or has no output of this name.
+    """
+    graph = model.graph
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    if len(inputs) != 1:
+        names = ", ".join(value.name or "?" for value in inputs)
+        raise BnpatchError(
+            f"the graph takes {len(inputs)} inputs ({names})", "give one that takes images alone"
+        )
+    dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
+    dtype = inputs[0].dtype
+    if dtype is None or (inputs[0].shape is not None and len(dims) != 4):
+        raise BnpatchError(
+            f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
+            "give a graph that takes images (N, C, H, W)",
+        )
+    dims = dims or [None] * 4
+    channels_last = dims[3] in (1, 3) and dims[1] not in (1, 3)
+    batch, *rest = dims
+    height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
+    outputs = {value.name: value for value in graph.outputs}
+    if output is not None and output not in outputs:
+        names = ", ".join(str(name) for name in outputs)
+        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output-name among {names}")
+    chosen = outputs[output] if output is not None else graph.outputs[0]
+    return Signature(
+        input=inputs[0].name or "",
+        dtype=dtype.numpy(),
+        channels_last=channels_last,
+        size=(channels, height, width),
+        batch=batch,
+        output=chosen.name or "",
+        is_probability=_is_probability(chosen),
+    )
+
+
+def open_session(model: ir.Model, device: torch.device, threads: int | None = None) -> Any:
+    """A session of onnxruntime for a graph of any size.
+
+    Args:
+        model: the graph.
+        device: cpu or cuda.
+        threads: that share an operator on the CPU; None for all cores.
+
+    Raises:
+        BnpatchError: onnxruntime refuses the graph, or has no provider for the device.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.type)
+    if provider not in onnxruntime.get_available_providers():
+        raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well
+    options.intra_op_num_threads = threads or 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
+        try:
+            settings = {"device_id": str(device.index)} if device.index is not None else {}
+            return onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+        except Exception as error:
+            raise BnpatchError(
+                f"onnxruntime refuses the graph: {first_line(error)}",
+                "try a newer onnxruntime",
+            ) from error
+
+
+def _with_open_dimensions(model: ir.Model) -> ir.Model:
+    """The model, its inputs open where tools wrote 0 or -1 for "any", which onnxruntime takes literally."""
+    model = model.clone()
+    for value in model.graph.inputs:
+        if value.shape is not None and any(isinstance(size, int) and size <= 0 for size in value.shape):
+            sizes = [None if isinstance(size, int) and size <= 0 else size for size in value.shape]
+            value.shape = ir.Shape(sizes)
+    return model
+
+
+def _is_probability(value: ir.Value) -> bool:
+    """Does a Softmax compute the value, perhaps before operators that only rearrange it?"""
+    node = value.producer()
+    while node is not None and node.op_type in _PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "Softmax"

@@ -1,0 +1,283 @@
+"""What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.inventory import SiteFacts
+from bnpatch.core.moments import Moments
+from bnpatch.data.dataset import Batch, Examples, Indices
+from bnpatch.evaluation.evaluate import STANDARD_METRICS, OutputsNotFiniteError, evaluate
+from bnpatch.evaluation.metrics import (
+    ACCURACY,
+    CONFIDENCE,
+    PREDICTION,
+    Metric,
+    ScoreFunction,
+    Values,
+    as_metric,
+    no_scores,
+    score,
+)
+from bnpatch.models.base import Patchable
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.search import label_free
+from bnpatch.search.label_free import Objective, Seen
+
+#: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
+SET_SIZE, _PER_CLASS = 250, 2
+
+#: An interval of fewer means of sets says next to nothing.
+FEW_SETS = 8
+# Then all examples are taken for one set, of so many groups.
+_GROUPS = 20
+
+# What a model returns for a batch, and the moments at its norms.
+_Part = tuple[Tensor, Mapping[str, Moments[Tensor]]]
+
+
+def in_sets(indices: Indices, size: int) -> list[Indices]:
+    """Split examples into what is scored together: all of them where each has a score of its own."""
+    return [indices] if size == 1 else np.array_split(indices, max(1, len(indices) // size))
+
+
+class Judge(Protocol):
+    """Scores the weights that a model has, by which a search compares them."""
+
+    @property
+    def metric(self) -> Metric:
+        """What is tuned."""
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are scored together; 1 where each has a score of its own."""
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """Scores by name of metric, one per example, or one for all of them where the metric is of sets.
+
+        Raises:
+            OutputsNotFiniteError: an output is infinite or not a number.
+        """
+
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """What to go down by gradient, of all batches together, in parts that add up.
+
+        A part is computed when it is asked for, and no more than one batch's activations are in memory. It
+        is a tensor without gradient where there is none.
+        """
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """Judges by a mean over labelled examples."""
+
+    metric: Metric
+    metrics: Sequence[Metric]
+    batch_size: int = 64
+    set_size: int = 1
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`."""
+        return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
+
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""
+        count = sum(len(batch.indices) for batch in batches)
+        for batch in batches:
+            targets = batch.targets.to(model.device, non_blocking=True)
+            yield self._total_loss(model.forward(batch.x), targets) / count
+
+    def _total_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.metric.of_classes:
+            return F.cross_entropy(outputs.float(), targets, reduction="sum")
+        return -self.metric.sign * self.metric.score(outputs, targets).float().sum()
+
+
+@dataclass(frozen=True)
+class ByObjective:
+    """Judges by what the predictions and the moments of a set of examples are like, without labels.
+
+    Attributes:
+        metric: name and direction; it can't score single examples.
+        objective: see :mod:`bnpatch.search.label_free`.
+        step: what to go down by gradient for it.
+        sites: what the objective needs to know of them.
+        metrics: scored beside it, where there are labels.
+        num_classes: K.
+        batch_size: examples at a time.
+        groups: with more than one, all examples make one set, whose values say how sure the objective is: as
+            many as there are groups, made by leaving out each in turn. Their mean is the objective itself,
+            and they vary as pseudovalues of the jackknife, whose mean would take away what grows with the
+            set, many times over. Groups are of examples that follow each other, in random order.
+    """
+
+    metric: Metric
+    objective: Objective
+    step: Objective
+    sites: Mapping[str, SiteFacts]
+    metrics: Sequence[Metric] = ()
+    num_classes: int = 2
+    batch_size: int = 64
+    groups: int = 1
+
+    @property
+    def set_size(self) -> int:
+        """Examples that are judged together: enough for a mean prediction that means something."""
+        return sys.maxsize if self.groups > 1 else max(SET_SIZE, _PER_CLASS * self.num_classes)
+
+    def sure_of(self, count: int) -> "ByObjective":
+        """The same with values that make an interval, for so many examples: many sets, or one of groups."""
+        if count >= FEW_SETS * self.set_size or count < 2:
+            return self
+        groups = min(_GROUPS, count)
+        return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
+
+    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`: the objective once, and what labels there are of each example."""
+        parts: list[_Part] = []
+        by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
+        with model.evaluating():
+            for batch in examples.batches(self.batch_size, indices):
+                logits, moments = model.observe(batch.x)
+                parts.append((logits, moments))
+                for metric in self.metrics:
+                    by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
+            if not parts:
+                return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
+            found = np.array([self._of(model, parts)])
+            if self.groups > 1 and len(parts) > 1:
+                count = min(self.groups, len(parts))
+                groups = [
+                    [part for n, part in enumerate(parts) if n % count != left] for left in range(count)
+                ]
+                without = np.array([self._of(model, group) for group in groups])
+                found = found + (count - 1) * (without.mean() - without)
+        if not np.isfinite(found).all():
+            raise OutputsNotFiniteError(
+                f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
+            )
+        values = {name: torch.cat(some).cpu().double().numpy() for name, some in by_example.items()}
+        return {self.metric.name: found, **values}
+
+    def _of(self, model: Patchable, parts: Sequence["_Part"]) -> float:
+        return float(self.objective(_as_one(model, parts), self.sites))
+
+    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Of all batches as one set, in one part."""
+        if len(batches) == 1:
+            parts = [model.observe(batches[0].x, gradients=True)]
+        else:  # for the gradient each is run once more: not all activations fit into memory
+            parts = [
+                checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
+                for batch in batches
+            ]
+        yield self.step(_as_one(model, parts), self.sites)
+
+
+def _as_one(model: Patchable, parts: Sequence[_Part]) -> Seen:
+    moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
+    return _seen(model, torch.cat([logits for logits, _ in parts]), moments)
+
+
+def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
+    alphas: Mapping[str, Any] = model.alphas()
+    running = {
+        name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
+        for name, m in model.running().items()
+    }
+    if isinstance(model, TorchModel):  # with their gradients
+        alphas = {site.name: site.module.alpha for site in model.survey().sites if site.is_patched}
+    return Seen(logits, moments, alphas, running)
+
+
+def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
+    return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))
+
+
+#: Metrics that need no labels, and what each can't see.
+LABEL_FREE = {
+    "unlabeled": "it presumes that all classes are equally frequent, or as --class-prior says",
+    "information": "it presumes that all classes are equally frequent, or as --class-prior says",
+    "alignment": "it looks at the moments of the norms' inputs alone, never at an answer",
+    "entropy": "it takes certainty for truth, which fails where a strong shift makes one class of everything",
+    "evalnorm": "it makes inference like training, batch by batch, whether or not that helps",
+}
+
+#: Labels are made of predictions where there are so many sets of examples, each of so many per class; else
+#: information is maximised, see :func:`bnpatch.search.label_free.unlabeled`.
+SELF_LABELLED_SETS, _LABELS_PER_CLASS = 4, 25
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is tuned for.
+
+    Attributes:
+        metric: name and direction; of label-free objectives, which no example has a score of, no more.
+        needs_labels: it compares outputs with targets.
+        classes: these targets are classes.
+        prior: how often the classes occur, for label-free objectives.
+        batch_size: examples at a time.
+    """
+
+    metric: Metric
+    needs_labels: bool
+    classes: bool
+    prior: str | Sequence[float] | None
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls, metric: str | Metric | ScoreFunction, prior: str | Sequence[float] | None, batch_size: int
+    ) -> "Goal":
+        """By the metric's name, or of a function; BnpatchError where it doesn't go with a class prior."""
+        if isinstance(metric, str) and metric in LABEL_FREE:
+            return cls(Metric(metric, no_scores, higher_is_better=False), False, True, prior, batch_size)
+        if prior is not None:
+            raise BnpatchError("a class prior is for tuning without labels", "add --metric unlabeled")
+        tuned = as_metric(metric, also=LABEL_FREE)
+        return cls(tuned, True, tuned.of_classes, None, batch_size)
+
+    def judge(self, model: Patchable, examples: Examples, indices: Indices) -> Judge:
+        """What the search goes by, on examples of which these will be seen."""
+        if self.needs_labels:
+            beside = STANDARD_METRICS if self.classes else ()
+            metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
+            return ByMetric(self.metric, metrics, self.batch_size)
+        readable = examples.readable(indices)  # or an error that says why not
+        num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)
+        prior = label_free.as_prior(self.prior, num_outputs)
+        infomax = label_free.infomax(prior)
+        enough = len(indices) >= SELF_LABELLED_SETS * SET_SIZE and _LABELS_PER_CLASS * num_outputs <= SET_SIZE
+        objectives: Mapping[str, label_free.Objective] = {
+            "unlabeled": label_free.unlabeled(prior) if enough else infomax,
+            "information": infomax,
+            "alignment": label_free.alignment,
+            "entropy": label_free.entropy,
+            "evalnorm": label_free.evalnorm,
+        }
+        beside = STANDARD_METRICS if examples.labelled[indices].all() else ()
+        objective = objectives[self.metric.name]
+        is_self_labelled = enough and self.metric.name == "unlabeled"
+        step = label_free.unlabeled_step(prior) if is_self_labelled else objective
+        return ByObjective(self.metric, objective, step, model.facts(), beside, num_outputs, self.batch_size)
+
+    def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
+        """What gives the verdict on these examples, by labels where there are, and the metrics compared."""
+        answers = (CONFIDENCE, PREDICTION)
+        if not self.classes:
+            return judge, [self.metric]
+        if self.needs_labels or examples.labelled[indices].all():
+            first = self.metric if self.needs_labels else ACCURACY
+            metrics = [first, *(m for m in STANDARD_METRICS if m.name != first.name)]
+            return ByMetric(first, [*metrics, *answers], self.batch_size), metrics
+        assert isinstance(judge, ByObjective)
+        return replace(judge, metrics=answers).sure_of(len(indices)), [self.metric]

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.models import architecture
+from bnpatch.models.architecture import Architecture, fit, identify, names_hash, parse_name
+
+
+def state(library, name, **kwargs):
+    with torch.device("meta"):
+        if library == "timm":
+            return timm.create_model(name, **kwargs).state_dict()
+        if name == "inception_v3":
+            kwargs["init_weights"] = False
+        return torchvision.models.get_model(name, **kwargs).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("torchvision", "resnet18"),
+        ("torchvision", "densenet121"),
+        ("torchvision", "mobilenet_v3_small"),
+        ("torchvision", "inception_v3"),
+        ("torchvision", "vgg11_bn"),
+        ("timm", "test_resnet"),
+        ("timm", "test_efficientnet"),
+        ("timm", "resnet26d"),
+        ("timm", "mobilenetv3_small_050"),
+        ("timm", "regnetx_002"),
+        ("timm", "repvgg_a0"),
+        ("timm", "levit_128s"),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_a_bare_state_dict_is_identified(library, name, num_classes):
+    found = identify(state(library, name, num_classes=num_classes))
+    assert (str(found), found.num_classes, found.in_chans) == (f"{library}:{name}", num_classes, 3)
+
+
+def test_input_channels_are_read_off_the_tensors():
+    found = identify(state("timm", "test_resnet", num_classes=5, in_chans=1))
+    assert (found.num_classes, found.in_chans) == (5, 1)
+    assert found.build().eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
+    tensors = dict(state("torchvision", "resnet18"))
+    tensors["conv1.weight"] = torch.empty(64, 2, 7, 7, device="meta")
+    found = identify(tensors)
+    assert (str(found), found.in_chans) == ("torchvision:resnet18", 2)
+    assert found.build().eval()(torch.zeros(1, 2, 32, 32)).shape == (1, 1000)
+
+
+def test_old_checkpoints_without_counters_are_identified():
+    tensors = {k: v for k, v in state("torchvision", "resnet18").items() if "num_batches" not in k}
+    assert str(identify(tensors)) == "torchvision:resnet18"
+
+
+def test_variants_that_fit_too_are_reported():
+    found = identify(state("torchvision", "resnet50"))
+    assert str(found) == "torchvision:resnet50"
+    assert "timm:resnetblur50" in found.also
+
+
+@pytest.mark.parametrize("hint", ["timm:resnetblur50", "resnetblur50", "resnetblur50.bt_in1k"])
+def test_a_hint_decides_between_variants(hint):
+    assert str(identify(state("torchvision", "resnet50"), hint)) == "timm:resnetblur50"
+
+
+def test_a_file_name_decides_between_variants():
+    assert (
+        str(identify(state("torchvision", "resnet50"), None, "resnetblur50-84f4748f.pth"))
+        == "timm:resnetblur50"
+    )
+
+
+def test_a_wrong_hint_is_overruled_by_the_tensors():
+    assert str(identify(state("torchvision", "resnet18"), "resnet50", "vit.pt")) == "torchvision:resnet18"
+    assert str(identify(state("torchvision", "resnet18"), "my_own_net")) == "torchvision:resnet18"
+
+
+def test_what_fits_nothing_is_refused():
+    with pytest.raises(BnpatchError, match=r"model\.pt fit no architecture .* --arch"):
+        identify({"w": torch.zeros(1)}, None, "model.pt")
+    with pytest.raises(BnpatchError, match="has no weights"):
+        identify({})
+
+
+def test_a_wrong_arch_is_refused_with_the_first_difference():
+    with pytest.raises(
+        BnpatchError, match=r"do not fit torchvision:resnet50: .*layer1\.0\.conv1\.weight has shape"
+    ):
+        fit("resnet50", state("torchvision", "resnet18"))
+    with pytest.raises(BnpatchError, match=r"do not fit timm:test_vit: they have no cls_token"):
+        fit("timm:test_vit", state("torchvision", "resnet18"))
+
+
+def test_names():
+    assert parse_name("timm:resnet50.a1_in1k") == ("timm", "resnet50")
+    assert parse_name("resnet50") == (None, "resnet50")
+    with pytest.raises(
+        BnpatchError, match="no architecture 'resnt50' in torchvision or timm; did you mean resnet50"
+    ):
+        parse_name("resnt50")
+    with pytest.raises(BnpatchError, match="names no library"):
+        parse_name("keras:resnet50")
+
+
+def test_the_index_is_of_the_installed_libraries():
+    index = json.loads((architecture.resources.files("bnpatch.models") / "architectures.json").read_text())
+    indexed = {name for names in index.values() for name in names}
+    known = {f"{lib}:{name}" for lib in architecture.LIBRARIES for name in architecture.known_names(lib)}
+    missing = known - indexed
+    assert len(missing) < 0.02 * len(known), (
+        f"run tests.models.make_architecture_index: {sorted(missing)[:5]} ..."
+    )
+    for entry in ("timm:test_resnet", "torchvision:regnet_y_400mf", "timm:tf_efficientnet_lite0"):
+        library, _, name = entry.partition(":")
+        assert entry in index[names_hash(Architecture(library, name).sketch().state_dict())]

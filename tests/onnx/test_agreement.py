@@ -1,0 +1,174 @@
+"""Graph, torch layer and oracle compute the same numbers, over types, opsets, ranks, groups, alphas."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from bnpatch.core.moments import Moments
+from bnpatch.nn.norm import weighed_norm
+from bnpatch.onnx.formulas import append_site
+from bnpatch.onnx.match import survey
+from bnpatch.onnx.rewrite import rewrite
+from tests.nn.pairwise import pairwise
+from tests.onnx.build import batch_norm, bn_model, check, example, from_proto, helper, model, parameters, run
+from tests.reference import weighed_norm as oracle
+
+SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
+# The last step rounds to the type of the model; sums over up to 60 values in float32 before it.
+TOLERANCE = {np.float16: 4e-3, np.float32: 1e-5, np.float64: 1e-11}
+FORMS = {form: partial(append_site, form=form) for form in ("direct", "normalized", "folded")}
+
+
+def newest_opset():
+    """The newest opset that both the installed onnx and onnxruntime know."""
+    for opset in range(onnx.defs.onnx_opset_version(), 0, -1):
+        try:
+            run(bn_model(opset=opset, ir_version=10), example(1, 6, 5, 4))
+        except ort.capi.onnxruntime_pybind11_state.Fail:
+            continue
+        return opset
+    raise AssertionError("no opset runs")
+
+
+def patched(proto, alpha, append=append_site, **options):
+    graph = from_proto(proto)
+    rewrite(graph, {site.name: alpha for site in survey(graph).sites}, append=append, **options)
+    return check(graph)
+
+
+def expected(x, alpha, dtype=np.float32):
+    arrays = parameters(x.shape[1], dtype)
+    order = (arrays[f"bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+    return oracle(x, *order, 1e-5, alpha)
+
+
+def largest(a, b):
+    return np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
+
+
+# Half precision is always direct.
+TYPES = [(np.float16, "direct"), *itertools.product([np.float32, np.float64], FORMS)]
+
+
+@pytest.mark.parametrize(("kind", "shape", "alpha"), pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0]))
+def test_types_ranks_and_alphas(kind, shape, alpha):
+    dtype, form = kind
+    x = example(*shape, dtype=dtype)
+    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form]), x)
+    assert y.dtype == dtype
+    assert largest(y, expected(x, alpha, dtype)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])
+@pytest.mark.parametrize("form", FORMS)
+def test_opsets(opset, form):
+    x = example(3, 6, 5, 4)
+    proto = patched(bn_model(opset=opset), 0.3, FORMS[form])
+    assert proto.opset_import[0].version == opset
+    assert largest(run(proto, x), expected(x, 0.3)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4, 1.0])
+def test_the_torch_layer(alpha):
+    x, arrays = example(3, 6, 5, 4), {n: torch.tensor(v) for n, v in parameters().items()}
+    running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
+    y = weighed_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha)
+    assert largest(run(patched(bn_model(), alpha), x), y.numpy()) < 1e-5  # float32
+
+
+@pytest.mark.parametrize(
+    ("groups", "shape", "form"), pairwise([1, 2, 3, 6], SHAPES, ["direct", "normalized"])
+)
+def test_groups(groups, shape, form):
+    arrays = parameters()
+    node = helper.make_node(
+        "GroupNormalization", ["x", "bn.weight", "bn.bias"], ["y"], num_groups=groups, epsilon=1e-3
+    )
+    proto = model([node], {n: arrays[n] for n in ("bn.weight", "bn.bias")}, x=("n", *shape[1:]), opset=21)
+    x = example(*shape)
+    running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
+    for alpha in (0.0, 0.3):
+        y = run(patched(proto, alpha, FORMS[form], running={"bn": running}), x)
+        args = (running.mean, running.var, arrays["bn.weight"], arrays["bn.bias"])
+        assert largest(y, oracle(x, *args, 1e-3, alpha, 6 // groups)) < 1e-5  # float32
+
+
+def test_other_running_moments_than_the_models_own():
+    x, other = example(2, 6, 5, 4), parameters(seed=9)
+    running = Moments(other["bn.running_mean"], other["bn.running_var"])
+    own = parameters()
+    for form in FORMS.values():
+        y = run(patched(bn_model(conv=False), 0.2, form, running={"bn": running}), x)
+        args = (running.mean, running.var, own["bn.weight"], own["bn.bias"])
+        assert largest(y, oracle(x, *args, 1e-5, 0.2)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1, 1)])
+def test_single_values_where_they_are_switched_on(shape):
+    x = example(*shape)
+    proto = bn_model(x=("n", *shape[1:]))
+    for form in FORMS.values():
+        y = run(patched(proto, 0.3, form, weigh_single_values=True), x)
+        reference = expected(x.reshape(4, 6, 1), 0.3).reshape(shape)
+        assert largest(y, reference) < 1e-5  # float32
+
+
+def test_the_term_between_the_means_is_there():
+    """Running N(0, 1), examples near N(5, 2^2), alpha = 0.3: variance 7.15 with the term, 1.9 without."""
+    ones, zeros = np.ones(1, np.float32), np.zeros(1, np.float32)
+    arrays = {"bn.weight": ones, "bn.bias": zeros, "bn.running_mean": zeros, "bn.running_var": ones}
+    values = np.random.default_rng(0).normal(size=(1, 1, 40, 40))
+    x = (5 + 2 * (values - values.mean()) / values.std()).astype(np.float32)
+    base = model([batch_norm()], arrays, x=("n", 1, 40, 40))
+    for form in FORMS.values():
+        y = run(patched(base, 0.3, form), x)
+        assert y.std() == pytest.approx(2 / np.sqrt(7.15), rel=1e-4)  # float32 and eps
+        assert y.std() != pytest.approx(2 / np.sqrt(1.9), rel=0.3)
+
+
+def test_no_example_depends_on_the_rest_of_the_batch():
+    proto = patched(bn_model(conv=True), 0.3)
+    x = example(4, 6, 5, 4)
+    alone = np.concatenate([run(proto, x[i : i + 1]) for i in range(4)])
+    np.testing.assert_allclose(run(proto, x), alone, rtol=1e-5, atol=1e-6)  # other loop orders
+
+
+def test_half_precision_does_not_overflow():
+    """Values near 300 have squares beyond float16."""
+    x = (example(2, 6, 8, 8) * 20 + 300).astype(np.float16)
+    y = run(patched(bn_model(x=("n", 6, 8, 8), dtype=np.float16), 0.5), x)
+    # x itself carries 1e-3 * its mean / std of the example; half of a unit in float16 beside it
+    assert largest(y, expected(x, 0.5, np.float16)) < 4e-3
+
+
+def test_normalized_moments_keep_digits_that_direct_ones_lose():
+    """Mean 1e3 standard deviations away, and the running mean knows it."""
+    x = (1000 + np.random.default_rng(0).normal(size=(1, 6, 32, 32))).astype(np.float32)
+    arrays = parameters()
+    arrays["bn.running_mean"] = np.full(6, 1000, np.float32)
+    arrays["bn.running_var"] = np.ones(6, np.float32)
+    proto = model([batch_norm()], arrays, x=("n", 6, 32, 32))
+    reference = oracle(
+        x, *(arrays[f"bn.{n}"] for n in ("running_mean", "running_var", "weight", "bias")), 1e-5, 1.0
+    )
+    errors = {form: largest(run(patched(proto, 1.0, append), x), reference) for form, append in FORMS.items()}
+    assert errors["normalized"] < 1e-4  # x has 7 digits, 3 of them spent on the mean
+    assert errors["direct"] > 3 * errors["normalized"]
+
+
+def test_bfloat16_passes_the_checker_and_stays_bfloat16():
+    """No CPU kernel of onnxruntime takes bfloat16 here, so only the types are checked."""
+    proto = bn_model(opset=18)
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        tensor.CopyFrom(helper.make_tensor(tensor.name, onnx.TensorProto.BFLOAT16, array.shape, array))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    result = patched(proto, 0.3)
+    casts = [node for node in result.graph.node if node.op_type == "Cast"]
+    assert [node.attribute[0].i for node in casts] == [onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16]

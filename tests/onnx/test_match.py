@@ -1,0 +1,253 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from bnpatch.onnx.io import inline_norms
+from bnpatch.onnx.match import survey
+from tests.onnx.build import batch_norm, bn_model, constant, from_proto, model, parameters
+
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def look(proto):
+    return survey(from_proto(proto))
+
+
+def only_site(proto):
+    found = look(proto)
+    assert not found.left_alone
+    (site,) = found.sites
+    return site
+
+
+def reason(proto):
+    found = look(proto)
+    assert not found.sites
+    (left,) = found.left_alone
+    return left.reason
+
+
+def assert_has_parameters(site, arrays, prefix="bn"):
+    for name in PARAMETERS:
+        np.testing.assert_array_equal(getattr(site, name), arrays[f"{prefix}.{name}"])
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 13, 14, 15, 20, 23, onnx.defs.onnx_opset_version()])
+def test_batch_norm_of_every_opset(opset):
+    site = only_site(bn_model(opset=opset))
+    assert (site.name, site.kind, site.num_channels, site.identity) == ("bn", "BatchNormalization", 6, 0.0)
+    assert site.dims == ("n", 6, 5, 4)
+    assert site.eps == pytest.approx(1e-5)
+    assert not site.needs_calibration
+    assert_has_parameters(site, parameters())
+
+
+def test_parameters_as_constant_nodes():
+    arrays = parameters()
+    proto = model([*(constant(name, array) for name, array in arrays.items()), batch_norm()])
+    assert_has_parameters(only_site(proto), arrays)
+
+
+def test_parameters_behind_identity_are_shared_by_equal_tensors():
+    arrays = {"a.weight": np.ones(6, np.float32), "a.bias": np.zeros(6, np.float32)}
+    nodes = [
+        helper.make_node("Identity", ["a.weight"], ["b.weight"]),
+        helper.make_node("Identity", ["a.bias"], ["b.running_mean"]),
+        helper.make_node("Identity", ["b.weight"], ["b.running_var"]),
+        batch_norm(("x", "b.weight", "a.bias", "b.running_mean", "b.running_var")),
+    ]
+    site = only_site(model(nodes, arrays))
+    assert site.name == "b"
+    np.testing.assert_array_equal(site.running_var, np.ones(6))
+
+
+def test_parameters_computed_from_constants_as_the_exporter_leaves_them():
+    arrays = parameters() | {"one": np.ones(1, np.float32), "six": np.array([6])}
+    nodes = [
+        helper.make_node("CastLike", ["one", "x"], ["like"]),
+        helper.make_node("Expand", ["like", "six"], ["scale"]),
+        batch_norm(("x", "scale", "bn.bias", "bn.running_mean", "bn.running_var")),
+    ]
+    np.testing.assert_array_equal(only_site(model(nodes, arrays)).weight, np.ones(6))
+
+
+def test_initializers_listed_as_inputs():
+    inputs = [helper.make_tensor_value_info(f"bn.{name}", TensorProto.FLOAT, [6]) for name in PARAMETERS]
+    proto = model([batch_norm()], parameters(), opset=8, ir_version=3, inputs=inputs)
+    assert_has_parameters(only_site(proto), parameters())
+
+
+def test_dynamic_parameters_are_left_alone():
+    arrays = parameters()
+    del arrays["bn.running_mean"]
+    inputs = [helper.make_tensor_value_info("bn.running_mean", TensorProto.FLOAT, [6])]
+    assert "mean is computed at run time" in reason(model([batch_norm()], arrays, inputs=inputs))
+
+
+def test_training_mode_is_left_alone():
+    assert "training mode" in reason(model([batch_norm(training_mode=1)], parameters()))
+
+
+def test_weight_standardisation_and_instance_norm_are_left_alone():
+    import torch
+    from timm.layers import StdConv2d
+
+    layers = torch.nn.Sequential(StdConv2d(3, 4, 3), torch.nn.InstanceNorm2d(4, affine=True))
+    program = torch.onnx.export(
+        layers.eval(), (torch.zeros(2, 3, 8, 8),), dynamo=True, optimize=False, verbose=False
+    )
+    found = survey(program.model)
+    assert not found.sites
+    assert {left.kind for left in found.left_alone} >= {"InstanceNormalization"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"bn.bias": np.zeros(5, np.float32)}, "differ in size"),
+        ({"bn.weight": np.ones((1, 6), np.float32)}, "shape"),
+        ({"bn.running_var": -np.ones(6, np.float32)}, "negative"),
+        ({"bn.running_var": np.full(6, np.inf, np.float32)}, "not finite"),
+    ],
+)
+def test_parameters_that_make_no_sense(change, expected):
+    assert expected in reason(model([batch_norm()], parameters() | change))
+
+
+def test_other_reasons():
+    assert "spatial" in reason(model([batch_norm(spatial=0)], parameters(), opset=7))
+    assert "opset 6" in reason(model([batch_norm()], parameters(), opset=6))
+    assert "channels" in reason(bn_model_of_other_width())
+    proto = model([batch_norm()], parameters())
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    assert "rank" in reason(proto)
+
+
+def bn_model_of_other_width():
+    return model([batch_norm()], parameters(6), x=("n", 7, 2, 2))
+
+
+def test_what_is_no_norm_of_onnx_is_not_listed():
+    node = helper.make_node("BatchNormalization", ["x"], ["y"], domain="other.company")
+    proto = model([node])
+    proto.opset_import.append(helper.make_opsetid("other.company", 1))
+    found = look(proto)
+    assert not found.sites
+    assert not found.left_alone
+    layer_norm = helper.make_node("LayerNormalization", ["x", "w"], ["y"])
+    assert not look(model([layer_norm], {"w": np.ones(4, np.float32)})).sites
+
+
+@pytest.mark.parametrize("dims", [("n", 6, "h", "w"), (None, 6, None, None), ("?", 6, 5, 5), (0, 6, 4, 4)])
+def test_dimensions_of_all_kinds(dims):
+    assert only_site(bn_model(x=dims)).dims[0] == dims[0]
+
+
+def test_dimension_minus_one_counts_as_unknown():
+    assert only_site(bn_model(x=(-1, 6, -1, 4))).dims == (None, 6, None, 4)
+
+
+def test_single_values():
+    assert only_site(bn_model(x=("n", 6))).single_value
+    assert only_site(bn_model(x=("n", 6, 1, 1))).single_value
+    assert not only_site(bn_model(x=("n", 6, 1, "w"))).single_value
+
+
+def test_names_are_unique_and_remember_the_module():
+    nodes = [
+        batch_norm(output="a"),
+        batch_norm(("a", *(f"bn.{name}" for name in PARAMETERS)), output="y"),
+    ]
+    found = look(model(nodes, parameters()))
+    assert [site.name for site in found.sites] == ["bn", "bn#2"]
+    assert [site.module for site in found.sites] == ["bn", "bn"]
+
+
+def test_names_fall_back_to_the_node_and_to_the_output():
+    arrays = {name.replace("bn.", "p_"): array for name, array in parameters().items()}
+    node = batch_norm(("x", *arrays))
+    assert only_site(model([node], arrays)).name == "norm"
+    node.name = ""
+    assert only_site(model([node], arrays)).name == "y"
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21, 23])
+def test_group_normalization_per_group_and_per_channel(opset):
+    size = 3 if opset < 21 else 6
+    arrays = {"gn.weight": np.arange(1, size + 1, dtype=np.float32), "gn.bias": np.zeros(size, np.float32)}
+    node = helper.make_node("GroupNormalization", ["x", *arrays], ["y"], num_groups=3)
+    site = only_site(model([node], arrays, opset=opset))
+    assert (site.name, site.kind, site.channels_per_group) == ("gn", "GroupNormalization", 2)
+    assert site.needs_calibration
+    assert site.identity == 1.0
+    expected = [1, 1, 2, 2, 3, 3] if opset < 21 else [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(site.weight, expected)
+
+
+def test_group_norm_that_divides_no_channels_is_left_alone():
+    arrays = {"w": np.ones(6, np.float32), "b": np.zeros(6, np.float32)}
+    node = helper.make_node("GroupNormalization", ["x", "w", "b"], ["y"], num_groups=4)
+    assert "do not divide" in reason(model([node], arrays, opset=21))
+
+
+def in_if(node, arrays, opset=20):
+    """The node in both branches of an If; its parameters lie in the graph outside."""
+    branches = {}
+    for branch in ("then_branch", "else_branch"):
+        inner = onnx.NodeProto()
+        inner.CopyFrom(node)
+        inner.name, inner.output[0] = f"{branch}_norm", f"{branch}_y"
+        out = helper.make_tensor_value_info(f"{branch}_y", TensorProto.FLOAT, None)
+        branches[branch] = helper.make_graph([inner], branch, [], [out])
+    nodes = [constant("yes", np.array(True)), helper.make_node("If", ["yes"], ["y"], **branches)]
+    return model(nodes, arrays, opset=opset)
+
+
+def test_batch_norm_in_subgraphs():
+    found = look(in_if(batch_norm(), parameters()))
+    assert [site.name for site in found.sites] == ["bn", "bn#2"]
+    assert all(site.node.graph.name in ("then_branch", "else_branch") for site in found.sites)
+
+
+def in_function(opset=20):
+    """Two calls of one function, each with its own parameters."""
+    body = helper.make_function(
+        "local", "Block", ["a", *PARAMETERS], ["b"],
+        [helper.make_node("BatchNormalization", ["a", *PARAMETERS], ["b"], name="inner")],
+        [helper.make_opsetid("", opset)],
+    )  # fmt: skip
+    arrays = parameters(prefix="one") | parameters(prefix="two", seed=1)
+    calls = [
+        helper.make_node("Block", ["x", *(f"one.{n}" for n in PARAMETERS)], ["h"], domain="local", name="c1"),
+        helper.make_node("Block", ["h", *(f"two.{n}" for n in PARAMETERS)], ["y"], domain="local", name="c2"),
+    ]
+    return model(calls, arrays, functions=[body], opset=opset)
+
+
+def test_batch_norm_in_functions_is_found_once_they_are_inlined():
+    proto = in_function()
+    assert "model-local function 'Block'" in reason(proto)
+    inlined = inline_norms(from_proto(proto))
+    found = survey(inlined)
+    assert [site.name for site in found.sites] == ["one", "two"]
+    assert_has_parameters(found.sites[1], parameters(seed=1), prefix="bn")
+    onnx.checker.check_model(ir.to_proto(inlined), full_check=True)
+
+
+def test_functions_without_norms_stay():
+    body = helper.make_function(
+        "local", "Act", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 20)]
+    )
+    call = helper.make_node("Act", ["x"], ["h"], domain="local")
+    proto = model([call, batch_norm(("h", *(f"bn.{n}" for n in PARAMETERS)))], parameters(), functions=[body])
+    assert len(inline_norms(from_proto(proto)).functions) == 1
+
+
+def test_a_survey_changes_nothing():
+    proto = in_if(batch_norm(), parameters())
+    graph = from_proto(proto)
+    before = ir.to_proto(graph).SerializeToString()
+    survey(graph)
+    assert ir.to_proto(graph).SerializeToString() == before
