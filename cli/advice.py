@@ -22,7 +22,7 @@ _DEFAULT_TRAIN_BATCH = 32
 class Advice:
     """What a torch model's structure, its training batch, and data say."""
 
-    sites: tuple[str, ...]
+    norm_layers: tuple[str, ...]
     unnormalized: frozenset[str] | None
     num_function_calls: int | None
     train_batch_size: int
@@ -35,7 +35,7 @@ class Advice:
         from bnpatch.finetune.guidance import techniques
 
         reached = None if self.unnormalized is None else len(self.unnormalized)
-        return techniques(self.train_batch_size, len(self.sites), reached)
+        return techniques(self.train_batch_size, len(self.norm_layers), reached)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -53,12 +53,12 @@ def advise(loaded: "TorchModel", data: str | None, asked: int | None, reading: o
     """Ask the model, and where there is data, run it."""
     batch = asked or loaded.train_batch_size or _DEFAULT_TRAIN_BATCH
     source = "as asked" if asked else "from the checkpoint" if loaded.train_batch_size else "assumed"
-    sites = tuple(site.name for site in loaded.survey().sites)
-    ranges = _observe(loaded, data, batch, reading) if data is not None and sites else None
+    norm_layers = tuple(norm_layer.name for norm_layer in loaded.inventory().norm_layers)
+    ranges = _observe(loaded, data, batch, reading) if data is not None and norm_layers else None
     paths = _paths(loaded)
-    unnormalized = None if paths is None else paths.unnormalized.intersection(sites)
+    unnormalized = None if paths is None else paths.unnormalized.intersection(norm_layers)
     calls = None if paths is None else paths.num_function_calls
-    return Advice(sites, unnormalized, calls, batch, source, ranges)
+    return Advice(norm_layers, unnormalized, calls, batch, source, ranges)
 
 
 def _observe(
@@ -108,18 +108,18 @@ def print_advice(advice: Advice, list_sites: bool) -> None:
     """Print for people; with ``list_sites`` every name and every range."""
     from .render import table
 
-    num_sites = len(advice.sites)
+    num_norms = len(advice.norm_layers)
     if calls := advice.num_function_calls:
         typer.echo(
             f"\n{calls} normalizations are function calls in the model's own code, and stay as they are"
         )
-    if not num_sites:
+    if not num_norms:
         return
     if (reached := advice.unnormalized) is not None:
-        names = [name for name in advice.sites if name in reached]
+        names = [name for name in advice.norm_layers if name in reached]
         typer.echo(
-            f"\nscales and shifts of {len(reached)} of {num_sites} sites reach the output past no other norm"
-            + (f": {opt.some(names, len(names) if list_sites else 3)}" if names else "")
+            f"\nscales and shifts of {len(reached)} of {num_norms} norm layers reach the output past no "
+            "other norm" + (f": {opt.some(names, len(names) if list_sites else 3)}" if names else "")
         )
     typer.echo(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
     rows = [[t.name, t.fits, t.reason] for t in advice.techniques]
@@ -133,8 +133,8 @@ def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
 
     beyond = [r for r in ranges if r.is_beyond_training]
     typer.echo(
-        f"\nnormalized values, in standard deviations: {len(beyond)} of {len(ranges)} sites go beyond what "
-        "was possible in training"
+        f"\nnormalized values, in standard deviations: {len(beyond)} of {len(ranges)} norm layers go beyond "
+        "what was possible in training"
     )
     shown = ranges if list_sites else beyond
     if shown:
@@ -148,7 +148,7 @@ def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
             ]
             for r in shown
         ]
-        table(["site", "observed", "bound in training", "bound at inference", ""], rows)
+        table(["norm layer", "observed", "bound in training", "bound at inference", ""], rows)
 
 
 def _range_as_json(found: "OutputRange") -> dict[str, Any]:

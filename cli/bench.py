@@ -19,7 +19,7 @@ def bench(
     model: opt.Model,
     recipe: Annotated[Path | None, typer.Option(help="Patch with this recipe.")] = None,
     alpha: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Patch all sites with this weight instead.")
+        float | None, typer.Option(min=0, max=1, help="Patch all norm layers with this weight instead.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 1,
     seconds: Annotated[float, typer.Option(min=0, help="Time to measure for.")] = 10.0,
@@ -32,7 +32,7 @@ def bench(
     """Measure how long a model takes as it is and patched, side by side.
 
     Both take turns, and the ratio is that of neighbouring turns, so that other programs on the machine
-    disturb it little. An ONNX file is patched as export would write it. Without a recipe all sites are
+    disturb it little. An ONNX file is patched as export would write it. Without a recipe all norm layers are
     patched, which costs the most.
 
     Examples:
@@ -64,7 +64,7 @@ def bench(
         what = f"alpha = {_USUAL_ALPHA}, for want of a recipe" if alpha is None else f"alpha = {alpha:g}"
     alphas = loaded.alphas()
     num_patched = sum(alphas[name] != identity for name, identity in loaded.identities().items())
-    opt.say(f"patch          {num_patched} of {len(alphas)} sites: {what}")
+    opt.say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:
         opt.say("note           the interval is wide: measure longer (--seconds), or on a quieter machine")

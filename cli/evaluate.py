@@ -29,7 +29,7 @@ def evaluate(
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
     from bnpatch import BnpatchError, Recipe
-    from bnpatch.core.patch import Setting
+    from bnpatch.core.patch import PatchWeights
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation.evaluate import evaluate as score
     from bnpatch.evaluation.metrics import ACCURACY
@@ -47,7 +47,9 @@ def evaluate(
         before = loaded.setting()
         loaded.apply(chosen)
         patched = loaded.setting()
-        loaded.set(Setting({**loaded.identities(), **before.alphas}, dict.fromkeys(patched.lambdas, 0.0)))
+        loaded.set(
+            PatchWeights({**loaded.identities(), **before.alphas}, dict.fromkeys(patched.lambdas, 0.0))
+        )
     if chosen is None:
         reading = replace(reading, cache_gb=0.0)  # one pass needs no memory of it
     examples = reading.open(data, loaded, seed)

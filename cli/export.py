@@ -17,7 +17,7 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="Patch with this recipe first.")] = None,
     alpha_input: Annotated[
         Literal["global", "per-site"] | None,
-        typer.Option(help="Leave alpha adjustable: one input for all sites, or one for each."),
+        typer.Option(help="Leave alpha adjustable: one input for all norm layers, or one for each."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Compare on real images of this data set, too.")] = None,
     as_json: opt.Json = False,
@@ -25,7 +25,7 @@ def export(
 ) -> None:
     """Write a patched model as a standard ONNX file, and check that it computes the same.
 
-    Sites at alpha = 0 stay as they were. The file is compared with the model on batches of several
+    Norm layers at alpha = 0 stay as they were. The file is compared with the model on batches of several
     sizes; if it deviates by more than rounding, no file is left and the exit code is 1.
 
     Examples:
@@ -52,8 +52,8 @@ def export(
         return
     batches = ", ".join(map(str, done.batches))
     size = " x ".join(map(str, loaded.preprocessing.input_size))
-    sites = f"{len(done.patched)} of {len(loaded.survey().sites)} sites weigh examples"
-    typer.echo(f"wrote {done.path}: {sites}, opset {done.opset}")
+    norm_layers = f"{len(done.patched)} of {len(loaded.inventory().norm_layers)} norm layers weigh examples"
+    typer.echo(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
     if not done.patched:
         typer.echo(
             "nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with")

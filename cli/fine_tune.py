@@ -139,7 +139,7 @@ def _decay(settings: "FineTuneSettings") -> str:
     decay = settings.norm_decay
     if decay is None or not decay.rate:
         return "of scales and shifts: none"
-    where = "all sites" if decay.sites == "all" else f"{len(decay.sites)} sites"
+    where = "all norm layers" if decay.norm_layers == "all" else f"{len(decay.norm_layers)} norm layers"
     how = "coupled" if decay.coupled else "decoupled"
     return f"of scales toward {decay.gamma_toward:.0f} and of shifts: {decay.rate:.2g}, {how}, at {where}"
 

@@ -12,7 +12,7 @@ from . import options as opt
 from .advice import Advice, advise, print_advice
 
 if TYPE_CHECKING:
-    from bnpatch.core.inventory import AnySite, LeftAlone, Survey
+    from bnpatch.core.inventory import AnyNormLayer, Inventory, SkippedNorm
     from bnpatch.models.onnx_model import OnnxModel
     from bnpatch.models.torch_model import TorchModel
 
@@ -32,11 +32,11 @@ def inspect(
         ),
     ] = None,
     as_json: opt.Json = False,
-    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    norm_layers: Annotated[bool, typer.Option("--sites", help="List every norm layer.")] = False,
     loading: opt.Loading,
     reading: opt.Reading,
 ) -> None:
-    """Show what bnpatch would rewrite in a model, what it would leave alone, and what to do with it.
+    """Show what bnpatch would rewrite in a model, what it would skip, and what to do with it.
 
     Examples:
     bnpatch inspect model.pt
@@ -58,27 +58,27 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(_as_json(loaded, facts, advice)))
         return
-    _print_facts(facts, sites)
+    _print_facts(facts, norm_layers)
     if advice is not None:
-        print_advice(advice, sites)
+        print_advice(advice, norm_layers)
 
 
 @dataclass(frozen=True)
 class _Facts:
     """What there is to see without data."""
 
-    found: "Survey[AnySite]"
-    calls: "tuple[LeftAlone, ...]"  # of functions that normalize
+    found: "Inventory[AnyNormLayer]"
+    calls: "tuple[SkippedNorm, ...]"  # of functions that normalize
     alphas: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     outputs: int | None
-    folded: tuple[str, ...]
+    fused: tuple[str, ...]
     opset: int | None
     size: int | None  # of the file, in bytes
 
     @property
-    def left_alone(self) -> "tuple[LeftAlone, ...]":
-        return (*self.found.left_alone, *self.calls)
+    def skipped_norms(self) -> "tuple[SkippedNorm, ...]":
+        return (*self.found.skipped_norms, *self.calls)
 
     @property
     def single_value(self) -> list[str]:
@@ -86,7 +86,9 @@ class _Facts:
 
     @property
     def kinds(self) -> Counter[str]:
-        return Counter(s.kind for s in self.found.sites) + Counter(left.kind for left in self.left_alone)
+        return Counter(s.kind for s in self.found.norm_layers) + Counter(
+            left.kind for left in self.skipped_norms
+        )
 
     def resolution(self, name: str) -> str:
         shape = self.shapes.get(name)
@@ -98,20 +100,20 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
     from bnpatch.models.onnx_model import OnnxModel
 
     try:
-        shapes, outputs = loaded.site_shapes(), loaded.num_outputs()
-        folded = loaded.folded()
+        shapes, outputs = loaded.norm_shapes(), loaded.num_outputs()
+        fused = loaded.fused_convs()
         calls = () if isinstance(loaded, OnnxModel) else loaded.functional_norms()
     except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
         opt.say(f"note           {error.problem}")
-        shapes, outputs, folded, calls = {}, None, (), ()
+        shapes, outputs, fused, calls = {}, None, (), ()
     file = Path(model)
     return _Facts(
-        loaded.survey(),
+        loaded.inventory(),
         calls,
         loaded.alphas(),
         shapes,
         outputs,
-        folded=folded,
+        fused=fused,
         opset=loaded.opset if isinstance(loaded, OnnxModel) else None,
         size=file.stat().st_size if file.is_file() else None,
     )
@@ -127,28 +129,28 @@ def _print_facts(facts: _Facts, list_sites: bool) -> None:
         opt.say(f"file           {facts.size / 1e6:.1f} MB{opset}")
     opt.say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
     opt.say("")
-    typer.echo(f"{len(found.sites) - len(single)} sites to weigh examples at")
+    typer.echo(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
     if list_sites:
         rows = [
             [s.name, s.kind, s.num_channels, facts.resolution(s.name), f"{facts.alphas[s.name]:g}"]
-            for s in found.sites
+            for s in found.norm_layers
         ]
-        table(["site", "kind", "channels", "map", "alpha"], rows)
-    elif found.sites:
-        groups = Counter((s.kind, facts.resolution(s.name)) for s in found.sites)
+        table(["norm layer", "kind", "channels", "map", "alpha"], rows)
+    elif found.norm_layers:
+        groups = Counter((s.kind, facts.resolution(s.name)) for s in found.norm_layers)
         table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
     if single:
         names = opt.some(single, len(single) if list_sites else 3)
         typer.echo(f"{len(single)} more see one value per channel and stay plain: {names}")
         typer.echo("(an example has no variance there: its weight would mostly shrink the signal)")
-    if facts.folded:
+    if facts.fused:
         typer.echo(
-            f"\n{len(facts.folded)} of the convolutions may have had a Batch Norm folded into it: "
-            + opt.some(facts.folded)
+            f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm fused into it: "
+            + opt.some(facts.fused)
         )
-    if facts.left_alone:
-        typer.echo(f"\n{len(facts.left_alone)} norms are left alone")
-        reasons = Counter((left.kind, left.reason) for left in facts.left_alone)
+    if facts.skipped_norms:
+        typer.echo(f"\n{len(facts.skipped_norms)} norms are skipped")
+        reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
 
 
@@ -168,12 +170,12 @@ def _as_json(loaded: "TorchModel | OnnxModel", facts: _Facts, advice: Advice | N
                 "resolution": facts.shapes.get(s.name),
                 "alpha": facts.alphas[s.name],
             }
-            for s in facts.found.sites
+            for s in facts.found.norm_layers
         ],
         "single_value_sites": facts.single_value,
-        "folded_candidates": facts.folded,
+        "folded_candidates": facts.fused,
         "opset": facts.opset,
         "bytes": facts.size,
-        "left_alone": [vars(left) for left in facts.left_alone],
+        "left_alone": [vars(left) for left in facts.skipped_norms],
     }
     return content if advice is None else content | advice.to_json()

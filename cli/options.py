@@ -70,7 +70,7 @@ class Loading:
     amp: Annotated[
         bool, _option("--amp", help="Compute in half precision where that is safe.", panel=_LOADING)
     ] = False
-    weigh_single_values: Annotated[
+    include_1x1: Annotated[
         bool,
         _option(
             "--weigh-single-values",
@@ -105,7 +105,7 @@ class Loading:
             output=self.output_name,
             device=self.device,
             amp=self.amp,
-            weigh_single_values=self.weigh_single_values,
+            include_1x1=self.include_1x1,
             preprocessing={
                 "img_size": self.img_size,
                 "mean": _numbers(self.mean, "--mean"),

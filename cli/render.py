@@ -64,14 +64,19 @@ def verdict_table(verdict: Verdict) -> None:
 
 
 def ladder_table(result: TuneResult) -> None:
-    """The rungs of the search, as the selection examples scored them."""
+    """The candidates of the search, as the selection examples scored them."""
     metric = result.metric
     rows = []
-    for rung in result.rungs:
-        name = f"> {rung.name}" if rung.chosen else f"  {rung.name}"
-        change = [metric.format(rung.change.value, signed=True), interval(metric, rung.change, signed=True)]
-        rows.append([name, metric.format(rung.mean), *(["", ""] if rung.name == "identity" else change)])
-    table(["  ladder (selection)", metric.name, "change", "95% interval"], rows)
+    for candidate in result.candidates:
+        name = f"> {candidate.name}" if candidate.chosen else f"  {candidate.name}"
+        change = [
+            metric.format(candidate.change.value, signed=True),
+            interval(metric, candidate.change, signed=True),
+        ]
+        rows.append(
+            [name, metric.format(candidate.mean), *(["", ""] if candidate.name == "identity" else change)]
+        )
+    table(["  list of candidates (selection)", metric.name, "change", "95% interval"], rows)
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:

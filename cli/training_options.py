@@ -67,7 +67,7 @@ class Techniques:
         """Settings with the techniques that are asked for, or chosen; says why."""
         from bnpatch.core.norm_spec import NormSpec
         from bnpatch.finetune.norm_decay import NormDecay
-        from bnpatch.finetune.techniques import decay_sites
+        from bnpatch.finetune.techniques import decayed_norms
 
         self._check()
         is_auto = self.ghost_batch_size == "auto" and self.channels_per_group is None
@@ -80,11 +80,14 @@ class Techniques:
             ghost = None if self.ghost_batch_size == "auto" else int(self.ghost_batch_size)
             settings = replace(settings, spec=NormSpec(self.channels_per_group or 1, ghost or None))
         rate = None if self.norm_weight_decay == "auto" else float(self.norm_weight_decay)
-        decay = settings.norm_decay if rate is None else NormDecay(rate, sites=decay_sites(model))
+        decay = settings.norm_decay if rate is None else NormDecay(rate, norm_layers=decayed_norms(model))
         if decay is not None:
-            sites = "all" if self.norm_weight_decay_sites == "all" else decay.sites
+            norm_layers = "all" if self.norm_weight_decay_sites == "all" else decay.norm_layers
             decay = replace(
-                decay, sites=sites, gamma_toward=float(self.gamma_toward), coupled=not self.decoupled
+                decay,
+                norm_layers=norm_layers,
+                gamma_toward=float(self.gamma_toward),
+                coupled=not self.decoupled,
             )
         return replace(settings, norm_decay=decay)
 

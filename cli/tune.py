@@ -55,11 +55,14 @@ def tune_alpha(
         ),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(help="At most so many weights in each race.", rich_help_panel=_SEARCH)
+        int | None,
+        typer.Option(help="At most so many weights in each global search.", rich_help_panel=_SEARCH),
     ] = None,
     max_passes: Annotated[
         float,
-        typer.Option(help="At most so many passes over the images in each race.", rich_help_panel=_SEARCH),
+        typer.Option(
+            help="At most so many passes over the images in each global search.", rich_help_panel=_SEARCH
+        ),
     ] = 3.0,
     timeout: Annotated[
         float | None, typer.Option(help="Begin nothing more after so many seconds.", rich_help_panel=_SEARCH)
@@ -90,7 +93,7 @@ def tune_alpha(
         bool,
         typer.Option(
             "--recover-folded",
-            help="Find again the Batch Norm that was folded into convolutions (--calib-data: clean images).",
+            help="Find again the Batch Norm that was fused into convolutions (--calib-data: clean images).",
             rich_help_panel=_SEARCH,
         ),
     ] = False,
@@ -134,8 +137,9 @@ def tune_alpha(
     """Find the weights that suit a model and data best, without retraining.
 
     alpha is the weight of the example in the moments that normalize it, lambda that of running moments
-    re-estimated on your images. The search climbs a ladder, one weight for all layers, then one per layer,
-    and keeps what images that it did not learn from support. The verdict is given on further images.
+    re-estimated on your images. The search climbs a list of candidates, one weight for all layers, then one
+    per layer, and keeps what images that it did not learn from support. The verdict is given on further
+    images.
 
     Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv.
 

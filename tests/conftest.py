@@ -78,7 +78,7 @@ def exported(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folded(checkpoint, tmp_path_factory):
-    """The same with every Batch Norm folded away, as most public files are."""
+    """The same with every Batch Norm fused away, as most public files are."""
     import torch
 
     from bnpatch import load

@@ -25,7 +25,7 @@ def mixed(weight, one, other):
     return tuple(np.array(part) for part in zip(*found, strict=True))
 
 
-def weighed_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1):
+def weighted_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1):
     x, running_mean, running_var, weight, bias = (
         np.asarray(a, np.float64) for a in (x, running_mean, running_var, weight, bias)
     )

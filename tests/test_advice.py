@@ -35,7 +35,7 @@ def test_the_paths_decide_about_weight_decay():
     decay = "weight decay on scales and shifts"
     assert [fits(32, n)[decay] for n in (0, 2, None)] == ["no", "yes", "with care"]
     reason = next(t.reason for t in techniques(32, 15, 2) if t.name == decay)
-    assert "2 of 15 sites" in reason
+    assert "2 of 15 norm layers" in reason
 
 
 def standardized(values, weights):

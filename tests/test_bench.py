@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.models.latency import MIN_ROUNDS, Latency, interleaved, measure, median_interval, site_costs
+from bnpatch.models.latency import MIN_ROUNDS, Latency, interleaved, measure, median_interval, norm_costs
 
 
 class Machine:
@@ -118,7 +118,7 @@ def test_a_model_is_measured_and_left_as_it_was(model):
 
 
 def test_what_runs_is_what_the_setting_says(model, monkeypatch):
-    """Of each setting: the sites that weigh examples while it is timed."""
+    """Of each setting: the norm layers that weigh examples while it is timed."""
     from bnpatch.models import latency
 
     names = list(model.alphas())
@@ -153,7 +153,7 @@ def test_what_runs_is_what_the_setting_says(model, monkeypatch):
 
 
 def test_mistakes(model):
-    with pytest.raises(bnpatch.BnpatchError, match="no site 'nope'"):
+    with pytest.raises(bnpatch.BnpatchError, match="no norm layer 'nope'"):
         measure(model, [{"nope": 0.1}])
     with pytest.raises(bnpatch.BnpatchError, match="alpha = 2"):
         measure(model, [dict.fromkeys(model.alphas(), 2.0)])
@@ -170,24 +170,24 @@ def test_a_fixed_batch_size_is_honoured(exported):
 
 
 def test_costs_follow_the_size_of_what_a_site_reads(model):
-    costs = site_costs(model)
+    costs = norm_costs(model)
     assert costs.keys() == model.alphas().keys()
     assert sum(costs.values()) == pytest.approx(1)
     assert all(cost > 0 for cost in costs.values())
     names = list(costs)
     assert costs[names[0]] > costs[names[-1]]
     # The more images, the less the part of a site's cost that comes once per batch.
-    assert site_costs(model, batch_size=64)[names[-1]] < costs[names[-1]]
+    assert norm_costs(model, batch_size=64)[names[-1]] < costs[names[-1]]
 
 
 def test_costs_of_a_graph_that_leaves_the_image_size_open(exported):
     model = bnpatch.load(exported)
-    known = site_costs(model)
+    known = norm_costs(model)
     for size in model.graph.graph.inputs[0].shape[2:]:
         assert isinstance(size, int)
     model.graph.graph.inputs[0].shape = type(model.graph.graph.inputs[0].shape)(["batch", 1, "h", "w"])
     for value in (v for node in model.graph.graph for v in node.outputs):
         value.shape = None
     opened = bnpatch.OnnxModel(model.graph, "open", model.signature, model.preprocessing)
-    assert not opened.site_shapes()
-    assert site_costs(opened) == known
+    assert not opened.norm_shapes()
+    assert norm_costs(opened) == known

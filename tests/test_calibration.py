@@ -10,7 +10,7 @@ from torch import nn
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.running_stats import calibrate, target_moments
 from tests.nn.test_surgery import images, settle
@@ -124,7 +124,7 @@ def test_weights_that_are_set_do_not_change_what_is_found():
         module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.GroupNorm(1, 3), nn.Flatten()).eval()
         bnpatch.patch(module, alpha)
         bnpatch.calibrate(module, INPUTS)
-        assert [site.alpha for site in bnpatch.survey(module).sites] == [alpha, 1.0]
+        assert [norm_layer.alpha for norm_layer in bnpatch.inventory(module).norm_layers] == [alpha, 1.0]
         found.append(module[2].running)
     assert torch.equal(found[0].mean, found[1].mean)
 
@@ -172,7 +172,7 @@ def test_a_module_of_ones_own_is_calibrated_and_patched():
     again = bnpatch.load(module)  # knows what was found
     found = again.running()
     again.set_alphas(again.identities())
-    again.set(Setting(lambdas=dict.fromkeys(found, 0.0)))
+    again.set(PatchWeights(lambdas=dict.fromkeys(found, 0.0)))
     assert torch.equal(module(INPUTS), before)
     assert torch.equal(again.running()["norm1"].mean, found["norm1"].mean)
     bnpatch.unpatch(module)
@@ -211,7 +211,7 @@ def test_batch_norm_without_running_moments():
     values = inputs_of(module, "1", INPUTS)
     assert bnpatch.calibrate(module, INPUTS) == ("1",)
     assert_moments(module[1].running, values)
-    assert bnpatch.survey(module).sites[0].identity == 0.0
+    assert bnpatch.inventory(module).norm_layers[0].identity == 0.0
     together = module(INPUTS)
     alone = torch.cat([module(x[None]) for x in INPUTS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)  # free of the batch now
@@ -254,7 +254,7 @@ def test_target_moments_see_the_model_as_it_came():
     model, examples = opened(small())
     plain = target_moments(model, examples)
     model.retarget(plain)
-    model.set(Setting(dict.fromkeys(model.alphas(), 0.3), dict.fromkeys(model.alphas(), 0.5)))
+    model.set(PatchWeights(dict.fromkeys(model.alphas(), 0.3), dict.fromkeys(model.alphas(), 0.5)))
     before = snapshot(model)
     weighed = target_moments(model, examples)
     assert_unchanged(model, before)
@@ -270,10 +270,10 @@ def test_group_norm_has_target_moments_once_it_is_a_site():
     found = target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model))
     assert_moments(found["norm1"], inputs_of(model.module, "norm1", 2 * INPUTS))
     model.retarget(found)
-    model.set(Setting(dict.fromkeys(found, 0.6), {"norm1": 0.4}))
+    model.set(PatchWeights(dict.fromkeys(found, 0.6), {"norm1": 0.4}))
     expected = mix(0.4, found["norm1"], Moments(source["norm1"].mean.numpy(), source["norm1"].var.numpy()))
     np.testing.assert_allclose(model.running()["norm1"].var, expected.var, rtol=1e-5)  # float32
-    model.set(Setting(lambdas={"norm1": 0.0}))
+    model.set(PatchWeights(lambdas={"norm1": 0.0}))
     assert torch.equal(model.running()["norm1"].mean, source["norm1"].mean)
 
 
@@ -288,13 +288,13 @@ def test_lambda_zero_is_the_original_bit_for_bit():
     before = model.predict(INPUTS)
     model.retarget(target_moments(model, examples))
     names = list(model.alphas())
-    model.set(Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)))
+    model.set(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)))
     assert torch.equal(model.predict(INPUTS), before)
-    model.set(Setting(lambdas=dict.fromkeys(names, 0.7)))
+    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
     assert not torch.equal(model.predict(INPUTS), before)
-    model.set(Setting(lambdas=dict.fromkeys(names, 0.0)))
+    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.0)))
     assert torch.equal(model.predict(INPUTS), before)
-    model.set(Setting(lambdas=dict.fromkeys(names, 0.7)))
+    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
     with model.unpatched() as module:
         assert torch.equal(module(INPUTS), before)
     assert torch.equal(bnpatch.unpatch(model.module)(INPUTS), before)
@@ -310,7 +310,7 @@ def test_lambda_one_is_a_model_with_the_moments_of_the_data():
         norm.running_var.copy_(torch.from_numpy(moments.var))
     model.retarget(targets)
     for alpha in (0.0, 0.3):
-        model.set(Setting(dict.fromkeys(targets, alpha), dict.fromkeys(targets, 1.0)))
+        model.set(PatchWeights(dict.fromkeys(targets, alpha), dict.fromkeys(targets, 1.0)))
         bnpatch.patch(twin, alpha)
         torch.testing.assert_close(model.predict(INPUTS), twin(INPUTS), rtol=1e-5, atol=1e-5)  # float32
 
@@ -319,7 +319,7 @@ def test_new_targets_count_at_once():
     model, examples = opened(small())
     targets = target_moments(model, examples)
     model.retarget(targets)
-    model.set(Setting(lambdas={"norm1": 1.0}))
+    model.set(PatchWeights(lambdas={"norm1": 1.0}))
     model.retarget({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
     np.testing.assert_allclose(model.running()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5)  # float32
     assert model.setting().lambdas == {"norm1": 1.0, "norm2": 0.0, "norm3": 0.0}
@@ -328,11 +328,11 @@ def test_new_targets_count_at_once():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (Setting({"norm1": 0.1}, {"norm1": 0.5}), "no target moments for site 'norm1'"),
-        (Setting({"norm1": 0.1}, {"nope": 0.0}), "no site 'nope'"),
-        (Setting({"norm1": 0.1}, {"norm1": 2.0}), r"lambda = 2.0 at 'norm1'"),
-        (Setting({"nope": 0.1}, {"norm1": 0.0}), "no site 'nope'"),
-        (Setting({"norm1": 0.1, "norm2": -1.0}, {"norm1": 0.0}), r"alpha = -1.0"),
+        (PatchWeights({"norm1": 0.1}, {"norm1": 0.5}), "no target moments for norm layer 'norm1'"),
+        (PatchWeights({"norm1": 0.1}, {"nope": 0.0}), "no norm layer 'nope'"),
+        (PatchWeights({"norm1": 0.1}, {"norm1": 2.0}), r"lambda = 2.0 at 'norm1'"),
+        (PatchWeights({"nope": 0.1}, {"norm1": 0.0}), "no norm layer 'nope'"),
+        (PatchWeights({"norm1": 0.1, "norm2": -1.0}, {"norm1": 0.0}), r"alpha = -1.0"),
     ],
 )
 def test_a_refused_setting_changes_nothing(setting, message):
@@ -385,7 +385,9 @@ def test_recipes_carry_all_that_was_found(tmp_path):
     model, examples = opened(small(group_norm))
     calibrate(model, examples)
     model.retarget(target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model)))
-    model.set(Setting({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0}))
+    model.set(
+        PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
+    )
     expected, recipe = model.predict(INPUTS), model.recipe()
     recipe.save(tmp_path / "recipe.json")
     read = Recipe.load(tmp_path / "recipe.json")
@@ -407,7 +409,7 @@ def test_a_recipe_that_does_not_fit_changes_nothing():
     for norm in (other.module.norm1, other.module.norm3):
         nn.init.normal_(norm.weight)
     before = snapshot(other)
-    with pytest.raises(BnpatchError, match="parameters of site 'norm1' differ"):
+    with pytest.raises(BnpatchError, match="parameters of norm layer 'norm1' differ"):
         other.apply(model.recipe())
     assert_unchanged(other, before)
 
@@ -415,7 +417,9 @@ def test_a_recipe_that_does_not_fit_changes_nothing():
 def test_a_module_with_other_running_moments_is_taken_as_it_is():
     model, examples = opened(small())
     model.retarget(target_moments(model, examples))
-    model.set(Setting({"norm1": 0.2, "norm2": 0.0, "norm3": 0.0}, {"norm1": 0.5, "norm2": 0.5, "norm3": 0.0}))
+    model.set(
+        PatchWeights({"norm1": 0.2, "norm2": 0.0, "norm3": 0.0}, {"norm1": 0.5, "norm2": 0.5, "norm3": 0.0})
+    )
     expected = model.predict(INPUTS)
     again = bnpatch.load(model.module)
     assert torch.equal(again.predict(INPUTS), expected)
@@ -429,11 +433,11 @@ def test_a_borrowed_model_comes_back():
     calibrate(model, examples)
     targets = target_moments(model, examples)
     model.retarget(targets)
-    model.set(Setting({"norm1": 0.5}, {"norm1": 0.5}))
+    model.set(PatchWeights({"norm1": 0.5}, {"norm1": 0.5}))
     before, expected = snapshot(model), model.recipe().to_json()
     with model.borrowed():
         model.retarget({name: Moments(t.mean + 1, t.var) for name, t in targets.items()})
-        model.set(Setting(dict.fromkeys(targets, 0.1), dict.fromkeys(targets, 1.0)))
+        model.set(PatchWeights(dict.fromkeys(targets, 0.1), dict.fromkeys(targets, 1.0)))
         model.module.train()
     assert_unchanged(model, before)
     assert model.recipe().to_json() == expected

@@ -22,7 +22,7 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.dataset import split
 from tests.data.test_examples import BROKEN, break_images
@@ -163,22 +163,22 @@ def test_json_is_alone_on_stdout(cli, checkpoint, folder):
     code, out, _ = cli("inspect", checkpoint, "--json")
     assert code == 0
     content = json.loads(out)
-    assert [site["alpha"] for site in content["sites"]] == [0.0] * len(content["sites"])
+    assert [norm_layer["alpha"] for norm_layer in content["sites"]] == [0.0] * len(content["sites"])
     assert content["outputs"] == 10
 
 
 def test_inspect(cli, checkpoint, tmp_path):
     code, out, _ = cli("inspect", checkpoint)
-    sites = bnpatch.load(checkpoint).survey().sites
+    norm_layers = bnpatch.load(checkpoint).inventory().norm_layers
     assert code == 0
-    assert "12 sites to weigh examples at" in out
+    assert "12 norm layers to weigh examples at" in out
     assert "3 more see one value per channel and stay plain: layer4.0.bn1" in out
     code, out, _ = cli("inspect", checkpoint, "--sites")
-    assert all(site.name in out for site in sites)
+    assert all(norm_layer.name in out for norm_layer in norm_layers)
     torch.save(timm.create_model("test_efficientnet_gn").state_dict(), tmp_path / "gn.pt")
     code, out, _ = cli("inspect", "gn.pt")
     assert code == 0
-    assert "0 sites" in out
+    assert "0 norm layers" in out
     assert "GroupNormAct" in out
     assert "calibrated" in out
 
@@ -187,11 +187,13 @@ def test_inspect_advises_on_training(cli, checkpoint, folder, tmp_path):
     code, out, err = cli("inspect", checkpoint, "--data", folder, "-j", 0, "--sites")
     assert code == 0
     assert "15 BatchNorm2d" in err
-    assert "scales and shifts of 2 of 15 sites reach the output past no other norm: layer4.0.bn2, " in out
+    assert (
+        "scales and shifts of 2 of 15 norm layers reach the output past no other norm: layer4.0.bn2, " in out
+    )
     assert "layer4.0.downsample.2" in out
     assert "for batches of 32 in training (assumed)" in out
     assert re.search(r"Ghost Batch Norm +yes", out)
-    assert re.search(r"of 15 sites go beyond what was possible in training", out)
+    assert re.search(r"of 15 norm layers go beyond what was possible in training", out)
     assert re.search(r"layer1\.0\.bn1 +\d+\.\d +\d+\.\d +none", out)
 
     state = bnpatch.load(checkpoint).module.state_dict()
@@ -265,7 +267,7 @@ MODELS = {
     "folder.pt": (lambda path: path.mkdir(), "folder.pt is a folder"),
     "truncated.pt": ("truncated", "truncated.pt is damaged or not a checkpoint"),
     "strange.pt": (lambda path: torch.save({"w": torch.zeros(3)}, path), "strange.pt fit no architecture"),
-    "vit.pt": (write_net_without_norm, "norms can be patched; they are left alone: LayerNorm"),
+    "vit.pt": (write_net_without_norm, "norms can be patched; they are skipped: LayerNorm"),
     "nan.pt": (write_nan, "are not finite"),
     "pickled.pt": (lambda path: torch.save(torch.nn.BatchNorm2d(3), path), "add --unsafe-load if you trust"),
     "model.onnx": (lambda path: path.touch(), "model.onnx is empty"),
@@ -441,7 +443,7 @@ def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder, p
     shutil.copy(plain[0], "model.onnx")
     code, out, _ = cli("inspect", "model.onnx")
     assert code == 0
-    assert "12 sites to weigh examples at" in out
+    assert "12 norm layers to weigh examples at" in out
     content = json.loads(cli("inspect", "model.onnx", "--json")[1])
     assert content["opset"] == 20
     assert content["bytes"] > 100_000
@@ -492,7 +494,7 @@ def test_a_recipe_is_not_applied_twice(cli, checkpoint, folder, weight):
         model.set_alphas(0.1)
     else:
         model.retarget({name: Moments(f.source.mean + 1, f.source.var) for name, f in model.facts().items()})
-        model.set(Setting(lambdas=dict.fromkeys(model.alphas(), 0.5)))
+        model.set(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.5)))
     model.recipe().save("recipe.json")
     model.save("patched.pt", model.recipe())
     assert cli("evaluate", checkpoint, "--data", folder, "--recipe", "recipe.json")[0] == 0
@@ -533,7 +535,7 @@ def test_class_names_are_learned_from_the_folders(cli, folder, tmp_path):
 def test_bench_compares_the_model_with_its_patch(cli, checkpoint, folder, tmp_path):
     code, out, err = cli("bench", checkpoint, "--seconds", 0)
     assert code == 0
-    assert "15 of 15 sites: alpha = 0.01, for want of a recipe" in err
+    assert "15 of 15 norm layers: alpha = 0.01, for want of a recipe" in err
     assert re.search(r"as it is +\d+\.\d\d ms +\d+\.\d +1\.00x *\n", out)
     assert re.search(r"patched +\d+\.\d\d ms +\d+\.\d +\d+\.\d\dx +\[\d+\.\d\dx, \d+\.\d\dx\]", out)
 
@@ -545,15 +547,17 @@ def test_bench_compares_the_model_with_its_patch(cli, checkpoint, folder, tmp_pa
     code, out, err = cli("bench", checkpoint, *recipe, "--seconds", 0, "-b", 4, "--threads", 1, "--json")
     content = json.loads(out)
     assert code == 0
-    assert "1 of 15 sites: the recipe" in err
+    assert "1 of 15 norm layers: the recipe" in err
     assert content["patched_sites"] == 1
     assert content["threads"] == 1
     assert content["original"]["ratio"] == 1
     assert content["patched"]["batch_size"] == 4
     assert content["patched"]["low"] <= content["patched"]["ratio"] <= content["patched"]["high"]
 
-    assert "1 of 15 sites: the model's own weights" in cli("bench", "patched.pt", "--seconds", 0)[2]
-    assert "15 of 15 sites: alpha = 0.5" in cli("bench", "patched.pt", "--alpha", 0.5, "--seconds", 0)[2]
+    assert "1 of 15 norm layers: the model's own weights" in cli("bench", "patched.pt", "--seconds", 0)[2]
+    assert (
+        "15 of 15 norm layers: alpha = 0.5" in cli("bench", "patched.pt", "--alpha", 0.5, "--seconds", 0)[2]
+    )
 
 
 WITHOUT_NORMS = """

@@ -55,7 +55,7 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):  # noqa: F811
     recipe = Recipe.load(folder / "recipe.json")
     assert recipe.provenance["fine_tuning"]["spec"]["examples_per_group"] == 16
     assert recipe.provenance["fine_tuning"]["norm_decay"]["rate"] == 1e-4
-    assert 0 < len(recipe.provenance["fine_tuning"]["norm_decay"]["sites"]) < len(recipe.sites)
+    assert 0 < len(recipe.provenance["fine_tuning"]["norm_decay"]["sites"]) < len(recipe.norm_layers)
     patched = bnpatch.load(folder / "patched.pt", device="cpu")
     before = bnpatch.load(checkpoint, device="cpu")
     assert any(
@@ -69,9 +69,9 @@ def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):  # noqa: 
     code, _, err = cli(*arguments(checkpoint, data, *more, "--decoupled", "--gamma-toward", 0))
     assert code == 0, err
     assert "Batch/Group Norm of 8 channels and all examples" in err
-    assert "toward 0 and of shifts: 0.001, decoupled, at all sites" in err
+    assert "toward 0 and of shifts: 0.001, decoupled, at all norm layers" in err
     again = bnpatch.load(tmp_path / "bnpatch-out" / "patched.pt", device="cpu")
-    assert {site.channels_per_group for site in again.survey().sites} == {8}
+    assert {norm_layer.channels_per_group for norm_layer in again.inventory().norm_layers} == {8}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.finetune.norm_decay import NormDecay, decay_norms, parameter_groups
-from bnpatch.nn.surgery import survey
+from bnpatch.nn.surgery import inventory
 from bnpatch.nn.training_norm import convert_norms
 
 RATE, LR, STEPS = 0.3, 0.1, 4
@@ -108,11 +108,11 @@ def test_follows_the_schedule_and_survives_a_reload():
 
 def test_only_the_chosen_sites_decay():
     net = convert_norms(timm.create_model("test_resnet", num_classes=10), NormSpec.ghost(4))
-    sites = {site.name: site for site in survey(net).sites}
-    chosen = sorted(sites)[:3]
-    groups = parameter_groups(net, 0.1, NormDecay(RATE, sites=frozenset(chosen)))
+    norm_layers = {norm_layer.name: norm_layer for norm_layer in inventory(net).norm_layers}
+    chosen = sorted(norm_layers)[:3]
+    groups = parameter_groups(net, 0.1, NormDecay(RATE, norm_layers=frozenset(chosen)))
     decaying = {id(p) for group in groups if group.get("norm_decay") for p in group["params"]}
-    assert decaying == {id(p) for name in chosen for p in sites[name].parameters()[:2]}
+    assert decaying == {id(p) for name in chosen for p in norm_layers[name].parameters()[:2]}
     everything = [id(p) for group in groups for p in group["params"]]
     assert sorted(everything) == sorted(id(p) for p in net.parameters())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
@@ -137,7 +137,7 @@ def test_frozen_and_unused_parameters_are_left_alone():
         ({"rate": -1.0}, "weight decay of -1"),
         ({"rate": float("nan")}, "weight decay of nan"),
         ({"rate": 0.1, "gamma_toward": 0.5}, "toward 0.5"),
-        ({"rate": 0.1, "sites": ["layer9.bn"]}, r"no site 'layer9\.bn'"),
+        ({"rate": 0.1, "norm_layers": ["layer9.bn"]}, r"no norm layer 'layer9\.bn'"),
     ],
 )
 def test_bad_input(values, message):

@@ -23,7 +23,9 @@ def shown():
 
 
 def shape(lines):
-    """Lines without what depends on the machine: numbers, which rung is chosen, verdicts on other metrics."""
+    """Lines without what depends on the machine: numbers, which candidate is chosen, verdicts on other
+    metrics.
+    """
     masked = [re.sub(NUMBER, "#", line.removeprefix(">")) for line in lines]
     masked = [" ".join(line.split()) for line in masked]
     return [re.sub(r"^((?!accuracy).*\]) (gain|loss)$", r"\1", line) for line in masked]

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bnpatch
 from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
@@ -53,8 +53,8 @@ def are_there(moments):
 
 
 def everywhere(model, alpha, lambda_):
-    names = [site.name for site in model.survey().sites]
-    return Setting(dict.fromkeys(names, alpha), dict.fromkeys(names, lambda_))
+    names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
+    return PatchWeights(dict.fromkeys(names, alpha), dict.fromkeys(names, lambda_))
 
 
 def test_fakes_refuse_to_be_mixed():
@@ -87,10 +87,10 @@ def test_moments_may_be_anywhere(model, where):
 
 
 def test_weights_that_are_learned_meet_their_layers(model):
-    channels = {site.name: site.num_channels for site in model.survey().sites}
+    channels = {norm_layer.name: norm_layer.num_channels for norm_layer in model.inventory().norm_layers}
     model.retarget({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
     model.set(everywhere(model, 0.0, 0.0))
-    names = [site.name for site in model.survey().sites]
+    names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
     groups = Groups({name: name for name in names}, dict.fromkeys(names, "all"))
     logits = {
         "alpha": {name: torch.zeros((), device=DEVICE, requires_grad=True) for name in names},

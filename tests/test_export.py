@@ -8,11 +8,11 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import ParityError, export_onnx
 from bnpatch.models.running_stats import target_moments
 from bnpatch.models.torch_export import module_to_graph
-from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from tests.nn.test_surgery import CALIBRATED, images, settle
 from tests.test_calibration import INPUTS
 
@@ -39,7 +39,7 @@ def exporter(graph_of_checkpoint, monkeypatch):
     from bnpatch.models import export
 
     def once(module, x):
-        assert not any(isinstance(m, ExampleWeighedNorm) for m in module.modules())
+        assert not any(isinstance(m, ExampleWeightedNorm) for m in module.modules())
         assert x.shape[1:] == (1, 32, 32)
         return graph_of_checkpoint.clone()
 
@@ -61,7 +61,9 @@ def test_export_of_timm_models(name, tmp_path):
     assert done.max_deviation < 1e-4
     assert len(done.patched) > 3
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
-    assert {site.alpha for site in bnpatch.survey(module).sites} == {0.1}  # the module is as it was
+    assert {norm_layer.alpha for norm_layer in bnpatch.inventory(module).norm_layers} == {
+        0.1
+    }  # the module is as it was
 
 
 def test_sites_at_identity_stay_as_they_were(checkpoint, exporter, tmp_path):
@@ -145,7 +147,7 @@ def test_lambda_costs_nothing_in_the_file(checkpoint, exporter, tmp_path, clean)
     examples = bnpatch.open_examples(clean, model)
     model.retarget(target_moments(model, examples))
     names = list(model.alphas())
-    model.set(Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
+    model.set(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
     done = export_onnx(model, tmp_path / "moved.onnx")
     assert set(done.patched) == set(names)
     plain, moved = (onnx.load(tmp_path / f"{n}.onnx").graph.node for n in ("plain", "moved"))
@@ -178,7 +180,9 @@ def test_calibrated_norms_are_exported(tmp_path):
     module = SideBySide().eval()
     bnpatch.calibrate(module, INPUTS)
     names = {f"norms.{i}" for i in range(len(CALIBRATED))}
-    identities = {site.name: site.identity for site in bnpatch.survey(module).sites}
+    identities = {
+        norm_layer.name: norm_layer.identity for norm_layer in bnpatch.inventory(module).norm_layers
+    }
     assert identities.keys() == names
     for alphas in (identities, 0.4):
         bnpatch.patch(module, alphas)
@@ -198,7 +202,7 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
     bnpatch.calibrate(model, x)
     model.retarget(target_moments(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model)))
     names = list(model.alphas())
-    model.set(Setting(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
+    model.set(PatchWeights(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
     model.save(tmp_path / "model.pt", model.recipe())
     again = bnpatch.load(tmp_path / "model.pt", unsafe_load=True)
     assert torch.equal(again.predict(x), model.predict(x))
@@ -208,8 +212,8 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
 def test_single_values_are_weighed_where_asked(checkpoint, exporter, tmp_path):
     """By the model, its recipe, its export, and the export with the recipe alike; not by default."""
     x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    model = bnpatch.load(checkpoint, weigh_single_values=True)
-    assert (1, 1) in model.site_shapes().values()
+    model = bnpatch.load(checkpoint, include_1x1=True)
+    assert (1, 1) in model.norm_shapes().values()
     exported = bnpatch.export_onnx(model, tmp_path / "plain.onnx").path
     model.set_alphas(0.5)
     weighed, recipe = model.predict(x), bnpatch.Recipe.from_json(model.recipe().to_json())
@@ -239,6 +243,6 @@ def test_what_only_training_reaches_is_not_exported(tmp_path):
             return self.head(x.mean((2, 3)))
 
     model = bnpatch.patch(settle(WithAuxiliary()), alpha=0.2)
-    assert len(bnpatch.survey(model).sites) == 2
+    assert len(bnpatch.inventory(model).norm_layers) == 2
     done = export_onnx(model, tmp_path / "m.onnx", images(2, 3, 16, 16))
     assert done.patched == ("body.1",)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.export import export_onnx
 from bnpatch.models.running_stats import calibrate, target_moments
@@ -28,7 +28,7 @@ def test_an_export_has_the_sites_of_the_checkpoint(checkpoint, exported):
     assert onnx_model.preprocessing.source == "the file's metadata, as of the checkpoint's training arguments"
     assert onnx_model.class_names == torch_model.class_names
     assert onnx_model.num_outputs() == 10
-    assert onnx_model.site_shapes() == torch_model.site_shapes()
+    assert onnx_model.norm_shapes() == torch_model.norm_shapes()
 
 
 def test_what_a_file_knows_of_its_model_has_names_that_stay(exported):
@@ -96,7 +96,7 @@ def test_the_model_is_left_as_it_was(exported, foggy):
     model = bnpatch.load(exported)
     bnpatch.tune_alpha(model, foggy, granularity="global", trials=2)
     assert not any(model.alphas().values())
-    with pytest.raises(BnpatchError, match="no site 'nope'"):
+    with pytest.raises(BnpatchError, match="no norm layer 'nope'"):
         model.set_alphas({"nope": 0.1})
     with pytest.raises(ValueError, match="must lie in"):
         model.set_alphas(2.0)
@@ -105,14 +105,14 @@ def test_the_model_is_left_as_it_was(exported, foggy):
 def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     """Recovered on the images that the checkpoint was fitted to, it weighs examples as that does."""
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
-    assert not model.survey().sites
-    with pytest.raises(BnpatchError, match=r"folded into the convolutions.*--recover-folded"):
+    assert not model.inventory().norm_layers
+    with pytest.raises(BnpatchError, match=r"fused into the convolutions.*--recover-folded"):
         bnpatch.tune_alpha(model, foggy)
     result = bnpatch.tune_alpha(model, foggy, granularity="global", recover_folded=True, calib_data=digits[0])
-    names = {site.name for site in model.survey().sites}
+    names = {norm_layer.name for norm_layer in model.inventory().norm_layers}
     assert result.recipe.alphas.keys() == names
     reference, x = bnpatch.load(checkpoint), torch.from_numpy(foggy[0][:100, None])
-    assert len(names) == sum(shape != (1, 1) for shape in reference.site_shapes().values()) == 12
+    assert len(names) == sum(shape != (1, 1) for shape in reference.norm_shapes().values()) == 12
     for alpha in (0.0, 0.2, 0.6):
         model.set_alphas(alpha)
         reference.set_alphas(alpha)
@@ -127,9 +127,13 @@ def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits,
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     x = images(4, 1, 32, 32)
     before = model.predict(x)
-    assert recover_folded(model, bnpatch.open_examples(digits[0], model)) == len(model.survey().sites) > 5
+    assert (
+        recover_folded(model, bnpatch.open_examples(digits[0], model))
+        == len(model.inventory().norm_layers)
+        > 5
+    )
     assert torch.equal(model.predict(x), before)
-    first = model.survey().sites[0].name
+    first = model.inventory().norm_layers[0].name
     model.set_alphas({first: 1e-12})
     assert_close(model.predict(x), before)
     model.set_alphas({first: 0.2})
@@ -298,7 +302,7 @@ def test_a_torch_export_program(tmp_path):
 def test_a_model_with_little_batch_norm_left_is_told_what_to_do(folded, exported):
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     assert "--recover-folded" in model.notes[-1]
-    assert "layer1.0.conv1" in model.folded()
+    assert "layer1.0.conv1" in model.fused_convs()
     assert not bnpatch.load(exported).notes
 
 
@@ -314,12 +318,12 @@ def test_cuda_provider_agrees_with_the_cpu(exported):
 
 def test_a_patched_file_says_that_it_is_one(exported, tmp_path):
     model = bnpatch.load(exported)
-    model.set_alphas({name: 0.1 for name, shape in model.site_shapes().items() if shape != (1, 1)})
+    model.set_alphas({name: 0.1 for name, shape in model.norm_shapes().items() if shape != (1, 1)})
     export_onnx(model, tmp_path / "patched.onnx")
     patched = bnpatch.load(tmp_path / "patched.onnx")
-    with pytest.raises(BnpatchError, match=r"no site 'conv1\.1'|belongs to a patch"):
+    with pytest.raises(BnpatchError, match=r"no norm layer 'conv1\.1'|belongs to a patch"):
         patched.set_alphas({"conv1.1": 0.1})
-    assert "belongs to a patch" in patched.survey().left_alone[0].reason
+    assert "belongs to a patch" in patched.inventory().skipped_norms[0].reason
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +383,7 @@ def test_target_moments_and_every_setting_agree_with_torch(norm, exported_small)
 
 
 def set_and_predict(model, alphas, lambdas):
-    model.set(Setting(alphas, lambdas))
+    model.set(PatchWeights(alphas, lambdas))
     return model.predict(INPUTS)
 
 
@@ -410,14 +414,14 @@ def test_lambda_zero_is_the_file_as_it_is_and_a_refused_setting_changes_nothing(
     before = model.predict(INPUTS)
     model.retarget(target_moments(model, bnpatch.open_examples(DATA, model)))
     names = dict.fromkeys(model.alphas(), 0.0)
-    model.set(Setting(names, dict.fromkeys(names, 1.0)))
+    model.set(PatchWeights(names, dict.fromkeys(names, 1.0)))
     assert not torch.equal(model.predict(INPUTS), before)
-    model.set(Setting(names, names))
+    model.set(PatchWeights(names, names))
     assert torch.equal(model.predict(INPUTS), before)
-    for wrong in (Setting({"norm1": 0.5}, {"nope": 0.0}), Setting({"norm1": 0.5}, {"norm1": 1.5})):
-        with pytest.raises(BnpatchError, match=r"no site 'nope'|lambda = 1.5"):
+    for wrong in (PatchWeights({"norm1": 0.5}, {"nope": 0.0}), PatchWeights({"norm1": 0.5}, {"norm1": 1.5})):
+        with pytest.raises(BnpatchError, match=r"no norm layer 'nope'|lambda = 1.5"):
             model.set(wrong)
-    assert model.setting() == Setting(names, names)
+    assert model.setting() == PatchWeights(names, names)
 
 
 def test_calibration_keeps_the_weights_of_other_sites(tmp_path):
@@ -459,7 +463,7 @@ def test_recipes_pass_from_torch_to_onnx_and_back(exported_small):
     shifted = (2 * INPUTS, DATA[1])
     torch_model.retarget(target_moments(torch_model, bnpatch.open_examples(shifted, torch_model)))
     torch_model.set(
-        Setting({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
+        PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
     )
     recipe = torch_model.recipe()
     onnx_model.apply(recipe)

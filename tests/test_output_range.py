@@ -8,7 +8,7 @@ from torch import nn
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.output_range import output_ranges
 from bnpatch.models.load import load
-from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import patch
 from tests.nn.test_surgery import images, settle
 
@@ -81,4 +81,4 @@ def test_leaves_no_trace(module):
     module.train()
     ranges(module)
     assert module.training
-    assert not any(m._forward_pre_hooks or isinstance(m, ExampleWeighedNorm) for m in module.modules())
+    assert not any(m._forward_pre_hooks or isinstance(m, ExampleWeightedNorm) for m in module.modules())

@@ -6,10 +6,10 @@ import pytest
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
-from bnpatch.core.recipe import Recipe, SiteRecipe, fingerprint
+from bnpatch.core.recipe import NormRecipe, Recipe, fingerprint
 
 RECIPE = Recipe(
-    (SiteRecipe("bn1", "BatchNorm2d", 0.02, "aa"), SiteRecipe("bn2", "BatchNorm2d", 0.0, "bb")), {"seed": 1}
+    (NormRecipe("bn1", "BatchNorm2d", 0.02, "aa"), NormRecipe("bn2", "BatchNorm2d", 0.0, "bb")), {"seed": 1}
 )
 
 
@@ -20,16 +20,16 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sites", "message"),
+    ("norm_layers", "message"),
     [
-        ({"bn1": "aa"}, "site 'bn2' is missing"),
-        ({"bn1": "aa", "bn2": "cc"}, "parameters of site 'bn2' differ"),
-        ({"bn1": "aa", "bn2": "bb", "bn3": "cc"}, "it has no site 'bn3'"),
+        ({"bn1": "aa"}, "norm layer 'bn2' is missing"),
+        ({"bn1": "aa", "bn2": "cc"}, "parameters of norm layer 'bn2' differ"),
+        ({"bn1": "aa", "bn2": "bb", "bn3": "cc"}, "it has no norm layer 'bn3'"),
     ],
 )
-def test_refuses_another_model_and_names_the_site(sites, message):
+def test_refuses_another_model_and_names_the_site(norm_layers, message):
     with pytest.raises(BnpatchError, match=message):
-        RECIPE.check_fits(sites)
+        RECIPE.check_fits(norm_layers)
     RECIPE.check_fits({"bn1": "aa", "bn2": "bb"})
 
 
@@ -51,7 +51,7 @@ def test_refuses_another_model_and_names_the_site(sites, message):
                     "sites": [{"name": "a", "kind": "b", "alpha": 2, "fingerprint": ""}],
                 }
             ),
-            r"site 'a' has alpha = 2; alpha must lie in \[0, 1\]",
+            r"norm layer 'a' has alpha = 2; alpha must lie in \[0, 1\]",
         ),
     ],
 )
@@ -81,17 +81,21 @@ def moments(seed, scale=1.0):
 
 def test_moments_round_trip_exactly(tmp_path):
     """Of float32, also where they are denormal or huge."""
-    sites = (
-        SiteRecipe("bn1", "BatchNorm2d", 0.02, "aa", 0.3, moments(0)),
-        SiteRecipe("gn", "GroupNorm", 1.0, "bb", 1.0, moments(1, 2.0**-140), moments(2, 2.0**120)),
-        SiteRecipe("bn2", "BatchNorm2d", 0.0, "cc"),
+    norm_layers = (
+        NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", 0.3, moments(0)),
+        NormRecipe("gn", "GroupNorm", 1.0, "bb", 1.0, moments(1, 2.0**-140), moments(2, 2.0**120)),
+        NormRecipe("bn2", "BatchNorm2d", 0.0, "cc"),
     )
-    Recipe(sites).save(tmp_path / "recipe.json")
+    Recipe(norm_layers).save(tmp_path / "recipe.json")
     read = Recipe.load(tmp_path / "recipe.json")
-    assert read.to_json() == Recipe(sites).to_json()
-    for site, known in zip(read.sites, sites, strict=True):
-        assert (site.name, site.alpha, site.lambda_) == (known.name, known.alpha, known.lambda_)
-        for mine, theirs in ((site.target, known.target), (site.calibrated, known.calibrated)):
+    assert read.to_json() == Recipe(norm_layers).to_json()
+    for norm_layer, known in zip(read.norm_layers, norm_layers, strict=True):
+        assert (norm_layer.name, norm_layer.alpha, norm_layer.lambda_) == (
+            known.name,
+            known.alpha,
+            known.lambda_,
+        )
+        for mine, theirs in ((norm_layer.target, known.target), (norm_layer.calibrated, known.calibrated)):
             assert (mine is None) is (theirs is None)
             if mine is not None:
                 np.testing.assert_array_equal(mine.mean, theirs.mean)
@@ -112,7 +116,7 @@ def test_moments_round_trip_exactly(tmp_path):
         ({"calibrated": {"mean": "AAAA", "var": "AAAA"}}, "damaged recipe"),
         ({"calibrated": {"mean": "!"}}, "damaged recipe"),
         ({"calibrated": {}}, "damaged recipe"),
-        ({"gamma": 1}, "damaged recipe .*a site has 'gamma'"),
+        ({"gamma": 1}, "damaged recipe .*a norm layer has 'gamma'"),
     ],
 )
 def test_refuses_moments_that_make_no_sense(change, message):
@@ -125,7 +129,7 @@ def test_refuses_moments_that_make_no_sense(change, message):
     if isinstance(key := change.get("target"), str):
         parts = (base64.b64encode(part.astype("<f4").tobytes()).decode() for part in wrong[key])
         change = change | {"target": dict(zip(("mean", "var"), parts, strict=True))}
-    site = {"name": "a", "kind": "b", "alpha": 0.1, "fingerprint": ""}
-    Recipe.from_json({"format": 1, "provenance": {}, "sites": [site]})
+    norm_layer = {"name": "a", "kind": "b", "alpha": 0.1, "fingerprint": ""}
+    Recipe.from_json({"format": 1, "provenance": {}, "sites": [norm_layer]})
     with pytest.raises(BnpatchError, match=message):
-        Recipe.from_json({"format": 1, "provenance": {}, "sites": [site | change]})
+        Recipe.from_json({"format": 1, "provenance": {}, "sites": [norm_layer | change]})

@@ -8,7 +8,7 @@ class BnpatchError(Exception):
     """Something is wrong with the user's input, and the user can put it right.
 
     Args:
-        problem: what is wrong, naming the file, the site or the option.
+        problem: what is wrong, naming the file, the norm layer or the option.
         remedy: what to do about it.
     """
 
@@ -46,7 +46,7 @@ def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
 
     Args:
         alpha: the weight.
-        where: the site that it is for.
+        where: the norm layer that it is for.
         name: what the weight is called.
     """
     if not 0 <= alpha <= 1:

@@ -1,20 +1,20 @@
-"""What a survey of a model finds, whatever the model is made of."""
+"""What an inventory of a model finds, whatever the model is made of."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from bnpatch.core.moments import Moments
 
-#: What the name of a site that was recovered from a folded Batch Norm has after that of its convolution.
-FOLDED = ".folded"
+#: What the name of a norm layer that was recovered from a fused Batch Norm has after that of its convolution.
+FUSED = ".folded"
 
-#: The reason of a norm that becomes a site with running moments from data.
+#: The reason of a norm that becomes a norm layer with running moments from data.
 NEEDS_CALIBRATION = "has no running moments of its own; they can be calibrated on images"
 #: What to do about it.
 CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
 
 
-class AnySite(Protocol):
+class AnyNormLayer(Protocol):
     """A place where a model normalizes by running moments."""
 
     @property
@@ -30,30 +30,30 @@ class AnySite(Protocol):
         """C, the number of channels that are normalized."""
 
 
-SiteT_co = TypeVar("SiteT_co", bound=AnySite, covariant=True)
+NormLayerT_co = TypeVar("NormLayerT_co", bound=AnyNormLayer, covariant=True)
 
 
 @dataclass(frozen=True)
-class LeftAlone:
+class SkippedNorm:
     """A normalization layer that bnpatch does not rewrite, and why."""
 
     name: str
     kind: str
     reason: str
-    is_uncalibrated: bool = False  # running moments from data would make it a site
+    is_uncalibrated: bool = False  # running moments from data would make it a norm layer
 
 
 @dataclass(frozen=True)
-class Survey(Generic[SiteT_co]):
+class Inventory(Generic[NormLayerT_co]):
     """All normalization layers of a model, in its order."""
 
-    sites: tuple[SiteT_co, ...]
-    left_alone: tuple[LeftAlone, ...]
+    norm_layers: tuple[NormLayerT_co, ...]
+    skipped_norms: tuple[SkippedNorm, ...]
 
 
 @dataclass(frozen=True)
-class SiteFacts:
-    """What a site brings along from the checkpoint.
+class NormFacts:
+    """What a norm layer brings along from the checkpoint.
 
     Attributes:
         source: running mean and variance, (C,).

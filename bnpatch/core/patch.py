@@ -1,4 +1,4 @@
-"""What is tuned: two weights per site."""
+"""What is tuned: two weights per norm layer."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from bnpatch.core.errors import BnpatchError, check_alpha
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Weights by name of site; a site that is not named keeps what it has.
+class PatchWeights:
+    """Weights by name of norm layer; a norm layer that is not named keeps what it has.
 
     Attributes:
         alphas: the weight of the example against the running moments.
@@ -23,22 +23,22 @@ class Setting:
         """Whether a model with these weights computes what it did; ``identities`` are alphas by name."""
         return not any(self.lambdas.values()) and all(a == identities[n] for n, a in self.alphas.items())
 
-    def check_lambdas(self, sites: Container[str], targets: Container[str]) -> None:
+    def check_lambdas(self, norm_layers: Container[str], targets: Container[str]) -> None:
         """Refuse what could not be set, before anything is.
 
         Args:
-            sites: names of the sites of the model.
+            norm_layers: names of the norm layers of the model.
             targets: names of those whose moments on the data at hand are known.
 
         Raises:
-            BnpatchError: there is no site of a name, or lambda is to weigh what isn't known.
+            BnpatchError: there is no norm layer of a name, or lambda is to weigh what isn't known.
             InvalidAlphaError: a weight is not in [0, 1].
         """
         for name, weight in self.lambdas.items():
             check_alpha(float(weight), name, "lambda")
-            if name not in sites:
-                raise BnpatchError(f"the model has no site {name!r}", "see bnpatch inspect --sites")
+            if name not in norm_layers:
+                raise BnpatchError(f"the model has no norm layer {name!r}", "see bnpatch inspect --sites")
             if weight and name not in targets:
                 raise BnpatchError(
-                    f"there are no target moments for site {name!r}", "re-estimate them on data"
+                    f"there are no target moments for norm layer {name!r}", "re-estimate them on data"
                 )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 
 FORMAT = 1
 
@@ -23,8 +23,8 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class SiteRecipe:
-    """One site of the model.
+class NormRecipe:
+    """One norm layer of the model.
 
     Attributes:
         name: dotted name of the module.
@@ -33,7 +33,7 @@ class SiteRecipe:
         fingerprint: a hash of its parameters.
         lambda_: the weight of ``target`` in the running moments.
         target: mean and variance of the data at hand; None where lambda is 0.
-        calibrated: mean and variance for a site that has no running moments of its own.
+        calibrated: mean and variance for a norm layer that has no running moments of its own.
         channels_per_group: consecutive channels whose moments a Batch/Group Norm pools. It is stored as
             Batch Norm, so nothing else tells; Group Norm says so itself, and has 1 here.
     """
@@ -59,7 +59,7 @@ class SiteRecipe:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "SiteRecipe":
+    def from_json(cls, values: Mapping[str, Any]) -> "NormRecipe":
         """Read what :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
         known = {
             "name",
@@ -72,7 +72,7 @@ class SiteRecipe:
             "channels_per_group",
         }
         if unknown := values.keys() - known:
-            raise ValueError(f"a site has {min(unknown)!r}")
+            raise ValueError(f"a norm layer has {min(unknown)!r}")
         target, calibrated = (
             _decode(values[name]) if name in values else None for name in ("target", "calibrated")
         )
@@ -86,53 +86,61 @@ class SiteRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Weights for the sites of one model, and where they come from.
+    """Weights for the norm layers of one model, and where they come from.
 
     Attributes:
-        sites: the sites, in the order of the model.
+        norm_layers: the norm layers, in the order of the model.
         provenance: how the weights were found: metric, data, results with confidence intervals, seed,
             versions, command line. Plain JSON values; nothing in it changes what the recipe does.
-        weigh_single_values: weigh also where an example has one value per channel.
+        include_1x1: weigh also where an example has one value per channel.
     """
 
-    sites: tuple[SiteRecipe, ...]
+    norm_layers: tuple[NormRecipe, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
-    weigh_single_values: bool = False
+    include_1x1: bool = False
 
     @property
     def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of site."""
-        return {site.name: site.alpha for site in self.sites}
+        """The weight of the example by name of norm layer."""
+        return {norm_layer.name: norm_layer.alpha for norm_layer in self.norm_layers}
 
     @property
-    def setting(self) -> Setting:
-        """Both weights by name of site."""
-        return Setting(self.alphas, {site.name: site.lambda_ for site in self.sites})
+    def setting(self) -> PatchWeights:
+        """Both weights by name of norm layer."""
+        return PatchWeights(
+            self.alphas, {norm_layer.name: norm_layer.lambda_ for norm_layer in self.norm_layers}
+        )
 
     def check_fits(self, fingerprints: Mapping[str, str]) -> None:
-        """Compare with the sites of a model, by name.
+        """Compare with the norm layers of a model, by name.
 
         Raises:
             BnpatchError: the model isn't the one that the recipe was made for; names the first
-                site that differs.
+                norm layer that differs.
         """
         remedy = "apply it to the model that it was tuned on, or tune this one"
-        for site in self.sites:
-            if site.name not in fingerprints:
-                raise BnpatchError(f"the recipe is for another model: site {site.name!r} is missing", remedy)
-            if fingerprints[site.name] != site.fingerprint:
+        for norm_layer in self.norm_layers:
+            if norm_layer.name not in fingerprints:
                 raise BnpatchError(
-                    f"the recipe is for another model: the parameters of site {site.name!r} differ", remedy
+                    f"the recipe is for another model: norm layer {norm_layer.name!r} is missing", remedy
                 )
-        if extra := fingerprints.keys() - {site.name for site in self.sites}:
-            raise BnpatchError(f"the recipe is for another model: it has no site {min(extra)!r}", remedy)
+            if fingerprints[norm_layer.name] != norm_layer.fingerprint:
+                raise BnpatchError(
+                    "the recipe is for another model: the parameters of norm layer "
+                    f"{norm_layer.name!r} differ",
+                    remedy,
+                )
+        if extra := fingerprints.keys() - {norm_layer.name for norm_layer in self.norm_layers}:
+            raise BnpatchError(
+                f"the recipe is for another model: it has no norm layer {min(extra)!r}", remedy
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
         return {
             "format": FORMAT,
-            "sites": [site.to_json() for site in self.sites],
-            **({"weigh_single_values": True} if self.weigh_single_values else {}),
+            "sites": [norm_layer.to_json() for norm_layer in self.norm_layers],
+            **({"weigh_single_values": True} if self.include_1x1 else {}),
             "provenance": dict(self.provenance),
         }
 
@@ -156,22 +164,24 @@ class Recipe:
                 "update bnpatch",
             )
         try:
-            sites = tuple(SiteRecipe.from_json(site) for site in content["sites"])
+            norm_layers = tuple(NormRecipe.from_json(norm_layer) for norm_layer in content["sites"])
             provenance = dict(content["provenance"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BnpatchError(f"{source} is a damaged recipe ({error})", remedy) from error
-        for site in sites:
-            for name, value in (("alpha", site.alpha), ("lambda", site.lambda_)):
+        for norm_layer in norm_layers:
+            for name, value in (("alpha", norm_layer.alpha), ("lambda", norm_layer.lambda_)):
                 if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                     raise BnpatchError(
-                        f"{source}: site {site.name!r} has {name} = {value}", f"{name} must lie in [0, 1]"
+                        f"{source}: norm layer {norm_layer.name!r} has {name} = {value}",
+                        f"{name} must lie in [0, 1]",
                     )
-            if not isinstance(site.channels_per_group, int) or site.channels_per_group < 1:
+            if not isinstance(norm_layer.channels_per_group, int) or norm_layer.channels_per_group < 1:
                 raise BnpatchError(
-                    f"{source}: site {site.name!r} pools {site.channels_per_group} channels",
+                    f"{source}: norm layer {norm_layer.name!r} pools "
+                    f"{norm_layer.channels_per_group} channels",
                     "it must be 1 or more",
                 )
-        return cls(sites, provenance, content.get("weigh_single_values") is True)
+        return cls(norm_layers, provenance, content.get("weigh_single_values") is True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
@@ -190,7 +200,7 @@ class Recipe:
 
 
 def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
-    """Hash the parameters of a site: gamma, beta, running mean and running variance.
+    """Hash the parameters of a norm layer: gamma, beta, running mean and running variance.
 
     Taken in float32, so that it survives an export or a change of precision that keeps the values.
     """

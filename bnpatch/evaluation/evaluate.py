@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import (
     ACCURACY,
@@ -157,7 +157,7 @@ def warn_at_chance(accuracy: float, examples: Examples) -> None:
 def compare(
     model: Patchable,
     examples: Examples,
-    setting: Setting,
+    setting: PatchWeights,
     metrics: Sequence[Metric] = STANDARD_METRICS,
     **options: Any,
 ) -> list[Comparison]:
@@ -166,7 +166,7 @@ def compare(
     Args:
         model: as it is before; its weights are those of ``setting`` when this returns.
         examples: what to score.
-        setting: weights by name of site.
+        setting: weights by name of norm layer.
         metrics: what to compute.
         options: for :func:`evaluate`.
     """

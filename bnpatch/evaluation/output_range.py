@@ -11,16 +11,16 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
-from bnpatch.nn.surgery import Site
+from bnpatch.nn.norm import ExampleWeightedNorm, weighted_norm
+from bnpatch.nn.surgery import NormLayer
 
 
 @dataclass(frozen=True)
 class OutputRange:
-    """How far the normalized values of a site lie from their mean, in standard deviations.
+    """How far the normalized values of a norm layer lie from their mean, in standard deviations.
 
     Attributes:
-        name: of the site.
+        name: of the norm layer.
         observed: the largest on the data, that is ``max |y - beta| / |gamma|``.
         training_bound: what no value can exceed in training, see :func:`training_bound`.
         inference_bound: what no value can exceed at inference, see :func:`inference_bound`.
@@ -62,7 +62,7 @@ def output_ranges(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[OutputRange, ...]:
-    """Run examples through a model, with the weights that it has now, and note the range at every site.
+    """Run examples through a model, with the weights that it has now, and note the range at every norm layer.
 
     Args:
         model: in evaluation mode while this runs.
@@ -72,15 +72,15 @@ def output_ranges(
         on_batch: called with the number of examples done, for progress.
 
     Returns:
-        The sites that the examples reached, in the order of the model. The bounds are for the sizes of
+        The norm layers that the examples reached, in the order of the model. The bounds are for the sizes of
         the maps that these examples have.
 
     Raises:
         BnpatchError: the model doesn't take the examples, or none can be read.
     """
-    watched = [_Watched(site) for site in model.survey().sites]
+    watched = [_Watched(norm_layer) for norm_layer in model.inventory().norm_layers]
     with model.evaluating():
-        handles = [watch.site.module.register_forward_pre_hook(watch.note) for watch in watched]
+        handles = [watch.norm_layer.module.register_forward_pre_hook(watch.note) for watch in watched]
         try:
             for batch in examples.batches(batch_size):
                 model.predict(batch.x)
@@ -99,9 +99,11 @@ def output_ranges(
 
 @dataclass
 class _Watched:
-    """A site, and what was seen there: values per example that are normalized together, and the largest."""
+    """A norm layer, and what was seen there: values per example that are normalized together, and the
+    largest.
+    """
 
-    site: Site
+    norm_layer: NormLayer
     num_values: int = 0
     alpha: float = 0.0
     largest: Tensor | None = None
@@ -109,19 +111,19 @@ class _Watched:
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         running = None
-        self.alpha = self.site.identity
-        if isinstance(module, ExampleWeighedNorm):
+        self.alpha = self.norm_layer.identity
+        if isinstance(module, ExampleWeightedNorm):
             running = module.running
-            self.alpha = self.site.alpha if module.weighs(x) else self.site.identity
+            self.alpha = self.norm_layer.alpha if module.weighs(x) else self.norm_layer.identity
         if running is None:
-            _, _, mean, var = self.site.parameters()
-            assert mean is not None  # a site without running moments has an override
+            _, _, mean, var = self.norm_layer.parameters()
+            assert mean is not None  # a norm layer without running moments has an override
             assert var is not None
             running = Moments(mean, var)
-        groups = self.site.channels_per_group
+        groups = self.norm_layer.channels_per_group
         self.num_values = math.prod(x.shape[2:]) * groups
         eps: Any = module.eps
-        y = weighed_norm(x, running, None, None, eps, self.alpha, groups)
+        y = weighted_norm(x, running, None, None, eps, self.alpha, groups)
         largest = y.abs().amax().float()
         # Stays on the device: reading it here would wait for every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
@@ -129,7 +131,7 @@ class _Watched:
     def range(self, train_batch_size: int) -> OutputRange:
         assert self.largest is not None  # it was noted
         return OutputRange(
-            self.site.name,
+            self.norm_layer.name,
             self.largest.item(),
             training_bound(train_batch_size * self.num_values),
             inference_bound(self.num_values, self.alpha),

@@ -13,7 +13,7 @@ from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Metric, student
 from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.norm_decay import NormDecay
-from bnpatch.finetune.techniques import CHANNELS_PER_GROUP, by_guidance, decay_sites
+from bnpatch.finetune.techniques import CHANNELS_PER_GROUP, by_guidance, decayed_norms
 from bnpatch.finetune.trainer import train
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.search.tune import tune_alpha
@@ -55,7 +55,7 @@ def variants(model: TorchModel, settings: FineTuneSettings) -> dict[str, tuple[F
     guided, spec = by_guidance(model, settings), settings.spec
     plain = replace(settings, spec=NormSpec.batch(), norm_decay=None)
     decay = settings.norm_decay or guided.norm_decay
-    decay = decay or NormDecay(settings.weight_decay, sites=decay_sites(model))
+    decay = decay or NormDecay(settings.weight_decay, norm_layers=decayed_norms(model))
     is_ghost = spec.channels_per_group == 1 and spec.examples_per_group is not None
     pooled = spec if spec.channels_per_group > 1 else NormSpec.batch_group(CHANNELS_PER_GROUP)
     everything = guided.spec if spec == NormSpec.batch() else spec
@@ -140,7 +140,7 @@ def _held_out(
     if not trials:
         scores = evaluate(model, examples, _METRICS, indices=held_out)
         return {metric.name: scores.mean(metric) for metric in _METRICS}
-    # The seed is that of the split, for all runs. One alpha for all sites is the paper's technique.
+    # The seed is that of the split, for all runs. One alpha for all norm layers is the paper's technique.
     tuned = tune_alpha(
         model,
         examples,

@@ -126,6 +126,8 @@ class FineTuneSettings:
         """Plain values."""
         values = asdict(self)
         decay = self.norm_decay
-        if decay is not None and decay.sites != "all":
-            values["norm_decay"]["sites"] = sorted(decay.sites)
+        if decay is not None and decay.norm_layers != "all":
+            values["norm_decay"]["norm_layers"] = sorted(decay.norm_layers)
+        if decay is not None:  # as files have called it from the first version on
+            values["norm_decay"]["sites"] = values["norm_decay"].pop("norm_layers")
         return values

@@ -30,21 +30,21 @@ class Technique:
     reason: str
 
 
-def techniques(batch_size: int, num_sites: int, num_unnormalized: int | None) -> tuple[Technique, ...]:
+def techniques(batch_size: int, num_norms: int, num_unnormalized: int | None) -> tuple[Technique, ...]:
     """Judge the four techniques for a model.
 
     Args:
         batch_size: examples per training step and device, B.
-        num_sites: how many norms the model has that could be converted.
+        num_norms: how many norms the model has that could be converted.
         num_unnormalized: how many of them reach the output past no other norm, see
-            :func:`bnpatch.nn.tracing.unnormalized_sites`; None where that is unknown.
+            :func:`bnpatch.nn.tracing.unnormalized_norms`; None where that is unknown.
     """
     weighing = Technique(
         "example weighing",
         "yes",
         "needs no training: tune-alpha finds the weight, and says if nothing is gained",
     )
-    return (weighing, _ghost(batch_size), _decay(num_sites, num_unnormalized), _batch_group(batch_size))
+    return (weighing, _ghost(batch_size), _decay(num_norms, num_unnormalized), _batch_group(batch_size))
 
 
 def _ghost(batch_size: int) -> Technique:
@@ -60,14 +60,16 @@ def _ghost(batch_size: int) -> Technique:
     return Technique(name, "no", f"a batch of {batch_size} has nothing left to divide")
 
 
-def _decay(num_sites: int, num_unnormalized: int | None) -> Technique:
+def _decay(num_norms: int, num_unnormalized: int | None) -> Technique:
     name = "weight decay on scales and shifts"
     if num_unnormalized is None:
         return Technique(name, "with care", "it is unknown which scales reach the output past no other norm")
     if num_unnormalized == 0:
         return Technique(name, "no", "another norm divides out every scale before the output")
     return Technique(
-        name, "yes", f"it can act at {num_unnormalized} of {num_sites} sites: no other norm is behind them"
+        name,
+        "yes",
+        f"it can act at {num_unnormalized} of {num_norms} norm layers: no other norm is behind them",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.moments import Moments, pool
-from bnpatch.nn.surgery import Site, survey
+from bnpatch.nn.surgery import NormLayer, inventory
 
 
 @torch.no_grad()
@@ -50,9 +50,9 @@ def merge_processes(module: nn.Module, accelerator: Any) -> None:
     """Give every process the running moments of all: what each saw is an equal part of a batch."""
     if accelerator.num_processes == 1:
         return
-    for site in _sites_with_buffers(module):
-        mean, var = site.parameters()[2:]
-        assert mean is not None  # that is which sites these are
+    for norm_layer in _sites_with_buffers(module):
+        mean, var = norm_layer.parameters()[2:]
+        assert mean is not None  # that is which norm layers these are
         assert var is not None
         parts = Moments(*(accelerator.gather(t.detach()[None].contiguous()) for t in (mean, var)))
         pooled = pool(parts, 0)
@@ -60,6 +60,8 @@ def merge_processes(module: nn.Module, accelerator: Any) -> None:
         var.copy_(pooled.var[0])
 
 
-def _sites_with_buffers(module: nn.Module) -> list[Site]:
+def _sites_with_buffers(module: nn.Module) -> list[NormLayer]:
     """Group Norm, for one, is no part of this: its running moments come from data, and have no buffers."""
-    return [site for site in survey(module).sites if site.parameters()[2] is not None]
+    return [
+        norm_layer for norm_layer in inventory(module).norm_layers if norm_layer.parameters()[2] is not None
+    ]

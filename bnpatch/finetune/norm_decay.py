@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.nn.surgery import survey
+from bnpatch.nn.surgery import inventory
 
 # Keys of a parameter group. Optimizers keep what they don't know, and store it in their state.
 _RATE, _TARGET, _COUPLED = "norm_decay", "norm_decay_toward", "norm_decay_coupled"
@@ -32,13 +32,13 @@ class NormDecay:
         coupled: True adds ``rate * (p - target)`` to the gradient, as the paper's L2 penalty does; with
             momentum or Adam it then goes through their averages. False is decoupled, as AdamW:
             ``p -= lr * rate * (p - target)``.
-        sites: names of the norms that decay, or "all".
+        norm_layers: names of the norms that decay, or "all".
     """
 
     rate: float
     gamma_toward: float = 1.0
     coupled: bool = True
-    sites: Collection[str] | Literal["all"] = "all"
+    norm_layers: Collection[str] | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
         if not self.rate >= 0:
@@ -61,16 +61,18 @@ def parameter_groups(
         norm_decay: of scales and shifts, done by :func:`decay_norms`.
 
     Raises:
-        BnpatchError: ``norm_decay`` names a site that the model doesn't have.
+        BnpatchError: ``norm_decay`` names a norm layer that the model doesn't have.
     """
     toward: dict[int, float] = {}
     if norm_decay is not None and norm_decay.rate:
-        sites = {site.name: site for site in survey(model).sites}
-        names = list(sites) if norm_decay.sites == "all" else list(norm_decay.sites)
+        norm_layers = {norm_layer.name: norm_layer for norm_layer in inventory(model).norm_layers}
+        names = list(norm_layers) if norm_decay.norm_layers == "all" else list(norm_decay.norm_layers)
         for name in names:
-            if name not in sites:
-                raise BnpatchError(f"the model has no site {name!r} to decay", "see bnpatch inspect --sites")
-            gamma, beta, *_ = sites[name].parameters()
+            if name not in norm_layers:
+                raise BnpatchError(
+                    f"the model has no norm layer {name!r} to decay", "see bnpatch inspect --sites"
+                )
+            gamma, beta, *_ = norm_layers[name].parameters()
             targets = ((gamma, norm_decay.gamma_toward), (beta, 0.0))
             toward |= {id(p): target for p, target in targets if p is not None}
     kinds: dict[tuple[float, float | None], list[Tensor]] = {}

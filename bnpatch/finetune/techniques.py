@@ -21,7 +21,7 @@ from bnpatch.finetune.guidance import techniques
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import NotFiniteLossError, train
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.tracing import unnormalized_sites
+from bnpatch.nn.tracing import unnormalized_norms
 from bnpatch.search.distributed import Processes, start
 from bnpatch.search.storages import connect, quiet, usable
 
@@ -51,16 +51,16 @@ class Choice:
         return replace(settings, spec=self.spec, norm_decay=self.norm_decay)
 
 
-def decay_sites(model: TorchModel) -> frozenset[str]:
-    """Sites at which decay of scale and shift can act: no other norm is between them and the output."""
+def decayed_norms(model: TorchModel) -> frozenset[str]:
+    """Norm layers at which decay of scale and shift can act: no other norm is between them and the output."""
     example = torch.zeros(1, *model.preprocessing.input_size, device=model.device)
-    return unnormalized_sites(model.module, example)
+    return unnormalized_norms(model.module, example)
 
 
 def by_guidance(model: TorchModel, settings: FineTuneSettings) -> Choice:
     """What the paper says of this batch size and of this architecture, at the rate of the weight decay."""
-    sites, batch_size = decay_sites(model), settings.batch_size
-    judged = techniques(batch_size, len(model.survey().sites), len(sites))
+    norm_layers, batch_size = decayed_norms(model), settings.batch_size
+    judged = techniques(batch_size, len(model.inventory().norm_layers), len(norm_layers))
     fits = {technique.name: technique.fits == "yes" for technique in judged}
     spec = NormSpec.batch()
     if fits["Ghost Batch Norm"]:
@@ -69,7 +69,7 @@ def by_guidance(model: TorchModel, settings: FineTuneSettings) -> Choice:
         spec = NormSpec.batch_group(CHANNELS_PER_GROUP)
     decay = None
     if fits["weight decay on scales and shifts"] and settings.weight_decay:
-        decay = NormDecay(settings.weight_decay, sites=sites)
+        decay = NormDecay(settings.weight_decay, norm_layers=norm_layers)
     reasons = tuple(f"{t.name}: {t.fits}; {t.reason}" for t in judged)
     return Choice(spec, decay, reasons)
 
@@ -110,7 +110,7 @@ def by_search(
     """
     processes = start()
     subset, selection = split(examples.strata, holdout, settings.seed)
-    metric, sites = METRICS[settings.metric], decay_sites(model)
+    metric, norm_layers = METRICS[settings.metric], decayed_norms(model)
     names = _specs(settings.batch_size)
     guided = by_guidance(model, settings)
     guided_decay = guided.norm_decay.rate if guided.norm_decay else None
@@ -131,11 +131,11 @@ def by_search(
 
     def choice(params: Mapping[str, Any]) -> Choice:
         rate = params["decay"] if params.get("decays") else 0.0
-        return Choice(names[params["norm"]], NormDecay(rate, sites=sites) if rate else None, ())
+        return Choice(names[params["norm"]], NormDecay(rate, norm_layers=norm_layers) if rate else None, ())
 
     def objective(trial: optuna.Trial) -> float:
         trial.suggest_categorical("norm", list(names))
-        if sites and trial.suggest_categorical("decays", [False, True]):
+        if norm_layers and trial.suggest_categorical("decays", [False, True]):
             trial.suggest_float("decay", min(decays), max(decays), log=True)
 
         def on_epoch(epoch: Epoch) -> None:

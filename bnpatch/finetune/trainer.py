@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError, evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, METRICS
@@ -166,7 +166,7 @@ class _Run:
             "settings": settings.to_json(),
             "processes": self.accelerator.num_processes,
         }
-        model.set(Setting(model.identities(), dict.fromkeys(model.identities(), 0.0)))
+        model.set(PatchWeights(model.identities(), dict.fromkeys(model.identities(), 0.0)))
         model.module = convert_norms(model.module, settings.spec)
         model.device = self.accelerator.device
         model.module.to(model.device)

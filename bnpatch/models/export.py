@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import FOLDED
+from bnpatch.core.inventory import FUSED
 from bnpatch.core.io import writing_to
 from bnpatch.core.moments import Moments
 from bnpatch.models.load import load
@@ -26,7 +26,7 @@ from bnpatch.models.metadata import write_metadata
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_export import module_to_graph
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.onnx import io
 from bnpatch.onnx.fused_conv import insert_norms
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
@@ -51,7 +51,7 @@ class Export:
 
     Attributes:
         path: the file.
-        patched: names of the sites that the file weighs examples at.
+        patched: names of the norm layers that the file weighs examples at.
         opset: version of the standard operators.
         max_deviation: largest absolute difference of outputs, relative to the largest output.
         mean_deviation: mean absolute difference, likewise.
@@ -77,7 +77,7 @@ def export_onnx(
 ) -> Export:
     """Write a patched model as ONNX, with the alphas that it has now, and check that it computes the same.
 
-    Sites at alpha = 0 stay as they were, so that runtimes fuse them as before.
+    Norm layers at alpha = 0 stay as they were, so that runtimes fuse them as before.
 
     Args:
         model: a patched module, or what :func:`bnpatch.load` returns.
@@ -133,29 +133,29 @@ def _export_torch(
         graph = module_to_graph(module, example_input.to(source.device))
     write_metadata(graph, source.preprocessing, source.class_names)
     # What only training reaches, such as Inception's auxiliary classifier, is not in the graph.
-    reached = source.site_shapes(example_input)
+    reached = source.norm_shapes(example_input)
     alphas = {name: alpha for name, alpha in alphas.items() if name in reached}
     used = {
         n: m
         for n, m in source.recovered().items()
         if n in reached and (alpha_inputs or alphas[n] or n in running)
     }
-    insert_norms(graph, {name.removesuffix(FOLDED): moments for name, moments in used.items()})
-    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FOLDED)}
+    insert_norms(graph, {name.removesuffix(FUSED): moments for name, moments in used.items()})
+    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
     chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
     running = {name: m for name, m in running.items() if name in chosen}
-    weigh_single_values = any(
-        site.module.weigh_single_values
-        for site in source.survey().sites
-        if isinstance(site.module, ExampleWeighedNorm)
+    include_1x1 = any(
+        norm_layer.module.include_1x1
+        for norm_layer in source.inventory().norm_layers
+        if isinstance(norm_layer.module, ExampleWeightedNorm)
     )
     done = rewrite(
         graph,
         chosen,
         running=running,
-        channels_per_group={s.name: s.channels_per_group for s in source.survey().sites},
+        channels_per_group={s.name: s.channels_per_group for s in source.inventory().norm_layers},
         alpha_inputs=alpha_inputs,
-        weigh_single_values=weigh_single_values,
+        include_1x1=include_1x1,
     )
     return graph, done.patched
 

@@ -35,7 +35,8 @@ MIN_ROUNDS = 6
 #: A turn has at least so many runs and takes at least so long.
 _TURN_RUNS, _TURN_SECONDS = 3, 0.01
 
-#: What a site costs per batch besides its reads, in elements that could be read in that time: see site_costs.
+#: What a norm layer costs per batch besides its reads, in elements that could be read in that time: see
+#: site_costs.
 _FIXED_COST = {"torch": 400_000, "onnx": 40_000}
 
 #: An interval wider than this share of its ratio is called noisy.
@@ -93,14 +94,15 @@ def measure(
     """Measure a model at several settings, in turns with the original.
 
     A torch model runs eagerly, on its device and in its memory layout; its original is itself at alpha = 0,
-    which costs some 3 microseconds per site more than the layers before any patch. Of an ONNX model each
-    setting is what :func:`bnpatch.export_onnx` would write: alphas as constants, sites at alpha = 0 as they
-    were, so that the runtime fuses them. Inputs are random, of the size that the preprocessing makes.
+    which costs some 3 microseconds per norm layer more than the layers before any patch. Of an ONNX model
+    each setting is what :func:`bnpatch.export_onnx` would write: alphas as constants, norm layers at alpha =
+    0 as they were, so that the runtime fuses them. Inputs are random, of the size that the preprocessing
+    makes.
 
     Args:
         model: left as it was.
-        settings: alphas by name of site; a site that isn't named is at its identity. A setting with
-            all sites there is the original itself.
+        settings: alphas by name of norm layer; a norm layer that isn't named is at its identity. A setting
+            with all norm layers there is the original itself.
         batch_size: images at a time.
         seconds: time to measure for, all settings together. At least seven rounds are run, however long
             they take.
@@ -113,7 +115,7 @@ def measure(
         One latency per setting, in their order.
 
     Raises:
-        BnpatchError: the model has no site, or none of a name; or does not take such a batch.
+        BnpatchError: the model has no norm layer, or none of a name; or does not take such a batch.
     """
     as_it_is = model.identities()
     complete = [as_it_is | dict(setting) for setting in settings]
@@ -239,37 +241,38 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def site_costs(model: TorchModel | OnnxModel, batch_size: int = 1) -> dict[str, float]:
-    """What each site's patch costs, as shares of the cost of patching all sites.
+def norm_costs(model: TorchModel | OnnxModel, batch_size: int = 1) -> dict[str, float]:
+    """What each site's patch costs, as shares of the cost of patching all norm layers.
 
-    To measure each site alone would take too long: its cost drowns in the noise. A site's cost is taken as
+    To measure each norm layer alone would take too long: its cost drowns in the noise. A site's cost is taken
+    as
     proportional to what it reads, ``N * C * S`` elements, plus a fixed part for the operators on (N, C),
-    which weighs ten times more in eager torch than in onnxruntime. Measured on subsets of the sites of
-    test_resnet, MobileNetV2 and ResNet-50 (``tests/benchmarks/site_costs.py``, batch 1, one thread), the
+    which weighs ten times more in eager torch than in onnxruntime. Measured on subsets of the norm layers of
+    test_resnet, MobileNetV2 and ResNet-50 (``tests/benchmarks/norm_costs.py``, batch 1, one thread), the
     shares explain 0.99, 0.98 and 0.70 of the variance of the overhead in onnxruntime. In torch it is 0.79,
     0.37 and 0.24: most of the cost is fixed there, and the scatter of the measurement as large as the
     overhead, so the shares are a rough guide. The fixed parts were chosen on these three models.
 
     Args:
-        model: a site of it whose shape is not known, or that is not reached, counts by its fixed part.
+        model: a norm layer of it whose shape is not known, or that is not reached, counts by its fixed part.
         batch_size: N.
 
     Returns:
-        Shares by name of site; their sum is 1.
+        Shares by name of norm layer; their sum is 1.
 
     Raises:
         BnpatchError: the model does not take an image of its preprocessing's size.
     """
-    elements = _site_elements(model)
+    elements = _norm_elements(model)
     fixed = _FIXED_COST["onnx" if isinstance(model, OnnxModel) else "torch"]
     costs = {name: fixed + batch_size * elements.get(name, 0) for name in model.alphas()}
     total = sum(costs.values())
     return {name: cost / total for name, cost in costs.items()}
 
 
-def _site_elements(model: TorchModel | OnnxModel) -> dict[str, int]:
-    """Elements of one image's activation at each site, C times its spatial size."""
-    shapes = model.site_shapes()
+def _norm_elements(model: TorchModel | OnnxModel) -> dict[str, int]:
+    """Elements of one image's activation at each norm layer, C times its spatial size."""
+    shapes = model.norm_shapes()
     if isinstance(model, OnnxModel) and len(shapes) < len(model.alphas()):
         # The graph leaves the image size open: infer the shapes again for the size that images will have.
         graph = model.graph.clone()
@@ -277,6 +280,6 @@ def _site_elements(model: TorchModel | OnnxModel) -> dict[str, int]:
         size = (height, width, channels) if model.signature.channels_last else (channels, height, width)
         (images,) = (value for value in graph.graph.inputs if value.name == model.signature.input)
         images.shape = ir.Shape([model.signature.batch, *size])
-        shapes = replace(model, graph=graph).site_shapes()
-    channels_of = {site.name: site.num_channels for site in model.survey().sites}
+        shapes = replace(model, graph=graph).norm_shapes()
+    channels_of = {norm_layer.name: norm_layer.num_channels for norm_layer in model.inventory().norm_layers}
     return {name: channels_of[name] * math.prod(shape) for name, shape in shapes.items()}

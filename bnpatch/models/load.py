@@ -20,7 +20,7 @@ from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.onnx_file import load_onnx
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.surgery import survey
+from bnpatch.nn.surgery import inventory
 
 _HUB_CONFIG = "config.json"
 
@@ -34,7 +34,7 @@ def load(
     output: str | None = None,
     device: str | None = None,
     amp: bool = False,
-    weigh_single_values: bool = False,
+    include_1x1: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> TorchModel | OnnxModel:
     """Load a model, ready to predict.
@@ -50,7 +50,7 @@ def load(
         output: which output of an ONNX file to read; the first by default.
         device: where to compute; None for the accelerator if there is one (a module stays where it is).
         amp: compute in half precision where autocast thinks it safe.
-        weigh_single_values: weigh examples also at sites where one has a single value per channel (on 1 x 1
+        include_1x1: weigh examples also at norm layers where one has a single value per channel (on 1 x 1
             maps, after flattening). It has no variance there, so that its weight mostly shrinks the signal.
         preprocessing: what to use instead of the model's own: img_size, mean, std, interpolation,
             crop_pct, crop_mode; None values are ignored.
@@ -64,7 +64,7 @@ def load(
             output=output,
             device=_onnx_device(device),
             preprocessing=preprocessing,
-            weigh_single_values=weigh_single_values,
+            include_1x1=include_1x1,
         )
     if isinstance(model, nn.Module):
         loaded = _of_module(model)
@@ -78,7 +78,7 @@ def load(
         loaded,
         device=pick_device(device or "auto"),
         amp=amp,
-        weigh_single_values=weigh_single_values or loaded.weigh_single_values,
+        include_1x1=include_1x1 or loaded.include_1x1,
         preprocessing=loaded.preprocessing.override(channels=channels, **(preprocessing or {})),
     )
 
@@ -192,7 +192,7 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
                 f"{checkpoint.path} is a damaged bnpatch checkpoint", "make it again"
             ) from error
         model.preprocessing = values
-        if recipe.sites:
+        if recipe.norm_layers:
             model.apply(recipe)
             if any(recipe.alphas.values()):
                 model.notes.append("patched by bnpatch")
@@ -322,12 +322,12 @@ def _input_channels(module: nn.Module) -> int | None:
 
 
 def _check_finite(model: TorchModel) -> None:
-    for site in survey(model.module).sites:
+    for norm_layer in inventory(model.module).norm_layers:
         for name, tensor in zip(
-            ("weight", "bias", "running_mean", "running_var"), site.parameters(), strict=True
+            ("weight", "bias", "running_mean", "running_var"), norm_layer.parameters(), strict=True
         ):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise BnpatchError(
-                    f"{model.name}: {name} of site {site.name!r} is not finite",
+                    f"{model.name}: {name} of norm layer {norm_layer.name!r} is not finite",
                     "take a checkpoint from before training diverged",
                 )

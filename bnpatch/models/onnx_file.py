@@ -21,7 +21,7 @@ def load_onnx(
     output: str | None = None,
     device: torch.device | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-    weigh_single_values: bool = False,
+    include_1x1: bool = False,
 ) -> OnnxModel:
     """Read an ONNX file, ready to predict.
 
@@ -31,7 +31,7 @@ def load_onnx(
         output: which output to read; the first by default.
         device: cpu or cuda.
         preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
-        weigh_single_values: see :func:`bnpatch.load`.
+        include_1x1: see :func:`bnpatch.load`.
 
     Raises:
         BnpatchError: the file can't be read, or takes something else than one batch of images.
@@ -57,12 +57,12 @@ def load_onnx(
         base.override(channels=channels, **wanted),
         class_names=class_names,
         device=device or torch.device("cpu"),
-        weigh_single_values=weigh_single_values,
+        include_1x1=include_1x1,
         notes=notes,
     )
-    if len(model.folded()) > len(model.survey().sites):
+    if len(model.fused_convs()) > len(model.inventory().norm_layers):
         notes.append(
-            f"{len(model.folded())} convolutions look as if a Batch Norm was folded into them: "
-            "tune-alpha --recover-folded makes them sites"
+            f"{len(model.fused_convs())} convolutions look as if a Batch Norm was fused into them: "
+            "tune-alpha --recover-folded makes them norm layers"
         )
     return model

@@ -9,16 +9,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import FOLDED
+from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix, pool
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.data.sources import open_examples
 from bnpatch.models.base import Patchable
 from bnpatch.models.load import load
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.onnx.fused_conv import folded_candidates, observe
+from bnpatch.onnx.fused_conv import find_fused_convs, observe
 from bnpatch.onnx.runtime import open_session
 
 OnBatch = Callable[[int], None]
@@ -35,7 +35,7 @@ def recover_folded(
     on_batch: OnBatch = lambda count: None,
     **options: Any,
 ) -> int:
-    """Give a model whose Batch Norm was folded into its convolutions sites again, in place.
+    """Give a model whose Batch Norm was fused into its convolutions norm layers again, in place.
 
     The moments of what each such convolution puts out are taken over the images, no labels needed; see
     :mod:`bnpatch.onnx.fused_conv` for why they are enough. At alpha = 0 the model computes what it did.
@@ -49,7 +49,7 @@ def recover_folded(
         options: see :func:`bnpatch.open_examples`.
 
     Returns:
-        The number of sites that were recovered.
+        The number of norm layers that were recovered.
 
     Raises:
         BnpatchError: the model has no such convolution, or no example can be read.
@@ -61,7 +61,7 @@ def recover_folded(
         for batch in examples.batches(batch_size, indices):
             watch = watch or _watch(patchable, batch.x[:1])
             for name, rows in watch(batch.x).items():
-                pooled.add(name + FOLDED, rows)
+                pooled.add(name + FUSED, rows)
             on_batch(len(batch.indices))
     found = pooled.moments()
     patchable.calibrate(found)
@@ -76,20 +76,20 @@ def _watch(model: Patchable, example: Tensor) -> Watch:
         watch = _watch_onnx(model)
     if watch is None:
         raise BnpatchError(
-            f"{model.name} has no convolution that a Batch Norm may have been folded into",
+            f"{model.name} has no convolution that a Batch Norm may have been fused into",
             "leave out --recover-folded",
         )
     return watch
 
 
 def _watch_torch(model: TorchModel, example: Tensor) -> Watch | None:
-    names = model.folded(example)
+    names = model.fused_convs(example)
     return (lambda x: model.observe_outputs(names, x)) if names else None
 
 
 def _watch_onnx(model: OnnxModel) -> Watch | None:
     graph = model.graph.clone()
-    candidates = [c for c in folded_candidates(graph) if c.node.graph is graph.graph]
+    candidates = [c for c in find_fused_convs(graph) if c.node.graph is graph.graph]
     names = [name for pair in observe(graph, candidates) for name in pair]
     session = open_session(graph, model.device)
 
@@ -112,7 +112,7 @@ def calibrate(
     on_batch: OnBatch = lambda count: None,
     **options: Any,
 ) -> tuple[str, ...]:
-    """Give running moments to norms that have none, in place: Group Norm and its kin become sites.
+    """Give running moments to norms that have none, in place: Group Norm and its kin become norm layers.
 
     Exact moments per channel of the input of each such norm, pooled over all positions of all examples,
     while the model computes what it always did: the result does not depend on how the examples are
@@ -137,7 +137,7 @@ def calibrate(
         options: see :func:`bnpatch.open_examples`.
 
     Returns:
-        The names of the norms that are sites now.
+        The names of the norms that are norm layers now.
 
     Raises:
         BnpatchError: no example can be read, or the module is itself a norm.
@@ -189,8 +189,8 @@ def target_moments(
         on_batch: called with the number of examples done, for progress.
 
     Returns:
-        Mean and variance (C,) by name of site, for :meth:`Patchable.retarget`. Sites that no example
-        reaches are missing, and in ONNX files those in branches.
+        Mean and variance (C,) by name of norm layer, for :meth:`Patchable.retarget`. Norm layers that no
+        example reaches are missing, and in ONNX files those in branches.
 
     Raises:
         BnpatchError: no example can be read.
@@ -208,7 +208,7 @@ def _as_it_came(model: Patchable) -> Iterator[None]:
     """The model computes what it did before any patch; its weights are back when the context ends."""
     with model.borrowed():
         if identities := model.identities():
-            model.set(Setting(identities, dict.fromkeys(identities, 0.0)))
+            model.set(PatchWeights(identities, dict.fromkeys(identities, 0.0)))
         yield
 
 
@@ -236,7 +236,9 @@ class _Pool:
         self._means: dict[str, Moments[Any]] = {}  # those of the means of the examples
 
     def add(self, name: str, rows: Moments[Any], weight: int = 1) -> None:
-        """Take in moments (N, C) or (N, C, 1, ...) at a site, each row standing for ``weight`` examples."""
+        """Take in moments (N, C) or (N, C, 1, ...) at a norm layer, each row standing for ``weight``
+        examples.
+        """
         mean, var = (np.asarray(_on_host(part), np.float64) for part in (rows.mean, rows.var))
         mean, var = (part.reshape(part.shape[:2]) for part in (mean, var))
         if not len(mean):
@@ -249,7 +251,7 @@ class _Pool:
             totals[name] = mix(size / (before + size), part, totals.get(name, part))
 
     def moments(self) -> dict[str, Moments[Any]]:
-        """Moments (C,) of everything, by name of site."""
+        """Moments (C,) of everything, by name of norm layer."""
         if not self._totals:
             raise BnpatchError("no example could be read", "look at the files")
         return dict(self._totals)

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from bnpatch.core import recipe as recipes
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError, first_line
-from bnpatch.core.inventory import FOLDED, LeftAlone, SiteFacts, Survey
+from bnpatch.core.inventory import FUSED, Inventory, NormFacts, SkippedNorm
 from bnpatch.core.io import atomic_path
 from bnpatch.core.moments import Moments, mix
-from bnpatch.core.patch import Setting
-from bnpatch.core.recipe import Recipe, SiteRecipe
+from bnpatch.core.patch import PatchWeights
+from bnpatch.core.recipe import NormRecipe, Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
-from bnpatch.nn.fused_conv import VirtualNorm, folded_candidates, is_convolution, recover
+from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, is_convolution, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
-from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import Site, calibrated, patch, survey, swap, uncalibrated, unpatch
+from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.surgery import NormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
 
 
@@ -40,7 +40,7 @@ class TorchModel:
         device: where it computes.
         amp: compute in the device's half precision where autocast thinks it safe; in bfloat16 where
             gradients are taken.
-        weigh_single_values: weigh also where an example has one value per channel.
+        include_1x1: weigh also where an example has one value per channel.
         notes: what a person should know about how it was loaded.
         train_batch_size: examples per training step and device, where the checkpoint says it.
     """
@@ -53,10 +53,11 @@ class TorchModel:
     arch: Architecture | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
-    weigh_single_values: bool = False
+    include_1x1: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
-    # By name of site; fields, so that they go along where dataclasses.replace makes another of this model.
+    # By name of norm layer; fields, so that they go along where dataclasses.replace makes another of this
+    # model.
     _calibrated: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
     _targets: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
     _lambdas: dict[str, float] = field(default_factory=dict, repr=False)
@@ -75,84 +76,95 @@ class TorchModel:
 
     def _take_over_running(self) -> None:
         """Account for running moments that the module came with, from another TorchModel of it."""
-        for site in self.survey().sites:
-            if site.kind == VirtualNorm.__name__:
-                _, _, mean, var = site.parameters()
+        for norm_layer in self.inventory().norm_layers:
+            if norm_layer.kind == VirtualNorm.__name__:
+                _, _, mean, var = norm_layer.parameters()
                 assert mean is not None  # it has buffers
                 assert var is not None
-                self._calibrated.setdefault(site.name, Moments(mean, var))
-            if site.name in self._lambdas or site.name in self._calibrated:
+                self._calibrated.setdefault(norm_layer.name, Moments(mean, var))
+            if norm_layer.name in self._lambdas or norm_layer.name in self._calibrated:
                 continue
-            if isinstance(site.module, ExampleWeighedNorm) and (running := site.module.running) is not None:
-                if site.parameters()[2] is None:
-                    self._calibrated[site.name] = running
+            if (
+                isinstance(norm_layer.module, ExampleWeightedNorm)
+                and (running := norm_layer.module.running) is not None
+            ):
+                if norm_layer.parameters()[2] is None:
+                    self._calibrated[norm_layer.name] = running
                 else:  # nobody knows what they were mixed from
-                    self._targets[site.name], self._lambdas[site.name] = running, 1.0
+                    self._targets[norm_layer.name], self._lambdas[norm_layer.name] = running, 1.0
 
-    def survey(self) -> Survey[Site]:
-        """See :func:`bnpatch.survey`."""
-        return survey(self.module)
+    def inventory(self) -> Inventory[NormLayer]:
+        """See :func:`bnpatch.inventory`."""
+        return inventory(self.module)
 
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
         """See :func:`bnpatch.patch`."""
-        self.module = patch(self.module, alpha, weigh_single_values=self.weigh_single_values)
+        self.module = patch(self.module, alpha, include_1x1=self.include_1x1)
 
     def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of site; 0 where a site isn't patched."""
-        return {site.name: site.alpha for site in self.survey().sites}
+        """The weight of the example by name of norm layer; 0 where a norm layer isn't patched."""
+        return {norm_layer.name: norm_layer.alpha for norm_layer in self.inventory().norm_layers}
 
-    def setting(self) -> Setting:
-        """Both weights of every site."""
+    def setting(self) -> PatchWeights:
+        """Both weights of every norm layer."""
         alphas = self.alphas()
-        return Setting(alphas, {name: self._lambdas.get(name, 0.0) for name in alphas})
+        return PatchWeights(alphas, {name: self._lambdas.get(name, 0.0) for name in alphas})
 
-    def set(self, setting: Setting) -> None:
-        """Set weights by name of site.
+    def set(self, setting: PatchWeights) -> None:
+        """Set weights by name of norm layer.
 
         Raises:
-            BnpatchError: there is no site of a name, or lambda is to weigh what wasn't given.
+            BnpatchError: there is no norm layer of a name, or lambda is to weigh what wasn't given.
             InvalidAlphaError: a weight is not in [0, 1].
         """
-        setting.check_lambdas({site.name for site in self.survey().sites}, self._targets)
+        setting.check_lambdas({norm_layer.name for norm_layer in self.inventory().norm_layers}, self._targets)
         self.set_alphas(setting.alphas)
         self._lambdas.update((name, float(weight)) for name, weight in setting.lambdas.items())
         self._mix(setting.lambdas)
 
     def _mix(self, names: Container[str]) -> None:
         """Give the layers named the running moments that their lambda asks for."""
-        for site in self.survey().sites:
-            if site.name in names and isinstance(layer := site.module, ExampleWeighedNorm):
-                weight = self._lambdas.get(site.name, 0.0)
-                # None for the buffers, which a site that was recovered has, too
-                source = self._calibrated.get(site.name) if site.parameters()[2] is None else None
-                layer.running = mix(weight, self.target(site), self.source(site)) if weight else source
+        for norm_layer in self.inventory().norm_layers:
+            if norm_layer.name in names and isinstance(layer := norm_layer.module, ExampleWeightedNorm):
+                weight = self._lambdas.get(norm_layer.name, 0.0)
+                # None for the buffers, which a norm layer that was recovered has, too
+                source = self._calibrated.get(norm_layer.name) if norm_layer.parameters()[2] is None else None
+                layer.running = (
+                    mix(weight, self.target(norm_layer), self.source(norm_layer)) if weight else source
+                )
 
-    def source(self, site: Site) -> Moments[Tensor]:
-        """The running moments that a site came with, those of the checkpoint as a rule."""
-        if site.name in self._calibrated:
-            return self._calibrated[site.name]
-        _, _, mean, var = site.parameters()
-        assert mean is not None  # a site has them, or was calibrated
+    def source(self, norm_layer: NormLayer) -> Moments[Tensor]:
+        """The running moments that a norm layer came with, those of the checkpoint as a rule."""
+        if norm_layer.name in self._calibrated:
+            return self._calibrated[norm_layer.name]
+        _, _, mean, var = norm_layer.parameters()
+        assert mean is not None  # a norm layer has them, or was calibrated
         assert var is not None
         return Moments(mean.detach(), var.detach())
 
     def running(self) -> dict[str, Moments[Tensor]]:
-        """Running mean and variance (C,) that a site normalizes by now, where not those of its buffers."""
-        layers = ((s.name, s.module) for s in self.survey().sites if isinstance(s.module, ExampleWeighedNorm))
+        """Running mean and variance (C,) that a norm layer normalizes by now, where not those of its
+        buffers.
+        """
+        layers = (
+            (s.name, s.module)
+            for s in self.inventory().norm_layers
+            if isinstance(s.module, ExampleWeightedNorm)
+        )
         return {name: layer.running for name, layer in layers if layer.running is not None}
 
-    def facts(self) -> dict[str, SiteFacts]:
-        """What each site brings along, by name."""
-        return {s.name: SiteFacts(self.source(s), float(s.module.eps)) for s in self.survey().sites}  # type: ignore[arg-type]
+    def facts(self) -> dict[str, NormFacts]:
+        """What each norm layer brings along, by name."""
+        return {s.name: NormFacts(self.source(s), float(s.module.eps)) for s in self.inventory().norm_layers}  # type: ignore[arg-type]
 
-    def target(self, site: Site) -> Moments[Tensor]:
-        """The moments of the data at hand at a site, see :meth:`retarget`."""
-        return self._targets[site.name]
+    def target(self, norm_layer: NormLayer) -> Moments[Tensor]:
+        """The moments of the data at hand at a norm layer, see :meth:`retarget`."""
+        return self._targets[norm_layer.name]
 
     def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, (C,) by name of site, that lambda is the weight of.
+        """Give the moments of the data at hand, (C,) by name of norm layer, that lambda is the weight of.
 
-        Sites that are not named keep theirs.
+        Norm layers that are not named keep theirs.
         """
         self._targets.update((name, self._on_device(moments)) for name, moments in targets.items())
         self._mix({name for name in targets if self._lambdas.get(name)})
@@ -162,45 +174,49 @@ class TorchModel:
         return self._targets
 
     def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Give running moments (C,) to norms that have none, by name: from now on they are sites.
+        """Give running moments (C,) to norms that have none, by name: from now on they are norm layers.
 
         They are at their identity; Group Norm that was calibrated before gets other moments and keeps its
-        weights. The name of a convolution + FOLDED stands for the Batch Norm that was folded into it.
+        weights. The name of a convolution + FOLDED stands for the Batch Norm that was fused into it.
 
         Raises:
             BnpatchError: a name is no such norm or convolution.
         """
         found = {name: self._on_device(part) for name, part in moments.items()}
-        folded = {name.removesuffix(FOLDED): part for name, part in found.items() if self._is_folded(name)}
-        known = self._calibrated.keys() | {name + FOLDED for name in folded}
+        fused = {name.removesuffix(FUSED): part for name, part in found.items() if self._is_fused(name)}
+        known = self._calibrated.keys() | {name + FUSED for name in fused}
         self.module = calibrated(self.module, {n: part for n, part in found.items() if n not in known})
-        recover(self.module, folded)
+        recover(self.module, fused)
         self._calibrated.update(found)
         self._mix(found)
 
     def uncalibrated(self) -> tuple[str, ...]:
-        """Norms that would be sites if they had running moments: Group Norm, for one."""
+        """Norms that would be norm layers if they had running moments: Group Norm, for one."""
         return tuple(uncalibrated(self.module))
 
     def recovered(self) -> dict[str, Moments[Any]]:
-        """Mean and variance (C,) of sites that were recovered from a folded Batch Norm, by name."""
-        names = [site.name for site in self.survey().sites if site.kind == VirtualNorm.__name__]
+        """Mean and variance (C,) of norm layers that were recovered from a fused Batch Norm, by name."""
+        names = [
+            norm_layer.name
+            for norm_layer in self.inventory().norm_layers
+            if norm_layer.kind == VirtualNorm.__name__
+        ]
         moments = {name: _to_numpy(self._calibrated[name]) for name in names}
         return {name: part for name, part in moments.items() if part is not None}
 
-    def _is_folded(self, name: str) -> bool:
-        return name.endswith(FOLDED) and is_convolution(self.module, name.removesuffix(FOLDED))
+    def _is_fused(self, name: str) -> bool:
+        return name.endswith(FUSED) and is_convolution(self.module, name.removesuffix(FUSED))
 
-    def folded(self, example: Tensor | None = None) -> tuple[str, ...]:
-        """Convolutions that a Batch Norm may have been folded into, found by running one input.
+    def fused_convs(self, example: Tensor | None = None) -> tuple[str, ...]:
+        """Convolutions that a Batch Norm may have been fused into, found by running one input.
 
         Args:
             example: an input (1, ...); by default a blank image.
         """
         with self.evaluating():
-            return folded_candidates(self.module, lambda: self._run_one(example))
+            return find_fused_convs(self.module, lambda: self._run_one(example))
 
-    def functional_norms(self) -> tuple[LeftAlone, ...]:
+    def functional_norms(self) -> tuple[SkippedNorm, ...]:
         """Norms that are calls in a forward, found by running one blank image."""
         with self.evaluating():
             return functional_norms(self.module, self._run_one)
@@ -266,11 +282,13 @@ class TorchModel:
             gradients: let gradients flow through what is returned.
 
         Returns:
-            The outputs, and by name of site, or of norm that is to be calibrated, the moments (N, C) of each
-            example at its input; where a module is used k times, of each use, (k * N, C).
+            The outputs, and by name of norm layer, or of norm that is to be calibrated, the moments (N, C) of
+            each example at its input; where a module is used k times, of each use, (k * N, C).
         """
         seen: dict[str, list[Moments[Tensor]]] = {}
-        norms = {site.name: site.module for site in self.survey().sites} | uncalibrated(self.module)
+        norms = {
+            norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers
+        } | uncalibrated(self.module)
         watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
         with torch.inference_mode(not gradients), watch:
             outputs = self.forward(x)
@@ -283,8 +301,9 @@ class TorchModel:
         Group Norm does what it always does. The model is left as it is.
 
         Returns:
-            Moments (C,) of the whole batch at the input of each site, by name; those of all uses together
-            where a module is used several times. A site that the batch does not reach is missing.
+            Moments (C,) of the whole batch at the input of each norm layer, by name; those of all uses
+            together where a module is used several times. A norm layer that the batch does not reach is
+            missing.
         """
         seen: dict[str, list[Moments[Tensor]]] = {}
 
@@ -299,17 +318,17 @@ class TorchModel:
         with self.borrowed():
             self.set_alphas(self.identities())
             layers = {
-                site.name: site.module
-                for site in self.survey().sites
-                if isinstance(site.module, ExampleWeighedNorm)
+                norm_layer.name: norm_layer.module
+                for norm_layer in self.inventory().norm_layers
+                if isinstance(norm_layer.module, ExampleWeightedNorm)
             }
             with at_inputs(layers, normalize_by):
                 self.forward(x)
         return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
 
     def identities(self) -> dict[str, float]:
-        """The alpha by name of site at which the model computes what it did before any patch."""
-        return {site.name: site.identity for site in self.survey().sites}
+        """The alpha by name of norm layer at which the model computes what it did before any patch."""
+        return {norm_layer.name: norm_layer.identity for norm_layer in self.inventory().norm_layers}
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Of bytes, on the device; made again only when the preprocessing changes."""
@@ -346,71 +365,83 @@ class TorchModel:
                 torch.zeros(1, *self.preprocessing.input_size) if example is None else example
             )
 
-    def site_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
+    def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Spatial shape of each site's input by name, found by running one input.
 
-        A site that the input doesn't reach is missing.
+        A norm layer that the input doesn't reach is missing.
 
         Args:
             example: an input (1, ...); by default a blank image.
         """
         shapes: dict[str, tuple[int, ...]] = {}
-        layers = {site.name: site.module for site in self.survey().sites}
+        layers = {norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers}
         with at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
             self._run_one(example)
         return shapes
 
     def fingerprints(self) -> dict[str, str]:
-        """A hash of the parameters of each site, by name; patching does not change it."""
-        return {site.name: self._fingerprint(site) for site in self.survey().sites}
+        """A hash of the parameters of each norm layer, by name; patching does not change it."""
+        return {norm_layer.name: self._fingerprint(norm_layer) for norm_layer in self.inventory().norm_layers}
 
-    def _fingerprint(self, site: Site) -> str:
-        if site.kind == VirtualNorm.__name__:  # of what the model has, not of what the data gave
-            return self._fingerprint_folded(site.name)
-        return _fingerprint(site.num_channels, site.parameters())
+    def _fingerprint(self, norm_layer: NormLayer) -> str:
+        if norm_layer.kind == VirtualNorm.__name__:  # of what the model has, not of what the data gave
+            return self._fingerprint_fused(norm_layer.name)
+        return _fingerprint(norm_layer.num_channels, norm_layer.parameters())
 
-    def _fingerprint_folded(self, name: str) -> str:
-        convolution: Any = self.module.get_submodule(name.removesuffix(FOLDED))
+    def _fingerprint_fused(self, name: str) -> str:
+        convolution: Any = self.module.get_submodule(name.removesuffix(FUSED))
         parts = (convolution.weight, convolution.bias)
         return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
 
     def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
         """The weights that the model has now, as a recipe."""
-        hashes, sites = self.fingerprints(), []
-        for site in self.survey().sites:
-            weight = self._lambdas.get(site.name, 0.0)
-            target = self._targets[site.name] if weight else None
-            moments = (_to_numpy(target), _to_numpy(self._calibrated.get(site.name)))
-            pooled = site.channels_per_group if site.identity == 0 else 1  # Group Norm knows its own
-            weights = (site.alpha, hashes[site.name], weight)
-            sites.append(SiteRecipe(site.name, site.kind, *weights, *moments, pooled))
-        return Recipe(tuple(sites), dict(provenance or {}), self.weigh_single_values)
+        hashes, norm_layers = self.fingerprints(), []
+        for norm_layer in self.inventory().norm_layers:
+            weight = self._lambdas.get(norm_layer.name, 0.0)
+            target = self._targets[norm_layer.name] if weight else None
+            moments = (_to_numpy(target), _to_numpy(self._calibrated.get(norm_layer.name)))
+            pooled = (
+                norm_layer.channels_per_group if norm_layer.identity == 0 else 1
+            )  # Group Norm knows its own
+            weights = (norm_layer.alpha, hashes[norm_layer.name], weight)
+            norm_layers.append(NormRecipe(norm_layer.name, norm_layer.kind, *weights, *moments, pooled))
+        return Recipe(tuple(norm_layers), dict(provenance or {}), self.include_1x1)
 
     def apply(self, recipe: Recipe) -> None:
         """Patch the model with a recipe.
 
         Raises:
-            BnpatchError: the recipe was made for another model; names the first site that differs.
+            BnpatchError: the recipe was made for another model; names the first norm layer that differs.
         """
-        found = {site.name: site.calibrated for site in recipe.sites if site.calibrated is not None}
+        found = {
+            norm_layer.name: norm_layer.calibrated
+            for norm_layer in recipe.norm_layers
+            if norm_layer.calibrated is not None
+        }
         waiting = {
             n: _fingerprint_uncalibrated(m) for n, m in uncalibrated(self.module).items() if n in found
         }
-        waiting |= {name: self._fingerprint_folded(name) for name in found if self._is_folded(name)}
+        waiting |= {name: self._fingerprint_fused(name) for name in found if self._is_fused(name)}
         recipe.check_fits(self.fingerprints() | waiting)
         self.calibrate(found)
-        self.weigh_single_values = recipe.weigh_single_values
-        self.retarget({site.name: site.target for site in recipe.sites if site.target is not None})
+        self.include_1x1 = recipe.include_1x1
+        self.retarget(
+            {
+                norm_layer.name: norm_layer.target
+                for norm_layer in recipe.norm_layers
+                if norm_layer.target is not None
+            }
+        )
         self.set(recipe.setting)
-        groups = {site.name: site.channels_per_group for site in recipe.sites}
-        for site in self.survey().sites:
-            if isinstance(site.module, ExampleWeighedNorm) and site.identity == 0:
-                site.module.channels_per_group = groups[site.name]
+        groups = {norm_layer.name: norm_layer.channels_per_group for norm_layer in recipe.norm_layers}
+        for norm_layer in self.inventory().norm_layers:
+            if isinstance(norm_layer.module, ExampleWeightedNorm) and norm_layer.identity == 0:
+                norm_layer.module.channels_per_group = groups[norm_layer.name]
 
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
         """The module as it was before any patch; it is patched again when the context ends."""
-        layers = [s.module for s in self.survey().sites if isinstance(s.module, ExampleWeighedNorm)]
+        layers = [s.module for s in self.inventory().norm_layers if isinstance(s.module, ExampleWeightedNorm)]
         origins = [layer.as_origin() for layer in layers]
         self.module = swap(self.module, {id(a): b for a, b in zip(layers, origins, strict=True)})
         try:
@@ -426,19 +457,19 @@ class TorchModel:
     def borrowed(self) -> Iterator[None]:
         """In evaluation mode while the context lasts; then every mode and every weight is as before."""
         before = {
-            site.name: (site.module.alpha, site.module.running)
-            for site in self.survey().sites
-            if isinstance(site.module, ExampleWeighedNorm)
+            norm_layer.name: (norm_layer.module.alpha, norm_layer.module.running)
+            for norm_layer in self.inventory().norm_layers
+            if isinstance(norm_layer.module, ExampleWeightedNorm)
         }
         lambdas, targets, found = dict(self._lambdas), dict(self._targets), dict(self._calibrated)
         try:
             with self.evaluating():
                 yield
         finally:
-            self.module = unpatch(self.module, where=lambda site: site.name not in before)
-            for site in self.survey().sites:
-                if site.name in before and isinstance(site.module, ExampleWeighedNorm):
-                    site.module.alpha, site.module.running = before[site.name]
+            self.module = unpatch(self.module, where=lambda norm_layer: norm_layer.name not in before)
+            for norm_layer in self.inventory().norm_layers:
+                if norm_layer.name in before and isinstance(norm_layer.module, ExampleWeightedNorm):
+                    norm_layer.module.alpha, norm_layer.module.running = before[norm_layer.name]
             self._lambdas, self._targets = lambdas, targets
             there = before.keys() | self.recovered().keys()
             self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}

@@ -1,11 +1,11 @@
-"""Torch convolutions that a Batch Norm was folded into: find them, give it back.
+"""Torch convolutions that a Batch Norm was fused into: find them, give it back.
 
 What :mod:`bnpatch.onnx.fused_conv` does for graphs, for models that were fused or re-parameterized in torch
 (timm's RepVGG, MobileOne, FastViT; ``torch.nn.utils.fusion``): the output of such a convolution is that of a
 virtual Batch Norm whose running moments, scale and shift are the moments of that output.
 
 The virtual norm is a child of its convolution, called after it by a hook. It has no state of its own in the
-state dict, and as a site it is like any other, by the name that it has in an export of the model.
+state dict, and as a norm layer it is like any other, by the name that it has in an export of the model.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnpatch.core.inventory import FOLDED
+from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.nn.hooks import at_inputs, at_outputs
-from bnpatch.nn.surgery import survey
+from bnpatch.nn.surgery import inventory
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -44,8 +44,8 @@ class VirtualNorm(nn.Module):
         return x
 
 
-def folded_candidates(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
-    """Names of convolutions that a Batch Norm may have been folded into; looks only.
+def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
+    """Names of convolutions that a Batch Norm may have been fused into; looks only.
 
     Those have a bias, which convolutions of most architectures with Batch Norm do not have of their own, no
     norm after them, and more than one value per channel (unlike squeeze and excite). A convolution that is
@@ -55,8 +55,10 @@ def folded_candidates(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ..
         model: in evaluation mode.
         run: runs it on one input.
     """
-    found = survey(model)
-    names = [site.name for site in found.sites] + [left.name for left in found.left_alone]
+    found = inventory(model)
+    names = [norm_layer.name for norm_layer in found.norm_layers] + [
+        left.name for left in found.skipped_norms
+    ]
     norms = {name: model.get_submodule(name) for name in names}
     convolutions = {name: m for name, m in model.named_modules() if _may_be_folded(m)}
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
@@ -87,7 +89,7 @@ def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
         convolution = model.get_submodule(name)
         if _child(convolution) is None:
             convolution.register_forward_hook(_then_normalize)
-        convolution.add_module(FOLDED.removeprefix("."), VirtualNorm(part))
+        convolution.add_module(FUSED.removeprefix("."), VirtualNorm(part))
 
 
 def is_convolution(model: nn.Module, name: str) -> bool:
@@ -109,7 +111,7 @@ def _embeds_patches(module: nn.Module) -> bool:
 
 
 def _child(convolution: nn.Module) -> nn.Module | None:
-    return convolution._modules.get(FOLDED.removeprefix("."))
+    return convolution._modules.get(FUSED.removeprefix("."))
 
 
 def _then_normalize(convolution: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:

@@ -24,7 +24,7 @@ _OWN_STATE = (
     "_version",  # of the state-dict layout: the original's
     "always_inference",
     "channels_per_group",
-    "weigh_single_values",
+    "include_1x1",
     "identity",
     "_alpha",
     "_is_identity",
@@ -32,7 +32,7 @@ _OWN_STATE = (
 )
 
 
-class ExampleWeighedNorm(nn.Module):
+class ExampleWeightedNorm(nn.Module):
     """A normalization layer whose inference gives the example itself a weight.
 
     At inference the layer normalizes each example by the moments of a mixture, ``alpha`` parts the
@@ -56,7 +56,7 @@ class ExampleWeighedNorm(nn.Module):
         channels_per_group: consecutive channels whose moments are pooled; 1 is Batch Norm.
         identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
             Group Norm.
-        weigh_single_values: weigh also where an example has one value per channel (``(N, C)`` or
+        include_1x1: weigh also where an example has one value per channel (``(N, C)`` or
             1 x 1 maps). Such an example has no variance, so the formula mostly shrinks the signal:
             by default these inputs get plain inference, unless a Batch/Group Norm pools channels.
     """
@@ -64,7 +64,7 @@ class ExampleWeighedNorm(nn.Module):
     origin_class: type[nn.Module]
     always_inference: bool
     channels_per_group: int
-    weigh_single_values: bool
+    include_1x1: bool
     identity: float
     eps: float
     _alpha: Tensor
@@ -81,8 +81,8 @@ class ExampleWeighedNorm(nn.Module):
         channels_per_group: int = 1,
         identity: float = 0.0,
         running: Moments[Tensor] | None = None,
-        weigh_single_values: bool = False,
-    ) -> "ExampleWeighedNorm":
+        include_1x1: bool = False,
+    ) -> "ExampleWeightedNorm":
         """Make the layer that does for ``origin`` what it did, and weighs examples besides.
 
         Args:
@@ -94,7 +94,7 @@ class ExampleWeighedNorm(nn.Module):
             channels_per_group: see the class; must divide C.
             identity: see the class.
             running: see :attr:`running`; must be given where ``origin`` has no running moments.
-            weigh_single_values: see the class.
+            include_1x1: see the class.
         """
         layer = cls.__new__(cls)
         layer.__dict__ = origin.__dict__
@@ -104,7 +104,7 @@ class ExampleWeighedNorm(nn.Module):
             always_inference=always_inference,
             channels_per_group=channels_per_group,
             identity=identity,
-            weigh_single_values=weigh_single_values,
+            include_1x1=include_1x1,
             _running=running,
         )
         layer.alpha = alpha
@@ -161,7 +161,7 @@ class ExampleWeighedNorm(nn.Module):
     def running(self, moments: Moments[Tensor] | None) -> None:
         self.__dict__["_running"] = moments
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeighedNorm":
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeightedNorm":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._running is not None:
             self.running = Moments(fn(self._running.mean), fn(self._running.var))
@@ -213,7 +213,7 @@ class ExampleWeighedNorm(nn.Module):
         if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
             y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
         else:
-            y = weighed_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group)
+            y = weighted_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group)
         return self.finish(y)
 
     def check_input(self, x: Tensor) -> None:
@@ -242,7 +242,7 @@ class ExampleWeighedNorm(nn.Module):
         """Has the example a say that it did not have in the original?"""
         if self._is_identity:
             return False
-        if self.weigh_single_values or not _has_single_values(x):
+        if self.include_1x1 or not _has_single_values(x):
             return True
         # Pooled with other channels a single value has a variance. Group Norm has its own already.
         return self.channels_per_group > 1 and self.identity == 0
@@ -256,7 +256,7 @@ class ExampleWeighedNorm(nn.Module):
         return f"{self.num_channels}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
 
 
-def weighed_norm(
+def weighted_norm(
     x: Tensor,
     running: Moments[Tensor],
     weight: Tensor | None,

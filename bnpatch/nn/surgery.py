@@ -1,7 +1,7 @@
-"""Find the normalization layers of a torch model and swap them, each site or none with a reason.
+"""Find the normalization layers of a torch model and swap them, each norm layer or none with a reason.
 
 A layer is judged by its exact class: a subclass may do anything in its forward, so one that is not
-in the tables below is left alone. Classes are named, not imported, so that timm and torchvision are
+in the tables below is skipped. Classes are named, not imported, so that timm and torchvision are
 loaded only by those who use them.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError, check_alpha
-from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, LeftAlone, Survey
+from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm
 
 _TORCH = "torch.nn.modules"
 
@@ -47,7 +47,7 @@ _GROUP_NORMS = (
 _INSTANCE_NORMS = tuple(f"{_TORCH}.instancenorm.InstanceNorm{d}d" for d in (1, 2, 3))
 _LAZY_NORMS = tuple(f"{_TORCH}.batchnorm.LazyBatchNorm{d}d" for d in (1, 2, 3))
 
-#: Classes that are recognised and left alone, with the reason.
+#: Classes that are recognised and skipped, with the reason.
 LEFT_ALONE: Mapping[str, str] = {
     **dict.fromkeys(_GROUP_NORMS, NEEDS_CALIBRATION),
     **dict.fromkeys(_INSTANCE_NORMS, "Instance Norm normalizes by the example alone, on purpose"),
@@ -64,7 +64,7 @@ LEFT_ALONE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Site:
+class NormLayer:
     """A place where a model normalizes by running moments.
 
     Attributes:
@@ -88,11 +88,11 @@ class Site:
     @property
     def identity(self) -> float:
         """The alpha at which the layer is what it was: 0 for Batch Norm, 1 for Group Norm."""
-        return self.module.identity if isinstance(self.module, ExampleWeighedNorm) else 0.0
+        return self.module.identity if isinstance(self.module, ExampleWeightedNorm) else 0.0
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gamma, beta, running mean and running variance of the original, None for what it lacks."""
-        if isinstance(self.module, ExampleWeighedNorm):
+        if isinstance(self.module, ExampleWeightedNorm):
             return self.module.parameters_of_norm()
         norm: Any = self.module
         return norm.weight, norm.bias, norm.running_mean, norm.running_var
@@ -100,48 +100,52 @@ class Site:
     @property
     def is_patched(self) -> bool:
         """Is the layer one that weighs examples?"""
-        return isinstance(self.module, ExampleWeighedNorm)
+        return isinstance(self.module, ExampleWeightedNorm)
 
     @property
     def channels_per_group(self) -> int:
         """Consecutive channels whose moments are pooled; 1 is Batch Norm."""
-        return self.module.channels_per_group if isinstance(self.module, ExampleWeighedNorm) else 1
+        return self.module.channels_per_group if isinstance(self.module, ExampleWeightedNorm) else 1
 
     @property
     def alpha(self) -> float:
-        """The weight of the example: 0 where the site isn't patched (Group Norm is a site once it is)."""
-        if not isinstance(self.module, ExampleWeighedNorm):
+        """The weight of the example: 0 where the norm layer isn't patched (Group Norm is a norm layer once it
+        is).
+        """
+        if not isinstance(self.module, ExampleWeightedNorm):
             return 0.0
         alpha = self.module.alpha
         return alpha.item() if isinstance(alpha, Tensor) else alpha
 
 
-def survey(model: nn.Module) -> Survey[Site]:
-    """List the sites of a model, and the normalization layers that are no sites, with reasons.
+def inventory(model: nn.Module) -> Inventory[NormLayer]:
+    """List the norm layers of a model, and the normalization layers that are no norm layers, with reasons.
 
     Looks only; works on patched models as well.
     """
-    sites, left_alone = [], []
-    inside: list[str] = []  # sites whose own submodules (auxiliary norms, activations) are theirs
+    norm_layers, skipped_norms = [], []
+    inside: list[str] = []  # norm layers whose own submodules (auxiliary norms, activations) are theirs
     for module, (name, *aliases) in _modules_by_name(model):
         kind = _origin_class(module).__name__
         reason = _why_not(module)
-        if reason is None and any(name.startswith(f"{site}." if site else "") for site in inside):
+        if reason is None and any(
+            name.startswith(f"{norm_layer}." if norm_layer else "") for norm_layer in inside
+        ):
             reason = "belongs to another norm, which does not use it at inference"
         if reason is None:
-            sites.append(Site(name, kind, module, tuple(aliases)))
+            norm_layers.append(NormLayer(name, kind, module, tuple(aliases)))
             inside.append(name)
         elif reason:
-            left_alone.append(LeftAlone(name, kind, reason, reason == NEEDS_CALIBRATION))
-    return Survey(tuple(sites), tuple(left_alone))
+            skipped_norms.append(SkippedNorm(name, kind, reason, reason == NEEDS_CALIBRATION))
+    return Inventory(tuple(norm_layers), tuple(skipped_norms))
 
 
 def patch(
     model: nn.Module,
     alpha: float | Mapping[str, float] = 0.0,
     *,
-    where: Callable[[Site], bool] = lambda site: True,
-    weigh_single_values: bool | None = None,
+    where: Callable[[NormLayer], bool] = lambda norm_layer: True,
+    include_1x1: bool | None = None,
 ) -> nn.Module:
     """Rewrite the normalization layers of a model, in place, so that an example weighs in at inference.
 
@@ -152,49 +156,51 @@ def patch(
 
     Args:
         model: any module; it may itself be a norm.
-        alpha: the weight of the example, in [0, 1], for all sites; or by name of site, the others
+        alpha: the weight of the example, in [0, 1], for all norm layers; or by name of norm layer, the others
             keeping what they have.
-        where: which sites to patch.
-        weigh_single_values: weigh also inputs with one value per example and channel (see
-            :class:`~bnpatch.nn.norm.ExampleWeighedNorm`); None leaves what is patched already as it is.
+        where: which norm layers to patch.
+        include_1x1: weigh also inputs with one value per example and channel (see
+            :class:`~bnpatch.nn.norm.ExampleWeightedNorm`); None leaves what is patched already as it is.
 
     Returns:
         The model; another object only where the model itself is a norm.
 
     Raises:
-        BnpatchError: there is no site to patch, or ``alpha`` names one that doesn't exist.
+        BnpatchError: there is no norm layer to patch, or ``alpha`` names one that doesn't exist.
         InvalidAlphaError: an alpha is not in [0, 1].
     """
-    found = survey(model)
-    sites = [site for site in found.sites if where(site)]
-    if not sites:
+    found = inventory(model)
+    norm_layers = [norm_layer for norm_layer in found.norm_layers if where(norm_layer)]
+    if not norm_layers:
         raise BnpatchError(*_nothing_to_patch(found))
-    alphas = _alphas_by_name(alpha, sites, found.left_alone)
+    alphas = _alphas_by_name(alpha, norm_layers, found.skipped_norms)
     swaps: dict[int, nn.Module] = {}
-    for site in sites:
-        if isinstance(site.module, ExampleWeighedNorm):
-            layer = site.module
-            layer.alpha = alphas.get(site.name, layer.alpha)
-            if weigh_single_values is not None:
-                layer.weigh_single_values = weigh_single_values
+    for norm_layer in norm_layers:
+        if isinstance(norm_layer.module, ExampleWeightedNorm):
+            layer = norm_layer.module
+            layer.alpha = alphas.get(norm_layer.name, layer.alpha)
+            if include_1x1 is not None:
+                layer.include_1x1 = include_1x1
         else:
-            swaps[id(site.module)] = ExampleWeighedNorm.take_over(
-                site.module,
-                alphas.get(site.name, 0.0),
-                always_inference=CONVERTIBLE[_qualified_name(type(site.module))],
-                weigh_single_values=bool(weigh_single_values),
+            swaps[id(norm_layer.module)] = ExampleWeightedNorm.take_over(
+                norm_layer.module,
+                alphas.get(norm_layer.name, 0.0),
+                always_inference=CONVERTIBLE[_qualified_name(type(norm_layer.module))],
+                include_1x1=bool(include_1x1),
             )
     return swap(model, swaps)
 
 
 def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
-    """Norms that could be sites if they had running moments, by name: Group Norm, Batch Norm without."""
+    """Norms that could be norm layers if they had running moments, by name: Group Norm, Batch Norm
+    without.
+    """
     modules = dict(model.named_modules())
-    return {left.name: modules[left.name] for left in survey(model).left_alone if left.is_uncalibrated}
+    return {left.name: modules[left.name] for left in inventory(model).skipped_norms if left.is_uncalibrated}
 
 
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
-    """Make sites of norms that have no running moments of their own, in place, at their identity.
+    """Make norm layers of norms that have no running moments of their own, in place, at their identity.
 
     Batch Norm without running moments normalizes by those of the batch; nothing that is free of the batch
     is the same, so it gets the running moments that it never kept, and alpha = 0.
@@ -226,21 +232,25 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
                 "running": running,
             }
     return swap(
-        model, {id(norms[n]): ExampleWeighedNorm.take_over(norms[n], **o) for n, o in options.items()}
+        model, {id(norms[n]): ExampleWeightedNorm.take_over(norms[n], **o) for n, o in options.items()}
     )
 
 
-def unpatch(model: nn.Module, *, where: Callable[[Site], bool] = lambda site: True) -> nn.Module:
+def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True) -> nn.Module:
     """Undo :func:`patch`, in place: every layer gets its own class back.
 
     Args:
         model: any module.
-        where: which sites to give back.
+        where: which norm layers to give back.
 
     Returns:
         The model; another object only where the model itself is a norm.
     """
-    layers = [s.module for s in survey(model).sites if isinstance(s.module, ExampleWeighedNorm) and where(s)]
+    layers = [
+        s.module
+        for s in inventory(model).norm_layers
+        if isinstance(s.module, ExampleWeightedNorm) and where(s)
+    ]
     return swap(model, {id(layer): layer.give_back() for layer in layers})
 
 
@@ -264,8 +274,8 @@ def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
 
 def _why_not(module: Any) -> str | None:
-    """None for a site; the reason for a norm that is left alone; the empty string for what is no norm."""
-    if isinstance(module, ExampleWeighedNorm):
+    """None for a norm layer; the reason for a norm that is skipped; the empty string for what is no norm."""
+    if isinstance(module, ExampleWeightedNorm):
         return None
     name = _qualified_name(type(module))
     if name in LEFT_ALONE:
@@ -291,38 +301,40 @@ def _why_not_unknown(module: nn.Module) -> str:
 
 
 def _alphas_by_name(
-    alpha: float | Mapping[str, float], sites: list[Site], left_alone: tuple[LeftAlone, ...]
+    alpha: float | Mapping[str, float], norm_layers: list[NormLayer], skipped_norms: tuple[SkippedNorm, ...]
 ) -> dict[str, float]:
     if not isinstance(alpha, Mapping):
-        return {site.name: check_alpha(float(alpha)) for site in sites}
-    names = {name: site.name for site in sites for name in (site.name, *site.aliases)}
+        return {norm_layer.name: check_alpha(float(alpha)) for norm_layer in norm_layers}
+    names = {
+        name: norm_layer.name for norm_layer in norm_layers for name in (norm_layer.name, *norm_layer.aliases)
+    }
     if unknown := [name for name in alpha if name not in names]:
-        remedy = f"its sites are {_enumerate([s.name for s in sites])}"
-        if any(left.name == unknown[0] and left.is_uncalibrated for left in left_alone):
+        remedy = f"its norm layers are {_enumerate([s.name for s in norm_layers])}"
+        if any(left.name == unknown[0] and left.is_uncalibrated for left in skipped_norms):
             remedy = CALIBRATE
-        raise BnpatchError(f"the model has no site {unknown[0]!r}", remedy)
+        raise BnpatchError(f"the model has no norm layer {unknown[0]!r}", remedy)
     return {names[name]: check_alpha(float(value), name) for name, value in alpha.items()}
 
 
-def _nothing_to_patch(found: Survey[Site]) -> tuple[str, str]:
-    if found.sites:
-        return "no site of the model was chosen", "the filter refused all of them"
-    if not found.left_alone:
+def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
+    if found.norm_layers:
+        return "no norm layer of the model was chosen", "the filter refused all of them"
+    if not found.skipped_norms:
         return (
             "the model has no normalization layer that bnpatch could patch",
-            "if it had Batch Norm once, that was folded into the convolutions: patch the model from before, "
+            "if it had Batch Norm once, that was fused into the convolutions: patch the model from before, "
             "or see bnpatch.recover_folded",
         )
-    if waiting := [left for left in found.left_alone if left.is_uncalibrated]:
+    if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
         return (
             f"the model's norms have no running moments: {_enumerate([w.name for w in waiting])}",
             CALIBRATE,
         )
-    kinds = {left.kind: left.reason for left in found.left_alone}
+    kinds = {left.kind: left.reason for left in found.skipped_norms}
     kind, reason = next(iter(kinds.items()))
     return (
-        f"none of the model's {len(found.left_alone)} norms can be patched",
-        f"they are left alone: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
+        f"none of the model's {len(found.skipped_norms)} norms can be patched",
+        f"they are skipped: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
     )
 
 
@@ -331,7 +343,7 @@ def _enumerate(names: list[str], most: int = 5) -> str:
 
 
 def _origin_class(module: nn.Module) -> type[nn.Module]:
-    return module.origin_class if isinstance(module, ExampleWeighedNorm) else type(module)
+    return module.origin_class if isinstance(module, ExampleWeightedNorm) else type(module)
 
 
 def _qualified_name(cls: type) -> str:

@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.core.inventory import LeftAlone
+from bnpatch.core.inventory import SkippedNorm
 from bnpatch.nn.hooks import in_evaluation_mode
-from bnpatch.nn.surgery import survey
+from bnpatch.nn.surgery import inventory
 
 # Operators that normalize by moments, as they are after composite ones were taken apart.
 _NORMALIZING = re.compile(r"(batch|group|layer|instance|rms)_?norm")
@@ -37,7 +37,7 @@ _NORMALIZING = re.compile(r"(batch|group|layer|instance|rms)_?norm")
 # They take the shape of a tensor, not its values.
 _LIKE = re.compile(r"^new_|_like$")
 
-# Listed as left alone, for they are called norms, and yet they don't divide their input by its moments.
+# Listed as skipped, for they are called norms, and yet they don't divide their input by its moments.
 _NOT_NORMALIZING = re.compile(r"affine|layerscale|stdconv|(local|global)response", re.IGNORECASE)
 
 
@@ -57,28 +57,30 @@ class NormPaths:
     num_function_calls: int
 
 
-def unnormalized_sites(model: nn.Module, example_input: Tensor) -> frozenset[str]:
-    """Name the sites whose scales and shifts reach the output of a model past no other norm.
+def unnormalized_norms(model: nn.Module, example_input: Tensor) -> frozenset[str]:
+    """Name the norm layers whose scales and shifts reach the output of a model past no other norm.
 
     Args:
         model: patched or not; it is run once, in evaluation mode, and left as it was.
         example_input: an input (N, ...) as the model takes it, on its device. One small example will do.
 
     Returns:
-        Names of sites, as :func:`bnpatch.survey` gives them.
+        Names of norm layers, as :func:`bnpatch.inventory` gives them.
 
     Raises:
         BnpatchError: the model does not run on this input.
     """
     reached = norm_paths(model, example_input).unnormalized
-    return frozenset(site.name for site in survey(model).sites if site.name in reached)
+    return frozenset(
+        norm_layer.name for norm_layer in inventory(model).norm_layers if norm_layer.name in reached
+    )
 
 
 def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
-    """The same for all normalization layers: those that aren't sites stop a path, and may start one.
+    """The same for all normalization layers: those that aren't norm layers stop a path, and may start one.
 
     Args:
-        model: see :func:`unnormalized_sites`.
+        model: see :func:`unnormalized_norms`.
         example_input: likewise.
 
     Raises:
@@ -153,10 +155,10 @@ def _storage(x: Tensor) -> StorageWeakRef:
 
 
 def _norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that normalize by moments of their input, by name: sites, and others."""
-    found = survey(model)
-    names = {site.name for site in found.sites}
-    names |= {left.name for left in found.left_alone if not _NOT_NORMALIZING.search(left.kind)}
+    """Modules that normalize by moments of their input, by name: norm layers, and others."""
+    found = inventory(model)
+    names = {norm_layer.name for norm_layer in found.norm_layers}
+    names |= {left.name for left in found.skipped_norms if not _NOT_NORMALIZING.search(left.kind)}
     return {name: module for name, module in model.named_modules() if name in names}
 
 
@@ -204,7 +206,7 @@ _BY_EXAMPLE = "called in a forward: Instance Norm normalizes by the example alon
 _FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm)
 
 
-def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[LeftAlone, ...]:
+def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[SkippedNorm, ...]:
     """The calls of functional norms that come from no norm module, by the module in whose forward they are.
 
     Args:
@@ -213,10 +215,12 @@ def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[LeftAlon
 
     Returns:
         One entry per module and function, its name that of the module; ``batch_norm`` with running moments
-        and ``group_norm`` become sites of an ONNX export (:func:`bnpatch.export_onnx`).
+        and ``group_norm`` become norm layers of an ONNX export (:func:`bnpatch.export_onnx`).
     """
-    found = survey(model)
-    known = {site.name for site in found.sites} | {left.name for left in found.left_alone}
+    found = inventory(model)
+    known = {norm_layer.name for norm_layer in found.norm_layers} | {
+        left.name for left in found.skipped_norms
+    }
     calls: Counter[tuple[str, str, str]] = Counter()
     running: list[str] = []  # names of the modules whose forward is going on, the innermost last
 
@@ -232,7 +236,7 @@ def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[LeftAlon
     with _telling_which_run(model, running), Watch():
         run()
     return tuple(
-        LeftAlone(name, f"F.{function}" + (f" x {count}" if count > 1 else ""), reason)
+        SkippedNorm(name, f"F.{function}" + (f" x {count}" if count > 1 else ""), reason)
         for (name, function, reason), count in calls.items()
     )
 

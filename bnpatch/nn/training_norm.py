@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.core.norm_spec import NormSpec, Renorm
-from bnpatch.nn.norm import ExampleWeighedNorm, affine, example_moments
-from bnpatch.nn.surgery import Site, patch, survey, swap
+from bnpatch.nn.norm import ExampleWeightedNorm, affine, example_moments
+from bnpatch.nn.surgery import NormLayer, inventory, patch, swap
 
 
-class GeneralNorm(ExampleWeighedNorm):
+class GeneralNorm(ExampleWeightedNorm):
     """A layer that trains as its spec says, and weighs examples in evaluation mode.
 
     Training on groups of one batch or more is left to the original class, whose result it is bit for bit.
@@ -34,7 +34,7 @@ class GeneralNorm(ExampleWeighedNorm):
     num_batches_tracked: Tensor
 
     @classmethod
-    def of(cls, layer: ExampleWeighedNorm, spec: NormSpec) -> "GeneralNorm":
+    def of(cls, layer: ExampleWeightedNorm, spec: NormSpec) -> "GeneralNorm":
         """The layer under another class, with one shared state, and with running moments that fit.
 
         Args:
@@ -53,7 +53,7 @@ class GeneralNorm(ExampleWeighedNorm):
         return general
 
     def give_back(self) -> nn.Module:
-        """See :meth:`ExampleWeighedNorm.give_back`."""
+        """See :meth:`ExampleWeightedNorm.give_back`."""
         origin = super().give_back()
         del origin.__dict__["spec"]
         return origin
@@ -299,7 +299,7 @@ def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[T
 
 
 def convert_norms(
-    model: nn.Module, spec: NormSpec, *, where: Callable[[Site], bool] = lambda site: True
+    model: nn.Module, spec: NormSpec, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True
 ) -> nn.Module:
     """Let the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
 
@@ -309,23 +309,23 @@ def convert_norms(
 
     Args:
         model: any module; it may be patched already.
-        spec: for every site, fitted to its channels by :meth:`NormSpec.for_channels`.
-        where: which sites to convert.
+        spec: for every norm layer, fitted to its channels by :meth:`NormSpec.for_channels`.
+        where: which norm layers to convert.
 
     Returns:
         The model; another object only where the model itself is a norm.
 
     Raises:
-        BnpatchError: there is no site, or all of them stay as they are.
+        BnpatchError: there is no norm layer, or all of them stay as they are.
     """
     model = patch(model, where=where)
     swaps: dict[int, nn.Module] = {}
-    for site in survey(model).sites:
-        layer = site.module
-        if not (where(site) and isinstance(layer, ExampleWeighedNorm)) or layer.always_inference:
+    for norm_layer in inventory(model).norm_layers:
+        layer = norm_layer.module
+        if not (where(norm_layer) and isinstance(layer, ExampleWeightedNorm)) or layer.always_inference:
             continue
-        if site.parameters()[2] is not None:
-            swaps[id(layer)] = GeneralNorm.of(layer, spec.for_channels(site.num_channels))
+        if norm_layer.parameters()[2] is not None:
+            swaps[id(layer)] = GeneralNorm.of(layer, spec.for_channels(norm_layer.num_channels))
     if not swaps:
         raise BnpatchError(
             "the model's norms are all frozen or keep no running moments: training would not change them",

@@ -24,7 +24,7 @@ _CONSTANTS_ARE_OF_ANY_TYPE = 9
 
 
 class Tape:
-    """The nodes that replace one site, in order.
+    """The nodes that replace one norm layer, in order.
 
     Args:
         prefix: what the names of all new nodes and values begin with.

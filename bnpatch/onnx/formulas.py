@@ -6,7 +6,7 @@ from different coordinates; the third is what is left of the second when alpha i
 - *direct*: on the input x, with the running moments (rm, rv) and eps.
 - *normalized*: on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
   computes, with the running moments (0, rho), rho = rv / (rv + eps), and 1 - rho in the place of eps.
-- *folded*: on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
+- *fused*: on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
 
 The first two agree because a mixture moves along with an affine map of everything in it: with
 k = 1 / sqrt(rv + eps) the mixture of u has the mean k * (mean - rm) and the variance k^2 * var, hence
@@ -18,7 +18,7 @@ Where the input comes from a convolution, every runtime folds that BatchNormaliz
 as it did with the original, so u is there at no cost, and its moments about the running mean lose no
 digits where ``E[x^2] - mean^2`` would. Elsewhere u would cost a pass over memory, and direct is faster.
 
-The *folded* form takes 8 operators on (N, C) where the normalized one takes 13, which small models feel.
+The *fused* form takes 8 operators on (N, C) where the normalized one takes 13, which small models feel.
 In the normalized coordinates, with the example's mean m and mean square q, ``mix`` and eps give
 
     alpha (q - m^2) + (1 - alpha) rho + alpha (1 - alpha) m^2 + 1 - rho
@@ -44,44 +44,44 @@ import onnx_ir as ir
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.inference import Array
-from bnpatch.onnx.match import Site
+from bnpatch.onnx.match import NormLayer
 
 Form = Literal["direct", "normalized", "folded"]
 
-#: Up to here the folded form has at least four digits more than rounding takes.
+#: Up to here the fused form has at least four digits more than rounding takes.
 _LARGEST_FOLDED_ALPHA = 0.99
 
 #: Operators into which a runtime can fold a BatchNormalization that follows.
 _FOLDING = ("Conv", "ConvTranspose", "Gemm")
 
 
-def best_form(site: Site, running: Moments[Array], alpha: float | ir.Value) -> Form:
-    """The fastest form of those that are accurate at this site."""
-    wide = site.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-    if not wide or not np.all(running.var + site.eps > 0):
+def best_form(norm_layer: NormLayer, running: Moments[Array], alpha: float | ir.Value) -> Form:
+    """The fastest form of those that are accurate at this norm layer."""
+    wide = norm_layer.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    if not wide or not np.all(running.var + norm_layer.eps > 0):
         return "direct"
-    producer = site.input.producer()
-    folds = producer is not None and producer.op_type in _FOLDING and len(site.input.uses()) == 1
-    if not folds or site.input.is_graph_output():
+    producer = norm_layer.input.producer()
+    folds = producer is not None and producer.op_type in _FOLDING and len(norm_layer.input.uses()) == 1
+    if not folds or norm_layer.input.is_graph_output():
         return "direct"
     is_number = isinstance(alpha, float) and 0 < alpha <= _LARGEST_FOLDED_ALPHA
-    return "folded" if is_number and site.channels_per_group == 1 else "normalized"
+    return "folded" if is_number and norm_layer.channels_per_group == 1 else "normalized"
 
 
-def append_site(
+def append_norm(
     tape: Tape,
-    site: Site,
+    norm_layer: NormLayer,
     running: Moments[Array],
     alpha: float | ir.Value,
     form: Form | None = None,
     *,
     given: Moments[ir.Value] | None = None,
 ) -> ir.Value:
-    """Append what replaces a site: normalization by the mixture of example and running moments.
+    """Append what replaces a norm layer: normalization by the mixture of example and running moments.
 
     Args:
         tape: takes the nodes.
-        site: where.
+        norm_layer: where.
         running: running mean and variance of shape (C,).
         alpha: weight of the example, a number in [0, 1] or a scalar in the graph.
         form: see the module; :func:`best_form` by default.
@@ -89,81 +89,87 @@ def append_site(
             of ``running``, which is then no more than what the coordinates are taken from.
 
     Returns:
-        The result, of the shape and type of the input of the site.
+        The result, of the shape and type of the input of the norm layer.
     """
-    compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    compute = ir.DataType.DOUBLE if norm_layer.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     weight: Any = (
         Value(tape, alpha, ir.DataType.FLOAT).cast(compute) if isinstance(alpha, ir.Value) else alpha
     )
-    running = _pooled_per_channel(running, site.channels_per_group)
-    form = form or best_form(site, running, alpha if given is None else given.mean)
+    running = _pooled_per_channel(running, norm_layer.channels_per_group)
+    form = form or best_form(norm_layer, running, alpha if given is None else given.mean)
     if form == "folded":
-        if isinstance(alpha, ir.Value) or site.channels_per_group > 1 or given is not None:
-            raise ValueError("the folded form is for constant alphas and moments, and for single channels")
-        return _folded(tape, site, running, alpha).value
-    eps: float | Array = site.eps
+        if isinstance(alpha, ir.Value) or norm_layer.channels_per_group > 1 or given is not None:
+            raise ValueError("the fused form is for constant alphas and moments, and for single channels")
+        return _folded(tape, norm_layer, running, alpha).value
+    eps: float | Array = norm_layer.eps
     used: Moments[Any] = running
     if given is not None:
         used = Moments(*(Value(tape, v, ir.DataType.FLOAT).cast(compute) for v in (given.mean, given.var)))
     if form == "normalized":
-        x = Value(tape, _batch_norm(tape, site, running), site.dtype)
-        total = running.var + site.eps
+        x = Value(tape, _batch_norm(tape, norm_layer, running), norm_layer.dtype)
+        total = running.var + norm_layer.eps
         used, eps = (
             Moments((used.mean - running.mean) * total**-0.5, used.var * (1 / total)),
-            site.eps / total,
+            norm_layer.eps / total,
         )
     else:
-        x = Value(tape, site.input, site.dtype).cast(compute)
-    return _weighed_norm(x, site, used, eps, weight, form).cast(site.dtype).value
+        x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
+    return _weighted_norm(x, norm_layer, used, eps, weight, form).cast(norm_layer.dtype).value
 
 
 def append_batch_norm(
-    tape: Tape, site: Site, running: Moments[Array], given: Moments[ir.Value] | None = None
+    tape: Tape, norm_layer: NormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
 ) -> ir.Value:
     """Append Batch Norm by other running moments: where they are constants, a node that runtimes fold.
 
     Args:
         tape: takes the node.
-        site: where.
+        norm_layer: where.
         running: running mean and variance of shape (C,).
-        given: float32 values of the graph to use in their place, for sites that pool no channels.
+        given: float32 values of the graph to use in their place, for norm layers that pool no channels.
     """
-    running = _pooled_per_channel(running, site.channels_per_group)
+    running = _pooled_per_channel(running, norm_layer.channels_per_group)
     weight, bias = (
-        tape.constant(np.broadcast_to(a, site.num_channels), site.dtype) for a in (site.weight, site.bias)
+        tape.constant(np.broadcast_to(a, norm_layer.num_channels), norm_layer.dtype)
+        for a in (norm_layer.weight, norm_layer.bias)
     )
     if given is None:
-        moments = [tape.constant(a, site.dtype) for a in (running.mean, running.var)]
+        moments = [tape.constant(a, norm_layer.dtype) for a in (running.mean, running.var)]
     else:
-        values = (Value(tape, v, ir.DataType.FLOAT).cast(site.dtype) for v in (given.mean, given.var))
+        values = (Value(tape, v, ir.DataType.FLOAT).cast(norm_layer.dtype) for v in (given.mean, given.var))
         moments = [v.value for v in values]
-    return tape.op("BatchNormalization", site.input, weight, bias, *moments, epsilon=site.eps)
+    return tape.op("BatchNormalization", norm_layer.input, weight, bias, *moments, epsilon=norm_layer.eps)
 
 
-def append_by_batch(tape: Tape, site: Site) -> tuple[ir.Value, Moments[ir.Value]]:
+def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moments[ir.Value]]:
     """Append the norm as it is in training: by the moments of the whole batch, which are returned too.
 
     Group Norm stays Group Norm.
 
     Args:
         tape: takes the nodes.
-        site: where.
+        norm_layer: where.
 
     Returns:
         The result, and mean and biased variance of the batch per channel, (1, C, 1, ..., 1) in float32
         or wider.
     """
-    compute = ir.DataType.DOUBLE if site.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    x = Value(tape, site.input, site.dtype).cast(compute)
-    moments = centred_moments(x, (0, *range(2, len(site.dims))))
+    compute = ir.DataType.DOUBLE if norm_layer.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
+    moments = centred_moments(x, (0, *range(2, len(norm_layer.dims))))
     found = Moments(moments.mean.value, moments.var.value)
-    if site.identity == 1:
-        ignored = Moments(np.zeros(site.num_channels), np.ones(site.num_channels))  # by a weight of 0
-        return append_site(tape, site, ignored, 1.0, "direct"), found
-    columns = (-1, *(1,) * (len(site.dims) - 2))
-    weight, bias = (np.broadcast_to(v, site.num_channels).reshape(columns) for v in (site.weight, site.bias))
-    scale: Value = weight / (moments.var + site.eps).sqrt()
-    return ((x - moments.mean) * scale + bias).cast(site.dtype).value, found
+    if norm_layer.identity == 1:
+        ignored = Moments(
+            np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
+        )  # by a weight of 0
+        return append_norm(tape, norm_layer, ignored, 1.0, "direct"), found
+    columns = (-1, *(1,) * (len(norm_layer.dims) - 2))
+    weight, bias = (
+        np.broadcast_to(v, norm_layer.num_channels).reshape(columns)
+        for v in (norm_layer.weight, norm_layer.bias)
+    )
+    scale: Value = weight / (moments.var + norm_layer.eps).sqrt()
+    return ((x - moments.mean) * scale + bias).cast(norm_layer.dtype).value, found
 
 
 def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
@@ -176,35 +182,48 @@ def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
     return Moments(mean, (centred * centred).mean(axes))
 
 
-def _folded(tape: Tape, site: Site, running: Moments[Array], alpha: float) -> Value:
+def _folded(tape: Tape, norm_layer: NormLayer, running: Moments[Array], alpha: float) -> Value:
     root = alpha**0.5
-    total = running.var + site.eps
+    total = running.var + norm_layer.eps
     weight, bias, rest = (
-        v.reshape(-1, *(1,) * (len(site.dims) - 2))
-        for v in (site.weight / root, site.bias, ((1 - alpha) * running.var + site.eps) / total)
+        v.reshape(-1, *(1,) * (len(norm_layer.dims) - 2))
+        for v in (
+            norm_layer.weight / root,
+            norm_layer.bias,
+            ((1 - alpha) * running.var + norm_layer.eps) / total,
+        )
     )
-    u = Value(tape, _batch_norm(tape, site, running, root), site.dtype)
-    mean, mean_square = _means(u, len(site.dims), blocked=_is_blocked(site))
+    u = Value(tape, _batch_norm(tape, norm_layer, running, root), norm_layer.dtype)
+    mean, mean_square = _means(u, len(norm_layer.dims), blocked=_is_blocked(norm_layer))
     part = mean * alpha
     scale: Value = weight / (mean_square - part * mean + rest).sqrt()
     return u * scale + (bias - part * scale)
 
 
-def _weighed_norm(
-    x: Value, site: Site, running: Moments[Any], eps: float | Array, alpha: float | Value, form: Form
+def _weighted_norm(
+    x: Value,
+    norm_layer: NormLayer,
+    running: Moments[Any],
+    eps: float | Array,
+    alpha: float | Value,
+    form: Form,
 ) -> Value:
     """Eq. 3 of the paper on graph values; running moments and eps per channel, alike within a group."""
-    spatial = (1,) * (len(site.dims) - 2)
-    example = example_moments(x, len(site.dims), blocked=form == "normalized" and _is_blocked(site))
-    per_group = site.channels_per_group > 1
-    columns = (-1, site.channels_per_group) if per_group else (-1, *spatial)
+    spatial = (1,) * (len(norm_layer.dims) - 2)
+    example = example_moments(
+        x, len(norm_layer.dims), blocked=form == "normalized" and _is_blocked(norm_layer)
+    )
+    per_group = norm_layer.channels_per_group > 1
+    columns = (-1, norm_layer.channels_per_group) if per_group else (-1, *spatial)
     if per_group:
-        groups = (0, site.num_channels // site.channels_per_group, site.channels_per_group)
+        groups = (0, norm_layer.num_channels // norm_layer.channels_per_group, norm_layer.channels_per_group)
         parts = (m.reshape(groups) if isinstance(m, Value) else m for m in (example.mean, example.var))
         example = pool(Moments(*parts), axes=2)
     columned: list[Any] = [
-        v.reshape(columns) if isinstance(v, Value) else np.broadcast_to(v, site.num_channels).reshape(columns)
-        for v in (running.mean, running.var, site.weight, site.bias, eps)
+        v.reshape(columns)
+        if isinstance(v, Value)
+        else np.broadcast_to(v, norm_layer.num_channels).reshape(columns)
+        for v in (running.mean, running.var, norm_layer.weight, norm_layer.bias, eps)
     ]
     means, variances, weights, biases, epsilons = columned
     if per_group:  # groups of channels in rows
@@ -217,7 +236,7 @@ def _weighed_norm(
     scale: Value = weights / (moments.var + epsilons).sqrt()
     shift: Value = biases - moments.mean * scale
     if per_group:
-        scale, shift = (v.reshape((0, site.num_channels, *spatial)) for v in (scale, shift))
+        scale, shift = (v.reshape((0, norm_layer.num_channels, *spatial)) for v in (scale, shift))
     return x * scale + shift
 
 
@@ -247,9 +266,9 @@ def _means(x: Value, rank: int, blocked: bool) -> tuple[Value, Value]:
     return (x.mean(axes), (x * x).mean(axes)) if axes else (x, x * x)
 
 
-def _is_blocked(site: Site) -> bool:
+def _is_blocked(norm_layer: NormLayer) -> bool:
     """The blocked layout of onnxruntime is for 2d convolutions in float32."""
-    return site.dtype == ir.DataType.FLOAT and len(site.dims) == 4
+    return norm_layer.dtype == ir.DataType.FLOAT and len(norm_layer.dims) == 4
 
 
 def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Moments[Array]:
@@ -259,19 +278,21 @@ def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Mom
     return Moments(*(np.repeat(v, channels_per_group) for v in (pooled.mean, pooled.var)))
 
 
-def _batch_norm(tape: Tape, site: Site, running: Moments[Array], scale: float = 1.0) -> ir.Value:
+def _batch_norm(tape: Tape, norm_layer: NormLayer, running: Moments[Array], scale: float = 1.0) -> ir.Value:
     """A BatchNormalization by the running moments alone: the site's own node, with bias 0."""
-    scales, zeros = (tape.constant(np.full(site.num_channels, v), site.dtype) for v in (scale, 0.0))
+    scales, zeros = (
+        tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (scale, 0.0)
+    )
     moments: list[ir.Value] = []
     for own, mine, array in zip(
-        site.node.inputs[3:5] or (None, None),
-        (site.running_mean, site.running_var),
+        norm_layer.node.inputs[3:5] or (None, None),
+        (norm_layer.running_mean, norm_layer.running_var),
         (running.mean, running.var),
         strict=True,
     ):
         is_own = own is not None and mine is not None and np.array_equal(mine, array)
-        moments.append(own if own is not None and is_own else tape.constant(array, site.dtype))
-    attributes: dict[str, Any] = {"epsilon": site.eps}
-    if site.kind == "BatchNormalization":
-        attributes = {name: attribute.value for name, attribute in site.node.attributes.items()}
-    return tape.op("BatchNormalization", site.input, scales, zeros, *moments, **attributes)
+        moments.append(own if own is not None and is_own else tape.constant(array, norm_layer.dtype))
+    attributes: dict[str, Any] = {"epsilon": norm_layer.eps}
+    if norm_layer.kind == "BatchNormalization":
+        attributes = {name: attribute.value for name, attribute in norm_layer.node.attributes.items()}
+    return tape.op("BatchNormalization", norm_layer.input, scales, zeros, *moments, **attributes)

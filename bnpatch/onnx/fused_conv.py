@@ -1,6 +1,6 @@
-"""Convolutions that may have had a Batch Norm which was folded into them: find them, give it back.
+"""Convolutions that may have had a Batch Norm which was fused into them: find them, give it back.
 
-A folded Batch Norm leaves no trace but a bias, which the convolutions of most architectures with Batch
+A fused Batch Norm leaves no trace but a bias, which the convolutions of most architectures with Batch
 Norm do not have of their own. So these are candidates, no more: what stands before a Softmax or at an
 output, or squeezes and excites, has a bias as well.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.core.inventory import FOLDED
+from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import centred_moments
@@ -27,7 +27,7 @@ _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "
 
 
 @dataclass(frozen=True)
-class FoldedCandidate:
+class FusedConv:
     """A convolution with a bias and no norm after it.
 
     Attributes:
@@ -49,7 +49,7 @@ class FoldedCandidate:
         return [array for array in arrays if array is not None]
 
 
-def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
+def find_fused_convs(model: ir.Model) -> tuple[FusedConv, ...]:
     """The candidates of a model, in the order of its nodes; looks only.
 
     Convolutions whose output is known to have a single value per channel (the heart of squeeze and
@@ -72,11 +72,11 @@ def folded_candidates(model: ir.Model) -> tuple[FoldedCandidate, ...]:
             continue
         if has_layer_norm and _embeds_patches(node):
             continue
-        candidates.append(FoldedCandidate(_name(node), node, int(bias.size), dims))
+        candidates.append(FusedConv(_name(node), node, int(bias.size), dims))
     return tuple(candidates)
 
 
-def observe(model: ir.Model, candidates: Sequence[FoldedCandidate]) -> list[tuple[str, str]]:
+def observe(model: ir.Model, candidates: Sequence[FusedConv]) -> list[tuple[str, str]]:
     """Add the moments of each candidate's output to the outputs of its model, see :func:`observe_values`."""
     return observe_values(model, [(c.node.outputs[0], len(c.dims)) for c in candidates])
 
@@ -119,7 +119,7 @@ def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: fl
         moments: mean and variance, each of shape (C,), of the output of each convolution, by name.
         eps: added to the variance; keeps channels that are constant from being divided by 0.
     """
-    for candidate in folded_candidates(model) if moments else ():
+    for candidate in find_fused_convs(model) if moments else ():
         if candidate.name not in moments:
             continue
         mean, var = moments[candidate.name].mean, moments[candidate.name].var
@@ -128,23 +128,23 @@ def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: fl
         parameters = {"weight": np.sqrt(var + eps), "bias": mean, "running_mean": mean, "running_var": var}
         values = []
         for name, array in parameters.items():
-            tensor = ir.tensor(array.astype(dtype.numpy()), name=f"{candidate.name}{FOLDED}.{name}")
+            tensor = ir.tensor(array.astype(dtype.numpy()), name=f"{candidate.name}{FUSED}.{name}")
             value = ir.Value(
                 name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
             )
             model.graph.register_initializer(value)
             values.append(value)
         norm = ir.node("BatchNormalization", [output, *values], attributes={"epsilon": eps})
-        norm.name = f"{candidate.name}{FOLDED}"
+        norm.name = f"{candidate.name}{FUSED}"
         result = norm.outputs[0]
         result.type, result.shape = output.type, output.shape
         output.replace_all_uses_with(result, replace_graph_outputs=True)
         norm.replace_input_with(0, output)
-        result.name, output.name = output.name, f"{output.name}{FOLDED}"
+        result.name, output.name = output.name, f"{output.name}{FUSED}"
         _graph_of(candidate).insert_after(candidate.node, norm)
 
 
-def _graph_of(candidate: FoldedCandidate) -> ir.Graph | ir.Function:
+def _graph_of(candidate: FusedConv) -> ir.Graph | ir.Function:
     graph = candidate.node.graph
     assert graph is not None  # found in one
     return graph

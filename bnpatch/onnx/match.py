@@ -1,6 +1,6 @@
-"""Find the normalization layers of an ONNX graph: the sites, and those left alone with the reason.
+"""Find the normalization layers of an ONNX graph: the norm layers, and those skipped with the reason.
 
-A site has the name that it has in torch: exporters keep a module's dotted name in the names of its
+A norm layer has the name that it has in torch: exporters keep a module's dotted name in the names of its
 parameters (``layer1.0.bn1.weight``).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.core.inventory import LeftAlone, Survey
+from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.onnx.group_norm import find_exported_group_norm
 from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
 
@@ -26,13 +26,13 @@ _GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per c
 
 
 @dataclass(frozen=True)
-class Site:
+class NormLayer:
     """A place where a graph normalizes by moments that could take the example in.
 
     Attributes:
         name: dotted name of the torch module where the parameters or the exporter's notes tell it, else the
             name of the node, else that of its output; unique in the model.
-        module: the name before it was made unique: the same at all sites of one torch module.
+        module: the name before it was made unique: the same at all norm layers of one torch module.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
         dtype: type of the input.
@@ -82,7 +82,7 @@ class Site:
 
     @property
     def identity(self) -> float:
-        """The alpha at which the site computes what the original does."""
+        """The alpha at which the norm layer computes what the original does."""
         return 0.0 if self.kind == "BatchNormalization" else 1.0
 
     @property
@@ -100,25 +100,25 @@ class Site:
         return not has_variance and all(size == 1 for size in self.dims[2:])
 
 
-def survey(model: ir.Model) -> Survey[Site]:
-    """List the sites of a model, and the normalization layers that are no sites, with reasons.
+def inventory(model: ir.Model) -> Inventory[NormLayer]:
+    """List the norm layers of a model, and the normalization layers that are no norm layers, with reasons.
 
     Looks only: the model is not changed. Subgraphs (If, Loop, Scan) are searched; nodes in model-local
-    functions are listed as left alone, since one body serves many calls:
+    functions are listed as skipped, since one body serves many calls:
     :func:`bnpatch.onnx.io.inline_norms` gives every call its own.
     """
     types = infer_types(model)
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     used: set[str] = set()
-    sites: list[Site] = []
-    left_alone: list[LeftAlone] = []
+    norm_layers: list[NormLayer] = []
+    skipped_norms: list[SkippedNorm] = []
     for node, function in _nodes(model):
         found = _judge(node, opset, types, function)
-        if isinstance(found, Site):
-            sites.append(replace(found, name=_unique(found.module, used)))
-        elif isinstance(found, LeftAlone):
-            left_alone.append(found)
-    return Survey(tuple(sites), tuple(left_alone))
+        if isinstance(found, NormLayer):
+            norm_layers.append(replace(found, name=_unique(found.module, used)))
+        elif isinstance(found, SkippedNorm):
+            skipped_norms.append(found)
+    return Inventory(tuple(norm_layers), tuple(skipped_norms))
 
 
 def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
@@ -131,7 +131,7 @@ def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
 
 def _judge(
     node: ir.Node, opset: int, types: Mapping[int, TensorType], function: str
-) -> Site | LeftAlone | None:
+) -> NormLayer | SkippedNorm | None:
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type not in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
@@ -149,20 +149,20 @@ def _judge(
         input_ = _type_of(_input_of_producer(node), types)
         if exported := find_exported_group_norm(node, input_.dims):
             kind = "GroupNormalization"
-            return _site(
+            return _norm_layer(
                 exported.nodes, kind, input_, exported.num_groups, exported.eps,
                 [exported.weight, exported.bias], _module_name(exported.nodes[-1], exported.parameters),
             )  # fmt: skip
         raise _NoSiteError("Instance Norm normalizes by the example alone, on purpose")
     except _NoSiteError as no:
-        return LeftAlone(_module_name(node, list(node.inputs[1:])), kind, str(no))
+        return SkippedNorm(_module_name(node, list(node.inputs[1:])), kind, str(no))
 
 
 class _NoSiteError(Exception):
-    """Why a node is no site."""
+    """Why a node is no norm layer."""
 
 
-def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> Site:
+def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> NormLayer:
     if opset < 7:
         raise _NoSiteError(
             f"BatchNormalization of opset {opset} is another operator: convert the model to 7 or newer"
@@ -184,10 +184,10 @@ def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> S
         raise _NoSiteError("its running variance is negative somewhere")
     input_ = _type_of(node.inputs[0], types)
     name = _module_name(node, [node.inputs[i] for i in (3, 4, 1, 2)])
-    return _site((node,), node.op_type, input_, parameters[0].size, _eps(node), parameters, name)
+    return _norm_layer((node,), node.op_type, input_, parameters[0].size, _eps(node), parameters, name)
 
 
-def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> Site:
+def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> NormLayer:
     if len(node.inputs) != 3:
         raise _NoSiteError("it has another number of inputs than its operator")
     num_groups = _int(node, "num_groups", 0)
@@ -199,13 +199,13 @@ def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> S
             raise _NoSiteError("its number of channels is not known, and its scale has one value per group")
         parameters = [np.repeat(parameter, channels // num_groups) for parameter in parameters]
     name = _module_name(node, list(node.inputs[1:]))
-    return _site((node,), node.op_type, input_, num_groups, _eps(node), parameters, name)
+    return _norm_layer((node,), node.op_type, input_, num_groups, _eps(node), parameters, name)
 
 
-def _site(
+def _norm_layer(
     nodes: tuple[ir.Node, ...], kind: str, input_: TensorType, num_groups: int, eps: float,
     parameters: list[Array], name: str,
-) -> Site:  # fmt: skip
+) -> NormLayer:  # fmt: skip
     channels = parameters[0].size
     if len({parameter.size for parameter in parameters}) > 1 or channels == 0:
         raise _NoSiteError("its parameters differ in size, or are empty")
@@ -220,7 +220,7 @@ def _site(
     if isinstance(input_.dims[1], int) and input_.dims[1] != channels:
         raise _NoSiteError(f"its input has {input_.dims[1]} channels, its parameters {channels}")
     dims = (input_.dims[0], channels, *input_.dims[2:])
-    return Site(
+    return NormLayer(
         name, name, kind, nodes, input_.dtype, dims, channels // num_groups, eps,
         *(parameter.astype(np.float64) for parameter in parameters),
     )  # fmt: skip

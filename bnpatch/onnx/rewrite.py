@@ -1,7 +1,7 @@
-"""Rewrite the sites of an ONNX graph so that the example itself weighs in, in place.
+"""Rewrite the norm layers of an ONNX graph so that the example itself weighs in, in place.
 
 Standard operators only. Opset, IR version, metadata, doc strings, the order of the other nodes, and
-the names, types and dimensions of inputs and outputs stay as they are; so does every site that is at
+the names, types and dimensions of inputs and outputs stay as they are; so does every norm layer that is at
 its identity, so that a runtime folds it as before.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 import onnx_ir as ir
 
 from bnpatch.core.errors import BnpatchError, check_alpha
-from bnpatch.core.inventory import LeftAlone, Survey
+from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
 from bnpatch.onnx.expressions import Tape
-from bnpatch.onnx.formulas import append_batch_norm, append_site
+from bnpatch.onnx.formulas import append_batch_norm, append_norm
 from bnpatch.onnx.inference import Array
-from bnpatch.onnx.match import MARK, Site, survey
+from bnpatch.onnx.match import MARK, NormLayer, inventory
 
-#: Appends what replaces a site, given its running moments and its alpha; see :func:`append_site`.
+#: Appends what replaces a norm layer, given its running moments and its alpha; see :func:`append_norm`.
 Append = Callable[..., ir.Value]
 
 AlphaInputs = Literal["global", "per-site"]
@@ -35,15 +35,15 @@ class Rewritten:
 
     Attributes:
         model: the model that was given.
-        patched: names of the sites that were rewritten.
-        left_alone: every other normalization layer, and why.
-        alpha_inputs: by site, the graph input that has its alpha; empty where alphas are constants.
-        running_inputs: by site, the graph inputs that have its running mean and variance; likewise.
+        patched: names of the norm layers that were rewritten.
+        skipped_norms: every other normalization layer, and why.
+        alpha_inputs: by norm layer, the graph input that has its alpha; empty where alphas are constants.
+        running_inputs: by norm layer, the graph inputs that have its running mean and variance; likewise.
     """
 
     model: ir.Model = field(repr=False)
     patched: tuple[str, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped_norms: tuple[SkippedNorm, ...]
     alpha_inputs: Mapping[str, str]
     running_inputs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -56,156 +56,184 @@ def rewrite(
     channels_per_group: Mapping[str, int] | None = None,
     alpha_inputs: AlphaInputs | None = None,
     running_inputs: bool = False,
-    weigh_single_values: bool = False,
-    append: Append = append_site,
+    include_1x1: bool = False,
+    append: Append = append_norm,
 ) -> Rewritten:
-    """Rewrite the sites that ``alphas`` names, in place.
+    """Rewrite the norm layers that ``alphas`` names, in place.
 
     Args:
         model: the model.
-        alphas: weight of the example, in [0, 1], by name of site. A module's name stands for all the
-            sites of the module. Sites that are not named are left alone.
-        running: running mean and variance, each of shape (C,), by name of site: in the place of those
+        alphas: weight of the example, in [0, 1], by name of norm layer. A module's name stands for all the
+            norm layers of the module. Norm layers that are not named are skipped.
+        running: running mean and variance, each of shape (C,), by name of norm layer: in the place of those
             in the model, or where the model has none (Group Norm).
         channels_per_group: consecutive channels whose moments are pooled, by name of module, where
             that isn't what the model says: a Batch/Group Norm is stored as Batch Norm.
-        alpha_inputs: None writes the alphas into the graph as constants, and leaves sites at identity
+        alpha_inputs: None writes the alphas into the graph as constants, and leaves norm layers at identity
             as they are. ``"global"`` reads one alpha from a graph input, ``"per-site"`` one from an
             input for each; the inputs are float32 scalars with ``alphas`` as defaults.
         running_inputs: read the running moments from graph inputs, too, of shape (C,) in float32, with
             those above as defaults. For a search, which changes them all the time.
-        weigh_single_values: rewrite also sites whose input is known to have a single value per example
-            and channel, which are left alone by default.
-        append: appends the nodes that replace a site.
+        include_1x1: rewrite also norm layers whose input is known to have a single value per example
+            and channel, which are skipped by default.
+        append: appends the nodes that replace a norm layer.
 
     Raises:
-        BnpatchError: a name is no site, or a site has no running moments and none are given.
+        BnpatchError: a name is no norm layer, or a norm layer has no running moments and none are given.
         InvalidAlphaError: an alpha is not in [0, 1].
         ValueError: the alphas of a global input differ; running moments do
             not fit.
     """
-    found = _regrouped(survey(model), channels_per_group or {})
-    by_site = _alphas_by_site(alphas, found.sites)
-    if alpha_inputs == "global" and len(set(by_site.values())) > 1:
-        raise ValueError("one alpha input for all sites has one default, but the alphas differ")
+    found = _regrouped(inventory(model), channels_per_group or {})
+    by_norm = _alphas_by_site(alphas, found.norm_layers)
+    if alpha_inputs == "global" and len(set(by_norm.values())) > 1:
+        raise ValueError("one alpha input for all norm layers has one default, but the alphas differ")
     moments = {
-        site.name: _running_moments(site, running or {}) for site in found.sites if site.name in by_site
+        norm_layer.name: _running_moments(norm_layer, running or {})
+        for norm_layer in found.norm_layers
+        if norm_layer.name in by_norm
     }
     reasons = {
-        site.name: _why_not(site, by_site.get(site.name), alpha_inputs is None, weigh_single_values)
-        for site in found.sites
+        norm_layer.name: _why_not(norm_layer, by_norm.get(norm_layer.name), alpha_inputs is None, include_1x1)
+        for norm_layer in found.norm_layers
     }
     moved = {  # Batch Norm without a weight for the example, but by other running moments
-        site.name
-        for site in found.sites
-        if reasons[site.name] in (_AT_IDENTITY, _SINGLE_VALUE)
-        and site.identity == 0
-        and (running_inputs or _is_given(site, running))
+        norm_layer.name
+        for norm_layer in found.norm_layers
+        if reasons[norm_layer.name] in (_AT_IDENTITY, _SINGLE_VALUE)
+        and norm_layer.identity == 0
+        and (running_inputs or _is_given(norm_layer, running))
     }
     for name in moved:
         reasons[name] = ""
-    chosen = [site for site in found.sites if not reasons[site.name]]
-    if missing := [site for site in chosen if moments[site.name] is None]:
+    chosen = [norm_layer for norm_layer in found.norm_layers if not reasons[norm_layer.name]]
+    if missing := [norm_layer for norm_layer in chosen if moments[norm_layer.name] is None]:
         raise BnpatchError(
-            f"the site {missing[0].name!r} ({missing[0].kind}) has no running moments",
+            f"the norm layer {missing[0].name!r} ({missing[0].kind}) has no running moments",
             "calibrate it on data, or leave it out",
         )
     taken = _names(model)
-    weighed = [site for site in chosen if site.name not in moved]
-    inputs = _add_alpha_inputs(model.graph, weighed, by_site, alpha_inputs, taken)
+    weighed = [norm_layer for norm_layer in chosen if norm_layer.name not in moved]
+    inputs = _add_alpha_inputs(model.graph, weighed, by_norm, alpha_inputs, taken)
     running_names: dict[str, tuple[str, str]] = {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
-    for site in chosen:
-        site_moments = moments[site.name]
-        assert site_moments is not None  # checked above
-        tape = Tape(f"{site.name}{MARK.rstrip('/')}", opset, taken)
+    for norm_layer in chosen:
+        norm_moments = moments[norm_layer.name]
+        assert norm_moments is not None  # checked above
+        tape = Tape(f"{norm_layer.name}{MARK.rstrip('/')}", opset, taken)
         given = None
         if running_inputs:
-            given = _add_running_inputs(model.graph, site, site_moments, taken)
-            running_names[site.name] = (given.mean.name or "", given.var.name or "")
-        if site.name in moved:
-            result = append_batch_norm(tape, site, site_moments, given)
+            given = _add_running_inputs(model.graph, norm_layer, norm_moments, taken)
+            running_names[norm_layer.name] = (given.mean.name or "", given.var.name or "")
+        if norm_layer.name in moved:
+            result = append_batch_norm(tape, norm_layer, norm_moments, given)
         else:
             options = {} if given is None else {"given": given}
-            result = append(tape, site, site_moments, inputs.get(site.name, by_site[site.name]), **options)
-        _replace(site, tape, result)
+            result = append(
+                tape,
+                norm_layer,
+                norm_moments,
+                inputs.get(norm_layer.name, by_norm[norm_layer.name]),
+                **options,
+            )
+        _replace(norm_layer, tape, result)
     left = tuple(
-        LeftAlone(site.name, site.kind, reasons[site.name]) for site in found.sites if reasons[site.name]
+        SkippedNorm(norm_layer.name, norm_layer.kind, reasons[norm_layer.name])
+        for norm_layer in found.norm_layers
+        if reasons[norm_layer.name]
     )
-    names = {site: value.name or "" for site, value in inputs.items()}
+    names = {norm_layer: value.name or "" for norm_layer, value in inputs.items()}
     return Rewritten(
-        model, tuple(site.name for site in chosen), (*left, *found.left_alone), names, running_names
+        model,
+        tuple(norm_layer.name for norm_layer in chosen),
+        (*left, *found.skipped_norms),
+        names,
+        running_names,
     )
 
 
-def _regrouped(found: Survey[Site], groups: Mapping[str, int]) -> Survey[Site]:
-    sites = (
-        replace(site, channels_per_group=groups.get(site.module, site.channels_per_group))
-        for site in found.sites
+def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Inventory[NormLayer]:
+    norm_layers = (
+        replace(norm_layer, channels_per_group=groups.get(norm_layer.module, norm_layer.channels_per_group))
+        for norm_layer in found.norm_layers
     )
-    return Survey(tuple(sites), found.left_alone)
+    return Inventory(tuple(norm_layers), found.skipped_norms)
 
 
-def _alphas_by_site(alphas: Mapping[str, float], sites: tuple[Site, ...]) -> dict[str, float]:
-    known = {name for site in sites for name in (site.name, site.module)}
+def _alphas_by_site(alphas: Mapping[str, float], norm_layers: tuple[NormLayer, ...]) -> dict[str, float]:
+    known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module)}
     if unknown := [name for name in alphas if name not in known]:
-        some = ", ".join(site.name for site in sites[:5]) + (", ..." if len(sites) > 5 else "")
+        some = ", ".join(norm_layer.name for norm_layer in norm_layers[:5]) + (
+            ", ..." if len(norm_layers) > 5 else ""
+        )
         raise BnpatchError(
-            f"the model has no site {unknown[0]!r}", f"its sites are {some}" if sites else "it has none"
+            f"the model has no norm layer {unknown[0]!r}",
+            f"its norm layers are {some}" if norm_layers else "it has none",
         )
     for name, alpha in alphas.items():
         check_alpha(alpha, name)
-    by_site = {site.name: alphas.get(site.name, alphas.get(site.module)) for site in sites}
-    return {name: float(alpha) for name, alpha in by_site.items() if alpha is not None}
+    by_norm = {
+        norm_layer.name: alphas.get(norm_layer.name, alphas.get(norm_layer.module))
+        for norm_layer in norm_layers
+    }
+    return {name: float(alpha) for name, alpha in by_norm.items() if alpha is not None}
 
 
-def _why_not(site: Site, alpha: float | None, constant: bool, weigh_single_values: bool) -> str:
+def _why_not(norm_layer: NormLayer, alpha: float | None, constant: bool, include_1x1: bool) -> str:
     if alpha is None:
         return "no alpha was given for it"
-    if constant and alpha == site.identity:
+    if constant and alpha == norm_layer.identity:
         return _AT_IDENTITY
-    return _SINGLE_VALUE if site.single_value and not weigh_single_values else ""
+    return _SINGLE_VALUE if norm_layer.single_value and not include_1x1 else ""
 
 
-def _is_given(site: Site, running: Mapping[str, Moments[Array]] | None) -> bool:
-    return running is not None and (site.name in running or site.module in running)
+def _is_given(norm_layer: NormLayer, running: Mapping[str, Moments[Array]] | None) -> bool:
+    return running is not None and (norm_layer.name in running or norm_layer.module in running)
 
 
-def _running_moments(site: Site, given: Mapping[str, Moments[Array]]) -> Moments[Array] | None:
-    moments = given.get(site.name, given.get(site.module))
+def _running_moments(norm_layer: NormLayer, given: Mapping[str, Moments[Array]]) -> Moments[Array] | None:
+    moments = given.get(norm_layer.name, given.get(norm_layer.module))
     if moments is None:
-        if site.running_mean is None or site.running_var is None:
+        if norm_layer.running_mean is None or norm_layer.running_var is None:
             return None
-        return Moments(site.running_mean, site.running_var)
+        return Moments(norm_layer.running_mean, norm_layer.running_var)
     moments = Moments(*(np.asarray(v, np.float64) for v in (moments.mean, moments.var)))
     if any(
-        v.shape != (site.num_channels,) or not np.all(np.isfinite(v)) for v in (moments.mean, moments.var)
+        v.shape != (norm_layer.num_channels,) or not np.all(np.isfinite(v))
+        for v in (moments.mean, moments.var)
     ):
         raise ValueError(
-            f"running moments of {site.name!r} must be finite and of shape ({site.num_channels},)"
+            f"running moments of {norm_layer.name!r} must be finite and of shape ({norm_layer.num_channels},)"
         )
     if np.any(moments.var < 0):
-        raise ValueError(f"the running variance of {site.name!r} is negative somewhere")
+        raise ValueError(f"the running variance of {norm_layer.name!r} is negative somewhere")
     return moments
 
 
 def _add_alpha_inputs(
-    graph: ir.Graph, sites: list[Site], alphas: Mapping[str, float], mode: AlphaInputs | None, taken: set[str]
+    graph: ir.Graph,
+    norm_layers: list[NormLayer],
+    alphas: Mapping[str, float],
+    mode: AlphaInputs | None,
+    taken: set[str],
 ) -> dict[str, ir.Value]:
-    if mode is None or not sites:
+    if mode is None or not norm_layers:
         return {}
     if mode == "global":
-        shared = _add_input(graph, "alpha", alphas[sites[0].name], taken)
-        return {site.name: shared for site in sites}
-    return {site.name: _add_input(graph, f"alpha.{site.name}", alphas[site.name], taken) for site in sites}
+        shared = _add_input(graph, "alpha", alphas[norm_layers[0].name], taken)
+        return {norm_layer.name: shared for norm_layer in norm_layers}
+    return {
+        norm_layer.name: _add_input(graph, f"alpha.{norm_layer.name}", alphas[norm_layer.name], taken)
+        for norm_layer in norm_layers
+    }
 
 
 def _add_running_inputs(
-    graph: ir.Graph, site: Site, moments: Moments[Array], taken: set[str]
+    graph: ir.Graph, norm_layer: NormLayer, moments: Moments[Array], taken: set[str]
 ) -> Moments[ir.Value]:
     return Moments(
-        mean=_add_input(graph, f"running_mean.{site.name}", moments.mean, taken),
-        var=_add_input(graph, f"running_var.{site.name}", moments.var, taken),
+        mean=_add_input(graph, f"running_mean.{norm_layer.name}", moments.mean, taken),
+        var=_add_input(graph, f"running_var.{norm_layer.name}", moments.var, taken),
     )
 
 
@@ -236,21 +264,21 @@ def _names(model: ir.Model) -> set[str]:
     return names
 
 
-def _replace(site: Site, tape: Tape, result: ir.Value) -> None:
-    """Put the nodes on the tape in the place of those of the site; the output keeps its name."""
-    graph, output = site.node.graph, site.output
+def _replace(norm_layer: NormLayer, tape: Tape, result: ir.Value) -> None:
+    """Put the nodes on the tape in the place of those of the norm layer; the output keeps its name."""
+    graph, output = norm_layer.node.graph, norm_layer.output
     assert graph is not None  # matched
-    same = (node for node in tape.nodes if node.op_type == site.node.op_type == "BatchNormalization")
+    same = (node for node in tape.nodes if node.op_type == norm_layer.node.op_type == "BatchNormalization")
     if heir := next(same, None):  # a name that tools may know stays with the operator that it was given to
-        heir.name, heir.doc_string = site.node.name, site.node.doc_string
-        heir.metadata_props.update(site.node.metadata_props)
-    graph.insert_after(site.node, tape.nodes)
+        heir.name, heir.doc_string = norm_layer.node.name, norm_layer.node.doc_string
+        heir.metadata_props.update(norm_layer.node.metadata_props)
+    graph.insert_after(norm_layer.node, tape.nodes)
     name, result.type, result.shape = output.name, output.type, output.shape
     result.doc_string = output.doc_string
     result.metadata_props.update(output.metadata_props)
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     output.name = None
-    _drop_unused(site.node)
+    _drop_unused(norm_layer.node)
     result.name = name
 
 

@@ -37,7 +37,7 @@ def curve_chart(curve: Curve, axis_label: str, weight: str) -> Markup:
     """A metric against the weight of the example, with the band of 95% intervals.
 
     Args:
-        curve: of a race.
+        curve: of a global search.
         axis_label: what the weight is, for the axis.
         weight: the same in a word, for marks.
     """
@@ -72,11 +72,11 @@ def curve_chart(curve: Curve, axis_label: str, weight: str) -> Markup:
 
 
 def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]], label: str) -> Markup:
-    """A bar per site, from the input of the model to its output.
+    """A bar per norm layer, from the input of the model to its output.
 
     Args:
-        weights: by name of site, in the order of the model.
-        shapes: spatial shapes by name of site, as far as known; where they change a stage begins.
+        weights: by name of norm layer, in the order of the model.
+        shapes: spatial shapes by name of norm layer, as far as known; where they change a stage begins.
         label: what the weights are.
     """
     y, y_ticks = _vertical([0.0, max(weights.values())], includes_top=False)
@@ -92,14 +92,14 @@ def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]
             parts.append(tag("text", text, x=x + width / 2, y=_TOP - 4, class_="tick", text_anchor="middle"))
         left += count
     for index, (name, value) in enumerate(weights.items()):
-        top = min(y(value), bottom - 1)  # a bar of nothing still shows that there is a site
+        top = min(y(value), bottom - 1)  # a bar of nothing still shows that there is a norm layer
         bar = {"x": _LEFT + step * (index + 0.1), "y": top, "width": 0.8 * step, "height": bottom - top}
         text = f"{name}: {label} = {value:.3g}"
         parts.append(tag("rect", tag("title", text), **bar, class_="bar" if value else "bar pale"))
     return _svg(
-        f"{label} of {len(weights)} sites by depth",
+        f"{label} of {len(weights)} norm layers by depth",
         f"from {min(weights.values()):.3g} to {max(weights.values()):.3g}; the table below has the numbers",
-        _grid(_Axis(0, 1, _LEFT, WIDTH - _RIGHT), y, (), y_ticks, "sites from input to output"),
+        _grid(_Axis(0, 1, _LEFT, WIDTH - _RIGHT), y, (), y_ticks, "norm layers from input to output"),
         *parts,
     )
 
@@ -116,15 +116,14 @@ def trade_off_chart(points: Sequence[Point], metric: Metric) -> Markup:
     for point, is_dominated, (low, high) in zip(points, dominated(points), spans, strict=True):
         cx, cy = x(point.latency.ratio), y(scale * point.gain)
         pale = " pale" if is_dominated else ""
-        text = (
-            f"{point.num_sites} sites: {metric.format(point.gain, signed=True)} at {point.latency.ratio:.2f}x"
-        )
+        gain = metric.format(point.gain, signed=True)
+        text = f"{point.num_norms} norm layers: {gain} at {point.latency.ratio:.2f}x"
         slower = f"M{x(point.latency.low):.1f} {cy:.1f}H{x(point.latency.high):.1f}"
         whiskers = f"M{cx:.1f} {y(low):.1f}V{y(high):.1f}{slower}"
         parts += [
             tag("path", d=whiskers, class_=f"whisker{pale}"),
             tag("circle", tag("title", text), cx=cx, cy=cy, r=3, class_=f"dot{pale}"),
-            tag("text", str(point.num_sites), x=cx + 5, y=cy + 12, class_="tick"),
+            tag("text", str(point.num_norms), x=cx + 5, y=cy + 12, class_="tick"),
         ]
     front = pareto_front(points)
     steps = f"M{x(front[0].latency.ratio):.1f} {y(scale * front[0].gain):.1f}" + "".join(

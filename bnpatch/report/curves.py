@@ -1,4 +1,4 @@
-"""The curves of the race for one alpha: each metric against the weight of the example."""
+"""The curves of the global search for one alpha: each metric against the weight of the example."""
 
 import os
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Curve:
     Attributes:
         metric: what was scored.
         points: by rising weight, each weight once; the first is the identity.
-        best: the point that the race ended with, by the tuned metric.
+        best: the point that the global search ended with, by the tuned metric.
     """
 
     metric: Metric
@@ -68,17 +68,17 @@ def race_curves(result: TuneResult) -> list[Curve]:
     """The curves of the tuned metric, accuracy and cross-entropy, of those that were scored.
 
     Returns:
-        Nothing where the race for one alpha was not begun.
+        Nothing where the global search for one alpha was not begun.
     """
-    rung = next((rung for rung in result.rungs if rung.name == "alpha"), None)
-    trials = [trial for trial in result.trials if trial.rung == "alpha"]
-    if rung is None or not trials:
+    candidate = next((candidate for candidate in result.candidates if candidate.name == "alpha"), None)
+    trials = [trial for trial in result.trials if trial.candidate == "alpha"]
+    if candidate is None or not trials:
         return []
     most = max(trial.examples for trial in trials)
     # Of two trials with one weight the one with more examples is the better estimate.
     kept = {t.weight: t for t in sorted(trials, key=lambda trial: trial.examples) if t.weight is not None}
-    origin = result.rungs[0].setting.alphas
-    weight = max((abs(alpha - origin[name]) for name, alpha in rung.setting.alphas.items()), default=0.0)
+    origin = result.candidates[0].setting.alphas
+    weight = max((abs(alpha - origin[name]) for name, alpha in candidate.setting.alphas.items()), default=0.0)
     metrics = [result.metric, *(m for m in (ACCURACY, CROSS_ENTROPY) if m.name != result.metric.name)]
     curves = []
     for metric in metrics:

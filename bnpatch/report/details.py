@@ -1,9 +1,9 @@
-"""What lies behind a finding, section by section of the report: costs, classes, and what was left alone."""
+"""What lies behind a finding, section by section of the report: costs, classes, and what was skipped."""
 
 from collections.abc import Sequence
 from itertools import islice
 
-from bnpatch.core.inventory import LeftAlone
+from bnpatch.core.inventory import SkippedNorm
 from bnpatch.evaluation.metrics import Metric
 from bnpatch.report.charts import trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
@@ -20,16 +20,18 @@ _NAMED = 4
 
 
 def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
-    """What patches of some sites gain, and what they cost."""
+    """What patches of some norm layers gain, and what they cost."""
     best = knee(measured)
     rows = []
     for point, is_dominated in zip(measured, dominated(measured), strict=True):
         gain, latency = point.interval, point.latency
-        sites = f"{point.num_sites}{' (as it is)' if point is measured[0] else ''}"
+        norm_layers = f"{point.num_norms}{' (as it is)' if point is measured[0] else ''}"
         mark = "knee" if point is best else "beaten by another" if is_dominated else ""
         time = [f"{latency.ratio:.2f}x", tag("small", f"{latency.low:.2f} to {latency.high:.2f}")]
         gained = [points(metric, point.gain), tag("small", interval(metric, gain))]
-        rows.append([join([sites, tag("small", f" {mark}") if mark else None]), join(time), join(gained)])
+        rows.append(
+            [join([norm_layers, tag("small", f" {mark}") if mark else None]), join(time), join(gained)]
+        )
     caption = "Small: 95% intervals. The knee, in a ring, is where more time begins to gain little."
     return join(
         [
@@ -40,7 +42,7 @@ def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
                 ),
                 trade_off_chart(measured, metric),
             ),
-            table(caption, ["patched sites", "time", f"gain in {title(metric)}"], rows),
+            table(caption, ["patched norm layers", "time", f"gain in {title(metric)}"], rows),
         ]
     )
 
@@ -90,10 +92,10 @@ def classes(result: TuneResult, names: Sequence[str] | None) -> Markup | None:
     )
 
 
-def left_alone(norms: Sequence[LeftAlone]) -> Markup:
-    """The normalization layers that are no sites, and why."""
+def skipped_norms(norms: Sequence[SkippedNorm]) -> Markup:
+    """The normalization layers that are no norm layers, and why."""
     if not norms:
-        return tag("p", "Nothing: every normalization layer of the model is a site.")
+        return tag("p", "Nothing: every normalization layer of the model is a norm layer.")
     groups: dict[tuple[str, str], list[str]] = {}
     for norm in norms:
         groups.setdefault((norm.kind, norm.reason), []).append(norm.name)

@@ -35,7 +35,7 @@ def write_results(
 
     Returns:
         The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png`` where there was a
-        race for one alpha, ``trials.csv``, ``report.html``.
+        global search for one alpha, ``trials.csv``, ``report.html``.
 
     Raises:
         BnpatchError: a file can't be written.
@@ -62,7 +62,7 @@ def write_results(
 def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     """Write one line per trial: what was tried, how many examples saw it, and how they scored with it.
 
-    The standard errors are those of the change from where the race began, see
+    The standard errors are those of the change from where the global search began, see
     :class:`~bnpatch.search.config.Trial`, which also says what the parameters are.
     """
     text = io.StringIO()
@@ -74,5 +74,5 @@ def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     for trial in trials:
         scores = (f"{part[name]:.8g}" for name in names for part in (trial.scores, trial.errors))
         params = (f"{trial.params[name]:.8g}" if name in trial.params else "" for name in _PARAMS)
-        writer.writerow([trial.rung, trial.number, *params, trial.examples, *scores])
+        writer.writerow([trial.candidate, trial.number, *params, trial.examples, *scores])
     write_text(path, text.getvalue())

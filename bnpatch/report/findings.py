@@ -12,7 +12,7 @@ from bnpatch.report.summary import (
     distances,
     interval,
     is_identity,
-    judged_on,
+    scored_on,
     title,
     weight_axis,
     weight_label,
@@ -25,7 +25,7 @@ def before_and_after(result: TuneResult) -> Markup:
     verdict = result.verdict
     if is_identity(result) and not verdict.changed and not any(c.change.value for c in result.comparisons):
         rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in verdict.all_comparisons]
-        caption = f"The model as it is, on {judged_on(result)}. Small: 95% intervals."
+        caption = f"The model as it is, on {scored_on(result)}. Small: 95% intervals."
         return table(caption, ["metric", "as it is"], rows)
     rows = [_compared(c) for c in verdict.all_comparisons]
     facts = []
@@ -40,7 +40,7 @@ def before_and_after(result: TuneResult) -> Markup:
     return join(
         [
             table(
-                f"On {judged_on(result)}. Small: 95% intervals; the change is paired, example by example.",
+                f"On {scored_on(result)}. Small: 95% intervals; the change is paired, example by example.",
                 ["metric", "as it is", patched, "change"],
                 rows,
             ),
@@ -112,29 +112,36 @@ def _estimated(metric: Metric, estimate: Estimate) -> Markup:
 
 
 def ladder(result: TuneResult) -> Markup:
-    """Every rung with its score on the selection examples."""
+    """Every candidate with its score on the selection examples."""
     metric = result.metric
-    changes = [rung.change for rung in result.rungs[1:] if math.isfinite(rung.change.high - rung.change.low)]
+    changes = [
+        candidate.change
+        for candidate in result.candidates[1:]
+        if math.isfinite(candidate.change.high - candidate.change.low)
+    ]
     ends = [0.0, *(end for change in changes for end in (change.low, change.value, change.high))]
     span = (min(ends), max(ends))
     mark = " chosen, but not kept" if str(result.verdict) == "loss" else " chosen"
     rows = []
-    for index, rung in enumerate(result.rungs):
-        change = [metric.format(rung.change.value, signed=True), tag("small", interval(metric, rung.change))]
-        name = tag("b", f"✓ {rung.name}", tag("small", mark)) if rung.chosen else rung.name
-        drawn = strip(rung.change, span) if rung.change in changes and span[0] < span[1] else ""
-        rows.append([name, metric.format(rung.mean), join(change) if index else "reference", drawn])
+    for index, candidate in enumerate(result.candidates):
+        change = [
+            metric.format(candidate.change.value, signed=True),
+            tag("small", interval(metric, candidate.change)),
+        ]
+        name = tag("b", f"✓ {candidate.name}", tag("small", mark)) if candidate.chosen else candidate.name
+        drawn = strip(candidate.change, span) if candidate.change in changes and span[0] < span[1] else ""
+        rows.append([name, metric.format(candidate.mean), join(change) if index else "reference", drawn])
     head = ["weights", title(metric), "change from the identity", ""]
     return join(
         [
             tag(
                 "p",
-                "Each rung gives the weights more freedom. Where any of them gains beyond doubt, by the "
+                "Each candidate gives the weights more freedom. Where any of them gains beyond doubt, by the "
                 "metric or the cross-entropy, the best is chosen by the selection examples, a part of the "
                 "tuning examples set aside for that (of one weight for all, all of them settle the doubt). "
-                "Of rungs that a single answer tells apart it is the first whose cross-entropy is within a "
-                "standard error of the best. Having been chosen by these examples, a rung looks better on "
-                "them than it is: the verdict comes from the held-out examples above.",
+                "Of candidates that a single answer tells apart it is the first whose cross-entropy is "
+                "within a standard error of the best. Having been chosen by these examples, a candidate looks "
+                "better on them than it is: the verdict comes from the held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
         ]
@@ -142,7 +149,7 @@ def ladder(result: TuneResult) -> Markup:
 
 
 def curves(result: TuneResult) -> Markup | None:
-    """Every metric against one alpha for all sites; None where that was not tried."""
+    """Every metric against one alpha for all norm layers; None where that was not tried."""
     found = race_curves(result)
     label = weight_label(result)
     if not found:
@@ -151,9 +158,9 @@ def curves(result: TuneResult) -> Markup | None:
         [
             tag(
                 "p",
-                "One weight for all sites, on the tuning examples. Bands are 95% intervals of the change "
-                "from the identity; hollow dots were given up after fewer examples, which say what all would "
-                "score.",
+                "One weight for all norm layers, on the tuning examples. Bands are 95% intervals of the "
+                "change from the identity; hollow dots were given up after fewer examples, which say what "
+                "all would score.",
             ),
             tag("div", *(_figure(curve, weight_axis(result), label) for curve in found), class_="charts"),
         ]
@@ -174,7 +181,7 @@ def _figure(curve: Curve, axis: str, label: str) -> Markup:
 def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
     """The weights that are kept, from the input of the model to its output."""
     if is_identity(result):
-        return tag("p", f"All {len(result.sites)} sites stay as they were.")
+        return tag("p", f"All {len(result.norm_layers)} norm layers stay as they were.")
     label, lambdas = weight_label(result), dict(result.setting.lambdas)
     charts, texts = [], []
     for name, meaning, weights in (
@@ -185,11 +192,11 @@ def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
             caption = tag("figcaption", tag("b", meaning))
             charts.append(tag("figure", caption, depth_chart(weights, shapes, name)))
         elif any(values):
-            texts.append(f"{meaning}, is {values.pop():.4g} at all {len(weights)} sites.")
+            texts.append(f"{meaning}, is {values.pop():.4g} at all {len(weights)} norm layers.")
     if charts:
-        texts.append("Bars stand for sites, in the order of the model.")
+        texts.append("Bars stand for norm layers, in the order of the model.")
         if shapes:
-            texts.append("Shading and numbers on top mark stages: sites of one size of feature map.")
+            texts.append("Shading and numbers on top mark stages: norm layers of one size of feature map.")
     return join(
         [
             *(tag("p", text[0].upper() + text[1:]) for text in texts),
@@ -205,7 +212,8 @@ def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
         columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.setting.lambdas.items()}
     if shapes:
         columns["feature map"] = {
-            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown" for name in result.sites
+            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"
+            for name in result.norm_layers
         }
-    rows = [[name, *(column[name] for column in columns.values())] for name in result.sites]
-    return table("From input to output.", ["site", *columns], rows)
+    rows = [[name, *(column[name] for column in columns.values())] for name in result.norm_layers]
+    return table("From input to output.", ["norm layer", *columns], rows)

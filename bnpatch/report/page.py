@@ -16,7 +16,7 @@ from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.report import details, findings
 from bnpatch.report.markup import Markup, join, table, tag
-from bnpatch.report.summary import is_identity, judged_on, title, training_sentence, verdict_sentence
+from bnpatch.report.summary import is_identity, scored_on, title, training_sentence, verdict_sentence
 from bnpatch.search.result import TuneResult
 
 #: Images that can't be read are named, so many of them.
@@ -46,7 +46,7 @@ def report_page(
         *(() if training is None else _training(training, result)),
         ("Before and after", findings.before_and_after(result)),
         ("Notes", _notes(result, model)),
-        ("The ladder", findings.ladder(result)),
+        ("The list of candidates", findings.ladder(result)),
         ("One weight for all", findings.curves(result)),
         ("The weights by depth", findings.depth(result, _shapes(model))),
         (
@@ -54,7 +54,7 @@ def report_page(
             details.trade_off(measured, result.comparisons[0].metric) if measured else None,
         ),
         ("Classes", details.classes(result, model.class_names)),
-        ("Left alone", details.left_alone(model.survey().left_alone)),
+        ("Skipped", details.skipped_norms(model.inventory().skipped_norms)),
         ("Apply it", _apply(result, model, recipe, patched, pickled)),
         ("Where this comes from", _provenance(result.recipe)),
     ]
@@ -88,7 +88,7 @@ def report_page(
 
 def _training(training: findings.Training, result: TuneResult) -> list[tuple[str, Markup | None]]:
     return [
-        ("Fine-tuned, against the checkpoint", findings.trained(training, judged_on(result))),
+        ("Fine-tuned, against the checkpoint", findings.trained(training, scored_on(result))),
         ("What each technique contributes", findings.contributions(training)),
     ]
 
@@ -102,14 +102,14 @@ def _subtitle(result: TuneResult) -> str:
     seconds = f" · {result.seconds:,.0f} s" if result.seconds else ""
     return (
         f"{title(result.metric)} was tuned on {result.num_tuning:,} examples · "
-        f"{len(result.sites)} sites · {len(result.trials)} trials{seconds}"
+        f"{len(result.norm_layers)} norm layers · {len(result.trials)} trials{seconds}"
     )
 
 
 def _shapes(model: TorchModel | OnnxModel) -> Mapping[str, Sequence[int]]:
-    """Spatial shapes by name of site; none where the model does not take a blank image."""
+    """Spatial shapes by name of norm layer; none where the model does not take a blank image."""
     try:
-        return {name: shape for name, shape in model.site_shapes().items() if shape}
+        return {name: shape for name, shape in model.norm_shapes().items() if shape}
     except BnpatchError:
         return {}
 
@@ -168,12 +168,14 @@ def _provenance(recipe: Recipe) -> Markup:
     """The command, the seed, versions and fingerprints."""
     about: Mapping[str, Any] = recipe.provenance
     data = about.get("data") or {}
-    sites = json.dumps({site.name: site.fingerprint for site in recipe.sites}, sort_keys=True)
+    norm_layers = json.dumps(
+        {norm_layer.name: norm_layer.fingerprint for norm_layer in recipe.norm_layers}, sort_keys=True
+    )
     facts = {
         "made": about.get("created"),
         "model": about.get("model"),
         "architecture": about.get("architecture"),
-        "model fingerprint": hashlib.sha256(sites.encode()).hexdigest()[:16],
+        "model fingerprint": hashlib.sha256(norm_layers.encode()).hexdigest()[:16],
         "preprocessing": _preprocessing(about.get("preprocessing")),
         "data": data.get("name"),
         "held-out data": data.get("test_name"),

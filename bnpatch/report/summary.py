@@ -16,12 +16,12 @@ def verdict_sentence(result: TuneResult) -> str:
     """One sentence that a user can act on."""
     tuned = result.comparisons[0]
     metric, change = tuned.metric, tuned.change
-    where = f"on {judged_on(result)}"
-    if len(result.rungs) == 1:
+    where = f"on {scored_on(result)}"
+    if len(result.candidates) == 1:
         return "Keep the model as it is: the search ended before anything else was tried."
     # A model that came with weights may change, and for the better, by losing them.
     same = not any(c.change.value for c in result.comparisons)
-    if same and (is_identity(result) or result.chosen is result.rungs[0]):
+    if same and (is_identity(result) or result.chosen is result.candidates[0]):
         return (
             "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
         )
@@ -61,7 +61,7 @@ def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
     }.get(tuned.verdict, f"The fine-tuned model is not better than the checkpoint beyond doubt: {by}.")
 
 
-def judged_on(result: TuneResult) -> str:
+def scored_on(result: TuneResult) -> str:
     """What the verdict was given on."""
     count = f"{result.num_held_out:,} examples"
     if result.num_parts > 1:
@@ -88,8 +88,8 @@ def interval(metric: Metric, estimate: Estimate, signed: bool = True) -> str:
 
 
 def identities(result: TuneResult) -> Mapping[str, float]:
-    """The alpha by name of site at which the model computes what it did before any patch."""
-    return result.rungs[0].setting.alphas
+    """The alpha by name of norm layer at which the model computes what it did before any patch."""
+    return result.candidates[0].setting.alphas
 
 
 def is_identity(result: TuneResult) -> bool:
@@ -113,5 +113,5 @@ def weight_axis(result: TuneResult) -> str:
 
 
 def distances(result: TuneResult) -> dict[str, float]:
-    """How far each site is from its identity: alpha for Batch Norm, 1 - alpha for Group Norm."""
+    """How far each norm layer is from its identity: alpha for Batch Norm, 1 - alpha for Group Norm."""
     return {name: abs(result.setting.alphas[name] - origin) for name, origin in identities(result).items()}

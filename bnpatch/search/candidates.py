@@ -1,4 +1,6 @@
-"""The ladder of a search: ever richer settings, of which the one that other examples support is kept."""
+"""The list of candidates of a search: ever richer settings, of which the one that other examples support is
+kept.
+"""
 
 import hashlib
 import json
@@ -11,27 +13,28 @@ from typing import Literal
 import numpy as np
 
 from bnpatch.core.errors import NotEnoughMemoryError
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import METRICS, Metric, Values
 from bnpatch.models.base import Patchable
 from bnpatch.models.running_stats import target_moments
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.search.config import GLOBAL_RUNGS, Plan, Rung, Trial, kept
-from bnpatch.search.coordinate_search import Knob, walk
-from bnpatch.search.global_search import RaceResult, Runner, race
+from bnpatch.search.config import GLOBAL_RUNGS, Candidate, Plan, Trial, kept
+from bnpatch.search.coordinate_search import Coordinate, coordinate_search
+from bnpatch.search.global_search import GlobalSearchResult, Runner, global_search
 from bnpatch.search.gradient_search import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
 from bnpatch.search.objective import Judge, in_sets
-from bnpatch.search.score_cache import Scoreboard, blocks_of
+from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
 
-#: Part of the tuning examples on which rungs are compared, and learning is stopped.
+#: Part of the tuning examples on which candidates are compared, and learning is stopped.
 SELECTION = 0.3
 
-#: Where a race for alpha begins, by its square root, which resolves the small values that are often useful:
-#: a search of few trials sees the range, one of more has no gap that a curve with two peaks could hide in.
+#: Where a global search for alpha begins, by its square root, which resolves the small values that are often
+#: useful: a search of few trials sees the range, one of more has no gap that a curve with two peaks could
+#: hide in.
 FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
 
 #: Learning sees at most this many examples, which is as many as it takes; without gradients, this many, of
@@ -41,25 +44,27 @@ _LEARNED_EXAMPLES, _WALKED_EXAMPLES, _GLANCED_EXAMPLES = 30_000, 500, 100
 # Of small images more are learned from at a time than a batch has: as many as eight large ones have values.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
-# Fewer blocks are no race: so many trials see all of them.
+# Fewer blocks are no global search: so many trials see all of them.
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
-# An objective without labels has more than one valley, and races with one weight for all may end beside the
-# best. So both weights are looked for from further places: with these alphas at the first site and the last.
+# An objective without labels has more than one valley, and global searches with one weight for all may end
+# beside the best. So both weights are looked for from further places: with these alphas at the first norm
+# layer and the last.
 _OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
 
 # Moments of a batch by which the layers below normalize are too noisy of fewer examples.
 _RETARGET_BATCH = 250
 
 
-class Ladder:
+class CandidateSearch:
     """Climbs from the identity to one weight per layer, and keeps what the selection examples support.
 
-    The rungs: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one alpha
+    The candidates: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one
+    alpha
     per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
     time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
-    itself. Every rung begins where a lower one ended, so that none is much worse; both weights without labels
-    begin at further places, too. Which one is kept is
+    itself. Every candidate begins where a lower one ended, so that none is much worse; both weights without
+    labels begin at further places, too. Which one is kept is
     decided on a part of the examples, the selection.
     """
 
@@ -82,15 +87,16 @@ class Ladder:
         self._started = time.monotonic()
         self.trials: list[Trial] = []
         self.interrupted = False
-        self.reached = 0  # rungs above the identity that were found
-        self.cut = False  # time was over: the last rung may be less than it could have been
+        self.reached = 0  # candidates above the identity that were found
+        self.cut = False  # time was over: the last candidate may be less than it could have been
         self.seen = 0.0  # examples, by what they cost
         self.resumed = 0  # trials that the storage had already
         self._best_score = -math.inf  # of all trials so far, more is better
         blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
-        self._board = Scoreboard(model, examples, judge, blocks, self._spend)
-        # A race scores all blocks of the settings that matter: choosing between them costs nothing more. One
-        # weight for all does not fit itself to the examples: where nothing else is found, all of them choose.
+        self._board = ScoreCache(model, examples, judge, blocks, self._spend)
+        # A global search scores all blocks of the settings that matter: choosing between them costs nothing
+        # more. One weight for all does not fit itself to the examples: where nothing else is found, all of
+        # them choose.
         part = 1.0 if plan.granularity == "global" else SELECTION
         first = len(blocks) - max(1, round(part * len(blocks)))
         self.selection = Selection(self._board, judge, range(first, len(blocks)))
@@ -116,18 +122,20 @@ class Ladder:
 
     @property
     def _budget(self) -> tuple[float, int | None]:
-        """Of a race, in passes and in trials. A handful of sets is too few to race over: each sees all."""
+        """Of a global search, in passes and in trials. A handful of sets is too few to global search over:
+        each sees all.
+        """
         if len(self._board.blocks) < _LEAST_BLOCKS:
             return math.inf, self.plan.trials or _TRIALS_OF_FEW
         return self.plan.max_passes, self.plan.trials
 
-    def climb(self) -> list[Rung]:
+    def climb(self) -> list[Candidate]:
         """Find the settings, and choose; the identity is the first of them.
 
         Raises:
             KeyboardInterrupt: before anything was found.
         """
-        identity = Setting(dict(self._identities), dict.fromkeys(self._identities, 0.0))
+        identity = PatchWeights(dict(self._identities), dict.fromkeys(self._identities, 0.0))
         found = {"identity": identity}
         try:
             for name, find in self._ways(found)[: self.plan.reach]:
@@ -142,13 +150,13 @@ class Ladder:
         self.cut = self._hurry()
         return self.selection.choose(found)
 
-    def _ways(self, found: Mapping[str, Setting]) -> Sequence[tuple[str, Callable[[], Setting]]]:
-        """Name of each rung, and how it is found from those below it."""
+    def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Callable[[], PatchWeights]]]:
+        """Name of each candidate, and how it is found from those below it."""
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
         if plan.granularity == "auto" and not isinstance(self.model, TorchModel) and len(self.tuning) < 200:
             per = None  # too few to tell which of many turns was a good one
-        ways: list[tuple[str, Callable[[], Setting]]] = [
+        ways: list[tuple[str, Callable[[], PatchWeights]]] = [
             ("alpha", lambda: self._race("alpha", found["identity"]))
         ]
         if plan.recalibrate:
@@ -168,20 +176,22 @@ class Ladder:
 
     # One weight for all.
 
-    def _moved(self, kind: str, start: Setting, weight: float) -> Setting:
-        """All sites so far from their identity; Group Norm's is at alpha = 1."""
+    def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
+        """All norm layers so far from their identity; Group Norm's is at alpha = 1."""
         if kind == "lambda":
-            return Setting(start.alphas, {**start.lambdas, **dict.fromkeys(self.model.targets(), weight)})
-        return Setting({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
+            return PatchWeights(
+                start.alphas, {**start.lambdas, **dict.fromkeys(self.model.targets(), weight)}
+            )
+        return PatchWeights({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
 
-    def _race(self, kind: Literal["alpha", "lambda"], start: Setting, name: str = "") -> Setting:
+    def _race(self, kind: Literal["alpha", "lambda"], start: PatchWeights, name: str = "") -> PatchWeights:
         name = name or kind
         if kind == "lambda":
             self._retarget()
         key = "lambda" if kind == "lambda" else "sqrt_alpha"
         first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ROOTS
 
-        def setting(params: Mapping[str, float]) -> Setting:
+        def setting(params: Mapping[str, float]) -> PatchWeights:
             value = params[key]
             return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
 
@@ -198,19 +208,19 @@ class Ladder:
     def _run_race(
         self,
         name: str,
-        setting: Callable[[Mapping[str, float]], Setting],
+        setting: Callable[[Mapping[str, float]], PatchWeights],
         space: Mapping[str, tuple[float, float]],
         origin: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
-        start: Setting | None = None,
-    ) -> RaceResult:
+        start: PatchWeights | None = None,
+    ) -> GlobalSearchResult:
         sizes = [len(block) for block in self._board.blocks]
         passes, trials = self._budget
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._board.by_block(setting(params), blocks, name)
 
-        def report(runner: Runner, standing: RaceResult) -> None:
+        def report(runner: Runner, standing: GlobalSearchResult) -> None:
             trial = _as_trial(name, runner, standing.identity.means, sizes)
             self.trials.append(trial)
             metric = self.judge.metric
@@ -223,7 +233,7 @@ class Ladder:
 
         study = self._study(name if start is None else f"{name}.{_digest(start)}")
         self.resumed += len(study.trials())
-        result = race(
+        result = global_search(
             study,
             evaluate_blocks,
             sizes,
@@ -238,32 +248,32 @@ class Ladder:
             on_trial=report,
         )
         # Also those that an earlier run finished.
-        self.trials = [t for t in self.trials if t.rung != name]
+        self.trials = [t for t in self.trials if t.candidate != name]
         self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
         return result
 
     # One weight per stage or layer.
 
-    def _find(self, start: Setting, per: str, lambdas: bool) -> Setting:
+    def _find(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
         by_name = self._groups(per)
         movable = self.model.targets() if lambdas else {}
         groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
-        rung = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
+        candidate = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
         study = self._study("alpha")
-        if known := study.recall(rung):
-            return Setting(*known)
+        if known := study.recall(candidate):
+            return PatchWeights(*known)
         try:
             found = self._from_places(self._learn, start, groups)
         except NoGradientError:
             found = self._from_places(self._walk, start, groups)
         if not (self.interrupted or self._hurry()):
-            study.remember(rung, [dict(found.alphas), dict(found.lambdas)])
+            study.remember(candidate, [dict(found.alphas), dict(found.lambdas)])
         return found
 
     def _from_places(
-        self, find: Callable[[Setting, Groups], Setting], start: Setting, groups: Groups
-    ) -> Setting:
+        self, find: Callable[[PatchWeights, Groups], PatchWeights], start: PatchWeights, groups: Groups
+    ) -> PatchWeights:
         """The best of what is found from one place; of both weights without labels, from several."""
         found = find(start, groups)
         if self.judge.set_size == 1 or not groups.lambdas:
@@ -271,7 +281,7 @@ class Ladder:
         lowest, tried = self.selection.cost(found, "choosing"), [start]
         try:
             for weights in _OTHER_STARTS:
-                place = self._weighed(start, groups, weights)
+                place = self._weighted(start, groups, weights)
                 if place in tried or self._hurry():
                     continue
                 tried.append(place)
@@ -282,19 +292,21 @@ class Ladder:
             self.interrupted = True
         return found
 
-    def _weighed(self, start: Setting, groups: Groups, weights: tuple[float, float]) -> Setting:
+    def _weighted(self, start: PatchWeights, groups: Groups, weights: tuple[float, float]) -> PatchWeights:
         """Alphas from the first of these weights to the last, by depth, and lambdas in the middle.
 
-        Sites whose identity is not at 0 keep what they have: they see the example already.
+        Norm layers whose identity is not at 0 keep what they have: they see the example already.
         """
         ramp = dict(zip(self._identities, np.linspace(*weights, len(self._identities)).tolist(), strict=True))
         first: dict[str, str] = {}  # of each group
         for name, group in groups.alphas.items():
             first.setdefault(group, name)
         alphas = {n: ramp[first[group]] for n, group in groups.alphas.items() if self._identities[n] == 0}
-        return Setting({**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)})
+        return PatchWeights(
+            {**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)}
+        )
 
-    def _learn(self, start: Setting, groups: Groups) -> Setting:
+    def _learn(self, start: PatchWeights, groups: Groups) -> PatchWeights:
         if not isinstance(self.model, TorchModel):
             raise NoGradientError
         label = "learning a weight per layer"
@@ -318,42 +330,42 @@ class Ladder:
                     stop=self._hurry,
                     on_batch=lambda count: self._spend(label, count, STEP_COST),
                 )
-            except NotEnoughMemoryError:  # gradients take more than the races before
+            except NotEnoughMemoryError:  # gradients take more than the global searches before
                 if batch_size == 1:
                     raise
             batch_size //= 2
 
-    def _walk(self, start: Setting, groups: Groups) -> Setting:
+    def _walk(self, start: PatchWeights, groups: Groups) -> PatchWeights:
         portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_WALKED_EXAMPLES]
-        knobs = []
+        coordinates = []
         for kind, by_name in (("alpha", groups.alphas), ("lambda", groups.lambdas)):
             members: dict[str, list[str]] = {}
             for name, group in by_name.items():
                 members.setdefault(group, []).append(name)
-            knobs += [Knob(kind, tuple(names)) for names in members.values()]
+            coordinates += [Coordinate(kind, tuple(names)) for names in members.values()]
         guide = self.selection.guide
 
-        def scores(indices: Indices, setting: Setting) -> Values | None:
+        def scores(indices: Indices, setting: PatchWeights) -> Values | None:
             return if_finite(partial(self._units, setting, indices, guide))
 
-        return walk(
+        return coordinate_search(
             partial(scores, portion),
             start,
-            knobs,
+            coordinates,
             higher_is_better=guide.higher_is_better,
             glance=partial(scores, portion[: max(_GLANCED_EXAMPLES, self.judge.set_size)]),
             stop=self._hurry,
         )
 
-    def _refine(self, start: Setting) -> Setting:
+    def _refine(self, start: PatchWeights) -> PatchWeights:
         """What gradients can't see: the metric itself, and small weights that may as well be none."""
 
-        def setting(params: Mapping[str, float]) -> Setting:
+        def setting(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
                 away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
                 alphas[name] = abs(self._identities[name] - (away if away >= params["threshold"] else 0.0))
-            return Setting(alphas, start.lambdas)
+            return PatchWeights(alphas, start.lambdas)
 
         space = {"scale": (0.0, 2.0), "threshold": (0.0, 0.1)}
         first = [
@@ -364,16 +376,18 @@ class Ladder:
         return setting(self._run_race("refined", setting, space, origin, first, start).best.params)
 
     def _groups(self, per: str) -> dict[str, str]:
-        """Which sites share a weight; those where an example has a single value stay at their identity."""
+        """Which norm layers share a weight; those where an example has a single value stay at their
+        identity.
+        """
         batch = next(self.examples.batches(1, self.tuning))
-        shapes = self.model.site_shapes(batch.x)
-        everywhere = self.model.weigh_single_values
+        shapes = self.model.norm_shapes(batch.x)
+        everywhere = self.model.include_1x1
         weighed = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
         if per == "layer":
             return {name: name for name in weighed}
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighed}
 
-    def _units(self, setting: Setting, indices: Indices, metric: Metric) -> Values:
+    def _units(self, setting: PatchWeights, indices: Indices, metric: Metric) -> Values:
         """Scores by example, or by set of examples."""
         label, sets = "turning one weight at a time", in_sets(indices, self.judge.set_size)
         return np.concatenate([self._board.of(part, setting, label)[metric.name] for part in sets])
@@ -396,16 +410,16 @@ class Ladder:
         self.model.retarget(found)
         self._board.forget()
 
-    def _study(self, rung: str) -> Study:
+    def _study(self, candidate: str) -> Study:
         higher = self.judge.metric.higher_is_better
         name = self.plan.study or "bnpatch"
         # Scores are kept by place: of other examples, or of these in another order, they mean nothing.
         order = np.concatenate(self._board.blocks).astype(np.int64)
         return open_study(
             self.plan.storage,
-            name if rung == "alpha" else f"{name}.{rung.replace(', ', '+')}",
+            name if candidate == "alpha" else f"{name}.{candidate.replace(', ', '+')}",
             direction="maximize" if higher else "minimize",
-            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": rung},
+            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": candidate},
         )
 
     def _hurry(self) -> bool:
@@ -417,8 +431,10 @@ class Ladder:
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
 
 
-def _as_trial(rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
-    """What a race knows of a trial, as it would be on all examples; ``whole`` is what it began with there."""
+def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
+    """What a global search knows of a trial, as it would be on all examples; ``whole`` is what it began with
+    there.
+    """
     changes = runner.changes
 
     def within(metric: str, value: float) -> float:
@@ -427,7 +443,7 @@ def _as_trial(rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequ
         return min(1.0, max(0.0, value)) if is_rate else value
 
     return Trial(
-        rung,
+        candidate,
         runner.number,
         _plain(runner.params),
         {metric: within(metric, whole[metric] + changes[metric].value) for metric in whole},
@@ -437,13 +453,13 @@ def _as_trial(rung: str, runner: Runner, whole: Mapping[str, float], sizes: Sequ
 
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
-    """Parameters of a race as people think of them, see :class:`Trial`."""
+    """Parameters of a global search as people think of them, see :class:`Trial`."""
     if "sqrt_alpha" in params:
         return {"weight": params["sqrt_alpha"] ** 2}
     return {"weight" if name == "lambda" else name: value for name, value in params.items()}
 
 
-def _digest(setting: Setting) -> str:
+def _digest(setting: PatchWeights) -> str:
     return _hash(json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True).encode())
 
 

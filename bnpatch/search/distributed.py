@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.evaluation.evaluate import NoExamplesError, OutputsNotFiniteError, Scores, evaluate
 from bnpatch.evaluation.metrics import Metric, Values
@@ -89,7 +89,7 @@ class _Work:
 
     judge: int
     indices: Indices
-    setting: Setting
+    setting: PatchWeights
     targets: Mapping[str, Moments[Any]] | None  # only where they are new
 
 

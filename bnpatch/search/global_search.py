@@ -1,6 +1,7 @@
-"""A race of parameters over blocks of examples, in which little is spent on what is bad.
+"""A global search of parameters over blocks of examples, in which little is spent on what is bad.
 
-The identity runs on all blocks first: it is what everything is compared with. Then trials climb a ladder. On
+The identity runs on all blocks first: it is what everything is compared with. Then trials climb a list of
+candidates. On
 the first rung given points are scored on a few blocks, which is enough to find the region. The best, and the
 next best that lies apart from it, go on to the second rung, four times as many blocks; there a Gaussian
 process proposes further points, as many as the budget takes. The best of this rung runs on all blocks, and
@@ -39,14 +40,14 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Runner:
-    """A trial of a race.
+    """A trial of a global search.
 
     Attributes:
         number: in the order in which trials began; 0 is the identity.
         params: by name of parameter.
         blocks: how many leading blocks it was scored on.
         state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs), or RUNNING where the
-            race was interrupted.
+            global search was interrupted.
         means: over the examples of these blocks, by name of metric.
         changes: from the identity, as they would be on all examples, with standard errors, by name of metric.
     """
@@ -60,15 +61,15 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class RaceResult:
-    """What a race found.
+class GlobalSearchResult:
+    """What a global search found.
 
     Attributes:
         runners: all trials, the identity first.
         identity: what all are compared with.
         best: the best of those that were scored on all blocks.
         passes: examples scored over examples there are, by whatever process, in all runs of this study.
-        interrupted: the user stopped the race early.
+        interrupted: the user stopped the global search early.
     """
 
     runners: list[Runner]
@@ -79,12 +80,12 @@ class RaceResult:
 
 
 def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
-    """Sizes of nearly equal blocks that suit a race over so many examples."""
+    """Sizes of nearly equal blocks that suit a global search over so many examples."""
     count = max(1, min(most, examples // smallest))
     return [len(part) for part in np.array_split(np.arange(examples), count)]
 
 
-def race(
+def global_search(
     study: Study,
     evaluate_blocks: EvaluateBlocks,
     sizes: Sequence[int],
@@ -97,8 +98,8 @@ def race(
     max_trials: int | None = None,
     timeout: float | None = None,
     seed: int = 0,
-    on_trial: Callable[[Runner, RaceResult], None] = lambda runner, standing: None,
-) -> RaceResult:
+    on_trial: Callable[[Runner, GlobalSearchResult], None] = lambda runner, standing: None,
+) -> GlobalSearchResult:
     """Find the parameters that score best, in few passes over the examples.
 
     What the study has already is not scored again: run it with the same arguments to go on after an
@@ -111,7 +112,8 @@ def race(
             of metric, the same examples in the same order whatever the parameters; or to one score for a
             block as a whole.
         sizes: examples in each block; the blocks should look alike, as random parts do.
-        metric: what to race for. The other metrics that ``evaluate_blocks`` returns are kept beside it.
+        metric: what to global search for. The other metrics that ``evaluate_blocks`` returns are kept beside
+        it.
         space: lowest and highest value by name of parameter.
         identity: the parameters that change nothing; among equals what is nearest to them is best.
         first: points that are tried before the sampler has anything to go by.
@@ -119,12 +121,13 @@ def race(
         max_trials: budget of the whole study in trials, the identity included.
         timeout: seconds after which nothing more is begun; the best so far still runs on all blocks.
         seed: of the sampler.
-        on_trial: called when a trial ended, with how the race stands.
+        on_trial: called when a trial ended, with how the global search stands.
 
     Raises:
         OutputsNotFiniteError: from ``evaluate_blocks``, for the identity.
-        KeyboardInterrupt: before the identity was scored on all blocks; later it ends the race in peace.
-        BnpatchError: nothing bounds the race, or the tuned metric is not a finite number.
+        KeyboardInterrupt: before the identity was scored on all blocks; later it ends the global search in
+        peace.
+        BnpatchError: nothing bounds the global search, or the tuned metric is not a finite number.
     """
     if max_trials is None and not np.isfinite(max_passes):
         raise BnpatchError("nothing bounds the search", "bound its passes or its trials")
@@ -183,7 +186,7 @@ def _score(
 
 
 def _end(study: Study, standings: Standings, trial: StoredTrial, state: TrialState) -> None:
-    if not done(trial):  # it was never scored: another process began the same, or the race is over
+    if not done(trial):  # it was never scored: another process began the same, or the global search is over
         study.finish(trial.number, TrialState.FAIL)
         return
     means = {name: standings.mean(trial, name) for name in trial.blocks[0]}
@@ -216,7 +219,7 @@ def _propose(standings: Standings, seed: int) -> dict[str, float]:
         return told.ask(space).params
 
 
-def _result(standings: Standings, interrupted: bool) -> RaceResult:
+def _result(standings: Standings, interrupted: bool) -> GlobalSearchResult:
     origin = standings.origin
     assert origin is not None
     blocks = len(standings.rules.sizes)
@@ -224,7 +227,7 @@ def _result(standings: Standings, interrupted: bool) -> RaceResult:
     whole = [t for t in standings.trials if t.state == TrialState.COMPLETE and done(t) == blocks]
     best = min(whole or [origin], key=lambda t: standings.rank(t, done(t)))
     passes = standings.spent / sum(standings.rules.sizes)
-    return RaceResult(
+    return GlobalSearchResult(
         list(runners.values()), runners[origin.number], runners[best.number], passes, interrupted
     )
 

@@ -1,4 +1,4 @@
-"""Weights per site by gradient: for torch models, where every weight can be told which way to go."""
+"""Weights per norm layer by gradient: for torch models, where every weight can be told which way to go."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bnpatch.core.errors import NotEnoughMemoryError
 from bnpatch.core.moments import mix
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeighedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm
 
 #: A weight nearer to 0 or 1 than this has hardly a gradient on its logit: learning starts no nearer.
 _MARGIN = 0.01
@@ -68,7 +68,9 @@ class NoGradientError(Exception):
 
 @dataclass(frozen=True)
 class Groups:
-    """Which sites are learned, and which of them share a weight: a name of group by name of site."""
+    """Which norm layers are learned, and which of them share a weight: a name of group by name of norm
+    layer.
+    """
 
     alphas: Mapping[str, str]
     lambdas: Mapping[str, str]
@@ -81,7 +83,7 @@ def learn(
     loss: Callable[[TorchModel, Sequence[Batch]], Iterator[Tensor]],
     cost: Callable[[], float],
     *,
-    start: Setting,
+    start: PatchWeights,
     groups: Groups,
     course: Course,
     batch_size: int = 64,
@@ -89,7 +91,7 @@ def learn(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[int], None] = lambda count: None,
-) -> Setting:
+) -> PatchWeights:
     """Find weights by gradient descent: Adam on their logits, the model's own parameters held still.
 
     Every so often the weights are judged on other examples; those that were judged best are kept, ``start``
@@ -103,7 +105,7 @@ def learn(
             asked for, so that no more than one is in memory.
         cost: what the model's weights are judged by on other examples; less is better, infinity where the
             outputs are not finite.
-        start: where to begin; sites that are not learned keep what it says.
+        start: where to begin; norm layers that are not learned keep what it says.
         groups: which weights to learn. Where lambdas are, the model has targets.
         course: how far to go. Adam's learning rate falls to a tenth along a cosine.
         batch_size: examples at a time, of those of a step; it changes the result by rounding only.
@@ -183,17 +185,17 @@ def _logit(weight: float, device: torch.device) -> Tensor:
 
 
 def _set_learned(model: TorchModel, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for site in model.survey().sites:
-        layer = site.module
-        assert isinstance(layer, ExampleWeighedNorm)  # patched when the start was set
-        if site.name in groups.alphas:
-            layer.alpha = torch.sigmoid(logits["alpha"][groups.alphas[site.name]])
-        if site.name in groups.lambdas:
-            weight = torch.sigmoid(logits["lambda"][groups.lambdas[site.name]])
-            layer.running = mix(weight, model.target(site), model.source(site))
+    for norm_layer in model.inventory().norm_layers:
+        layer = norm_layer.module
+        assert isinstance(layer, ExampleWeightedNorm)  # patched when the start was set
+        if norm_layer.name in groups.alphas:
+            layer.alpha = torch.sigmoid(logits["alpha"][groups.alphas[norm_layer.name]])
+        if norm_layer.name in groups.lambdas:
+            weight = torch.sigmoid(logits["lambda"][groups.lambdas[norm_layer.name]])
+            layer.running = mix(weight, model.target(norm_layer), model.source(norm_layer))
 
 
-def _setting(start: Setting, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> Setting:
+def _setting(start: PatchWeights, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> PatchWeights:
     def values(kind: str, by_name: Mapping[str, str]) -> dict[str, float]:
         if not by_name:
             return {}
@@ -201,7 +203,7 @@ def _setting(start: Setting, groups: Groups, logits: Mapping[str, Mapping[str, T
         return dict(zip(by_name, weights.tolist(), strict=True))  # one wait for the device
 
     alphas, lambdas = values("alpha", groups.alphas), values("lambda", groups.lambdas)
-    return Setting({**start.alphas, **alphas}, {**start.lambdas, **lambdas})
+    return PatchWeights({**start.alphas, **alphas}, {**start.lambdas, **lambdas})
 
 
 def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:

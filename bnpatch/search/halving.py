@@ -1,6 +1,7 @@
-"""What a race does next: a function of what its trials have scored so far, and of nothing else.
+"""What a global search does next: a function of what its trials have scored so far, and of nothing else.
 
-So a race that was killed goes on as if it had not been, and processes that share a study share the work.
+So a global search that was killed goes on as if it had not been, and processes that share a study share the
+work.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from optuna.trial import TrialState
 from bnpatch.search.standings import Rules, Standings, done
 from bnpatch.search.studies import StoredTrial
 
-#: Rungs of a race: the part of the exploration's budget that one trial on it takes, and how many come up
-#: from the rung below. Given points begin on the first, what the sampler proposes on the last.
+#: Rungs of a global search: the part of the exploration's budget that one trial on it takes, and how many
+#: come up from the rung below. Given points begin on the first, what the sampler proposes on the last.
 RUNGS: tuple[tuple[float, int], ...] = ((1 / 16, 0), (1 / 4, 2))
 # Fewer examples than these don't tell where the good region is.
 _LEAST = 24
@@ -62,7 +63,7 @@ Step = Evaluate | Begin | End | Wait
 
 
 class Schedule:
-    """The rungs of a race, and who is on them."""
+    """The rungs of a global search, and who is on them."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -79,7 +80,7 @@ class Schedule:
         return self.targets[0] < len(self.ends)
 
     def next(self, standings: Standings, hurry: bool = False) -> Step | None:
-        """What to do now; None where the race is over.
+        """What to do now; None where the global search is over.
 
         Args:
             standings: all trials of the study.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
@@ -85,10 +85,10 @@ def gather(
     model: Patchable,
     examples: Examples,
     judge: Judge,
-    before: Setting,
-    after: Setting,
+    before: PatchWeights,
+    after: PatchWeights,
     indices: Indices,
-    came_with: Mapping[str, Moments[Any]],
+    baseline_statistics: Mapping[str, Moments[Any]],
 ) -> Evidence:
     """Score examples without and with a patch; the model has the weights of ``after`` when this returns.
 
@@ -99,15 +99,15 @@ def gather(
         before: the weights that the model came with.
         after: those of the patch.
         indices: of the examples.
-        came_with: the target moments that ``before`` weighs.
+        baseline_statistics: the target moments that ``before`` weighs.
     """
     if judge.set_size > 1:
         examples.readable(indices)  # or sets could be of other examples the second time
     found = dict(model.targets())
-    model.retarget(came_with)
+    model.retarget(baseline_statistics)
     first = scores(model, examples, judge, before, indices)
     model.retarget(found)
-    unchanged = before == after and not came_with
+    unchanged = before == after and not baseline_statistics
     second = first if unchanged else scores(model, examples, judge, after, indices)
     read = _readable(examples, judge, indices)
     labelled = examples.classes and examples.labelled[read].all()
@@ -115,7 +115,7 @@ def gather(
 
 
 def scores(
-    model: Patchable, examples: Examples, judge: Judge, setting: Setting, indices: Indices
+    model: Patchable, examples: Examples, judge: Judge, setting: PatchWeights, indices: Indices
 ) -> dict[str, Values]:
     """Scores of a setting by name of metric, of the examples that can be read or of sets of them.
 

@@ -1,4 +1,4 @@
-"""A search from end to end: the sites made, the ladder climbed, the verdict given."""
+"""A search from end to end: the norm layers made, the list of candidates climbed, the verdict given."""
 
 import hashlib
 import json
@@ -13,23 +13,23 @@ import numpy as np
 
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
 from bnpatch.evaluation.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
 from bnpatch.models.base import Patchable
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.search.candidates import Ladder
-from bnpatch.search.config import GLOBAL_RUNGS, Plan, Rung, Trial, kept
+from bnpatch.search.candidates import CandidateSearch
+from bnpatch.search.config import GLOBAL_RUNGS, Candidate, Plan, Trial, kept
 from bnpatch.search.distributed import Processes, SharedJudge, dismiss, serve, start
 from bnpatch.search.held_out import Evidence, Verdict, conclude, gather, scores
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
-from bnpatch.search.make_sites import make_sites
+from bnpatch.search.make_norms import make_norms
 from bnpatch.search.objective import LABEL_FREE, ByMetric, Goal, Judge
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
-from bnpatch.search.robustness import harmless
+from bnpatch.search.robustness import without_harm
 
 #: How long latencies are measured where there is a limit on them.
 LATENCY_SECONDS = 10.0
@@ -40,13 +40,14 @@ _FEW = 30
 
 @dataclass
 class Job:
-    """A search: the sites made, the ladder climbed, the verdict given.
+    """A search: the norm layers made, the list of candidates climbed, the verdict given.
 
-    In a cross-fit the ladder is climbed once more without each part of the examples, which then judges what
-    was found. These searches share the time that there is and climb as far as the first one did. Where
-    time is over or the user interrupts, the verdict is of the parts that were judged before, one at least.
-    Where the first search keeps the model as it is, that is what is judged. Two things are taken from all
-    examples once: running moments of norms that have none, and which sites a limit on latency leaves out.
+    In a cross-fit the list of candidates is climbed once more without each part of the examples, which then
+    judges what was found. These searches share the time that there is and climb as far as the first one did.
+    Where time is over or the user interrupts, the verdict is of the parts that were judged before, one at
+    least. Where the first search keeps the model as it is, that is what is judged. Two things are taken from
+    all examples once: running moments of norms that have none, and which norm layers a limit on latency
+    leaves out.
     """
 
     model: Patchable
@@ -67,11 +68,11 @@ class Job:
     judge: Judge = field(init=False)
     final_judge: Judge = field(init=False)
     metrics: list[Metric] = field(init=False)
-    came_with: dict[str, Moments[Any]] = field(init=False)
+    baseline_statistics: dict[str, Moments[Any]] = field(init=False)
     _alone: tuple[Judge, Judge] = field(init=False)  # the judges, before several processes share them
     _started: float = field(init=False)
     _climbed_in: float = field(init=False)
-    _ladders: list[Ladder] = field(default_factory=list, init=False)
+    _ladders: list[CandidateSearch] = field(default_factory=list, init=False)
     _seen_clean: int = field(default=0, init=False)
     _interrupted: bool = field(default=False, init=False)
 
@@ -79,9 +80,9 @@ class Job:
         """Do it; the model is as before when this returns."""
         self._started = time.monotonic()
         with self.model.borrowed():
-            came_with = self.model.setting()
-            self.came_with = dict(self.model.targets())
-            self.notes += make_sites(
+            baseline_statistics = self.model.setting()
+            self.baseline_statistics = dict(self.model.targets())
+            self.notes += make_norms(
                 self.model,
                 self.calib,
                 self.examples,
@@ -89,9 +90,9 @@ class Job:
                 batch_size=self.plan.batch_size,
                 recover_folded=recover_folded,
             )
-            before = Setting(
-                {**self.model.identities(), **came_with.alphas},
-                {**self.model.setting().lambdas, **came_with.lambdas},
+            before = PatchWeights(
+                {**self.model.identities(), **baseline_statistics.alphas},
+                {**self.model.setting().lambdas, **baseline_statistics.lambdas},
             )
             if self.plan.storage:
                 self.plan = replace(self.plan, fingerprint=self._fingerprint())
@@ -107,7 +108,7 @@ class Job:
         """All examples to tune on."""
         return self.parts[0][0] if len(self.parts) == 1 else np.arange(len(self.examples), dtype=np.int64)
 
-    def _search_together(self, before: Setting, processes: Processes) -> TuneResult:
+    def _search_together(self, before: PatchWeights, processes: Processes) -> TuneResult:
         """The first process searches, the others score what it asks for; all return its result."""
         judges = {
             number: (judge, examples)
@@ -132,17 +133,17 @@ class Job:
         finally:
             dismiss(processes, result)
 
-    def _search(self, before: Setting) -> TuneResult:
+    def _search(self, before: PatchWeights) -> TuneResult:
         ladder = self._ladder(self._whole, self.plan)
-        rungs = self._climbed(ladder)
+        candidates = self._climbed(ladder)
         self._climbed_in = time.monotonic() - self._started
         points: list[Point] = []
         if self.max_overhead is not None:
-            thinned, points = self._thinned(kept(rungs), ladder)
-            rungs = [*(replace(rung, chosen=False) for rung in rungs), thinned]
+            thinned, points = self._thinned(kept(candidates), ladder)
+            candidates = [*(replace(candidate, chosen=False) for candidate in candidates), thinned]
         found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
-        rungs, setting, verdict, num_parts = self._judge(before, rungs)
-        self.model.retarget(self.came_with if setting is before else found)
+        candidates, setting, verdict, num_parts = self._judge(before, candidates)
+        self.model.retarget(self.baseline_statistics if setting is before else found)
         if self.seen is not self.examples and len(self.parts) == 1:
             self.notes.append(self._insured(before, setting))
         self.model.set(setting)
@@ -162,7 +163,7 @@ class Job:
         }
         return TuneResult(
             self.goal.metric,
-            rungs,
+            candidates,
             ladder.trials,
             verdict,
             setting,
@@ -177,9 +178,9 @@ class Job:
             recipe=recipe,
         )
 
-    def _climbed(self, ladder: Ladder) -> list[Rung]:
-        """The rungs of a ladder. Insurance against shifts that the data does not show costs it nothing."""
-        rungs = ladder.climb()
+    def _climbed(self, ladder: CandidateSearch) -> list[Candidate]:
+        """The candidates. Robustness against shifts that the data does not show costs it nothing."""
+        candidates = ladder.climb()
         if ladder.interrupted and ladder is self._ladders[0]:  # the verdict takes a while yet
             self._interrupted = True
             warnings.warn(
@@ -187,29 +188,33 @@ class Job:
                 BnpatchWarning,
                 stacklevel=2,
             )
-        if self.seen is self.examples or len(rungs) == 1:
-            return rungs
+        if self.seen is self.examples or len(candidates) == 1:
+            return candidates
         name = self.goal.metric.name
 
-        def clean(setting: Setting) -> Values:
+        def clean(setting: PatchWeights) -> Values:
             self.model.set(setting)
             self._seen_clean += len(ladder.tuning)
             return self._alone[0].scores(self.model, self.examples, ladder.tuning)[name]
 
-        best = harmless(rungs, self.goal.metric, ladder.selection.scores, ladder.selection.gains, clean)
+        best = without_harm(
+            candidates, self.goal.metric, ladder.selection.scores, ladder.selection.gains, clean
+        )
         if best is None:
             if ladder is self._ladders[0]:
                 self.notes.append(
                     "nothing was found that helps the shifted images and leaves those at hand unharmed"
                 )
-            return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
-        others = [replace(rung, chosen=False) for rung in rungs if rung.name != best.name]
+            return [replace(candidate, chosen=number == 0) for number, candidate in enumerate(candidates)]
+        others = [replace(candidate, chosen=False) for candidate in candidates if candidate.name != best.name]
         return [*others, best]
 
-    def _insured(self, before: Setting, setting: Setting) -> str:
+    def _insured(self, before: PatchWeights, setting: PatchWeights) -> str:
         """What a setting does to held-out examples that are shifted, in words."""
         held_out = np.concatenate([held_out for _, held_out in self.parts])
-        seen = gather(self.model, self.test_seen, self._alone[1], before, setting, held_out, self.came_with)
+        seen = gather(
+            self.model, self.test_seen, self._alone[1], before, setting, held_out, self.baseline_statistics
+        )
         metric = self.metrics[0]
         change = paired_difference(seen.before[metric.name], seen.after[metric.name])
         values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
@@ -219,9 +224,13 @@ class Job:
             f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
         )
 
-    def _judge(self, before: Setting, rungs: list[Rung]) -> tuple[list[Rung], Setting, Verdict, int]:
-        """What held-out examples say of the chosen rung, what is kept then, and how many parts judged it."""
-        chosen = kept(rungs)
+    def _judge(
+        self, before: PatchWeights, candidates: list[Candidate]
+    ) -> tuple[list[Candidate], PatchWeights, Verdict, int]:
+        """What held-out examples say of the chosen candidate, what is kept then, and how many parts judged
+        it.
+        """
+        chosen = kept(candidates)
         parts = self._evidence(before, chosen.setting)
         evidence = Evidence.joined(parts)
         verdict = conclude(evidence, self.metrics)
@@ -234,23 +243,28 @@ class Job:
                     f"{tuned.metric.name} by {tuned.metric.format(change, signed=True)}; all images together "
                     "speak for none of it"
                 )
-            return rungs, before, conclude(replace(evidence, after=evidence.before), self.metrics), len(parts)
+            return (
+                candidates,
+                before,
+                conclude(replace(evidence, after=evidence.before), self.metrics),
+                len(parts),
+            )
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
-            return rungs, before, verdict, len(parts)
+            return candidates, before, verdict, len(parts)
         bound = self.max_overhead is not None or self.seen is not self.examples  # by more than the score
-        if not bound and (lower := self._better_global(rungs, evidence)):
+        if not bound and (lower := self._better_global(candidates, evidence)):
             self.notes.append(
                 f"{chosen.name} does worse than {lower.name} on held-out examples: not applied "
                 f"(their verdict on {lower.name}, which they chose, flatters it a little)"
             )
-            rungs = [replace(rung, chosen=rung is lower) for rung in rungs]
+            candidates = [replace(candidate, chosen=candidate is lower) for candidate in candidates]
             evidence = self._gathered(before, lower.setting, self.parts[0][1])
-            return rungs, lower.setting, conclude(evidence, self.metrics), 1
-        return rungs, chosen.setting, verdict, len(parts)
+            return candidates, lower.setting, conclude(evidence, self.metrics), 1
+        return candidates, chosen.setting, verdict, len(parts)
 
-    def _thinned(self, chosen: Rung, ladder: Ladder) -> tuple[Rung, list[Point]]:
-        """As many of the sites as the limit on latency allows."""
+    def _thinned(self, chosen: Candidate, ladder: CandidateSearch) -> tuple[Candidate, list[Point]]:
+        """As many of the norm layers as the limit on latency allows."""
         assert self.max_overhead is not None  # or nobody would ask
         assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
         seconds = LATENCY_SECONDS
@@ -262,12 +276,14 @@ class Job:
         best = choose(points, self.max_overhead)
         self.notes.append(f"--max-overhead: {best.reason}")
         if suggestion := knee(points):
-            sites, ratio = suggestion.num_sites, suggestion.latency.ratio
-            self.notes.append(f"the gain flattens beyond {sites} sites, at {ratio:.2f}x the time")
+            norm_layers, ratio = suggestion.num_norms, suggestion.latency.ratio
+            self.notes.append(f"the gain flattens beyond {norm_layers} norm layers, at {ratio:.2f}x the time")
         setting = best.point.setting
         after, before = ladder.selection.scores(setting), ladder.selection.scores(points[0].setting)
         change = paired_difference(before, after)
-        return Rung(f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True), points
+        return Candidate(
+            f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True
+        ), points
 
     def _left(self) -> float:
         """Seconds, where there is a limit."""
@@ -279,12 +295,12 @@ class Job:
         """Ladders that are yet to be climbed."""
         return (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._ladders)
 
-    def _ladder(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> Ladder:
+    def _ladder(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
         """One to climb, in its share of the time or so many seconds."""
         if plan.timeout is not None:
             plan = replace(plan, timeout=max(at_least, self._left() / self._to_come))
         is_first = not self._ladders
-        ladder = Ladder(
+        ladder = CandidateSearch(
             self.model,
             self.seen,
             self.seen.readable(tuning),
@@ -301,14 +317,14 @@ class Job:
     def _report(self, trial: Trial, is_best: bool) -> None:
         if (
             trial.number == 0
-            and trial.rung == "alpha"
+            and trial.candidate == "alpha"
             and self.goal.classes
             and ACCURACY.name in trial.scores
         ):
             warn_at_chance(trial.scores[ACCURACY.name], self.examples)
         self.on_trial(trial, is_best)
 
-    def _evidence(self, before: Setting, chosen: Setting) -> list[Evidence]:
+    def _evidence(self, before: PatchWeights, chosen: PatchWeights) -> list[Evidence]:
         """Of each part held out; in a cross-fit, on what the same search finds without it."""
         if len(self.parts) == 1:
             return [self._gathered(before, chosen, self.parts[0][1])]
@@ -331,7 +347,7 @@ class Job:
         self.notes.append(note)
         return judged
 
-    def _judged_by(self, fold: int, before: Setting, chosen: Setting) -> Evidence | None:
+    def _judged_by(self, fold: int, before: PatchWeights, chosen: PatchWeights) -> Evidence | None:
         """What a part says of what is found without it; None where time was over before that was as much.
 
         Raises:
@@ -352,20 +368,26 @@ class Job:
             setting = _thinned_like(chosen, setting, self.model.identities())
         return self._gathered(before, setting, held_out)
 
-    def _gathered(self, before: Setting, setting: Setting, held_out: Indices) -> Evidence:
+    def _gathered(self, before: PatchWeights, setting: PatchWeights, held_out: Indices) -> Evidence:
         self.progress.expect(2 * len(held_out))
         evidence = gather(
-            self.model, self.test_examples, self.final_judge, before, setting, held_out, self.came_with
+            self.model,
+            self.test_examples,
+            self.final_judge,
+            before,
+            setting,
+            held_out,
+            self.baseline_statistics,
         )
         self.progress.count("verdict on held-out examples", 2 * len(held_out))
         return evidence
 
-    def _better_global(self, rungs: list[Rung], evidence: Evidence) -> Rung | None:
+    def _better_global(self, candidates: list[Candidate], evidence: Evidence) -> Candidate | None:
         """One weight for all, if it does better on the held-out examples than the richer setting chosen."""
-        lower = [rung for rung in rungs if rung.name in GLOBAL_RUNGS]
-        if kept(rungs) in lower or len(self.parts) > 1:
+        lower = [candidate for candidate in candidates if candidate.name in GLOBAL_RUNGS]
+        if kept(candidates) in lower or len(self.parts) > 1:
             return None
-        best = max(lower, key=lambda rung: self.goal.metric.sign * rung.mean)
+        best = max(lower, key=lambda candidate: self.goal.metric.sign * candidate.mean)
         metric, held_out = self.metrics[0], self.parts[0][1]
         of_best = if_finite(
             partial(scores, self.model, self.test_examples, self.final_judge, best.setting, held_out)
@@ -377,22 +399,24 @@ class Job:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a study is of: with another model, other data or another metric its trials mean nothing."""
-        sites = json.dumps(self.model.fingerprints(), sort_keys=True)
+        norm_layers = json.dumps(self.model.fingerprints(), sort_keys=True)
         return {
-            "model": hashlib.sha256(sites.encode()).hexdigest()[:16],
+            "model": hashlib.sha256(norm_layers.encode()).hexdigest()[:16],
             "preprocessing": None if self.examples.as_they_are else self.model.preprocessing.to_json(),
             "data": self.seen.fingerprint(),
             "calibration data": None if self.calib is None else self.calib.fingerprint(),
-            "weigh single values": self.model.weigh_single_values,
+            "weigh single values": self.model.include_1x1,
             "metric": self.goal.metric.name,
             "class prior": str(self.goal.prior),
             "seed": self.plan.seed,
         }
 
 
-def _thinned_like(chosen: Setting, setting: Setting, identities: Mapping[str, float]) -> Setting:
-    """Leave at their identity the sites that were not worth their time."""
-    return Setting(
+def _thinned_like(
+    chosen: PatchWeights, setting: PatchWeights, identities: Mapping[str, float]
+) -> PatchWeights:
+    """Leave at their identity the norm layers that were not worth their time."""
+    return PatchWeights(
         {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in setting.alphas.items()},
         setting.lambdas,
     )

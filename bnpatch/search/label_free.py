@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import SiteFacts
+from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments, mix, pool
 
 # Temperature and iterations of self-labels: those that weights are judged by are balanced but for a few
@@ -35,9 +35,10 @@ class Seen:
 
     Attributes:
         logits: (N, K).
-        moments: of each example at the input of each site, (N, C), by name.
-        alphas: the weight of the example by name of site; a number or a 0-dim tensor.
-        running: running mean and variance (C,) in use, by name of site, where not those of the checkpoint.
+        moments: of each example at the input of each norm layer, (N, C), by name.
+        alphas: the weight of the example by name of norm layer; a number or a 0-dim tensor.
+        running: running mean and variance (C,) in use, by name of norm layer, where not those of the
+            checkpoint.
     """
 
     logits: Tensor
@@ -46,10 +47,10 @@ class Seen:
     running: Mapping[str, Moments[Tensor]]
 
 
-Objective = Callable[[Seen, Mapping[str, SiteFacts]], Tensor]
+Objective = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
 
 
-def entropy(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+def entropy(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     """Mean entropy of the predictions, in nats (Wang et al. 2021, TENT)."""
     log_p = seen.logits.float().log_softmax(1)
     return -(log_p.exp() * log_p).sum(1).mean()
@@ -113,18 +114,18 @@ def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -
     return certain + balance * (mean * (mean.log() - expected.clamp_min(1e-12).log())).sum()
 
 
-def alignment(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     """How far the inputs of the norms are from what the running moments of the checkpoint describe.
 
-    The mean over channels and sites of KL(N(m, v) || N(rm, rv)) in nats, with the moments (m, v) pooled over
-    the batch. The first site is left out: what reaches it is the same whatever the weights.
+    The mean over channels and norm layers of KL(N(m, v) || N(rm, rv)) in nats, with the moments (m, v) pooled
+    over the batch. The first norm layer is left out: what reaches it is the same whatever the weights.
     """
     parts = []
     for name in list(seen.moments)[1:]:
-        site = sites[name]
+        norm_layer = norm_layers[name]
         here = pool(seen.moments[name], axes=0)
-        var, rv = here.var[0] + site.eps, site.source.var + site.eps
-        distance = (here.mean[0] - site.source.mean).square()
+        var, rv = here.var[0] + norm_layer.eps, norm_layer.source.var + norm_layer.eps
+        distance = (here.mean[0] - norm_layer.source.mean).square()
         parts.append(0.5 * (var / rv + distance / rv - 1 - (var / rv).log()).mean())
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
@@ -138,12 +139,14 @@ def unlabeled(prior: Tensor | None = None) -> Objective:
     Args:
         prior: how often the classes occur, (K,); None for equally often.
     """
-    return lambda seen, sites: self_labelling(seen, prior) + _ALIGNMENT * alignment(seen, sites)
+    return lambda seen, norm_layers: self_labelling(seen, prior) + _ALIGNMENT * alignment(seen, norm_layers)
 
 
 def unlabeled_step(prior: Tensor | None = None) -> Objective:
     """What to go down by gradient for :func:`unlabeled`."""
-    return lambda seen, sites: self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, sites)
+    return lambda seen, norm_layers: (
+        self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, norm_layers)
+    )
 
 
 def infomax(prior: Tensor | None = None) -> Objective:
@@ -152,21 +155,21 @@ def infomax(prior: Tensor | None = None) -> Objective:
     Classes in proportion count three times as much as certainty. Where images are shifted in different
     ways, a network is certain of many that it takes for one and the same class.
     """
-    return lambda seen, sites: information(seen, prior, balance=3.0) + alignment(seen, sites)
+    return lambda seen, norm_layers: information(seen, prior, balance=3.0) + alignment(seen, norm_layers)
 
 
-def evalnorm(seen: Seen, sites: Mapping[str, SiteFacts]) -> Tensor:
+def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     """How far each norm's output is from what it would be in training (after Singh & Shrivastava 2019).
 
-    The mean over sites of the squared difference of the output at inference, by the mixture of moments, and
-    the output by the moments of the batch, over all values, in units of gamma^2. Both are affine maps of
+    The mean over norm layers of the squared difference of the output at inference, by the mixture of moments,
+    and the output by the moments of the batch, over all values, in units of gamma^2. Both are affine maps of
     the input x, so that the moments (m, v) of an example's x are enough:
     ``E[(a x + b)^2] = a^2 v + (a m + b)^2``.
     """
     parts = []
     for name, example in seen.moments.items():
-        eps = sites[name].eps
-        used = mix(seen.alphas.get(name, 0.0), example, seen.running.get(name, sites[name].source))
+        eps = norm_layers[name].eps
+        used = mix(seen.alphas.get(name, 0.0), example, seen.running.get(name, norm_layers[name].source))
         batch = pool(example, axes=0)
         here, there = torch.rsqrt(used.var + eps), torch.rsqrt(batch.var + eps)
         a, b = here - there, batch.mean * there - used.mean * here

@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Z95, Estimate, Metric, Values, paired_difference
-from bnpatch.models.latency import Latency, measure, site_costs
+from bnpatch.models.latency import Latency, measure, norm_costs
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
 
-#: Settings of a family with sites; half a dozen to ten show where a curve bends.
+#: Settings of a family with norm layers; half a dozen to ten show where a curve bends.
 _FAMILY = 8
 
 
@@ -23,16 +23,16 @@ class Point:
     """A setting with what it gains and what it costs.
 
     Attributes:
-        setting: weights by name of site.
-        num_sites: number of sites that weigh examples.
+        setting: weights by name of norm layer.
+        num_norms: number of norm layers that weigh examples.
         gain: mean over examples of the improvement over the original, in units of the metric; more is
             better whatever the metric.
         standard_error: of the gain.
         latency: measured in turns with the original.
     """
 
-    setting: Setting
-    num_sites: int
+    setting: PatchWeights
+    num_norms: int
     gain: float
     standard_error: float
     latency: Latency
@@ -52,15 +52,15 @@ class Choice:
     reason: str
 
 
-def nested_sites(importance: Mapping[str, float]) -> list[frozenset[str]]:
-    """A nested family of sites, from none to all.
+def nested_norms(importance: Mapping[str, float]) -> list[frozenset[str]]:
+    """A nested family of norm layers, from none to all.
 
-    Each member keeps the sites that matter most and adds some to those of the one before. Their numbers
-    grow geometrically: the first few sites change most, per site.
+    Each member keeps the norm layers that matter most and adds some to those of the one before. Their numbers
+    grow geometrically: the first few norm layers change most, per norm layer.
 
     Args:
-        importance: by name of site, how much it matters for the time that it takes: what it gains over its
-            share of :func:`bnpatch.models.latency.site_costs`. Ties go by the order.
+        importance: by name of norm layer, how much it matters for the time that it takes: what it gains over
+            its share of :func:`bnpatch.models.latency.norm_costs`. Ties go by the order.
 
     Returns:
         At most nine sets of names.
@@ -97,15 +97,15 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
     """
     original, *patched = points
     if not patched:
-        return Choice(original, "no site has a weight")
+        return Choice(original, "no norm layer has a weight")
     affordable = [point for point in patched if point.latency.ratio <= max_overhead]
     if not affordable:
         least = min(patched, key=lambda point: point.latency.ratio)
-        sites = "one site" if least.num_sites == 1 else f"{least.num_sites} sites"
+        norm_layers = "one norm layer" if least.num_norms == 1 else f"{least.num_norms} norm layers"
         noise = f", measured with an interval of {_interval(least)}" if least.latency.is_noisy else ""
         return Choice(
             original,
-            f"the cheapest patch, of {sites}, takes {least.latency.ratio:.2f}x the time{noise}: "
+            f"the cheapest patch, of {norm_layers}, takes {least.latency.ratio:.2f}x the time{noise}: "
             f"more than {max_overhead:.2f}x",
         )
     best = max(affordable, key=lambda point: (point.gain, -point.latency.ratio))
@@ -113,7 +113,7 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
         return Choice(original, f"nothing gains within {max_overhead:.2f}x of the time")
     return Choice(
         best,
-        f"the largest gain within {max_overhead:.2f}x of the time: {best.num_sites} sites "
+        f"the largest gain within {max_overhead:.2f}x of the time: {best.num_norms} norm layers "
         f"at {best.latency.ratio:.2f}x",
     )
 
@@ -145,16 +145,16 @@ def _interval(point: Point) -> str:
 
 def trade_off(
     model: TorchModel | OnnxModel,
-    setting: Setting,
-    scores: Callable[[Setting], Values],
+    setting: PatchWeights,
+    scores: Callable[[PatchWeights], Values],
     metric: Metric,
     *,
     seconds: float,
 ) -> list[Point]:
-    """Measure gain and latency of ever more of the sites of a setting, the important ones first.
+    """Measure gain and latency of ever more of the norm layers of a setting, the important ones first.
 
-    A site is important if the score suffers where it alone goes back to its identity, for the time that it is
-    expected to take. Lambdas cost nothing and stay as they are in all but the first point.
+    A norm layer is important if the score suffers where it alone goes back to its identity, for the time that
+    it is expected to take. Lambdas cost nothing and stay as they are in all but the first point.
 
     Args:
         model: left with any weights.
@@ -167,11 +167,11 @@ def trade_off(
         The points, that of the original first.
     """
     identities, sign = model.identities(), metric.sign
-    identity = Setting(identities, dict.fromkeys(identities, 0.0))
+    identity = PatchWeights(identities, dict.fromkeys(identities, 0.0))
     weighed = [name for name, alpha in setting.alphas.items() if alpha != identities[name]]
-    whole, costs = scores(setting), site_costs(model)
+    whole, costs = scores(setting), norm_costs(model)
 
-    def without(name: str) -> Setting:
+    def without(name: str) -> PatchWeights:
         return replace(setting, alphas={**setting.alphas, name: identities[name]})
 
     def lost(name: str) -> float:
@@ -179,8 +179,10 @@ def trade_off(
         return math.inf if rest is None else sign * float(np.mean(whole) - np.mean(rest))
 
     family = [
-        replace(setting, alphas={n: a if n in sites else identities[n] for n, a in setting.alphas.items()})
-        for sites in nested_sites({name: lost(name) / costs[name] for name in weighed})
+        replace(
+            setting, alphas={n: a if n in norm_layers else identities[n] for n, a in setting.alphas.items()}
+        )
+        for norm_layers in nested_norms({name: lost(name) / costs[name] for name in weighed})
     ]
     scored = [(member, if_finite(partial(scores, member))) for member in family if member != identity]
     usable = [(member, after) for member, after in scored if after is not None]

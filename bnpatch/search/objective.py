@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import SiteFacts
+from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.evaluation.evaluate import STANDARD_METRICS, OutputsNotFiniteError, evaluate
@@ -109,7 +109,7 @@ class ByObjective:
         metric: name and direction; it can't score single examples.
         objective: see :mod:`bnpatch.search.label_free`.
         step: what to go down by gradient for it.
-        sites: what the objective needs to know of them.
+        norm_layers: what the objective needs to know of them.
         metrics: scored beside it, where there are labels.
         num_classes: K.
         batch_size: examples at a time.
@@ -122,7 +122,7 @@ class ByObjective:
     metric: Metric
     objective: Objective
     step: Objective
-    sites: Mapping[str, SiteFacts]
+    norm_layers: Mapping[str, NormFacts]
     metrics: Sequence[Metric] = ()
     num_classes: int = 2
     batch_size: int = 64
@@ -168,7 +168,7 @@ class ByObjective:
         return {self.metric.name: found, **values}
 
     def _of(self, model: Patchable, parts: Sequence["_Part"]) -> float:
-        return float(self.objective(_as_one(model, parts), self.sites))
+        return float(self.objective(_as_one(model, parts), self.norm_layers))
 
     def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Of all batches as one set, in one part."""
@@ -179,7 +179,7 @@ class ByObjective:
                 checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
                 for batch in batches
             ]
-        yield self.step(_as_one(model, parts), self.sites)
+        yield self.step(_as_one(model, parts), self.norm_layers)
 
 
 def _as_one(model: Patchable, parts: Sequence[_Part]) -> Seen:
@@ -194,7 +194,11 @@ def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor
         for name, m in model.running().items()
     }
     if isinstance(model, TorchModel):  # with their gradients
-        alphas = {site.name: site.module.alpha for site in model.survey().sites if site.is_patched}
+        alphas = {
+            norm_layer.name: norm_layer.module.alpha
+            for norm_layer in model.inventory().norm_layers
+            if norm_layer.is_patched
+        }
     return Seen(logits, moments, alphas, running)
 
 

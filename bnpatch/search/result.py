@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.evaluation.metrics import Comparison, Metric
-from bnpatch.search.config import Rung, Trial, kept
+from bnpatch.search.config import Candidate, Trial, kept
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.latency_limit import Point
 
@@ -16,13 +16,13 @@ class TuneResult:
 
     Attributes:
         metric: what was tuned.
-        rungs: the ladder of the search, the identity first, each with its score on the selection
-            examples; one of them is chosen.
-        trials: weights for all sites that were tried, with their scores on the tuning examples.
+        candidates: the list of candidates of the search, the identity first, each with its score on the
+            selection examples; one of them is chosen.
+        trials: weights for all norm layers that were tried, with their scores on the tuning examples.
         verdict: on held-out examples.
-        setting: the weights that are kept: those of the chosen rung, or those that the model had before where
-            the verdict is a loss.
-        sites: names of the sites, in the order of the model.
+        setting: the weights that are kept: those of the chosen candidate, or those that the model had before
+            where the verdict is a loss.
+        norm_layers: names of the norm layers, in the order of the model.
         passes: how often the tuning examples were gone through before the verdict, a cross-fit's searches
             included; learning counts threefold.
         num_tuning: examples that the search saw, without the unreadable.
@@ -31,17 +31,17 @@ class TuneResult:
         skipped: examples that can't be read, by name, and why.
         notes: what a person should know about the result.
         interrupted: the user stopped the search early.
-        trade_off: gain against latency of ever more sites, where a limit was set; the original first.
+        trade_off: gain against latency of ever more norm layers, where a limit was set; the original first.
         seconds: wall time.
         recipe: the weights and their provenance, to keep and to apply.
     """
 
     metric: Metric
-    rungs: list[Rung]
+    candidates: list[Candidate]
     trials: list[Trial]
     verdict: Verdict
-    setting: Setting
-    sites: list[str]
+    setting: PatchWeights
+    norm_layers: list[str]
     passes: float
     num_tuning: int
     num_parts: int = 1
@@ -56,9 +56,9 @@ class TuneResult:
         return f"TuneResult({self.chosen.name}, {self.comparisons[0].metric.name}: {self.verdict})"
 
     @property
-    def chosen(self) -> Rung:
-        """The rung that the selection examples support."""
-        return kept(self.rungs)
+    def chosen(self) -> Candidate:
+        """The candidate that the selection examples support."""
+        return kept(self.candidates)
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -72,6 +72,6 @@ class TuneResult:
 
     @property
     def alpha(self) -> float | None:
-        """The one alpha of all sites; None where they differ."""
+        """The one alpha of all norm layers; None where they differ."""
         values = set(self.setting.alphas.values())
         return values.pop() if len(values) == 1 else None

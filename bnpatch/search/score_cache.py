@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Patchable
@@ -15,7 +15,7 @@ from bnpatch.search.objective import Judge, in_sets
 
 
 def blocks_of(order: Indices, set_size: int) -> list[Indices]:
-    """Split examples into blocks: of sets that are scored together, or as suits a race.
+    """Split examples into blocks: of sets that are scored together, or as suits a global search.
 
     There are two at least where there are two examples: some to learn from, and others to choose by.
     """
@@ -27,7 +27,7 @@ def blocks_of(order: Indices, set_size: int) -> list[Indices]:
     return blocks if len(blocks) > 1 or len(order) < 2 else np.array_split(order, 2)
 
 
-class Scoreboard:
+class ScoreCache:
     """Scores of settings on blocks of examples, remembered as long as the model's targets are the same."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Scoreboard:
         """The model has other targets: lambdas mean something else now."""
         self._known = {key: scores for key, scores in self._known.items() if not any(key[0][1])}
 
-    def on(self, blocks: range, setting: Setting, label: str, metric: str) -> Values:
+    def on(self, blocks: range, setting: PatchWeights, label: str, metric: str) -> Values:
         """Scores of the examples of some blocks, or of these blocks as sets, by a metric.
 
         Raises:
@@ -63,7 +63,7 @@ class Scoreboard:
         """
         return np.concatenate([scores[metric] for scores in self.by_block(setting, blocks, label)])
 
-    def by_block(self, setting: Setting, blocks: range, label: str) -> list[dict[str, Values]]:
+    def by_block(self, setting: PatchWeights, blocks: range, label: str) -> list[dict[str, Values]]:
         """Scores by name of metric, of each block.
 
         Raises:
@@ -82,7 +82,7 @@ class Scoreboard:
                 self._known[key, block] = self.of(self.blocks[block], setting, label)
         return [self._known[key, block] for block in blocks]
 
-    def of(self, indices: Indices, setting: Setting, label: str) -> dict[str, Values]:
+    def of(self, indices: Indices, setting: PatchWeights, label: str) -> dict[str, Values]:
         """Scores of examples by name of metric, not remembered.
 
         Raises:

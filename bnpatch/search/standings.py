@@ -1,4 +1,4 @@
-"""How the trials of a race compare, judged by the examples that they were scored on so far."""
+"""How the trials of a global search compare, judged by the examples that they were scored on so far."""
 
 import math
 from collections.abc import Mapping, Sequence

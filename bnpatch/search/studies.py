@@ -52,7 +52,7 @@ class StoredTrial:
     Attributes:
         number: in the order in which trials began.
         params: by name of parameter.
-        rung: of the race, on which it began.
+        rung: of the global search, on which it began.
         blocks: the finished blocks' scores by name of metric, by number of block.
         state: Optuna's.
         owner: who works on it; "" where nobody does.

@@ -62,13 +62,13 @@ def tune_alpha(
             per example, of which more is better; or without labels ``unlabeled`` and, for comparison,
             ``information``, ``alignment``, ``entropy`` and ``evalnorm``, see
             :mod:`bnpatch.search.label_free`.
-        granularity: one weight for all ("global"), per "stage" (the sites of one resolution) or per "layer";
-            "auto" tries both ends.
+        granularity: one weight for all ("global"), per "stage" (the norm layers of one resolution) or per
+            "layer"; "auto" tries both ends.
         recalibrate: let lambda join, the weight of running moments re-estimated on ``calib_data``; by default
             where the granularity is "auto".
-        trials: at most so many weights in each race for one weight.
-        max_passes: of each race, over the tuning examples; 2 of them are the identity and the winner. Not
-            of label-free metrics on fewer than a thousand: a dozen trials see all of them.
+        trials: at most so many weights in each global search for one weight.
+        max_passes: of each global search, over the tuning examples; 2 of them are the identity and the
+            winner. Not of label-free metrics on fewer than a thousand: a dozen trials see all of them.
         timeout: seconds after which the search begins nothing further; what it found is still judged.
         holdout: the part of the data that the search does not see, and that gives the verdict. By
             default half; with few labelled examples all take turns in being held out (cross-fitting).
@@ -80,8 +80,8 @@ def tune_alpha(
             outputs.
         augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.corruptions`.
         max_overhead: find the best weights whose measured latency, one image at a time, is at most so many
-            times the original's; sites that aren't worth their time stay as they were.
-        recover_folded: take convolutions that a Batch Norm was folded into as sites. For ONNX models,
+            times the original's; norm layers that aren't worth their time stay as they were.
+        recover_folded: take convolutions that a Batch Norm was fused into as norm layers. For ONNX models,
             which stay that way.
         batch_size: examples at a time.
         seed: of everything random.
@@ -89,8 +89,8 @@ def tune_alpha(
             ``x.journal``; None for memory.
         study: its name there.
         progress: called with what is going on, examples done and examples in all, about.
-        on_trial: called after each trial of a race with whether it is the best so far, of all races; the
-            model has its weights. The searches of a cross-fit don't call it.
+        on_trial: called after each trial of a global search with whether it is the best so far, of all global
+            searches; the model has its weights. The searches of a cross-fit don't call it.
         options: for :func:`bnpatch.open_examples`.
 
     Raises:
@@ -101,7 +101,7 @@ def tune_alpha(
         metric, granularity, class_prior, augment, trials, max_passes, timeout, holdout, max_overhead
     )
     patchable = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
-    if not (patchable.survey().sites or patchable.uncalibrated() or recover_folded):
+    if not (patchable.inventory().norm_layers or patchable.uncalibrated() or recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
     goal = Goal.of(metric, class_prior, batch_size)
 
@@ -201,7 +201,7 @@ def _provenance(result: TuneResult, job: Job, data: Any, test_data: Any) -> dict
         "granularity": plan.granularity,
         "ladder": [
             {"rung": r.name, "mean": r.mean, "change": r.change.to_json(), "chosen": r.chosen}
-            for r in result.rungs
+            for r in result.candidates
         ],
         "passes": round(result.passes, 2),
         "trials": len(result.trials),

@@ -1,4 +1,4 @@
-"""The ladder on few images: what is found from 50, and what from 200.
+"""The list of candidates on few images: what is found from 50, and what from 200.
 
 ``python -m tests.benchmarks.few_images [--checkpoints DIR] [--draws 4]``: Fashion-MNIST, two networks;
 images drawn at random to tune on, judged by 4,000 others; prints the table of docs/results.md.
@@ -45,7 +45,7 @@ def main():
                     chosen[result.chosen.name] += 1
                 before = 100 * result.comparisons[0].before.value
                 values = (before, np.mean(found), min(found), max(found))
-                names = "; ".join(f"{rung} {count}" for rung, count in chosen.most_common())
+                names = "; ".join(f"{candidate} {count}" for candidate, count in chosen.most_common())
                 cells = [name, kind, str(number), *(f"{value:.1f}" for value in values), names]
                 print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -1,4 +1,5 @@
-"""The whole search on shifted Fashion-MNIST: one alpha, the ladder with labels, the ladder without.
+"""The whole search on shifted Fashion-MNIST: one alpha, the list of candidates with labels, the list of
+candidates without.
 
 ``python -m tests.benchmarks.ladder [--data DIR] [--models NAME ...] [--shifts NAME ...]`` trains what it
 needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others. With
@@ -23,7 +24,7 @@ SEARCHES = {
     "one alpha": {"granularity": "global", "recalibrate": False},
     "alpha per layer": {"recalibrate": False},
     "ladder": {},
-    "ladder, no labels": {"metric": "unlabeled"},
+    "list of candidates, no labels": {"metric": "unlabeled"},
 }
 
 

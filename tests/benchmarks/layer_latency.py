@@ -1,4 +1,4 @@
-"""What example weighing costs in torch: whole models, patched at every site, against plain evaluation.
+"""What example weighing costs in torch: whole models, patched at every norm layer, against plain evaluation.
 
 Plain and patched runs alternate within one process, so that a drift of the machine hits both; the
 numbers are ratios of medians. ``python -m tests.benchmarks.layer_latency [--threads 2]``.
@@ -60,8 +60,8 @@ def main():
             plain = torchvision.models.get_model(name).eval().to(memory_format=layout)
             patched = bnpatch.patch(copy.deepcopy(plain), 0.05)
             naive = bnpatch.patch(copy.deepcopy(plain), 0.05)
-            for site in bnpatch.survey(naive).sites:
-                site.module.forward = textbook.__get__(site.module)
+            for norm_layer in bnpatch.inventory(naive).norm_layers:
+                norm_layer.module.forward = textbook.__get__(norm_layer.module)
             x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=layout)
             seconds, ratios = median_ratios(
                 {"plain": plain, "patched": patched, "textbook": naive}, x, args.runs

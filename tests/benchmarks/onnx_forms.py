@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.onnx_forms [--rounds 30] [--threads 2] [--models resnet50,...]
 
-Every candidate replaces all sites of the same exported model. The sessions of one model run in turns,
+Every candidate replaces all norm layers of the same exported model. The sessions of one model run in turns,
 original first, and a candidate's number is the median over the rounds of its time divided by the
 original's in the same round: a machine that slows down for a while slows both. The second number is
 the ratio of the fastest runs, which a busy machine disturbs least. docs/onnx-latency.md has the table.
@@ -24,56 +24,60 @@ import torch
 
 from bnpatch.core.moments import Moments, mix
 from bnpatch.onnx.expressions import Tape, Value
-from bnpatch.onnx.formulas import append_site, example_moments
+from bnpatch.onnx.formulas import append_norm, example_moments
 from bnpatch.onnx.io import save
-from bnpatch.onnx.match import Site, survey
+from bnpatch.onnx.match import NormLayer, inventory
 from bnpatch.onnx.rewrite import Append, rewrite
 
 ALPHA = 0.1
 MODELS = {"test_resnet": 160, "mobilenet_v2": 224, "resnet50": 224}
 
 
-def textbook(tape: Tape, site: Site, running, alpha) -> ir.Value:
+def textbook(tape: Tape, norm_layer: NormLayer, running, alpha) -> ir.Value:
     """Variance in two passes, then subtract, divide, multiply, add, each over the whole tensor."""
-    x = Value(tape, site.input, site.dtype)
-    weight, bias, mean, var = columns(site, site.weight, site.bias, running.mean, running.var)
+    x = Value(tape, norm_layer.input, norm_layer.dtype)
+    weight, bias, mean, var = columns(
+        norm_layer, norm_layer.weight, norm_layer.bias, running.mean, running.var
+    )
     center = x.mean((2, 3))
     moments = mix(alpha, Moments(center, ((x - center) * (x - center)).mean((2, 3))), Moments(mean, var))
-    return ((x - moments.mean) * (1.0 / (moments.var + site.eps).sqrt()) * weight + bias).value
+    return ((x - moments.mean) * (1.0 / (moments.var + norm_layer.eps).sqrt()) * weight + bias).value
 
 
-def sum_square(u: Value, site: Site) -> Moments:
+def sum_square(u: Value, norm_layer: NormLayer) -> Moments:
     total = tape_op(u, "ReduceSumSquare", keepdims=1)
     mean = u.mean((2, 3))
-    return Moments(mean, (total * (1 / (site.dims[2] * site.dims[3])) - mean * mean).clamp_min_0())
+    return Moments(
+        mean, (total * (1 / (norm_layer.dims[2] * norm_layer.dims[3])) - mean * mean).clamp_min_0()
+    )
 
 
-def reduce_mean(u: Value, site: Site) -> Moments:
+def reduce_mean(u: Value, norm_layer: NormLayer) -> Moments:
     """Outside the blocked layout."""
     mean = u.mean((2, 3))
     return Moments(mean, ((u * u).mean((2, 3)) - mean * mean).clamp_min_0())
 
 
-def blocked_moments(u: Value, site: Site) -> Moments:
+def blocked_moments(u: Value, norm_layer: NormLayer) -> Moments:
     return example_moments(u, rank=4, blocked=True)
 
 
-def mul_add(u: Value, scale: Value, shift: Value, site: Site) -> Value:
+def mul_add(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
     return u * scale + shift
 
 
-def batch_norm_view(u: Value, scale: Value, shift: Value, site: Site) -> Value:
+def batch_norm_view(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
     """One BatchNormalization on a (1, N * C, H, W) view; eps = 1 and mean = var = 0 leave the affine map."""
     flat_scale, flat_shift = scale.reshape((-1,)), shift.reshape((-1,))
     zero = (flat_scale * 0).value
     operands = (u.reshape((1, -1, 0, 0)).value, flat_scale.value, flat_shift.value, zero, zero)
     y = Value(u.tape, u.tape.op("BatchNormalization", *operands, epsilon=1.0), u.dtype)
-    return y.reshape((-1, site.num_channels, 0, 0))
+    return y.reshape((-1, norm_layer.num_channels, 0, 0))
 
 
-def resized_planes(u: Value, scale: Value, shift: Value, site: Site) -> Value:
+def resized_planes(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
     """Same-shape Mul and Add, which stay in the blocked layout, with planes made by Resize."""
-    sizes = u.tape.constant(np.array([1, 1, *site.dims[2:]]), ir.DataType.FLOAT)
+    sizes = u.tape.constant(np.array([1, 1, *norm_layer.dims[2:]]), ir.DataType.FLOAT)
     mode = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     a, b = (Value(u.tape, u.tape.op("Resize", v.value, None, sizes, **mode), u.dtype) for v in (scale, shift))
     return u * a + b
@@ -82,24 +86,26 @@ def resized_planes(u: Value, scale: Value, shift: Value, site: Site) -> Value:
 def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
     """The normalized form, with other operators for the statistics or for the affine map."""
 
-    def append(tape: Tape, site: Site, running, alpha) -> ir.Value:
-        u = normalized(tape, site)
-        total = running.var + site.eps
-        weight, bias, var, eps = columns(site, site.weight, site.bias, running.var / total, site.eps / total)
-        moments = mix(alpha, statistics_of(u, site), Moments(0.0, var))
+    def append(tape: Tape, norm_layer: NormLayer, running, alpha) -> ir.Value:
+        u = normalized(tape, norm_layer)
+        total = running.var + norm_layer.eps
+        weight, bias, var, eps = columns(
+            norm_layer, norm_layer.weight, norm_layer.bias, running.var / total, norm_layer.eps / total
+        )
+        moments = mix(alpha, statistics_of(u, norm_layer), Moments(0.0, var))
         scale = weight / (moments.var + eps).sqrt()
-        return apply(u, scale, bias - moments.mean * scale, site).value
+        return apply(u, scale, bias - moments.mean * scale, norm_layer).value
 
     return append
 
 
-def normalized(tape: Tape, site: Site) -> Value:
-    scales, zeros = (tape.constant(np.full(site.num_channels, v), site.dtype) for v in (1.0, 0.0))
-    mean, var = site.node.inputs[3:5]
+def normalized(tape: Tape, norm_layer: NormLayer) -> Value:
+    scales, zeros = (tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (1.0, 0.0))
+    mean, var = norm_layer.node.inputs[3:5]
     return Value(
         tape,
-        tape.op("BatchNormalization", site.input, scales, zeros, mean, var, epsilon=site.eps),
-        site.dtype,
+        tape.op("BatchNormalization", norm_layer.input, scales, zeros, mean, var, epsilon=norm_layer.eps),
+        norm_layer.dtype,
     )
 
 
@@ -108,15 +114,15 @@ def tape_op(u: Value, op_type: str, **attributes) -> Value:
     return Value(u.tape, u.tape.op(op_type, u.value, axes, **attributes), u.dtype)
 
 
-def columns(site: Site, *vectors):
-    return [np.broadcast_to(v, site.num_channels).reshape(-1, 1, 1) for v in vectors]
+def columns(norm_layer: NormLayer, *vectors):
+    return [np.broadcast_to(v, norm_layer.num_channels).reshape(-1, 1, 1) for v in vectors]
 
 
 CANDIDATES: dict[str, Append] = {
     "textbook": textbook,
-    "direct": partial(append_site, form="direct"),
-    "normalized": partial(append_site, form="normalized"),
-    "folded": partial(append_site, form="folded"),
+    "direct": partial(append_norm, form="direct"),
+    "normalized": partial(append_norm, form="normalized"),
+    "folded": partial(append_norm, form="folded"),
     "ReduceSumSquare": on_normalized(sum_square, mul_add),
     "ReduceMean": on_normalized(reduce_mean, mul_add),
     "BatchNorm view": on_normalized(blocked_moments, batch_norm_view),
@@ -166,12 +172,12 @@ def measure(name: str, rounds: int, threads: int) -> None:
     original = export(name, size)
     with tempfile.TemporaryDirectory() as folder:
         names, sessions = ["original"], [session(original, Path(folder), threads)]
-        all_sites = [site.name for site in survey(original).sites]
+        all_sites = [norm_layer.name for norm_layer in inventory(original).norm_layers]
         choices = [(label, append, all_sites) for label, append in CANDIDATES.items()]
-        choices.append(("last quarter", append_site, all_sites[-len(all_sites) // 4 :]))
-        for label, append, sites in choices:
+        choices.append(("last quarter", append_norm, all_sites[-len(all_sites) // 4 :]))
+        for label, append, norm_layers in choices:
             model = original.clone()
-            rewrite(model, dict.fromkeys(sites, ALPHA), append=append)
+            rewrite(model, dict.fromkeys(norm_layers, ALPHA), append=append)
             names.append(label)
             sessions.append(session(model, Path(folder), threads))
     for batch in (1, 8):

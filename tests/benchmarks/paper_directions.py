@@ -29,7 +29,7 @@ from bnpatch.finetune.data import shuffled
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import train
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.tracing import unnormalized_sites
+from bnpatch.nn.tracing import unnormalized_norms
 from tests.benchmarks.fashion_mnist import read
 
 SIDE = 32
@@ -216,14 +216,16 @@ def decay(lab):
     header("decay of scales and shifts, batch 64")
     nets = {"residual": residual, "Inception-like": Inception}
     for name, make in nets.items():
-        reached = unnormalized_sites(make(), torch.zeros(1, 1, SIDE, SIDE))
+        reached = unnormalized_norms(make(), torch.zeros(1, 1, SIDE, SIDE))
         for rate in (0.0, 5e-4, 5e-3):
             for where in ("all", "reachable"):
                 if rate or where == "all":
-                    sites = "all" if where == "all" else reached
-                    values = {"norm_decay": NormDecay(rate, sites=sites)} if rate else {}
+                    norm_layers = "all" if where == "all" else reached
+                    values = {"norm_decay": NormDecay(rate, norm_layers=norm_layers)} if rate else {}
                     lab.row(
-                        f"{name}, {f'{rate:g} at {where} sites' if rate else 'none'}", make=make, **values
+                        f"{name}, {f'{rate:g} at {where} norm_layers' if rate else 'none'}",
+                        make=make,
+                        **values,
                     )
 
 

@@ -1,13 +1,15 @@
-"""What the race costs and where it lands, against a grid of 101 weights and a plain Optuna loop of 50 trials.
+"""What the global search costs and where it lands, against a grid of 101 weights and a plain Optuna loop of
+50 trials.
 
 Handwritten digits (scikit-learn) and, where there are checkpoints, Fashion-MNIST:
 ``python -m tests.benchmarks.search_cost [--checkpoints DIR] [--examples 2000]``. DIR holds bare state dicts
 named after their architecture (``test_resnet.pt``), of ten classes and one channel at 32 pixels.
 
 Each search scores the model for real through bnpatch.evaluation.evaluate; regret is judged on the
-examples that all three saw, against the grid's best. Which blocks a race sees first is luck: races in
-other orders of the examples, on the grid's scores, say how much. Seconds are those of the processor, so that other programs do
-not count: with OMP_NUM_THREADS=1 they are what the wall clock of an idle machine shows.
+examples that all three saw, against the grid's best. Which blocks a global search sees first is luck: global
+searches in other orders of the examples, on the grid's scores, say how much. Seconds are those of the
+processor, so that other programs do not count: with OMP_NUM_THREADS=1 they are what the wall clock of an idle
+machine shows.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import bnpatch
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
 from bnpatch.search.candidates import FIRST_ROOTS
-from bnpatch.search.global_search import block_sizes, race
+from bnpatch.search.global_search import block_sizes, global_search
 from bnpatch.search.studies import open_study
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 
@@ -83,7 +85,7 @@ def plain(scorer, metric):
 
 
 def raced(blocks_of, sizes, metric):
-    result = race(
+    result = global_search(
         open_study(direction="maximize" if metric.higher_is_better else "minimize"),
         blocks_of,
         sizes,
@@ -96,7 +98,7 @@ def raced(blocks_of, sizes, metric):
 
 
 def in_another_order(curve, sizes, metric, seed):
-    """Scores of what a race finds, on the grid's scores with the examples in another order."""
+    """Scores of what a global search finds, on the grid's scores with the examples in another order."""
     order = np.random.default_rng(seed).permutation(sum(sizes))
     ends = np.cumsum(sizes)[:-1]
 
@@ -134,7 +136,7 @@ class Regret:
 def of_a_part(curve, metric, share):
     """In how many orders the whole grid would land if it saw a part of the examples: the limit of any search.
 
-    With the identity's scores on all of them as a control variate, as in the race.
+    With the identity's scores on all of them as a control variate, as in the global search.
     """
     scores, landed = np.stack([values[metric.name] for values in curve]), 0
     changes = metric.sign * (scores - scores[0])
@@ -150,7 +152,7 @@ def of_a_part(curve, metric, share):
 
 
 def compare(name, scorer):
-    """Rows of the table: the race and the loop, by metric, against the grid."""
+    """Rows of the table: the global search and the loop, by metric, against the grid."""
     curve, _, grid_seconds = scorer.timed(partial(grid, scorer))
     for metric in METRICS:
         sign = -1 if metric.higher_is_better else 1
@@ -209,7 +211,8 @@ def main():
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     print(
-        "| problem | metric | passes | grid / race, time | loop / race, time | regret | regret of the loop | "
+        "| problem | metric | passes | grid / global search, time | loop / global search, time | regret "
+        "| regret of the loop | "
         "lands, in other orders |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

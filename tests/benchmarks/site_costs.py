@@ -1,11 +1,11 @@
-"""What patching a part of the sites costs, and how well ``site_costs`` predicts it.
+"""What patching a part of the norm layers costs, and how well ``norm_costs`` predicts it.
 
-``python -m tests.benchmarks.site_costs [--seconds 20]``: models with random weights, batch 1, one thread.
+``python -m tests.benchmarks.norm_costs [--seconds 20]``: models with random weights, batch 1, one thread.
 The ratios are of processor time, which other programs on the machine hardly disturb.
 
-For each model and engine: patches of all sites, of the last and of the first quarter, and of sets at
+For each model and engine: patches of all norm layers, of the last and of the first quarter, and of sets at
 random, half of them of neighbours. The prediction of a set's overhead is that of the full patch times
-the sum of its sites' shares. Besides, the fixed cost of a site that would fit these sets best.
+the sum of its sites' shares. Besides, the fixed cost of a norm layer that would fit these sets best.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import timm
 import torchvision
 
 from bnpatch import export_onnx, load
-from bnpatch.models.latency import measure, site_costs
+from bnpatch.models.latency import measure, norm_costs
 
 MODELS = {
     "test_resnet": lambda: timm.create_model("test_resnet"),
@@ -45,7 +45,7 @@ def report(title, model, elements, seconds):
     settings = [dict.fromkeys(names, 0.01) for names in sets]
     latencies = measure(model, settings, seconds=seconds, threads=1, clock=time.process_time)
     overhead = np.array([latency.ratio - 1 for latency in latencies])
-    costs = site_costs(model)
+    costs = norm_costs(model)
     predicted = overhead[0] * np.array([sum(costs[name] for name in names) for names in sets])
     # Sets but the first, from which the prediction is scaled.
     left = ((overhead - predicted)[1:] ** 2).sum() / ((overhead[1:] - overhead[1:].mean()) ** 2).sum()
@@ -62,12 +62,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--models", default=",".join(MODELS))
     args = parser.parse_args()
-    print("| model | original | all sites | last quarter | first quarter | R2 | best fixed cost |")
+    print("| model | original | all norm layers | last quarter | first quarter | R2 | best fixed cost |")
     print("|---|---|---|---|---|---|---|")
     for name in args.models.split(","):
         model = load(MODELS[name]())
-        shapes = model.site_shapes()
-        elements = {s.name: s.num_channels * math.prod(shapes[s.name]) for s in model.survey().sites}
+        shapes = model.norm_shapes()
+        elements = {s.name: s.num_channels * math.prod(shapes[s.name]) for s in model.inventory().norm_layers}
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(model, Path(folder) / "model.onnx")
             report(f"{name}, torch", model, elements, args.seconds)

@@ -38,12 +38,12 @@ def rows(name, model, x, y, journal):
                 gain = f"{100 * point.gain:+.1f} ± {196 * point.standard_error:.1f}"
                 mark = " (knee)" if point is best else ""
                 cells = f"{ratio.ratio:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
-                print(f"| {name} | {point.num_sites}{mark} | {gain} | {cells} |", flush=True)
+                print(f"| {name} | {point.num_norms}{mark} | {gain} | {cells} |", flush=True)
         accuracy = result.comparisons[0]
         kept = sum(alpha > 0 for alpha in result.setting.alphas.values())
         yield (
-            f"| {name} | {limit:.2f}x | {kept} of {len(result.sites)} | {100 * accuracy.before.value:.1f} → "
-            f"{100 * accuracy.after.value:.1f} |"
+            f"| {name} | {limit:.2f}x | {kept} of {len(result.norm_layers)} | "
+            f"{100 * accuracy.before.value:.1f} → {100 * accuracy.after.value:.1f} |"
         )
 
 
@@ -56,7 +56,7 @@ def main():
     images, labels = (part[: TUNING + HELD_OUT] for part in fashion_mnist.read(args.data, "t10k"))
     x = shifted("mixed", images, np.random.default_rng(0))
     limits = []
-    print("| model | patched sites | gain in accuracy (points) | time |")
+    print("| model | patched norm layers | gain in accuracy (points) | time |")
     print("| --- | --- | --- | --- |")
     for name in ("test_resnet", "test_efficientnet"):
         model = bnpatch.load(trained(name, args.data, args.checkpoints), preprocessing=VALUES)
@@ -65,7 +65,7 @@ def main():
             exported = bnpatch.load(path, preprocessing=VALUES)
             limits += rows(f"{name}, torch", model, x, labels, Path(folder) / "torch.journal")
             limits += rows(f"{name}, onnxruntime", exported, x, labels, Path(folder) / "onnx.journal")
-    print("\n| model | limit | patched sites | top-1 |\n| --- | --- | --- | --- |")
+    print("\n| model | limit | patched norm layers | top-1 |\n| --- | --- | --- | --- |")
     print("\n".join(limits))
 
 

@@ -54,7 +54,7 @@ def main():
     model.apply(result.recipe)
     with tempfile.TemporaryDirectory() as folder:
         done = bnpatch.export_onnx(model, Path(folder) / "patched.onnx")
-    print(f"{len(done.patched)} sites, opset {done.opset}, largest deviation {done.max_deviation:.1e}")
+    print(f"{len(done.patched)} norm layers, opset {done.opset}, largest deviation {done.max_deviation:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every family of timm and torchvision that has Batch Norm or Group Norm: what is converted, and is it right?
 
-The smallest member of each family, with random weights, on small inputs: are the sites those that a count of
+The smallest member of each family, with random weights, on small inputs: are the norm layers those that a
+count of
 classes expects, is alpha = 0 the identity bit for bit, does alpha = 0.1 give something finite and different,
 and, for every third family, does the exported ONNX file compute the same? Writes docs/zoo.md.
 
@@ -40,11 +41,11 @@ INTRODUCTION = """\
 
 Written by `python -m tests.benchmarks.zoo` with {versions}: the
 smallest member of every family (library, module, stem of the name, classes of norm) that has Batch Norm or
-Group Norm, random weights, small inputs. Of each: the sites are those that an independent count of classes
-expects (Group Norm with running moments from the input at hand), the identity, alpha = 0 or for Group Norm 1,
-is exact bit for bit, and an alpha that is 0.1 away from it is finite and different. Every third of them, if
-it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at that alpha and
-compared on onnxruntime.
+Group Norm, random weights, small inputs. Of each: the norm layers are those that an independent count of
+classes expects (Group Norm with running moments from the input at hand), the identity, alpha = 0 or for Group
+Norm 1, is exact bit for bit, and an alpha that is 0.1 away from it is finite and different. Every third of
+them, if it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at that alpha
+and compared on onnxruntime.
 """
 
 
@@ -67,8 +68,8 @@ class Result:
     name: str
     size: int
     expected: list[str] = field(default_factory=list)
-    sites: int = 0
-    left_alone: collections.Counter = field(default_factory=collections.Counter)
+    norm_layers: int = 0
+    skipped_norms: collections.Counter = field(default_factory=collections.Counter)
     deviation: float | None = None
     problem: str = ""
 
@@ -186,22 +187,25 @@ def calibrated_on(family, model, x):
 
 def moved(model, distance):
     """Alphas at a distance from the identity."""
-    return {site.name: abs(site.identity - distance) for site in bnpatch.survey(model).sites}
+    return {
+        norm_layer.name: abs(norm_layer.identity - distance)
+        for norm_layer in bnpatch.inventory(model).norm_layers
+    }
 
 
 @torch.inference_mode()
 def check_conversion(family, model, result):
     x, before = first_input(family, model, input_shapes(family, model))
     reached = calibrated_on(family, model, x)
-    found = bnpatch.survey(model)
-    result.sites = len(found.sites)
-    result.left_alone = collections.Counter((left.kind, left.reason) for left in found.left_alone)
+    found = bnpatch.inventory(model)
+    result.norm_layers = len(found.norm_layers)
+    result.skipped_norms = collections.Counter((left.kind, left.reason) for left in found.skipped_norms)
     modules = dict(model.named_modules())
-    surveyed = {site.name for site in found.sites}
+    surveyed = {norm_layer.name for norm_layer in found.norm_layers}
     expected = {n for n in result.expected if n in reached or not is_group_norm(modules[n])}
     if surveyed != expected:
-        result.problem = f"sites differ: {', '.join(sorted(surveyed ^ expected)[:3])}"
-    if not found.sites:
+        result.problem = f"norm layers differ: {', '.join(sorted(surveyed ^ expected)[:3])}"
+    if not found.norm_layers:
         return
     bnpatch.patch(model, moved(model, 0.0))
     if not torch.equal(tensors(entry(family, model)(x)), before):
@@ -270,32 +274,38 @@ def exports(results):
     """Check an export of every third. Yields each new result."""
     for result in results[::3]:
         is_classifier = not re.search("detection|segmentation|optical_flow|video", result.family.module)
-        if result.sites and not result.problem and is_classifier and result.size < MAX_EXPORTED_PARAMETERS:
+        if (
+            result.norm_layers
+            and not result.problem
+            and is_classifier
+            and result.size < MAX_EXPORTED_PARAMETERS
+        ):
             attempt(check_export, result)
             yield result
 
 
 def row(result):
-    left = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in result.left_alone.items())
+    left = "; ".join(f"{count} {kind} ({reason})" for (kind, reason), count in result.skipped_norms.items())
     deviation = "" if result.deviation is None else f"{result.deviation:.1g}"
     problem = result.problem.replace("|", "/")
-    return f"| {result.family} | {result.name} | {result.sites} | {left} | {deviation} | {problem} |"
+    return f"| {result.family} | {result.name} | {result.norm_layers} | {left} | {deviation} | {problem} |"
 
 
 def page(results):
     """The results as Markdown, totals on top."""
     exported = [r.deviation for r in results if r.deviation is not None]
-    left_alone = sum(sum(r.left_alone.values()) for r in results)
+    skipped_norms = sum(sum(r.skipped_norms.values()) for r in results)
     worst = f"; largest deviation {max(exported):.1g} of the largest output" if exported else ""
     versions = f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
     lines = [
         INTRODUCTION.format(versions=versions, millions=MAX_EXPORTED_PARAMETERS / 1e6),
         f"- {len(results)} families, {sum(not r.problem for r in results)} without a problem",
-        f"- {sum(r.sites for r in results)} sites in {sum(r.sites > 0 for r in results)} architectures",
-        f"- {left_alone} norms left alone, each with a reason",
+        f"- {sum(r.norm_layers for r in results)} norm layers in "
+        f"{sum(r.norm_layers > 0 for r in results)} architectures",
+        f"- {skipped_norms} norms skipped, each with a reason",
         f"- {len(exported)} exported to ONNX{worst}",
         "",
-        "| family | architecture | sites | left alone, and why | ONNX deviation | problem |",
+        "| family | architecture | norm layers | skipped, and why | ONNX deviation | problem |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += map(row, results)

@@ -11,7 +11,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.nn.training_norm import GeneralNorm, convert_norms
 
@@ -36,7 +36,7 @@ def test_a_checkpoint_remembers_the_groups(trained, tmp_path):
     trained.save(tmp_path / "model.pt", trained.recipe())
     again = bnpatch.load(tmp_path / "model.pt", device="cpu")
     torch.testing.assert_close(again.predict(x), expected)
-    assert {site.channels_per_group for site in again.survey().sites} == {8}
+    assert {norm_layer.channels_per_group for norm_layer in again.inventory().norm_layers} == {8}
     trained.set_alphas(0.0)
     plain = timm.create_model("test_resnet", num_classes=4).eval()
     plain.load_state_dict(trained.module.state_dict())
@@ -47,7 +47,7 @@ def test_an_export_computes_the_same_and_leaves_the_model_alone(trained, tmp_pat
     result = bnpatch.export_onnx(trained, tmp_path / "model.onnx")
     assert len(result.patched) > 10
     assert result.max_deviation < 1e-3
-    layers = [site.module for site in trained.survey().sites]
+    layers = [norm_layer.module for norm_layer in trained.inventory().norm_layers]
     assert {type(layer) for layer in layers} == {GeneralNorm}
     assert {layer.channels_per_group for layer in layers} == {8}
     assert set(trained.alphas().values()) == {0.2}
@@ -57,7 +57,7 @@ def test_a_checkpoint_remembers_re_estimated_moments(trained, tmp_path):
     x = torch.rand(3, 3, 32, 32)
     before = trained.predict(x)
     trained.retarget(trained.moments_by_batch(3 * torch.randn(8, 3, 32, 32) + 1))
-    trained.set(Setting(lambdas=dict.fromkeys(trained.alphas(), 0.5)))
+    trained.set(PatchWeights(lambdas=dict.fromkeys(trained.alphas(), 0.5)))
     expected = trained.predict(x)
     assert not torch.allclose(expected, before, rtol=0.01)
     trained.save(tmp_path / "model.pt", trained.recipe())
@@ -66,7 +66,9 @@ def test_a_checkpoint_remembers_re_estimated_moments(trained, tmp_path):
 
 @pytest.fixture
 def small():
-    """Two sites that pool channels: of maps, and of single values, of which a group still has several."""
+    """Two norm layers that pool channels: of maps, and of single values, of which a group still has
+    several.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
@@ -79,7 +81,7 @@ def small():
 
 
 def both(alpha, weight):
-    return Setting({"1": alpha, "4": alpha}, {"1": weight, "4": weight})
+    return PatchWeights({"1": alpha, "4": alpha}, {"1": weight, "4": weight})
 
 
 @pytest.mark.parametrize(("alpha", "weight"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
@@ -119,9 +121,9 @@ def test_group_norm_keeps_its_groups_without_a_word_in_the_recipe():
 
 def test_recipes_keep_the_groups_and_refuse_nonsense(trained):
     content = trained.recipe().to_json()
-    assert Recipe.from_json(content).sites[0].channels_per_group == 8
+    assert Recipe.from_json(content).norm_layers[0].channels_per_group == 8
     content["sites"][0]["channels_per_group"] = 0
     with pytest.raises(BnpatchError, match="pools 0 channels"):
         Recipe.from_json(content)
     del content["sites"][0]["channels_per_group"]  # a recipe from before there were any
-    assert Recipe.from_json(content).sites[0].channels_per_group == 1
+    assert Recipe.from_json(content).norm_layers[0].channels_per_group == 1

@@ -46,13 +46,13 @@ def test_guidance_goes_by_the_batch_size(residual, batch_size, spec):
 
 
 def test_decay_sites_are_those_that_reach_the_output(residual):
-    sites = {site.name for site in residual.survey().sites}
-    assert techniques.decay_sites(residual) < sites
+    norm_layers = {norm_layer.name for norm_layer in residual.inventory().norm_layers}
+    assert techniques.decayed_norms(residual) < norm_layers
     inception = bnpatch.load(
         torchvision.models.googlenet(num_classes=3, init_weights=False, aux_logits=False),
         preprocessing={"img_size": 64},
     )
-    found = techniques.decay_sites(inception)
+    found = techniques.decayed_norms(inception)
     assert found
     assert all(name.startswith("inception5b") for name in found)
 

@@ -17,7 +17,7 @@ from torch import nn
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.finetune.config import Augmentation, FineTuneSettings
 from bnpatch.finetune.engine import Engine
@@ -332,9 +332,9 @@ def test_weights_that_were_tuned_before_are_dropped(opened):
     model = fresh(opened[0])
     model.retarget(model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size)))
     names = list(model.alphas())
-    model.set(Setting(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
+    model.set(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
     train(model, *opened[1:], replace(SETTINGS, epochs=1))
-    assert model.setting() == Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
+    assert model.setting() == PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
     assert not model.running()
     assert_same(weights(model), weights(run(opened, replace(SETTINGS, epochs=1))[0]))
 

@@ -184,7 +184,7 @@ def test_a_wrong_arch_is_refused(tmp_path):
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     model = timm.create_model("test_resnet")
     model.layer1[0].bn1.running_var[0] = float("nan")
-    with pytest.raises(BnpatchError, match=r"running_var of site 'layer1\.0\.bn1' is not finite"):
+    with pytest.raises(BnpatchError, match=r"running_var of norm layer 'layer1\.0\.bn1' is not finite"):
         bnpatch.load(model)
 
 
@@ -228,11 +228,11 @@ def test_apply_checks_that_the_recipe_is_for_this_model(tmp_path):
     twin = settle(timm.create_model("test_resnet"))
     twin.load_state_dict(model.state_dict())
     assert bnpatch.apply(twin, tmp_path / "recipe.json") is twin
-    assert {site.alpha for site in bnpatch.survey(twin).sites} == {0.2}
+    assert {norm_layer.alpha for norm_layer in bnpatch.inventory(twin).norm_layers} == {0.2}
     stranger = settle(timm.create_model("test_resnet"), seed=1)
-    with pytest.raises(BnpatchError, match=r"parameters of site 'conv1\.1' differ"):
+    with pytest.raises(BnpatchError, match=r"parameters of norm layer 'conv1\.1' differ"):
         bnpatch.apply(stranger, Recipe.load(tmp_path / "recipe.json"))
-    assert not any(site.alpha for site in bnpatch.survey(stranger).sites)
+    assert not any(norm_layer.alpha for norm_layer in bnpatch.inventory(stranger).norm_layers)
 
 
 def test_borrowing_gives_back(checkpoint):
@@ -250,8 +250,8 @@ def test_borrowing_gives_back(checkpoint):
         change_and_be_interrupted()
     assert [type(m) for m in loaded.module.modules()] == types
     assert all(m.training for m in loaded.module.modules())
-    name = loaded.survey().sites[2].name
-    loaded.module = bnpatch.patch(loaded.module, 0.1, where=lambda site: site.name == name)
+    name = loaded.inventory().norm_layers[2].name
+    loaded.module = bnpatch.patch(loaded.module, 0.1, where=lambda norm_layer: norm_layer.name == name)
     with loaded.borrowed():
         loaded.set_alphas(0.3)
     assert {n: a for n, a in loaded.alphas().items() if a} == {name: 0.1}

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.nn.surgery import patch, survey
+from bnpatch.nn.surgery import inventory, patch
 from tests.benchmarks import zoo
 from tests.nn.test_surgery import images, settle
 
@@ -54,8 +54,10 @@ def sweep(names, quick):
 
 def check(model, x):
     batch_norms = {n for n in zoo.expected_sites(model) if zoo.is_batch_norm(model.get_submodule(n))}
-    assert {site.name for site in survey(model).sites} == batch_norms  # Group Norm has no moments yet
-    if not survey(model).sites:
+    assert {
+        norm_layer.name for norm_layer in inventory(model).norm_layers
+    } == batch_norms  # Group Norm has no moments yet
+    if not inventory(model).norm_layers:
         with pytest.raises(BnpatchError, match="norm"):
             patch(model)
         return 0
@@ -65,7 +67,7 @@ def check(model, x):
         after = patch(model, 0.1)(x)
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
-    return len(survey(model).sites)
+    return len(inventory(model).norm_layers)
 
 
 @pytest.mark.parametrize("name", TIMM_TEST_MODELS + sweep(TIMM_FAMILIES, QUICK["timm"]))
@@ -73,8 +75,8 @@ def test_timm(name):
     model = settle(timm.create_model(name))
     cfg = model.pretrained_cfg
     size = cfg["input_size"][-1] if cfg.get("fixed_input_size") or name.startswith("test_") else 96
-    num_sites = check(model, images(2, 3, size, size))
-    assert num_sites or name in TIMM_TEST_MODELS
+    num_norms = check(model, images(2, 3, size, size))
+    assert num_norms or name in TIMM_TEST_MODELS
 
 
 @pytest.mark.parametrize("name", sweep(TORCHVISION_FAMILIES, QUICK["torchvision"]))
@@ -93,7 +95,7 @@ def test_sample_of_the_zoo(name):
     result = zoo.Result(family, name, size=0, expected=zoo.expected_sites(model))
     zoo.check_conversion(family, model, result)
     assert result.problem == ""
-    assert result.sites
+    assert result.norm_layers
 
 
 @pytest.mark.parametrize("name", TORCHVISION_WITHOUT_BN)

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.models.running_stats import recover_folded, target_moments
 from bnpatch.nn.fused_conv import VirtualNorm
 from tests.nn.test_surgery import images, settle
@@ -43,7 +43,7 @@ class Plain(nn.Module):
 
 
 def fused(seed=0):
-    """The model, and the same with its Batch Norm folded; trained, in that its statistics are those of X."""
+    """The model, and the same with its Batch Norm fused; trained, in that its statistics are those of X."""
     torch.manual_seed(seed)
     model = settle(Plain())
     for norm, conv in ((model.bn1, model.conv1), (model.bn2, model.conv2)):
@@ -74,11 +74,14 @@ def recovered(module):
 def test_a_recovered_site_does_what_the_batch_norm_would():
     original, folded = fused()
     model = load(folded)
-    assert model.folded() == ("conv1", "conv2")
+    assert model.fused_convs() == ("conv1", "conv2")
     before, keys = model.predict(X), list(folded.state_dict())
     assert recover_folded(model, bnpatch.open_examples(DATA, model), batch_size=7) == 2
-    assert [site.name for site in model.survey().sites] == ["conv1.folded", "conv2.folded"]
-    assert model.folded() == ()
+    assert [norm_layer.name for norm_layer in model.inventory().norm_layers] == [
+        "conv1.folded",
+        "conv2.folded",
+    ]
+    assert model.fused_convs() == ()
     assert torch.equal(model.predict(X), before)
     assert list(folded.state_dict()) == keys
     model.set_alphas(0.0)
@@ -112,7 +115,9 @@ def test_the_recipe_makes_it_again_and_fits_the_export(tmp_path):
     model = recovered(fused()[1])
     examples = bnpatch.open_examples((0.5 * X, DATA[1]), model)
     model.retarget(target_moments(model, examples))
-    model.set(Setting({"conv1.folded": 0.2, "conv2.folded": 0.0}, {"conv1.folded": 0.0, "conv2.folded": 0.6}))
+    model.set(
+        PatchWeights({"conv1.folded": 0.2, "conv2.folded": 0.0}, {"conv1.folded": 0.0, "conv2.folded": 0.6})
+    )
     expected = model.predict(X)
     fresh = bnpatch.apply(fused()[1], model.recipe())
     assert torch.equal(fresh(X), expected)
@@ -122,17 +127,17 @@ def test_the_recipe_makes_it_again_and_fits_the_export(tmp_path):
     plain = load(fused()[1])
     bnpatch.export_onnx(plain, tmp_path / "plain.onnx", X[:2])
     in_onnx = bnpatch.load(tmp_path / "plain.onnx")
-    assert in_onnx.folded() == ("conv1", "conv2")
+    assert in_onnx.fused_convs() == ("conv1", "conv2")
     in_onnx.apply(model.recipe())
     torch.testing.assert_close(in_onnx.predict(X), expected, rtol=1e-4, atol=1e-4)  # float32
-    with pytest.raises(BnpatchError, match=r"parameters of site 'conv1\.folded' differ"):
+    with pytest.raises(BnpatchError, match=r"parameters of norm layer 'conv1\.folded' differ"):
         load(fused(seed=1)[1]).apply(model.recipe())
 
 
 def test_a_borrowed_model_keeps_what_was_recovered():
     model = recovered(fused()[1])
     recipe = model.recipe().to_json()
-    assert all("calibrated" in site for site in recipe["sites"])
+    assert all("calibrated" in norm_layer for norm_layer in recipe["sites"])
     with model.borrowed():
         model.set_alphas(0.5)
     assert model.recipe().to_json() == recipe
@@ -150,7 +155,7 @@ def test_a_module_of_ones_own():
 
 def test_nothing_to_recover_is_said():
     model = load(fused()[0])
-    with pytest.raises(BnpatchError, match="no convolution that a Batch Norm may have been folded into"):
+    with pytest.raises(BnpatchError, match="no convolution that a Batch Norm may have been fused into"):
         recover_folded(model, bnpatch.open_examples(DATA, model))
     with pytest.raises(BnpatchError, match=r"no norm 'squeez\.folded'"):
         model.calibrate({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
@@ -159,9 +164,9 @@ def test_nothing_to_recover_is_said():
 def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):
     model = load(settle(timm.create_model("test_vit", num_classes=5, img_size=SIZE, depth=1)))
     nn.init.normal_(model.module.patch_embed.proj.bias)
-    assert model.folded() == ()
+    assert model.fused_convs() == ()
     bnpatch.export_onnx(model, tmp_path / "vit.onnx", X[:2])
-    assert bnpatch.load(tmp_path / "vit.onnx").folded() == ()
+    assert bnpatch.load(tmp_path / "vit.onnx").fused_convs() == ()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,7 @@ def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):
 )
 def test_reparameterized_models_of_timm(name, fewest):
     model = load(reparameterize_model(settle(timm.create_model(name, num_classes=5))))
-    names = model.folded()
+    names = model.fused_convs()
     assert len(names) >= fewest
     assert not any(".se." in name for name in names)
     before = model.predict(X[:4])
@@ -189,15 +194,15 @@ def test_reparameterized_models_of_timm(name, fewest):
 def test_what_torch_fuses_for_quantization():
     """Conv-BN-ReLU becomes one module of torch.ao, whose convolution is inside it."""
     model = settle(torchvision.models.quantization.resnet18(weights=None, quantize=False)).eval()
-    sites = len(bnpatch.survey(model).sites)
+    norm_layers = len(bnpatch.inventory(model).norm_layers)
     x = images(8, 3, 64, 64)
     before = model(x)
     model.fuse_model()
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    assert not bnpatch.survey(model).sites
+    assert not bnpatch.inventory(model).norm_layers
     fused_model = load(model)
-    assert len(fused_model.folded(x[:1])) == sites
-    assert recover_folded(fused_model, (x, np.zeros(8, np.int64))) == sites
+    assert len(fused_model.fused_convs(x[:1])) == norm_layers
+    assert recover_folded(fused_model, (x, np.zeros(8, np.int64))) == norm_layers
     before = fused_model.predict(x)
     fused_model.set_alphas(0.2)
     assert not torch.allclose(fused_model.predict(x), before)

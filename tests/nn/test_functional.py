@@ -97,13 +97,13 @@ def test_calls_are_sites_of_the_export(tmp_path):
     expected = module(X).detach()
     bnpatch.export_onnx(module, tmp_path / "model.onnx", X[:2])
     model = bnpatch.load(tmp_path / "model.onnx")
-    (site,) = model.survey().sites
-    assert (site.kind, site.num_channels) == ("BatchNormalization", 8)
-    assert site.name.startswith("0.")  # and then torch's name of the operator
+    (norm_layer,) = model.inventory().norm_layers
+    assert (norm_layer.kind, norm_layer.num_channels) == ("BatchNormalization", 8)
+    assert norm_layer.name.startswith("0.")  # and then torch's name of the operator
     (waiting,) = model.uncalibrated()
     assert waiting == "0.group_norm"
     torch.testing.assert_close(model.predict(X), expected, rtol=1e-4, atol=1e-5)  # float32
     calibrate(model, X)
     torch.testing.assert_close(model.predict(X), expected, rtol=1e-4, atol=1e-5)
-    model.set_alphas({site.name: 0.3, waiting: 0.5})
+    model.set_alphas({norm_layer.name: 0.3, waiting: 0.5})
     assert not torch.allclose(model.predict(X), expected, atol=1e-2)

@@ -76,7 +76,7 @@ def test_identity_is_exact_and_a_weight_counts(name):
         )  # an untrained detector may find nothing, before and after
         features = tensors(backbone(x))
         bnpatch.patch(model)
-        assert [site.name for site in bnpatch.survey(model).sites] == expected_sites
+        assert [norm_layer.name for norm_layer in bnpatch.inventory(model).norm_layers] == expected_sites
         assert len(expected_sites) > 10
         assert all(torch.equal(a, b) for a, b in zip(tensors(model(x)), before, strict=True))
         assert list(model.state_dict()) == keys

@@ -9,7 +9,7 @@ from torch import nn
 
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.moments import Moments, mix
-from bnpatch.nn.norm import ExampleWeighedNorm, example_moments, weighed_norm
+from bnpatch.nn.norm import ExampleWeightedNorm, example_moments, weighted_norm
 from tests import reference
 from tests.nn.pairwise import pairwise
 
@@ -61,10 +61,10 @@ def batch_norm(num_channels, rank=2, dtype=torch.float32):
 def test_equals_the_oracle(case, alpha, dtype, channels_per_group):
     shape, layout = case
     x, (mean, var, weight, bias) = sample(shape, dtype, layout), parameters(shape[1], dtype)
-    y = weighed_norm(x, Moments(mean, var), weight, bias, 0.1, alpha, channels_per_group)
+    y = weighted_norm(x, Moments(mean, var), weight, bias, 0.1, alpha, channels_per_group)
     assert y.dtype == dtype
     assert y.shape == x.shape
-    expected = reference.weighed_norm(
+    expected = reference.weighted_norm(
         *(t.double().numpy() for t in (x, mean, var, weight, bias)), 0.1, alpha, channels_per_group
     )
     scale = max(1.0, np.abs(expected).max())
@@ -74,21 +74,21 @@ def test_equals_the_oracle(case, alpha, dtype, channels_per_group):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_keeps_the_memory_format(layout):
     x = sample((2, 6, 4, 4), torch.float32, layout)
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3)
     assert layer(x).stride() == x.stride()
 
 
 def test_without_scale_and_shift():
     x, (mean, var, *_) = sample((3, 6, 4, 4)), parameters(6)
-    y = weighed_norm(x, Moments(mean, var), None, None, 1e-5, 0.2)
-    expected = reference.weighed_norm(x, mean, var, np.ones(6), np.zeros(6), 1e-5, 0.2)
+    y = weighted_norm(x, Moments(mean, var), None, None, 1e-5, 0.2)
+    expected = reference.weighted_norm(x, mean, var, np.ones(6), np.zeros(6), 1e-5, 0.2)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10)  # float64 rounding
 
 
 def test_alpha_one_is_instance_norm_and_in_groups_group_norm():
     x, (mean, var, weight, bias) = sample((3, 6, 4, 4)), parameters(6)
     for channels_per_group in (1, 3):
-        y = weighed_norm(x, Moments(mean, var), weight, bias, 1e-5, 1.0, channels_per_group)
+        y = weighted_norm(x, Moments(mean, var), weight, bias, 1e-5, 1.0, channels_per_group)
         expected = F.group_norm(x, 6 // channels_per_group, weight, bias, 1e-5)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)  # float64 rounding
 
@@ -99,13 +99,13 @@ def test_alpha_zero_is_batch_norm_bit_for_bit(shape, layout, dtype):
     bn = batch_norm(shape[1], max(1, len(shape) - 2), dtype)
     x = sample(shape, dtype, layout)
     expected = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-    assert torch.equal(ExampleWeighedNorm.take_over(bn)(x), expected)
+    assert torch.equal(ExampleWeightedNorm.take_over(bn)(x), expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_no_example_depends_on_its_batch(layout):
     x = sample((5, 6, 4, 4), torch.float32, layout)
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.4)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.4)
     together = layer(x)
     stranger = torch.cat([x[:2], 100 * x[2:]]).contiguous(memory_format=layout)
     assert torch.equal(layer(stranger)[:2], together[:2])
@@ -115,7 +115,7 @@ def test_no_example_depends_on_its_batch(layout):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_an_empty_batch_passes(alpha):
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), alpha)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), alpha)
     assert layer(torch.zeros(0, 6, 4, 4)).shape == (0, 6, 4, 4)
 
 
@@ -128,13 +128,13 @@ def test_gradients_reach_alpha_weights_and_input(layout, start):
     inputs = (x, weight.requires_grad_(), bias.requires_grad_(), alpha)
 
     def f(x, weight, bias, alpha):
-        return weighed_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha)
+        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha)
 
     assert torch.autograd.gradcheck(f, inputs)
 
 
 def test_a_learned_alpha_learns_from_zero():
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), torch.tensor(0.0, requires_grad=True))
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), torch.tensor(0.0, requires_grad=True))
     layer(sample((2, 6, 4, 4), torch.float32)).square().sum().backward()
     assert layer.alpha.grad != 0
 
@@ -142,7 +142,7 @@ def test_a_learned_alpha_learns_from_zero():
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_must_be_a_weight(alpha):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        ExampleWeighedNorm.take_over(batch_norm(6), alpha)
+        ExampleWeightedNorm.take_over(batch_norm(6), alpha)
 
 
 def test_the_variance_loses_digits_as_the_mean_grows():
@@ -172,10 +172,10 @@ def test_one_value_per_example_is_plain_unless_asked_for():
     x = sample((4, 6, 1, 1), torch.float32)
     bn = batch_norm(6)
     expected = bn(x)
-    layer = ExampleWeighedNorm.take_over(bn, 0.5)
+    layer = ExampleWeightedNorm.take_over(bn, 0.5)
     assert torch.equal(layer(x), expected)
-    layer.weigh_single_values = True
-    weighed = reference.weighed_norm(x, *(t.detach() for t in state(bn)), bn.eps, 0.5)
+    layer.include_1x1 = True
+    weighed = reference.weighted_norm(x, *(t.detach() for t in state(bn)), bn.eps, 0.5)
     np.testing.assert_allclose(layer(x).detach(), weighed, atol=1e-5)  # float32 rounding
 
 
@@ -184,7 +184,7 @@ def state(bn):
 
 
 def test_training_is_the_original_classes_own():
-    plain, patched = batch_norm(6).train(), ExampleWeighedNorm.take_over(batch_norm(6).train(), 0.5)
+    plain, patched = batch_norm(6).train(), ExampleWeightedNorm.take_over(batch_norm(6).train(), 0.5)
     x = sample((4, 6, 3, 3), torch.float32)
     assert torch.equal(patched(x), plain(x))
     for name, value in plain.state_dict().items():
@@ -194,21 +194,21 @@ def test_training_is_the_original_classes_own():
 
 
 def test_wrong_inputs_get_the_original_errors():
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.5)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.5)
     for x in (torch.zeros(2, 6, 3), torch.zeros(2, 5, 3, 3), torch.zeros(6)):
         with pytest.raises((ValueError, RuntimeError)):
             layer(x)
 
 
 def test_half_keeps_alpha_exact():
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3).half()
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3).half()
     assert layer.alpha == 0.3
     assert layer.parameters_of_norm()[3].dtype == torch.float16
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_independent_and_complete(clone):
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3)
     copied = clone(layer)
     x = sample((2, 6, 4, 4), torch.float32)
     assert torch.equal(copied(x), layer(x))
@@ -221,9 +221,9 @@ def test_copies_are_independent_and_complete(clone):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_cuda_equals_cpu_without_synchronizing(dtype, layout):
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.3)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3)
     x = sample((4, 6, 5, 5), dtype, layout)
-    expected = weighed_norm(
+    expected = weighted_norm(
         x.double(), Moments(*layer.parameters_of_norm()[2:]), layer.weight, layer.bias, layer.eps, 0.3
     )
     layer.cuda()
@@ -239,7 +239,7 @@ def test_cuda_equals_cpu_without_synchronizing(dtype, layout):
 
 def test_reading_the_variance_of_a_patched_layer_warns():
     """Code that fuses or re-parameterizes reads it, and would lose alpha silently."""
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.0)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.0)
     assert layer.running_var is layer.as_origin().running_var
     layer.alpha = 0.3
     with pytest.warns(BnpatchWarning, match="its alpha is lost"):
@@ -248,7 +248,7 @@ def test_reading_the_variance_of_a_patched_layer_warns():
 
 def test_alpha_may_be_a_parameter_that_somebody_else_holds():
     alpha = nn.Parameter(torch.tensor(0.2))
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), alpha)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), alpha)
     assert layer.alpha is alpha
     assert "alpha" not in layer.state_dict()
     layer(sample((2, 6, 4, 4), torch.float32)).sum().backward()
@@ -256,7 +256,7 @@ def test_alpha_may_be_a_parameter_that_somebody_else_holds():
 
 
 def test_alpha_does_not_take_on_the_context_in_which_it_is_set():
-    layer = ExampleWeighedNorm.take_over(batch_norm(6))
+    layer = ExampleWeightedNorm.take_over(batch_norm(6))
     with torch.inference_mode(), torch.device("meta"):
         layer.alpha = 0.3
     x = sample((2, 6, 4, 4), torch.float32).requires_grad_()
@@ -279,11 +279,11 @@ def test_running_moments_that_are_given_take_the_place_of_the_buffers(
 ):
     bn, x, target = batch_norm(6, dtype=torch.float64), sample((3, 6, 4, 5), layout=layout), running()
     own = Moments(bn.running_mean.clone(), bn.running_var.clone())
-    layer = ExampleWeighedNorm.take_over(
+    layer = ExampleWeightedNorm.take_over(
         bn, alpha, channels_per_group=channels_per_group, running=mix(weight, target, own)
     )
     mean, var = reference.mixed(weight, (target.mean, target.var), (own.mean, own.var))
-    expected = reference.weighed_norm(
+    expected = reference.weighted_norm(
         x, mean, var, bn.weight.detach(), bn.bias.detach(), bn.eps, alpha, channels_per_group
     )
     y = layer(x).detach()
@@ -295,12 +295,12 @@ def test_running_moments_that_are_given_move_along_and_are_no_part_of_the_state_
     bn = batch_norm(6)
     keys, x = list(bn.state_dict()), sample((2, 6, 4, 4), torch.float32)
     before = bn(x)
-    layer = ExampleWeighedNorm.take_over(bn, 0.2, running=running(dtype=torch.float32))
+    layer = ExampleWeightedNorm.take_over(bn, 0.2, running=running(dtype=torch.float32))
     assert list(layer.state_dict()) == keys
     assert layer.double().running.mean.dtype == layer.double().running.var.dtype == torch.float64
     assert nn.Sequential(layer).half()[0].running.mean.dtype == torch.float16
     assert layer.to("meta").running.var.device.type == "meta"
-    layer = ExampleWeighedNorm.take_over(batch_norm(6), 0.2, running=running(dtype=torch.float32))
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2, running=running(dtype=torch.float32))
     for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         copied, y = clone(layer), layer(x)
         assert torch.equal(copied(x), y)
@@ -319,7 +319,7 @@ def test_gradients_reach_running_moments_and_alpha(layout, start, channels_per_g
     x = sample((2, 4, 3, 2), layout=layout)
     moments = running(4)
     alpha = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    layer = ExampleWeighedNorm.take_over(
+    layer = ExampleWeightedNorm.take_over(
         batch_norm(4, dtype=torch.float64), channels_per_group=channels_per_group
     )
 
@@ -333,7 +333,7 @@ def test_gradients_reach_running_moments_and_alpha(layout, start, channels_per_g
 def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_is_weighed():
     for shape, alpha in (((3, 6, 4, 4), 0.0), ((3, 6, 1, 1), 0.4)):
         moments = running(dtype=torch.float32)
-        layer = ExampleWeighedNorm.take_over(batch_norm(6), alpha, running=moments)
+        layer = ExampleWeightedNorm.take_over(batch_norm(6), alpha, running=moments)
         x = sample(shape, torch.float32)
         plain = layer(x)
         moments.var.requires_grad_()
@@ -346,8 +346,8 @@ def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_a_half_precision_layer_takes_running_moments_of_float32(dtype, alpha):
     moments, x = running(dtype=torch.float32), sample((3, 6, 4, 4), dtype)
-    layer = ExampleWeighedNorm.take_over(batch_norm(6).to(dtype), alpha, running=moments)
-    expected = reference.weighed_norm(
+    layer = ExampleWeightedNorm.take_over(batch_norm(6).to(dtype), alpha, running=moments)
+    expected = reference.weighted_norm(
         *(t.detach().double() for t in (x, moments.mean, moments.var, layer.weight, layer.bias)),
         layer.eps,
         alpha,
@@ -362,11 +362,11 @@ def test_group_norm_has_its_identity_at_one():
     gn, x = nn.GroupNorm(2, 6).double().eval(), sample((3, 6, 4, 4))
     nn.init.normal_(gn.weight, generator=torch.Generator().manual_seed(0))
     before, moments = gn(x), running()
-    layer = ExampleWeighedNorm.take_over(gn, 1.0, identity=1.0, channels_per_group=3, running=moments)
+    layer = ExampleWeightedNorm.take_over(gn, 1.0, identity=1.0, channels_per_group=3, running=moments)
     assert torch.equal(layer(x), before)
     for alpha in (0.0, 0.6, 0.999999):
         layer.alpha = alpha
-        expected = reference.weighed_norm(
+        expected = reference.weighted_norm(
             *(t.detach() for t in (x, moments.mean, moments.var, gn.weight, gn.bias)), gn.eps, alpha, 3
         )
         np.testing.assert_allclose(layer(x).detach(), expected, rtol=0, atol=1e-10)  # float64 rounding

@@ -7,8 +7,8 @@ from timm.layers import norm_act
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.nn.surgery import patch, survey
-from bnpatch.nn.tracing import NormPaths, norm_paths, unnormalized_sites
+from bnpatch.nn.surgery import inventory, patch
+from bnpatch.nn.tracing import NormPaths, norm_paths, unnormalized_norms
 
 get_model = torchvision.models.get_model
 
@@ -54,11 +54,13 @@ def test_architectures(case):
     make, expected = ARCHITECTURES[case]
     model = make()
     x = torch.zeros(1, 3, *(2 * [96 if case == "inception_v3" else 32]))
-    assert unnormalized_sites(model, x) == expected
+    assert unnormalized_norms(model, x) == expected
     ran = norm_paths(model, x)
-    assert ran.unnormalized | ran.normalized <= {site.name for site in survey(model).sites}
+    assert ran.unnormalized | ran.normalized <= {
+        norm_layer.name for norm_layer in inventory(model).norm_layers
+    }
     assert not ran.unnormalized & ran.normalized
-    assert unnormalized_sites(patch(model, 0.1), x) == expected
+    assert unnormalized_norms(patch(model, 0.1), x) == expected
 
 
 class Net(nn.Module):
@@ -118,7 +120,7 @@ def constant(net, x):
     ],
 )
 def test_data_flow(forward, expected):
-    assert unnormalized_sites(Net(forward), X) == expected
+    assert unnormalized_norms(Net(forward), X) == expected
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_what_stops_a_path(layer, stops):
 def test_norms_that_are_no_sites_have_paths_too():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm([3, 3]), nn.ReLU())
     assert norm_paths(model, X) == NormPaths(frozenset({"1"}), frozenset({"0"}), 0)
-    assert unnormalized_sites(model, X) == frozenset()
+    assert unnormalized_norms(model, X) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_counts_norms_that_no_patch_of_modules_reaches(forward, calls):
 def test_norms_of_modules_and_of_weights_are_no_function_calls(name):
     model, x = timm.create_model(name), torch.zeros(1, 3, 96, 96)
     assert norm_paths(model, x).num_function_calls == 0
-    if survey(model).sites:
+    if inventory(model).norm_layers:
         assert norm_paths(patch(model, 0.1), x).num_function_calls == 0
 
 
@@ -192,14 +194,14 @@ def test_a_model_compiled_by_torchscript_has_operators_still():
 
 def test_a_shared_norm_has_one_name():
     bn = nn.BatchNorm2d(4)
-    assert unnormalized_sites(nn.Sequential(bn, nn.ReLU(), bn), X) == {"0"}
+    assert unnormalized_norms(nn.Sequential(bn, nn.ReLU(), bn), X) == {"0"}
 
 
 def test_leaves_the_model_as_it_was():
     model = Net(lambda net, x: net.b(net.a(x))).train()
     model.b.eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    unnormalized_sites(model, X)
+    unnormalized_norms(model, X)
     assert (model.training, model.a.training, model.b.training) == (True, True, False)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -207,6 +209,6 @@ def test_leaves_the_model_as_it_was():
 
 def test_says_why_it_does_not_know():
     with pytest.raises(BnpatchError, match=r"does not run on an input of shape \(2, 4, 3, 3\)"):
-        unnormalized_sites(get_model("resnet18"), X)
+        unnormalized_norms(get_model("resnet18"), X)
     with pytest.raises(BnpatchError, match="returns a float"):
-        unnormalized_sites(Net(lambda net, x: net.a(x).mean().item()), X)
+        unnormalized_norms(Net(lambda net, x: net.a(x).mean().item()), X)

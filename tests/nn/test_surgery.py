@@ -16,8 +16,8 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn import surgery
-from bnpatch.nn.norm import ExampleWeighedNorm
-from bnpatch.nn.surgery import calibrated, patch, survey, uncalibrated, unpatch
+from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.surgery import calibrated, inventory, patch, uncalibrated, unpatch
 from bnpatch.nn.training_norm import convert_norms
 from tests import reference
 
@@ -76,8 +76,8 @@ def test_converts(case):
     assert list(model.state_dict()) == keys
 
     patch(model, 0.3)
-    assert isinstance(model[1], ExampleWeighedNorm)
-    assert survey(model).sites[0].alpha == 0.3
+    assert isinstance(model[1], ExampleWeightedNorm)
+    assert inventory(model).norm_layers[0].alpha == 0.3
     after = model(x)
     assert not torch.equal(after, before)
     bare = copy.deepcopy(model[1])
@@ -155,7 +155,7 @@ LEFT_ALONE = {
 def test_leaves_alone_and_says_why(reason, make):
     norm = make()
     model = nn.Sequential(norm, nn.BatchNorm2d(8))
-    (left,) = survey(model).left_alone
+    (left,) = inventory(model).skipped_norms
     assert left.name == "0"
     assert reason in left.reason
     patch(model, 0.1)
@@ -163,12 +163,12 @@ def test_leaves_alone_and_says_why(reason, make):
 
 
 def test_auxiliary_norms_of_a_split_norm_are_reported():
-    found = survey(nn.Sequential(SplitBatchNorm2d(8, num_splits=3)))
-    assert [site.name for site in found.sites] == ["0"]
-    assert [left.name for left in found.left_alone] == ["0.aux_bn.0", "0.aux_bn.1"]
-    assert "belongs to another norm" in found.left_alone[0].reason
+    found = inventory(nn.Sequential(SplitBatchNorm2d(8, num_splits=3)))
+    assert [norm_layer.name for norm_layer in found.norm_layers] == ["0"]
+    assert [left.name for left in found.skipped_norms] == ["0.aux_bn.0", "0.aux_bn.1"]
+    assert "belongs to another norm" in found.skipped_norms[0].reason
     patched = patch(nn.Sequential(SplitBatchNorm2d(8)), 0.1)
-    assert [left.name for left in survey(patched).left_alone] == ["0.aux_bn.0"]
+    assert [left.name for left in inventory(patched).skipped_norms] == ["0.aux_bn.0"]
     patched.train()(images(4, 8, 3, 3))  # the auxiliary norms still train
     assert patched[0].aux_bn[0].num_batches_tracked == 1
 
@@ -176,12 +176,14 @@ def test_auxiliary_norms_of_a_split_norm_are_reported():
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_a_model_of_split_norms_is_converted_like_the_model_that_it_was(name):
     model, x = settle(timm.create_model(name)), images(2, 3, 64, 64)
-    names = [site.name for site in survey(model).sites]
+    names = [norm_layer.name for norm_layer in inventory(model).norm_layers]
     expected = patch(copy.deepcopy(model), 0.2)(x)
     split = timm.layers.convert_splitbn_model(model).eval()
-    found = survey(split)
-    assert [(site.name, site.kind) for site in found.sites] == [(n, "SplitBatchNorm2d") for n in names]
-    assert [left.name for left in found.left_alone] == [f"{n}.aux_bn.0" for n in names]
+    found = inventory(split)
+    assert [(norm_layer.name, norm_layer.kind) for norm_layer in found.norm_layers] == [
+        (n, "SplitBatchNorm2d") for n in names
+    ]
+    assert [left.name for left in found.skipped_norms] == [f"{n}.aux_bn.0" for n in names]
     assert torch.equal(patch(split, 0.2)(x), expected)  # activations included
 
 
@@ -204,8 +206,8 @@ def test_every_name_in_the_tables_is_a_class():
 def test_a_shared_module_is_one_site_in_both_places():
     shared = nn.BatchNorm2d(8)
     model = settle(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}))
-    (site,) = survey(model).sites
-    assert (site.name, site.aliases) == ("a.0", ("b",))
+    (norm_layer,) = inventory(model).norm_layers
+    assert (norm_layer.name, norm_layer.aliases) == ("a.0", ("b",))
     patch(model, {"b": 0.2})
     assert model["a"][0] is model["b"]
     assert model["b"].alpha == 0.2
@@ -213,8 +215,8 @@ def test_a_shared_module_is_one_site_in_both_places():
 
 def test_a_root_that_is_a_norm_is_returned():
     root = patch(settle(nn.BatchNorm2d(8)), 0.2)
-    assert isinstance(root, ExampleWeighedNorm)
-    assert survey(root).sites[0].name == ""
+    assert isinstance(root, ExampleWeightedNorm)
+    assert inventory(root).norm_layers[0].name == ""
     assert type(unpatch(root)) is nn.BatchNorm2d
 
 
@@ -231,7 +233,7 @@ def test_keeps_everything_about_the_layer():
     assert not layer.weight.requires_grad
     assert layer.parameters_of_norm()[3].dtype == torch.float64
     model(images(1, 8, 2, 2).double())
-    assert calls == [ExampleWeighedNorm]
+    assert calls == [ExampleWeightedNorm]
     for mode in (True, False):
         assert model.train(mode)[0].training is mode
     assert model.to("meta")[0].running_mean.device.type == "meta"
@@ -240,14 +242,14 @@ def test_keeps_everything_about_the_layer():
 def test_by_name_leaves_the_others_as_they_are():
     model = patch(nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8)), 0.5)
     patch(model, {"1": 0.1})
-    assert [site.alpha for site in survey(model).sites] == [0.5, 0.1]
+    assert [norm_layer.alpha for norm_layer in inventory(model).norm_layers] == [0.5, 0.1]
 
 
 def test_where_chooses_sites():
     model = patch(
         nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(4)), 0.5, where=lambda s: s.num_channels == 4
     )
-    assert [type(m) for m in model] == [nn.BatchNorm2d, ExampleWeighedNorm]
+    assert [type(m) for m in model] == [nn.BatchNorm2d, ExampleWeightedNorm]
 
 
 def test_refuses_plainly():
@@ -257,9 +259,9 @@ def test_refuses_plainly():
         patch(nn.Sequential(nn.LayerNorm(2)))
     with pytest.raises(BnpatchError, match=r"no running moments: 0; bnpatch\.calibrate\(model, images\)"):
         patch(nn.Sequential(nn.GroupNorm(1, 2)))
-    with pytest.raises(BnpatchError, match=r"no site '1'; bnpatch\.calibrate"):
+    with pytest.raises(BnpatchError, match=r"no norm layer '1'; bnpatch\.calibrate"):
         patch(nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), {"1": 0.5})
-    with pytest.raises(BnpatchError, match="no site 'nope'; its sites are 0"):
+    with pytest.raises(BnpatchError, match="no norm layer 'nope'; its norm layers are 0"):
         patch(nn.Sequential(nn.BatchNorm2d(2)), {"nope": 0.1})
     with pytest.raises(ValueError, match="must lie in"):
         patch(nn.Sequential(nn.BatchNorm2d(2)), 2.0)
@@ -274,11 +276,11 @@ def test_a_refused_alpha_changes_nothing(alpha):
 
 
 def test_patching_again_keeps_whether_single_values_are_weighed():
-    model = patch(nn.Sequential(nn.BatchNorm2d(2)), 0.5, weigh_single_values=True)
+    model = patch(nn.Sequential(nn.BatchNorm2d(2)), 0.5, include_1x1=True)
     patch(model, 0.2)
-    assert model[0].weigh_single_values
-    patch(model, 0.2, weigh_single_values=False)
-    assert not model[0].weigh_single_values
+    assert model[0].include_1x1
+    patch(model, 0.2, include_1x1=False)
+    assert not model[0].include_1x1
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_reparameterizing_a_patched_model_warns_and_before_it_there_is_nothing_l
     with pytest.warns(BnpatchWarning, match="fuse before patching"), contextlib.suppress(AssertionError):
         timm.utils.reparameterize_model(patch(copy.deepcopy(model), 0.1))
     fused = timm.utils.reparameterize_model(model)
-    assert len(survey(fused).sites) < len(survey(model).sites)
+    assert len(inventory(fused).norm_layers) < len(inventory(model).norm_layers)
 
 
 CALIBRATED = {
@@ -325,15 +327,19 @@ def test_calibrated_norms_are_sites(case):
     model, x = nn.Sequential(nn.Identity(), norm), images(2, 8, 4, 4)
     before, keys, state = model(x), list(model.state_dict()), vars(norm).keys()
     assert list(uncalibrated(model)) == ["1"]
-    assert not survey(model).sites
+    assert not inventory(model).norm_layers
     running = moments()
     calibrated(model, {"1": running})
     assert not uncalibrated(model)
-    (site,) = survey(model).sites
+    (norm_layer,) = inventory(model).norm_layers
     is_batch_norm = isinstance(norm, nn.BatchNorm2d)
-    assert (site.name, site.kind, site.alpha) == ("1", type(norm).__name__, 0.0 if is_batch_norm else 1.0)
-    assert site.num_channels == 8
-    assert site.identity == site.alpha
+    assert (norm_layer.name, norm_layer.kind, norm_layer.alpha) == (
+        "1",
+        type(norm).__name__,
+        0.0 if is_batch_norm else 1.0,
+    )
+    assert norm_layer.num_channels == 8
+    assert norm_layer.identity == norm_layer.alpha
     assert list(model.state_dict()) == keys
     if not is_batch_norm:  # which has no identity that is free of the batch
         assert torch.equal(model(x), before)
@@ -344,7 +350,7 @@ def test_calibrated_norms_are_sites(case):
         patch(nn.Sequential(bare), alpha)
         weight, bias, *_ = (None if p is None else p.detach() for p in bare.parameters_of_norm())
         weight, bias = (p if p is not None else torch.full((8,), v) for p, v in ((weight, 1.0), (bias, 0.0)))
-        expected = reference.weighed_norm(
+        expected = reference.weighted_norm(
             x, running.mean, running.var, weight, bias, norm.eps, alpha, channels_per_group
         )
         y = bare(x)
@@ -366,20 +372,20 @@ def test_only_norms_that_wait_for_it_are_calibrated():
             calibrated(model, {"1": moments(), name: moments()})
     assert [type(m) for m in model] == [nn.BatchNorm2d, nn.GroupNorm]
     calibrated(model, {"1": moments()})
-    assert [site.name for site in survey(model).sites] == ["0", "1"]
+    assert [norm_layer.name for norm_layer in inventory(model).norm_layers] == ["0", "1"]
 
 
 def test_a_root_that_is_group_norm_is_returned():
     root = calibrated(nn.GroupNorm(2, 8), {"": moments()})
-    assert isinstance(root, ExampleWeighedNorm)
+    assert isinstance(root, ExampleWeightedNorm)
     assert type(unpatch(root)) is nn.GroupNorm
 
 
 def test_layers_are_lent_out_as_what_they_were():
     net = settle(nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)))
     calibrated(net, {"1": moments()})
-    convert_norms(net, NormSpec.batch_group(4, 2), where=lambda site: site.name == "2")
-    patch(net, {"0": 0.2, "1": 0.7, "2": 0.3}, weigh_single_values=True)
+    convert_norms(net, NormSpec.batch_group(4, 2), where=lambda norm_layer: norm_layer.name == "2")
+    patch(net, {"0": 0.2, "1": 0.7, "2": 0.3}, include_1x1=True)
     net[0].running = moments(seed=4)
     x = images(2, 8, 4, 4)
     before, layers = net(x), list(net)

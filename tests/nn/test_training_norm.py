@@ -15,7 +15,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.nn.norm import ExampleWeighedNorm, weighed_norm
+from bnpatch.nn.norm import ExampleWeightedNorm, weighted_norm
 from bnpatch.nn.surgery import calibrated
 from bnpatch.nn.training_norm import GeneralNorm, convert_norms, grouped_norm, renorm
 from tests import reference
@@ -180,7 +180,7 @@ def test_evaluation_weighs_examples(channels, examples, alpha):
     norm.train()(sample((6, 6, 5, 4)))
     x = sample((4, 6, 5, 4), seed=5)
     weight, bias, mean, var = norm.parameters_of_norm()
-    expected = weighed_norm(x, Moments(mean, var), weight, bias, EPS, alpha, channels)
+    expected = weighted_norm(x, Moments(mean, var), weight, bias, EPS, alpha, channels)
     torch.testing.assert_close(norm.eval()(x), expected, rtol=0, atol=1e-12)
 
 
@@ -249,9 +249,9 @@ def test_conversion_keeps_parameters_and_can_be_undone():
     model.train()(torch.randn(8, 3, 32, 32)).square().sum().backward()
     optimizer.step()  # the parameters are the very same objects
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items() if "bn1.weight" in k)
-    assert {type(s.module) for s in bnpatch.survey(model).sites} == {GeneralNorm}
+    assert {type(s.module) for s in bnpatch.inventory(model).norm_layers} == {GeneralNorm}
     bnpatch.unpatch(model)
-    assert {type(s.module).__module__ for s in bnpatch.survey(model).sites} <= {
+    assert {type(s.module).__module__ for s in bnpatch.inventory(model).norm_layers} <= {
         "torch.nn.modules.batchnorm",
         "timm.layers.norm_act",
     }
@@ -288,7 +288,7 @@ def test_layers_without_buffers_for_running_moments_are_not_converted():
     norms = [nn.GroupNorm(2, 6), nn.BatchNorm2d(6, track_running_stats=False)]
     net = calibrated(nn.Sequential(*norms, nn.BatchNorm2d(6)), {"0": moments, "1": moments})
     convert_norms(net, NormSpec.ghost(2))
-    assert [type(layer) for layer in net] == [ExampleWeighedNorm, ExampleWeighedNorm, GeneralNorm]
+    assert [type(layer) for layer in net] == [ExampleWeightedNorm, ExampleWeightedNorm, GeneralNorm]
     with pytest.raises(BnpatchError, match="keep no running moments"):
         convert_norms(net[:2], NormSpec.ghost(2))
 
@@ -311,7 +311,7 @@ def test_other_running_moments_are_pooled_when_they_are_used(shape, alpha):
     x, (mean, var, *_) = sample(shape), parameters(6)
     norm.alpha, norm.running = alpha, Moments(mean, var)
     weight, bias = (p.detach() for p in norm.parameters_of_norm()[:2])
-    expected = reference.weighed_norm(x, mean, var, weight, bias, EPS, alpha, 3)
+    expected = reference.weighted_norm(x, mean, var, weight, bias, EPS, alpha, 3)
     np.testing.assert_allclose(norm(x).detach(), expected, rtol=0, atol=1e-10)  # float64 rounding
 
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import weighed_norm
-from bnpatch.onnx.formulas import append_site
-from bnpatch.onnx.match import survey
+from bnpatch.nn.norm import weighted_norm
+from bnpatch.onnx.formulas import append_norm
+from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests.nn.pairwise import pairwise
 from tests.onnx.build import batch_norm, bn_model, check, example, from_proto, helper, model, parameters, run
-from tests.reference import weighed_norm as oracle
+from tests.reference import weighted_norm as oracle
 
 SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
 # The last step rounds to the type of the model; sums over up to 60 values in float32 before it.
 TOLERANCE = {np.float16: 4e-3, np.float32: 1e-5, np.float64: 1e-11}
-FORMS = {form: partial(append_site, form=form) for form in ("direct", "normalized", "folded")}
+FORMS = {form: partial(append_norm, form=form) for form in ("direct", "normalized", "folded")}
 
 
 def newest_opset():
@@ -35,9 +35,14 @@ def newest_opset():
     raise AssertionError("no opset runs")
 
 
-def patched(proto, alpha, append=append_site, **options):
+def patched(proto, alpha, append=append_norm, **options):
     graph = from_proto(proto)
-    rewrite(graph, {site.name: alpha for site in survey(graph).sites}, append=append, **options)
+    rewrite(
+        graph,
+        {norm_layer.name: alpha for norm_layer in inventory(graph).norm_layers},
+        append=append,
+        **options,
+    )
     return check(graph)
 
 
@@ -77,7 +82,7 @@ def test_opsets(opset, form):
 def test_the_torch_layer(alpha):
     x, arrays = example(3, 6, 5, 4), {n: torch.tensor(v) for n, v in parameters().items()}
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    y = weighed_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha)
+    y = weighted_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha)
     assert largest(run(patched(bn_model(), alpha), x), y.numpy()) < 1e-5  # float32
 
 
@@ -113,7 +118,7 @@ def test_single_values_where_they_are_switched_on(shape):
     x = example(*shape)
     proto = bn_model(x=("n", *shape[1:]))
     for form in FORMS.values():
-        y = run(patched(proto, 0.3, form, weigh_single_values=True), x)
+        y = run(patched(proto, 0.3, form, include_1x1=True), x)
         reference = expected(x.reshape(4, 6, 1), 0.3).reshape(shape)
         assert largest(y, reference) < 1e-5  # float32
 

@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from bnpatch.onnx.fused_conv import folded_candidates
+from bnpatch.onnx.fused_conv import find_fused_convs
 from tests.onnx.build import batch_norm, from_proto, model, parameters
 
 
@@ -23,11 +23,11 @@ def convolutions(**change):
 
 
 def names(proto):
-    return [candidate.name for candidate in folded_candidates(from_proto(proto))]
+    return [candidate.name for candidate in find_fused_convs(from_proto(proto))]
 
 
 def test_a_bias_and_no_norm_after_it():
-    (candidate,) = folded_candidates(from_proto(convolutions()))
+    (candidate,) = find_fused_convs(from_proto(convolutions()))
     assert (candidate.name, candidate.channels, candidate.dims) == ("a", 6, ("n", 6, 5, 4))
     assert candidate.node.op_type == "Conv"
 
@@ -51,7 +51,7 @@ def test_the_exporter_folds_and_every_one_is_found(checkpoint, folded):
     import bnpatch
 
     model_ = bnpatch.load(checkpoint)
-    norms = [name for name, shape in model_.site_shapes().items() if shape != (1, 1)]
+    norms = [name for name, shape in model_.norm_shapes().items() if shape != (1, 1)]
     assert len(norms) == 12
     assert all(model_.module.get_submodule(name).bias.abs().min() > 0 for name in norms)
     assert len(names(onnx.load(folded))) == len(norms)

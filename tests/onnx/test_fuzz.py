@@ -10,7 +10,7 @@ import pytest
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.onnx.io import load, save
-from bnpatch.onnx.match import survey
+from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests.onnx.build import batch_norm, bn_model, parameters
 from tests.onnx.test_match import in_function, in_if
@@ -81,8 +81,10 @@ def renamed(data, rng):
 def use(file, data):
     file.write_bytes(data)
     model = load(file)
-    found = survey(model)
-    alphas = dict.fromkeys((site.name for site in found.sites if not site.needs_calibration), 0.1)
+    found = inventory(model)
+    alphas = dict.fromkeys(
+        (norm_layer.name for norm_layer in found.norm_layers if not norm_layer.needs_calibration), 0.1
+    )
     rewrite(model, alphas)
     save(model, file.with_suffix(".out"))
 

@@ -5,43 +5,48 @@ import pytest
 from onnx import TensorProto, helper
 
 from bnpatch.onnx.io import inline_norms
-from bnpatch.onnx.match import survey
+from bnpatch.onnx.match import inventory
 from tests.onnx.build import batch_norm, bn_model, constant, from_proto, model, parameters
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
 def look(proto):
-    return survey(from_proto(proto))
+    return inventory(from_proto(proto))
 
 
 def only_site(proto):
     found = look(proto)
-    assert not found.left_alone
-    (site,) = found.sites
-    return site
+    assert not found.skipped_norms
+    (norm_layer,) = found.norm_layers
+    return norm_layer
 
 
 def reason(proto):
     found = look(proto)
-    assert not found.sites
-    (left,) = found.left_alone
+    assert not found.norm_layers
+    (left,) = found.skipped_norms
     return left.reason
 
 
-def assert_has_parameters(site, arrays, prefix="bn"):
+def assert_has_parameters(norm_layer, arrays, prefix="bn"):
     for name in PARAMETERS:
-        np.testing.assert_array_equal(getattr(site, name), arrays[f"{prefix}.{name}"])
+        np.testing.assert_array_equal(getattr(norm_layer, name), arrays[f"{prefix}.{name}"])
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 13, 14, 15, 20, 23, onnx.defs.onnx_opset_version()])
 def test_batch_norm_of_every_opset(opset):
-    site = only_site(bn_model(opset=opset))
-    assert (site.name, site.kind, site.num_channels, site.identity) == ("bn", "BatchNormalization", 6, 0.0)
-    assert site.dims == ("n", 6, 5, 4)
-    assert site.eps == pytest.approx(1e-5)
-    assert not site.needs_calibration
-    assert_has_parameters(site, parameters())
+    norm_layer = only_site(bn_model(opset=opset))
+    assert (norm_layer.name, norm_layer.kind, norm_layer.num_channels, norm_layer.identity) == (
+        "bn",
+        "BatchNormalization",
+        6,
+        0.0,
+    )
+    assert norm_layer.dims == ("n", 6, 5, 4)
+    assert norm_layer.eps == pytest.approx(1e-5)
+    assert not norm_layer.needs_calibration
+    assert_has_parameters(norm_layer, parameters())
 
 
 def test_parameters_as_constant_nodes():
@@ -58,9 +63,9 @@ def test_parameters_behind_identity_are_shared_by_equal_tensors():
         helper.make_node("Identity", ["b.weight"], ["b.running_var"]),
         batch_norm(("x", "b.weight", "a.bias", "b.running_mean", "b.running_var")),
     ]
-    site = only_site(model(nodes, arrays))
-    assert site.name == "b"
-    np.testing.assert_array_equal(site.running_var, np.ones(6))
+    norm_layer = only_site(model(nodes, arrays))
+    assert norm_layer.name == "b"
+    np.testing.assert_array_equal(norm_layer.running_var, np.ones(6))
 
 
 def test_parameters_computed_from_constants_as_the_exporter_leaves_them():
@@ -98,9 +103,9 @@ def test_weight_standardisation_and_instance_norm_are_left_alone():
     program = torch.onnx.export(
         layers.eval(), (torch.zeros(2, 3, 8, 8),), dynamo=True, optimize=False, verbose=False
     )
-    found = survey(program.model)
-    assert not found.sites
-    assert {left.kind for left in found.left_alone} >= {"InstanceNormalization"}
+    found = inventory(program.model)
+    assert not found.norm_layers
+    assert {left.kind for left in found.skipped_norms} >= {"InstanceNormalization"}
 
 
 @pytest.mark.parametrize(
@@ -134,10 +139,10 @@ def test_what_is_no_norm_of_onnx_is_not_listed():
     proto = model([node])
     proto.opset_import.append(helper.make_opsetid("other.company", 1))
     found = look(proto)
-    assert not found.sites
-    assert not found.left_alone
+    assert not found.norm_layers
+    assert not found.skipped_norms
     layer_norm = helper.make_node("LayerNormalization", ["x", "w"], ["y"])
-    assert not look(model([layer_norm], {"w": np.ones(4, np.float32)})).sites
+    assert not look(model([layer_norm], {"w": np.ones(4, np.float32)})).norm_layers
 
 
 @pytest.mark.parametrize("dims", [("n", 6, "h", "w"), (None, 6, None, None), ("?", 6, 5, 5), (0, 6, 4, 4)])
@@ -161,8 +166,8 @@ def test_names_are_unique_and_remember_the_module():
         batch_norm(("a", *(f"bn.{name}" for name in PARAMETERS)), output="y"),
     ]
     found = look(model(nodes, parameters()))
-    assert [site.name for site in found.sites] == ["bn", "bn#2"]
-    assert [site.module for site in found.sites] == ["bn", "bn"]
+    assert [norm_layer.name for norm_layer in found.norm_layers] == ["bn", "bn#2"]
+    assert [norm_layer.module for norm_layer in found.norm_layers] == ["bn", "bn"]
 
 
 def test_names_fall_back_to_the_node_and_to_the_output():
@@ -178,12 +183,16 @@ def test_group_normalization_per_group_and_per_channel(opset):
     size = 3 if opset < 21 else 6
     arrays = {"gn.weight": np.arange(1, size + 1, dtype=np.float32), "gn.bias": np.zeros(size, np.float32)}
     node = helper.make_node("GroupNormalization", ["x", *arrays], ["y"], num_groups=3)
-    site = only_site(model([node], arrays, opset=opset))
-    assert (site.name, site.kind, site.channels_per_group) == ("gn", "GroupNormalization", 2)
-    assert site.needs_calibration
-    assert site.identity == 1.0
+    norm_layer = only_site(model([node], arrays, opset=opset))
+    assert (norm_layer.name, norm_layer.kind, norm_layer.channels_per_group) == (
+        "gn",
+        "GroupNormalization",
+        2,
+    )
+    assert norm_layer.needs_calibration
+    assert norm_layer.identity == 1.0
     expected = [1, 1, 2, 2, 3, 3] if opset < 21 else [1, 2, 3, 4, 5, 6]
-    np.testing.assert_array_equal(site.weight, expected)
+    np.testing.assert_array_equal(norm_layer.weight, expected)
 
 
 def test_group_norm_that_divides_no_channels_is_left_alone():
@@ -207,8 +216,10 @@ def in_if(node, arrays, opset=20):
 
 def test_batch_norm_in_subgraphs():
     found = look(in_if(batch_norm(), parameters()))
-    assert [site.name for site in found.sites] == ["bn", "bn#2"]
-    assert all(site.node.graph.name in ("then_branch", "else_branch") for site in found.sites)
+    assert [norm_layer.name for norm_layer in found.norm_layers] == ["bn", "bn#2"]
+    assert all(
+        norm_layer.node.graph.name in ("then_branch", "else_branch") for norm_layer in found.norm_layers
+    )
 
 
 def in_function(opset=20):
@@ -230,9 +241,9 @@ def test_batch_norm_in_functions_is_found_once_they_are_inlined():
     proto = in_function()
     assert "model-local function 'Block'" in reason(proto)
     inlined = inline_norms(from_proto(proto))
-    found = survey(inlined)
-    assert [site.name for site in found.sites] == ["one", "two"]
-    assert_has_parameters(found.sites[1], parameters(seed=1), prefix="bn")
+    found = inventory(inlined)
+    assert [norm_layer.name for norm_layer in found.norm_layers] == ["one", "two"]
+    assert_has_parameters(found.norm_layers[1], parameters(seed=1), prefix="bn")
     onnx.checker.check_model(ir.to_proto(inlined), full_check=True)
 
 
@@ -249,5 +260,5 @@ def test_a_survey_changes_nothing():
     proto = in_if(batch_norm(), parameters())
     graph = from_proto(proto)
     before = ir.to_proto(graph).SerializeToString()
-    survey(graph)
+    inventory(graph)
     assert ir.to_proto(graph).SerializeToString() == before

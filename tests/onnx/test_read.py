@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.onnx.io import load, save
-from bnpatch.onnx.match import survey
+from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests.onnx.build import batch_norm, bn_model, example, from_proto, model, parameters, run
 from tests.onnx.test_match import in_function
@@ -46,7 +46,7 @@ def test_a_model_comes_back_as_it_was(tmp_path):
 
 def test_functions_with_norms_are_inlined(tmp_path):
     graph = load(write(tmp_path / "m.onnx", in_function()))
-    assert [site.name for site in survey(graph).sites] == ["one", "two"]
+    assert [norm_layer.name for norm_layer in inventory(graph).norm_layers] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_external_data_in_attributes_come_along(tmp_path):
         batch_norm(("x", "w", "bn.bias", "bn.running_mean", "bn.running_var")),
     ]
     graph = load(write(tmp_path / "m.onnx", model(nodes, parameters())))
-    np.testing.assert_array_equal(survey(graph).sites[0].weight, array)
+    np.testing.assert_array_equal(inventory(graph).norm_layers[0].weight, array)
     (tmp_path / "else").mkdir()
     file = save(graph, tmp_path / "else" / "m.onnx")
     assert onnx_session(file).run(None, {"x": example(1, 6, 5, 4)})[0].shape == (1, 6, 5, 4)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from bnpatch.onnx.io import load
-from bnpatch.onnx.match import survey
+from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests.onnx.build import check, session
 
@@ -26,14 +26,14 @@ def output(proto, x):
 )
 def test_light_graphs(name):
     graph = load(LIGHT / f"light_{name}.onnx")
-    found = survey(graph)
-    assert len(found.sites) == SITES[name]
-    assert not found.left_alone
+    found = inventory(graph)
+    assert len(found.norm_layers) == SITES[name]
+    assert not found.skipped_norms
     original = ir.to_proto(graph)
     x = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
     for alpha in (0.0, 1e-9, 0.1):
         patched = graph.clone()
-        report = rewrite(patched, {site.name: alpha for site in found.sites})
+        report = rewrite(patched, {norm_layer.name: alpha for norm_layer in found.norm_layers})
         assert len(report.patched) == (SITES[name] if alpha else 0)
         proto = check(patched)
         if alpha < 0.1:
@@ -75,9 +75,9 @@ def case(request):
 
 def test_identity_in_the_limit(case):
     _, x, graph = case
-    sites = survey(graph).sites
+    norm_layers = inventory(graph).norm_layers
     patched = graph.clone()
-    rewrite(patched, {site.name: 1e-9 for site in sites}, weigh_single_values=True)
+    rewrite(patched, {norm_layer.name: 1e-9 for norm_layer in norm_layers}, include_1x1=True)
     expected = output(ir.to_proto(graph), x.numpy())
     deviation = np.abs(output(check(patched), x.numpy()) - expected).max() / np.abs(expected).max()
     assert deviation < 1e-5
@@ -86,21 +86,23 @@ def test_identity_in_the_limit(case):
 def test_alpha_0_from_an_input_is_the_original(case):
     _, x, graph = case
     patched = graph.clone()
-    rewrite(patched, {site.name: 0.0 for site in survey(graph).sites}, alpha_inputs="global")
+    rewrite(
+        patched, {norm_layer.name: 0.0 for norm_layer in inventory(graph).norm_layers}, alpha_inputs="global"
+    )
     expected = output(ir.to_proto(graph), x.numpy())
     deviation = np.abs(output(check(patched), x.numpy()) - expected).max() / np.abs(expected).max()
     assert deviation < 1e-5
 
 
 def test_patched_torch_and_patched_graph_agree_by_name(case):
-    """The names of sites are those of torch's modules, so one mapping of alphas serves both."""
+    """The names of norm layers are those of torch's modules, so one mapping of alphas serves both."""
     import torch
 
     from bnpatch.nn import surgery
 
     model, x, graph = case
-    names = [site.name for site in surgery.survey(model).sites]
-    assert {site.name for site in survey(graph).sites} == set(names)
+    names = [norm_layer.name for norm_layer in surgery.inventory(model).norm_layers]
+    assert {norm_layer.name for norm_layer in inventory(graph).norm_layers} == set(names)
     alphas = {name: float(a) for name, a in zip(names, np.linspace(0, 0.5, len(names)), strict=True)}
     patched = graph.clone()
     rewrite(patched, alphas)

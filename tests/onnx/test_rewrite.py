@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.onnx.io import inline_norms
-from bnpatch.onnx.match import survey
+from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests import reference
 from tests.onnx.build import (
@@ -47,7 +47,7 @@ def test_a_site_at_identity_is_left_exactly_as_it_was():
     result, report = rewritten(proto, {"bn": 0.0, "bn2": 0.0})
     assert result.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
     assert not report.patched
-    assert {left.reason for left in report.left_alone} == {"its alpha is at identity"}
+    assert {left.reason for left in report.skipped_norms} == {"its alpha is at identity"}
 
 
 def test_what_is_kept():
@@ -113,9 +113,9 @@ def test_the_batch_norm_after_a_convolution_stays_one_for_the_runtime_to_fold():
 
 def test_a_patched_model_is_not_patched_twice():
     result, _ = rewritten(bn_model(conv=True), {"bn": 0.2})
-    found = survey(from_proto(result))
-    assert not found.sites
-    assert "patch the original" in found.left_alone[0].reason
+    found = inventory(from_proto(result))
+    assert not found.norm_layers
+    assert "patch the original" in found.skipped_norms[0].reason
 
 
 @pytest.mark.parametrize("mode", ["global", "per-site"])
@@ -241,13 +241,15 @@ def test_no_examples_at_all():
 def test_single_values_are_left_alone_by_default():
     _, report = rewritten(bn_model(x=("n", 6)), {"bn": 0.3})
     assert not report.patched
-    assert "one value per channel" in report.left_alone[0].reason
+    assert "one value per channel" in report.skipped_norms[0].reason
 
 
 def test_sites_without_an_alpha_are_reported():
     _, report = rewritten(two_norms(), {"bn2": 0.3})
     assert report.patched == ("bn2",)
-    assert [(left.name, left.reason) for left in report.left_alone] == [("bn", "no alpha was given for it")]
+    assert [(left.name, left.reason) for left in report.skipped_norms] == [
+        ("bn", "no alpha was given for it")
+    ]
 
 
 def group_norm_model():
@@ -304,16 +306,20 @@ def test_group_norm_as_exporters_write_it(exporter, affine, tmp_path):
     x = torch.randn(2, 3, 8, 8)
     torch.onnx.export(layers.eval(), (x,), tmp_path / "m.onnx", verbose=False, **export)
     graph = from_proto(onnx.load(tmp_path / "m.onnx"))
-    (site,) = survey(graph).sites
-    assert (site.kind, site.num_channels, site.channels_per_group) == ("GroupNormalization", 8, 2)
+    (norm_layer,) = inventory(graph).norm_layers
+    assert (norm_layer.kind, norm_layer.num_channels, norm_layer.channels_per_group) == (
+        "GroupNormalization",
+        8,
+        2,
+    )
     if export["dynamo"]:  # the other one keeps no names of modules without parameters of their own
-        assert site.name == "1"
+        assert norm_layer.name == "1"
     if affine:
-        np.testing.assert_allclose(site.weight, layers[1].weight.detach(), rtol=1e-6)
-        np.testing.assert_allclose(site.bias, layers[1].bias.detach(), rtol=1e-6)
+        np.testing.assert_allclose(norm_layer.weight, layers[1].weight.detach(), rtol=1e-6)
+        np.testing.assert_allclose(norm_layer.bias, layers[1].bias.detach(), rtol=1e-6)
     rng = np.random.default_rng(0)
     running = Moments(rng.normal(size=8), rng.uniform(0.5, 2, 8))
-    rewrite(graph, {site.name: 0.999999}, running={site.name: running})
+    rewrite(graph, {norm_layer.name: 0.999999}, running={norm_layer.name: running})
     plain = layers(x).detach().numpy()
     result = check(graph)
     assert not [n for n in result.graph.node if n.op_type in ("InstanceNormalization", "GroupNormalization")]
@@ -322,7 +328,7 @@ def test_group_norm_as_exporters_write_it(exporter, affine, tmp_path):
 
 def test_wrong_arguments():
     proto = two_norms()
-    with pytest.raises(BnpatchError, match=r"no site 'bn3'; its sites are bn, bn2"):
+    with pytest.raises(BnpatchError, match=r"no norm layer 'bn3'; its norm layers are bn, bn2"):
         rewritten(proto, {"bn3": 0.1})
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="must lie in"):
@@ -342,7 +348,7 @@ def other_moments(seed=9):
 
 def oracle(x, running, alpha, **own):
     arrays = parameters() | own
-    return reference.weighed_norm(
+    return reference.weighted_norm(
         x, running.mean, running.var, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha
     )
 
@@ -430,7 +436,7 @@ def test_group_norm_takes_running_moments_as_inputs():
     arrays = parameters()
     for alpha in (0.0, 0.4, 1.0):
         feeds = {report.alpha_inputs["bn"]: np.float32(alpha), mean: running.mean, var: running.var}
-        expected = reference.weighed_norm(
+        expected = reference.weighted_norm(
             x, running.mean, running.var, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha, 3
         )
         np.testing.assert_allclose(run(result, x, **feeds), expected, rtol=1e-4, atol=2e-5)  # float32
@@ -445,5 +451,5 @@ def test_group_norm_of_opset_18_has_its_scale_per_group():
     weight, bias = (np.repeat(array, 3) for array in arrays.values())
     for alpha in (0.0, 0.4):
         result, _ = rewritten(proto, {"bn": alpha}, running={"bn": running})
-        expected = reference.weighed_norm(x, running.mean, running.var, weight, bias, 1e-5, alpha, 3)
+        expected = reference.weighted_norm(x, running.mean, running.var, weight, bias, 1e-5, alpha, 3)
         np.testing.assert_allclose(run(result, x), expected, rtol=1e-4, atol=2e-5)  # float32

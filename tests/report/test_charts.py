@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Estimate
 from bnpatch.models.latency import Latency
 from bnpatch.report.charts import HEIGHT, WIDTH, _ticks, curve_chart, depth_chart, strip, trade_off_chart
@@ -98,9 +98,11 @@ def test_many_sites_are_few_bytes():
 
 
 def test_the_front_is_joined_and_what_is_beaten_is_pale():
-    def point(sites, gain, ratio):
+    def point(norm_layers, gain, ratio):
         latency = Latency(ratio, ratio, 0.95 * ratio, 1.05 * ratio, 8, 9)
-        return Point(Setting({str(index): 0.1 for index in range(sites)}), sites, gain, 0.02, latency)
+        return Point(
+            PatchWeights({str(index): 0.1 for index in range(norm_layers)}), norm_layers, gain, 0.02, latency
+        )
 
     points = [point(0, 0.0, 1.0), point(1, 0.3, 1.1), point(2, 0.1, 1.3), point(4, 0.4, 2.0)]
     chart = trade_off_chart(points, ACCURACY)

@@ -5,30 +5,33 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
 from bnpatch.report.curves import plot_curves, race_curves
 from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
-from bnpatch.search.config import Rung, Trial
+from bnpatch.search.config import Candidate, Trial
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
 
 EVEN = Estimate(0.0, 0.0, 0.0)
 
 
-def trial(number, weight, accuracy, examples=100, error=0.01, rung="alpha"):
+def trial(number, weight, accuracy, examples=100, error=0.01, candidate="alpha"):
     scores = {"accuracy": accuracy, "cross-entropy": 1 - accuracy}
-    return Trial(rung, number, {"weight": weight}, scores, dict.fromkeys(scores, error), examples)
+    return Trial(candidate, number, {"weight": weight}, scores, dict.fromkeys(scores, error), examples)
 
 
 def result(identity=0.0, metric=ACCURACY, trials=(), best=0.25, origins=None):
     origins = origins or {"a": identity, "b": identity}
-    start = Setting(origins, dict.fromkeys(origins, 0.0))
-    end = Setting({name: abs(alpha - best) for name, alpha in origins.items()}, start.lambdas)
-    rungs = [Rung("identity", start, 0.5, EVEN), Rung("alpha", end, 0.6, Estimate(0.1, 0.05, 0.15), True)]
+    start = PatchWeights(origins, dict.fromkeys(origins, 0.0))
+    end = PatchWeights({name: abs(alpha - best) for name, alpha in origins.items()}, start.lambdas)
+    candidates = [
+        Candidate("identity", start, 0.5, EVEN),
+        Candidate("alpha", end, 0.6, Estimate(0.1, 0.05, 0.15), True),
+    ]
     gain = Comparison(metric, Estimate(0.5, 0.4, 0.6), Estimate(0.6, 0.5, 0.7), Estimate(0.1, 0.05, 0.15))
     verdict = Verdict([gain], num_examples=1234)
-    return TuneResult(metric, rungs, list(trials), verdict, end, list(origins), 3.0, 100)
+    return TuneResult(metric, candidates, list(trials), verdict, end, list(origins), 3.0, 100)
 
 
 TRIALS = [
@@ -37,7 +40,7 @@ TRIALS = [
     trial(2, 0.25, 0.6),
     trial(3, 0.25, 0.9, examples=20),
     trial(4, 0.01, 0.99),
-    trial(0, 0.5, 0.1, rung="lambda"),
+    trial(0, 0.5, 0.1, candidate="lambda"),
 ]
 
 
@@ -47,7 +50,10 @@ def test_a_curve_has_each_weight_once():
     assert [point.weight for point in accuracy.points] == [0.0, 0.01, 0.25, 1.0]
     assert [point.is_whole for point in accuracy.points] == [True, True, True, False]
     assert accuracy.identity.value == 0.5
-    assert (accuracy.best.weight, accuracy.best.value) == (0.25, 0.6)  # where the race ended, not the highest
+    assert (accuracy.best.weight, accuracy.best.value) == (
+        0.25,
+        0.6,
+    )  # where the global search ended, not the highest
     assert (entropy.best.weight, entropy.best.value) == (0.25, pytest.approx(0.4))
 
 
@@ -79,8 +85,8 @@ def test_weights_are_distances_from_the_identity(origins, label):
     assert distances(found) == {"a": 0.25, "b": 0.25}
     assert race_curves(found)[0].best.weight == 0.25
     assert not is_identity(found)
-    assert is_identity(replace(found, setting=found.rungs[0].setting))
-    assert not is_identity(replace(found, setting=Setting(origins, {"a": 0.5, "b": 0.0})))
+    assert is_identity(replace(found, setting=found.candidates[0].setting))
+    assert not is_identity(replace(found, setting=PatchWeights(origins, {"a": 0.5, "b": 0.0})))
 
 
 @pytest.mark.parametrize("trials", [TRIALS, TRIALS[::2]], ids=["some partial", "all whole"])
@@ -144,11 +150,11 @@ def test_sentences():
     unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
     kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
     assert kept.startswith("Nobody knows whether the model gains: its accuracy changes by +10.00 points")
-    nothing = [replace(gain.rungs[0], chosen=True), replace(gain.rungs[1], chosen=False)]
+    nothing = [replace(gain.candidates[0], chosen=True), replace(gain.candidates[1], chosen=False)]
     kept = replace(
-        gain, rungs=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])
+        gain, candidates=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])
     )
     assert "nothing that was tried does better beyond doubt" in verdict_sentence(kept)
-    assert "gains" in verdict_sentence(replace(gain, rungs=nothing))  # it came with worse weights
-    alone = replace(gain, rungs=[replace(gain.rungs[0], chosen=True)])
+    assert "gains" in verdict_sentence(replace(gain, candidates=nothing))  # it came with worse weights
+    alone = replace(gain, candidates=[replace(gain.candidates[0], chosen=True)])
     assert "ended before anything else was tried" in verdict_sentence(alone)

@@ -8,7 +8,7 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.core.errors import BnpatchWarning
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.latency import Latency
 from bnpatch.report.curves import race_curves
@@ -87,7 +87,7 @@ def test_trials(tuned, tmp_path):
     assert {row["rung"] for row in rows} == {"alpha", "lambda", "lambda, alpha"}
     for row, trial in zip(rows, tuned.trials, strict=True):
         assert (row["rung"], int(row["trial"]), int(row["examples"])) == (
-            trial.rung,
+            trial.candidate,
             trial.number,
             trial.examples,
         )
@@ -115,28 +115,28 @@ def test_a_gain(tuned, written):
     assert page.headings[1:8] == [
         "Before and after",
         "Notes",
-        "The ladder",
+        "The list of candidates",
         "One weight for all",
         "The weights by depth",
         "Classes",
-        "Left alone",
+        "Skipped",
     ]
 
 
 def test_the_ladder_has_every_rung_and_one_is_marked(tuned, written):
     (table,) = (table for table in written(tuned).tables if table[0][0] == "weights")
-    assert len(table) == 1 + len(tuned.rungs) == 5
+    assert len(table) == 1 + len(tuned.candidates) == 5
     marked = [row[0] for row in table if row[0].startswith("✓")]
     assert marked == [f"✓ {tuned.chosen.name} chosen"]
-    for row, rung in zip(table[1:], tuned.rungs, strict=True):
-        assert row[1] == f"{100 * rung.mean:.2f}%"
+    for row, candidate in zip(table[1:], tuned.candidates, strict=True):
+        assert row[1] == f"{100 * candidate.mean:.2f}%"
     assert table[1][2] == "reference"
 
 
 def test_weights_and_where_they_come_from(tuned, written):
     page = written(tuned)
-    rows = {row[0]: row for table in page.tables if table[0][0] == "site" for row in table[1:]}
-    assert list(rows) == tuned.sites
+    rows = {row[0]: row for table in page.tables if table[0][0] == "norm layer" for row in table[1:]}
+    assert list(rows) == tuned.norm_layers
     for name, alpha in tuned.setting.alphas.items():
         assert float(rows[name][1]) == pytest.approx(alpha, rel=1e-3)
         assert float(rows[name][2]) == pytest.approx(tuned.setting.lambdas[name], abs=5e-3)
@@ -177,7 +177,7 @@ def test_what_comes_from_outside_is_escaped(tuned, model, written):
         notes=[evil],
         skipped={evil: "a&b"},
         recipe=Recipe(
-            tuned.recipe.sites, {**tuned.recipe.provenance, "command": f"tune-alpha {evil} -o out"}
+            tuned.recipe.norm_layers, {**tuned.recipe.provenance, "command": f"tune-alpha {evil} -o out"}
         ),
     )
     page = written(result)
@@ -227,12 +227,14 @@ def test_a_loss_is_not_kept(tuned, written):
         )
         for c in tuned.comparisons
     ]
-    setting = tuned.rungs[0].setting
+    setting = tuned.candidates[0].setting
     result = replace(
         tuned,
         verdict=replace(tuned.verdict, comparisons=comparisons),
         setting=setting,
-        recipe=Recipe(tuple(replace(s, alpha=0.0, lambda_=0.0, target=None) for s in tuned.recipe.sites)),
+        recipe=Recipe(
+            tuple(replace(s, alpha=0.0, lambda_=0.0, target=None) for s in tuned.recipe.norm_layers)
+        ),
     )
     page = written(result)
     assert (
@@ -263,7 +265,7 @@ def test_the_identity(model, clean, written):
     page = written(result)
     assert "No significant gain: nothing that was tried does better beyond doubt." in page.text
     assert page.row("equal") == ["equal", "1.0000 0.9750 to 1.0000"]
-    assert f"All {len(result.sites)} sites stay as they were." in page.text
+    assert f"All {len(result.norm_layers)} norm layers stay as they were." in page.text
     assert "There is nothing to apply" in page.text
 
 
@@ -340,19 +342,19 @@ def test_a_model_that_takes_no_blank_image_has_no_stages(tuned, model, written, 
 
     monkeypatch.setattr(type(model), "site_shapes", refuse)
     page = written(tuned)
-    assert "feature map" not in next(table[0] for table in page.tables if table[0][0] == "site")
+    assert "feature map" not in next(table[0] for table in page.tables if table[0][0] == "norm layer")
 
 
 def test_gain_against_time(tuned, written):
-    def point(sites, gain, ratio):
-        setting = Setting(dict.fromkeys([f"s{index}" for index in range(sites)], 0.1))
+    def point(norm_layers, gain, ratio):
+        setting = PatchWeights(dict.fromkeys([f"s{index}" for index in range(norm_layers)], 0.1))
         return Point(
-            setting, sites, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
+            setting, norm_layers, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
         )
 
     result = replace(tuned)
     result.trade_off = [point(0, 0.0, 1.0), point(1, 0.3, 1.05), point(2, 0.2, 1.1), point(4, 0.33, 1.5)]
     page = written(result)
-    (table,) = (table for table in page.tables if table[0][0] == "patched sites")
+    (table,) = (table for table in page.tables if table[0][0] == "patched norm layers")
     assert [row[0] for row in table[1:]] == ["0 (as it is)", "1 knee", "2 beaten by another", "4"]
     assert table[2][1:] == ["1.05x 1.03 to 1.08", "+30.00 points +28.04 to +31.96"]

@@ -1,8 +1,8 @@
-"""One process of a race, for the tests to kill.
+"""One process of a global search, for the tests to kill.
 
-Each block that it scores becomes a line of its log; the result is written when the race is over. It begins
-when its peers are there, logs of other processes that begin at the same moment, and leaves those something to
-do once the identity is scored.
+Each block that it scores becomes a line of its log; the result is written when the global search is over. It
+begins when its peers are there, logs of other processes that begin at the same moment, and leaves those
+something to do once the identity is scored.
 """
 
 import json
@@ -14,7 +14,7 @@ import scipy.optimize
 import scipy.stats  # noqa: F401
 
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
-from bnpatch.search.global_search import race
+from bnpatch.search.global_search import global_search
 from bnpatch.search.studies import open_study
 
 SIZES = [64] * 12  # a batch each, so that each is a line of its own
@@ -41,7 +41,7 @@ def run(storage, log=None, seconds_a_block=0.0, peers=()):
             wait(lambda: all(peer.read_text() for peer in peers))
         return evaluate_block(params, block)
 
-    result = race(
+    result = global_search(
         open_study(storage, "test", direction="minimize", fingerprint=FINGERPRINT),
         scored,
         SIZES,

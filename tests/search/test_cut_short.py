@@ -10,7 +10,7 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.report.summary import verdict_sentence
 from bnpatch.search import job
-from bnpatch.search.candidates import Ladder
+from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.objective import ByMetric
 
 
@@ -21,14 +21,14 @@ def few(data):
 
 def test_an_interrupt_keeps_the_best_so_far(tiny, dim):
     def interrupt(trial, is_best):
-        if trial.rung == "alpha" and trial.number == 3:
+        if trial.candidate == "alpha" and trial.number == 3:
             raise KeyboardInterrupt
 
     with pytest.warns(BnpatchWarning, match="interrupted: what was found so far is judged now"):
         result = bnpatch.tune_alpha(tiny, dim, on_trial=interrupt)
     assert result.interrupted
     assert result.recipe.provenance["interrupted"]
-    assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
+    assert [candidate.name for candidate in result.candidates] == ["identity", "alpha"]
 
 
 def test_an_interrupt_before_anything_is_known_is_passed_on(tiny, dim, monkeypatch):
@@ -54,7 +54,7 @@ def test_an_interrupt_while_learning_keeps_what_was_raced(tiny, dim, monkeypatch
 
 def test_a_timeout_ends_the_search(tiny, dim):
     result = bnpatch.tune_alpha(tiny, dim, timeout=0)
-    assert [rung.name for rung in result.rungs] == ["identity"]
+    assert [candidate.name for candidate in result.candidates] == ["identity"]
     assert result.alpha == 0
 
 
@@ -78,7 +78,7 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
     """Searches that go no further judge the parts: otherwise the verdict would be of something else."""
 
     def interrupt(trial, is_best):
-        if trial.rung == "alpha" and trial.number == 3 and not interrupted:
+        if trial.candidate == "alpha" and trial.number == 3 and not interrupted:
             interrupted.append(trial)
             raise KeyboardInterrupt
 
@@ -86,9 +86,11 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", on_trial=interrupt)
     assert result.interrupted
-    assert [rung.name for rung in result.rungs] == ["identity", "alpha"]
+    assert [candidate.name for candidate in result.candidates] == ["identity", "alpha"]
     assert result.num_held_out == 100
-    assert result.passes < 6 * 4  # six races, of one or two passes more than three, as blocks are few
+    assert (
+        result.passes < 6 * 4
+    )  # six global searches, of one or two passes more than three, as blocks are few
 
 
 def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny, dim, monkeypatch):
@@ -105,24 +107,26 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny,
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
-    assert [[rung.name for rung in rungs] for rungs in climbed] == [["identity", "alpha"]] * 6
+    assert [[candidate.name for candidate in candidates] for candidates in climbed] == [
+        ["identity", "alpha"]
+    ] * 6
 
 
 def recorded(monkeypatch):
-    """The rungs of each ladder, in the order in which they are climbed."""
-    climb, climbed = Ladder.climb, []
+    """The candidates of each list of candidates, in the order in which they are climbed."""
+    climb, climbed = CandidateSearch.climb, []
 
     def record(self):
-        climbed.append(rungs := climb(self))
-        return rungs
+        climbed.append(candidates := climb(self))
+        return candidates
 
-    monkeypatch.setattr(Ladder, "climb", record)
+    monkeypatch.setattr(CandidateSearch, "climb", record)
     return climbed
 
 
 @pytest.mark.parametrize("where", ["climb", "gather"])
 def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(tiny, dim, monkeypatch, where):
-    calls, owner = [], Ladder if where == "climb" else job
+    calls, owner = [], CandidateSearch if where == "climb" else job
     original, last = getattr(owner, where), 4 if where == "climb" else 3
 
     def interrupt(*args):
@@ -160,14 +164,14 @@ class Clock:
 def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
     clock, given = Clock(monkeypatch), []
 
-    class Timed(Ladder):
+    class Timed(CandidateSearch):
         def climb(self):
             given.append(self.plan.timeout)
-            rungs = super().climb()
+            candidates = super().climb()
             clock.now += 10.0
-            return rungs
+            return candidates
 
-    monkeypatch.setattr(job, "Ladder", Timed)
+    monkeypatch.setattr(job, "CandidateSearch", Timed)
     bnpatch.tune_alpha(tiny, few(dim), granularity="global", timeout=60.0, trials=2)
     np.testing.assert_allclose(given, [10.0, 20.0, 10.0, 10.0, 10.0, 10.0])  # twice: one part is a must
 
@@ -180,13 +184,13 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
         clock.now += 60.0
         return measured(*args, **kwargs)
 
-    class Timed(Ladder):
+    class Timed(CandidateSearch):
         def climb(self):
-            rungs = super().climb()
+            candidates = super().climb()
             clock.now += 5.0
-            return rungs
+            return candidates
 
-    monkeypatch.setattr(job, "Ladder", Timed)
+    monkeypatch.setattr(job, "CandidateSearch", Timed)
     monkeypatch.setattr(job, "trade_off", slow)
     options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
     result = bnpatch.tune_alpha(tiny, few(dim), timeout=60.0, trials=3, **options)
@@ -200,7 +204,7 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
     """It would have found the identity, and made the verdict say that little is gained."""
     clock, scores, climbing = Clock(monkeypatch), ByMetric.scores, []
 
-    class Watched(Ladder):
+    class Watched(CandidateSearch):
         def climb(self):
             climbing.append(0)
             return super().climb()
@@ -211,7 +215,7 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
             clock.now += 60.0
         return scores(self, model, examples, indices)
 
-    monkeypatch.setattr(job, "Ladder", Watched)
+    monkeypatch.setattr(job, "CandidateSearch", Watched)
     monkeypatch.setattr(ByMetric, "scores", timed)
     options = {"granularity": "global", "metric": "cross-entropy", "trials": 4}
     result = bnpatch.tune_alpha(tiny, few(dim), timeout=40.0, **options)
@@ -222,16 +226,16 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
 
 def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(tiny, dim, monkeypatch):
     """What is found without one of the parts is not what is kept."""
-    climb, climbed = Ladder.climb, []
+    climb, climbed = CandidateSearch.climb, []
 
     def then(self):
-        rungs = climb(self)
+        candidates = climb(self)
         climbed.append(self)
         if len(climbed) > 1:
-            return rungs
-        return [replace(rung, chosen=number == 0) for number, rung in enumerate(rungs)]
+            return candidates
+        return [replace(candidate, chosen=number == 0) for number, candidate in enumerate(candidates)]
 
-    monkeypatch.setattr(Ladder, "climb", then)
+    monkeypatch.setattr(CandidateSearch, "climb", then)
     result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", granularity="global", trials=3)
     assert result.alpha == 0
     assert str(result.verdict) == result.recipe.provenance["verdict"] == "no significant change"
@@ -289,18 +293,18 @@ def test_turns_that_overflow_are_not_taken(tiny_onnx, dim, monkeypatch):
     run = {"metric": "cross-entropy", "granularity": "layer"}
     free = bnpatch.tune_alpha(model, dim, **run)
     start, end = (
-        next(rung.setting.alphas for rung in free.rungs if rung.name == name)
+        next(candidate.setting.alphas for candidate in free.candidates if candidate.name == name)
         for name in ("alpha", "alpha per layer")
     )
-    site = next(name for name in end if end[name] != start[name])
-    overflowing(model, monkeypatch, lambda alphas: alphas[site] == end[site])
+    norm_layer = next(name for name in end if end[name] != start[name])
+    overflowing(model, monkeypatch, lambda alphas: alphas[norm_layer] == end[norm_layer])
     result = bnpatch.tune_alpha(model, dim, **run)
-    assert result.setting.alphas[site] != end[site]
+    assert result.setting.alphas[norm_layer] != end[norm_layer]
     assert str(result.verdict) == "gain"
 
 
 def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
-    scores, climb, climbed = ByMetric.scores, Ladder.climb, []
+    scores, climb, climbed = ByMetric.scores, CandidateSearch.climb, []
 
     def overflow(self, model, examples, indices):
         if climbed and max(tiny.alphas().values()) > 0:
@@ -308,12 +312,12 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
         return scores(self, model, examples, indices)
 
     def then(self):
-        rungs = climb(self)
+        candidates = climb(self)
         climbed.append(True)
-        return rungs
+        return candidates
 
     monkeypatch.setattr(ByMetric, "scores", overflow)
-    monkeypatch.setattr(Ladder, "climb", then)
+    monkeypatch.setattr(CandidateSearch, "climb", then)
     result = bnpatch.tune_alpha(
         tiny, plain, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
     )
@@ -324,5 +328,5 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
 def test_thinned_patches_that_overflow_are_left_out(tiny, dim, monkeypatch):
     overflowing(tiny, monkeypatch, lambda alphas: sum(map(bool, alphas.values())) == 1)
     result = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1000)
-    assert 1 not in [point.num_sites for point in result.trade_off]
+    assert 1 not in [point.num_norms for point in result.trade_off]
     assert len(result.trade_off) > 2

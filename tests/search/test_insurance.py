@@ -1,19 +1,21 @@
-"""Insurance that costs nothing: candidates with known scores, no model."""
+"""Robustness that costs nothing: candidates with known scores, no model."""
 
 import numpy as np
 import pytest
 
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Estimate, paired_difference
-from bnpatch.search.config import Rung
-from bnpatch.search.robustness import PARTS, harmless, toward
+from bnpatch.search.config import Candidate
+from bnpatch.search.robustness import PARTS, toward, without_harm
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, 200)
 
 
-def rungs(*alphas):
+def candidates(*alphas):
     nothing = Estimate(0.0, 0.0, 0.0)
-    return [Rung(f"alpha {a}", Setting({"a": a}, {"a": a / 2}), 0.0, nothing) for a in (0.0, *alphas)]
+    return [
+        Candidate(f"alpha {a}", PatchWeights({"a": a}, {"a": a / 2}), 0.0, nothing) for a in (0.0, *alphas)
+    ]
 
 
 def search(help_, harm, *alphas, metric=CROSS_ENTROPY):
@@ -22,8 +24,8 @@ def search(help_, harm, *alphas, metric=CROSS_ENTROPY):
     def shifted(setting):
         return 1 + sign * (NOISE - help_(setting.alphas["a"]))
 
-    return harmless(
-        rungs(*alphas),
+    return without_harm(
+        candidates(*alphas),
         metric,
         shifted,
         lambda *settings: paired_difference(*map(shifted, settings)).excludes_zero,
@@ -34,7 +36,7 @@ def search(help_, harm, *alphas, metric=CROSS_ENTROPY):
 @pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
 def test_takes_as_much_as_costs_nothing(metric):
     found = search(lambda a: a, lambda a: max(0.0, a - 0.5), 0.4, 0.8, metric=metric)
-    assert found.setting == Setting({"a": 0.4}, {"a": 0.2})
+    assert found.setting == PatchWeights({"a": 0.4}, {"a": 0.2})
     assert found.chosen
     assert found.mean == pytest.approx(1.4 if metric.higher_is_better else 0.6, abs=0.01)
     found = search(lambda a: a, lambda a: max(0.0, a - 0.7), 0.4, 0.8, metric=metric)
@@ -55,8 +57,8 @@ def test_nothing_where_any_costs_something_or_nothing_helps():
 
 @pytest.mark.parametrize("sure", [True, False])
 def test_a_help_that_may_be_chance_is_none(sure):
-    found = harmless(
-        rungs(0.4),
+    found = without_harm(
+        candidates(0.4),
         CROSS_ENTROPY,
         lambda setting: np.ones(200) - setting.alphas["a"],
         lambda *settings: sure,
@@ -66,7 +68,7 @@ def test_a_help_that_may_be_chance_is_none(sure):
 
 
 def test_part_of_the_way():
-    start, end = Setting({"gn": 1.0, "bn": 0.0}), Setting({"gn": 0.6, "bn": 0.2}, {"bn": 0.8})
+    start, end = PatchWeights({"gn": 1.0, "bn": 0.0}), PatchWeights({"gn": 0.6, "bn": 0.2}, {"bn": 0.8})
     assert toward(start, end, 1.0) == end
     half = toward(start, end, 0.5)
     assert half.alphas == pytest.approx({"gn": 0.8, "bn": 0.1})

@@ -7,31 +7,33 @@ from optuna.trial import TrialState
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.search import candidates
-from bnpatch.search.candidates import Ladder, _as_trial
+from bnpatch.search.candidates import CandidateSearch, _as_trial
 from bnpatch.search.global_search import Runner
 from bnpatch.search.gradient_search import Course, Groups
-from bnpatch.search.score_cache import Scoreboard, blocks_of
+from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.standings import Difference
 
 
 def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
-    monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 16))  # races are looked at
+    monkeypatch.setattr(
+        Course, "of", lambda examples, set_size=1: Course(2, 16)
+    )  # global searches are looked at
     few, seen = (dim[0][:100], dim[1][:100]), []
 
     def look(trial, is_best):
         seen.append((trial, is_best))
-        if trial.rung == "alpha":
+        if trial.candidate == "alpha":
             assert set(tiny.alphas().values()) == {trial.weight}
 
     bnpatch.tune_alpha(tiny, few, metric="cross-entropy", trials=4, on_trial=look)
-    assert sum(trial.rung == "alpha" and trial.number == 0 for trial, _ in seen) == 1  # of no cross-fit
-    assert len({trial.rung for trial, _ in seen}) == 4
+    assert sum(trial.candidate == "alpha" and trial.number == 0 for trial, _ in seen) == 1  # of no cross-fit
+    assert len({trial.candidate for trial, _ in seen}) == 4
     scores = [trial.scores["cross-entropy"] for trial, is_best in seen if is_best]
     assert len(scores) > 2
     assert scores == sorted(set(scores), reverse=True)
-    assert {trial.weight for trial, _ in seen if trial.rung == "refined"} == {None}
+    assert {trial.weight for trial, _ in seen if trial.candidate == "refined"} == {None}
 
 
 def test_a_study_of_other_examples_is_refused(tiny, folder, tmp_path):
@@ -79,7 +81,7 @@ def test_learning_makes_do_with_the_memory_there_is(tiny, dim, monkeypatch, wher
     monkeypatch.setattr(type(tiny), "forward", limited_forward)
     monkeypatch.setattr(torch.autograd, "backward", limited_backward)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer")
-    learned = next(rung for rung in result.rungs if rung.name == "alpha per layer")
+    learned = next(candidate for candidate in result.candidates if candidate.name == "alpha per layer")
     assert len(set(learned.setting.alphas.values())) == 3
     tried = [size for size in sizes if size]
     assert max(tried) > 40
@@ -96,7 +98,7 @@ def test_an_image_that_is_lost_on_the_way_is_named():
 
     examples = SimpleNamespace(skipped={}, source=SimpleNamespace(name=lambda index: f"{index}.png"))
     model, setting = SimpleNamespace(set=lambda setting: None), SimpleNamespace(alphas={}, lambdas={})
-    board = Scoreboard(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
+    board = ScoreCache(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
     with pytest.raises(BnpatchError, match=r"7\.png can't be read any more: no such file"):
         board.on(range(2), setting, "", "accuracy")
 
@@ -111,8 +113,8 @@ def test_other_targets_change_the_scores_of_lambdas_alone():
 
     judge, examples = Counts(), SimpleNamespace(skipped={})
     model = SimpleNamespace(set=lambda setting: None)
-    board = Scoreboard(model, examples, judge, [np.arange(5)], lambda label, count: None)
-    plain, weighed = Setting({"a": 0.5}, {"a": 0.0}), Setting({"a": 0.5}, {"a": 0.5})
+    board = ScoreCache(model, examples, judge, [np.arange(5)], lambda label, count: None)
+    plain, weighed = PatchWeights({"a": 0.5}, {"a": 0.0}), PatchWeights({"a": 0.5}, {"a": 0.5})
 
     def seen(setting):
         return board.on(range(1), setting, "", "score")[0]
@@ -130,7 +132,7 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     assert trial.weight == 0.25
 
 
-class Learner(Ladder):
+class Learner(CandidateSearch):
     """Learns nothing but one weight, of which less is better."""
 
     def __init__(self, outcomes, identities, set_size=250, hurry=False):
@@ -144,10 +146,10 @@ class Learner(Ladder):
         outcome = next(self.outcomes)
         if outcome is None:
             raise KeyboardInterrupt
-        return Setting({**start.alphas, "b": outcome}, start.lambdas)
+        return PatchWeights({**start.alphas, "b": outcome}, start.lambdas)
 
 
-RACED = Setting({"a": 0.4, "b": 0.4, "gn": 1.0, "c": 0.4}, {"a": 1.0, "b": 1.0})
+RACED = PatchWeights({"a": 0.4, "b": 0.4, "gn": 1.0, "c": 0.4}, {"a": 1.0, "b": 1.0})
 IDENTITIES = {"a": 0.0, "b": 0.0, "gn": 1.0, "c": 0.0}
 LAMBDAS = {"a": "a", "b": "b"}
 
@@ -164,7 +166,7 @@ def test_without_labels_learning_begins_at_several_places(two_more_places):
     assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.1
     raced, flat, falling = learner.starts
     assert raced == RACED
-    assert flat == Setting({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, {"a": 0.5, "b": 0.5})
+    assert flat == PatchWeights({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, {"a": 0.5, "b": 0.5})
     assert falling.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
     stages = Groups({"a": "s", "b": "s", "c": "s"}, LAMBDAS)
     learner = Learner([0.3, 0.3, 0.3], IDENTITIES)

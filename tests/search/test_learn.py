@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import bnpatch
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
 from bnpatch.models.running_stats import target_moments
@@ -17,7 +17,7 @@ def task(tiny, dim):
     model = tiny
     examples = bnpatch.open_examples(dim, model)
     names = list(model.alphas())
-    return model, examples, Setting(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)), names
+    return model, examples, PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)), names
 
 
 def loss(model, batches):

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import SiteFacts
+from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import example_moments, weighed_norm
+from bnpatch.nn.norm import example_moments, weighted_norm
 from bnpatch.search.label_free import (
     Seen,
     alignment,
@@ -93,10 +93,12 @@ def test_self_labels_of_a_class_that_nobody_predicts_are_finite():
 
 
 def test_alignment_is_the_divergence_of_normal_distributions():
-    """Against torch.distributions, with moments pooled over the examples; the first site does not count."""
+    """Against torch.distributions, with moments pooled over the examples; the first norm layer does not
+    count.
+    """
     x = torch.randn(5, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 1
     source = Moments(torch.full((4,), 0.5, dtype=torch.float64), torch.full((4,), 3.0, dtype=torch.float64))
-    facts = {"first": SiteFacts(source, 1e-5), "second": SiteFacts(source, 1e-5)}
+    facts = {"first": NormFacts(source, 1e-5), "second": NormFacts(source, 1e-5)}
     found = alignment(seen(moments={"first": example_moments(x * 100), "second": example_moments(x)}), facts)
     values = x.movedim(1, 0).flatten(1)
     here = torch.distributions.Normal(values.mean(1), (values.var(1, unbiased=False) + 1e-5).sqrt())
@@ -110,11 +112,11 @@ def test_evalnorm_is_the_squared_difference_of_outputs():
     """Against the outputs themselves, at any alpha and running moments."""
     x = torch.randn(6, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5 + 2
     running = Moments(torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 0.5, 2.0]).double())
-    here = weighed_norm(x, running, None, None, 1e-5, 0.3)
+    here = weighted_norm(x, running, None, None, 1e-5, 0.3)
     there = F.batch_norm(x, None, None, training=True, eps=1e-5)
     value = evalnorm(
         seen(moments={"site": example_moments(x)}, alphas={"site": 0.3}, running={"site": running}),
-        {"site": SiteFacts(running, 1e-5)},
+        {"site": NormFacts(running, 1e-5)},
     )
     assert value.item() == pytest.approx((here - there).square().mean().item(), rel=1e-9)
 
@@ -123,7 +125,7 @@ def test_the_objectives_are_sums():
     generator = torch.Generator().manual_seed(0)
     moments = {name: example_moments(torch.randn(8, 4, 7, generator=generator) + 1) for name in "ab"}
     state = seen(torch.randn(8, 3, generator=generator), moments)
-    facts = dict.fromkeys("ab", SiteFacts(Moments(torch.zeros(4), torch.ones(4)), 1e-5))
+    facts = dict.fromkeys("ab", NormFacts(Moments(torch.zeros(4), torch.ones(4)), 1e-5))
     aligned = alignment(state, facts).item()
     assert aligned > 0.1
     assert unlabeled()(state, facts).item() == pytest.approx(self_labelling(state).item() + 0.3 * aligned)

@@ -5,7 +5,7 @@ from optuna.trial import TrialState
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
-from bnpatch.search.global_search import block_sizes, race
+from bnpatch.search.global_search import block_sizes, global_search
 from bnpatch.search.standings import Rules, Standings
 from bnpatch.search.studies import StoredTrial, open_study
 
@@ -53,7 +53,7 @@ def run(problem, metric=CROSS_ENTROPY, study=None, **options):
         return [problem(params, block) for block in blocks]
 
     study = study or open_study(direction=direction)
-    return race(study, evaluate_blocks, problem.sizes, metric=metric, **settings)
+    return global_search(study, evaluate_blocks, problem.sizes, metric=metric, **settings)
 
 
 def regret(problem, result):

@@ -8,7 +8,7 @@ import torch
 import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import Setting
+from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.running_stats import target_moments
@@ -29,13 +29,13 @@ def tuned(checkpoint, foggy):
 
 @pytest.fixture(scope="module")
 def climbed(tiny_module, dim):
-    """The whole ladder, of the tiny classifier."""
+    """all candidates, of the tiny classifier."""
     return bnpatch.tune_alpha(tiny_module, dim, metric="cross-entropy")
 
 
 def test_one_alpha_gains_under_a_shift(tuned):
     assert str(tuned.verdict) == "gain"
-    assert [rung.name for rung in tuned.rungs] == ["identity", "alpha"]
+    assert [candidate.name for candidate in tuned.candidates] == ["identity", "alpha"]
     assert tuned.chosen.name == "alpha"
     accuracy = tuned.comparisons[0]
     assert accuracy.metric.name == "accuracy"
@@ -56,7 +56,7 @@ def test_one_alpha_costs_at_most_three_passes(tuned):
 
 
 def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
-    names = [rung.name for rung in climbed.rungs]
+    names = [candidate.name for candidate in climbed.candidates]
     assert names == [
         "identity",
         "alpha",
@@ -66,17 +66,17 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
         "lambda and alpha per layer",
         "refined",
     ]
-    means = {rung.name: rung.mean for rung in climbed.rungs}
+    means = {candidate.name: candidate.mean for candidate in climbed.candidates}
     assert climbed.chosen.mean == min(means.values())
     assert means["alpha per layer"] <= means["alpha"]  # it begins there
     assert means["lambda and alpha per layer"] <= means["lambda, alpha"]
     tuning, _ = bnpatch.data.dataset.split(dim[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(dim, tiny)
-    with tiny.borrowed():  # a race compares on all tuning examples
+    with tiny.borrowed():  # a global search compares on all tuning examples
         tiny.retarget(target_moments(tiny, examples, indices=tuning, batch_size=250))
         raced = []
-        for rung in climbed.rungs[:4]:
-            tiny.set(rung.setting)
+        for candidate in climbed.candidates[:4]:
+            tiny.set(candidate.setting)
             raced.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
     identity, one_alpha, one_lambda, both = raced
     assert one_alpha < 0.8 * identity  # six seeds: 0.06 to 0.60 of it, on part of these examples
@@ -85,7 +85,7 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     # Lambda alone undoes contrast: what is gained is all that was lost, and one alpha does not reach it.
     found = {c.metric.name: c.after.value for c in climbed.comparisons}
     without_loss = held_out_scores(tiny, plain)
-    one_alpha = held_out_scores(tiny, dim, climbed.rungs[1].setting)
+    one_alpha = held_out_scores(tiny, dim, climbed.candidates[1].setting)
     lost = climbed.comparisons[0].before.value - without_loss.mean(CROSS_ENTROPY)
     assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # six seeds: at most 0.07
     assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.08  # six seeds: at most 0.04 less
@@ -150,7 +150,9 @@ def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeyp
     assert len(seen) == result.num_tuning == 450
     assert not (seen | learned) & set(verdict)
     assert len(set(verdict)) == result.num_held_out == 150
-    if granularity == "layer":  # what learning is stopped by and rungs are chosen by, it does not learn from
+    if (
+        granularity == "layer"
+    ):  # what learning is stopped by and candidates are chosen by, it does not learn from
         assert 250 < len(learned) < 350
 
 
@@ -177,8 +179,8 @@ def test_a_module_and_a_metric_of_ones_own(tiny, dim):
 
     result = bnpatch.tune_alpha(tiny.module, _floats(dim), metric=margin, granularity="layer")
     assert result.metric.name == "margin"
-    assert result.chosen.mean == max(rung.mean for rung in result.rungs)
-    assert result.rungs[2].mean > result.rungs[1].mean  # the metric itself has a gradient
+    assert result.chosen.mean == max(candidate.mean for candidate in result.candidates)
+    assert result.candidates[2].mean > result.candidates[1].mean  # the metric itself has a gradient
 
 
 def test_test_data_gives_the_verdict(tiny, dim, plain):
@@ -252,10 +254,10 @@ def test_stages_share_a_weight(model, foggy, monkeypatch):
     monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 32))
     some = foggy[0][:200], foggy[1][:200]
     result = bnpatch.tune_alpha(model, some, metric="cross-entropy", granularity="stage", trials=2)
-    rung = next(rung for rung in result.rungs if rung.name == "alpha per stage")
-    shapes = model.site_shapes()
+    candidate = next(candidate for candidate in result.candidates if candidate.name == "alpha per stage")
+    shapes = model.norm_shapes()
     by_stage = {}
-    for name, alpha in rung.setting.alphas.items():
+    for name, alpha in candidate.setting.alphas.items():
         by_stage.setdefault(shapes[name], set()).add(alpha)
     assert all(len(values) == 1 for values in by_stage.values())
     assert len(by_stage) > 3
@@ -265,11 +267,11 @@ def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, monkey
     monkeypatch.setattr(Course, "of", lambda examples, set_size=1: Course(2, 32))
     some = foggy[0][:200], foggy[1][:200]
     result = bnpatch.tune_alpha(model, some, metric="cross-entropy", granularity="layer", trials=2)
-    shapes = model.site_shapes()
+    shapes = model.norm_shapes()
     single = [name for name, shape in shapes.items() if shape == (1, 1)]
     assert single
-    learned = next(rung for rung in result.rungs if rung.name == "alpha per layer")
-    start = next(rung for rung in result.rungs if rung.name == "alpha")
+    learned = next(candidate for candidate in result.candidates if candidate.name == "alpha per layer")
+    start = next(candidate for candidate in result.candidates if candidate.name == "alpha")
     assert learned.setting != start.setting
     assert all(learned.setting.alphas[name] == start.setting.alphas[name] for name in single)
 
@@ -291,7 +293,7 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
 
 def test_onnx_is_tuned_without_gradients(tiny_onnx, dim):
     result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", recalibrate=False)
-    means = {rung.name: rung.mean for rung in result.rungs}
+    means = {candidate.name: candidate.mean for candidate in result.candidates}
     assert means["alpha per layer"] < means["alpha"] < means["identity"]
     assert str(result.verdict) == "gain"
 
@@ -321,7 +323,7 @@ def test_labels_are_made_where_sets_are_balanced_but_for_chance(sets, classes, l
     state = Seen(logits, {}, {}, {})
     hard, soft = unlabeled_step()(state, {}), infomax()(state, {})
     assert judge.step(state, {}).item() == pytest.approx((hard if labels else soft).item())
-    judge = replace(judge, step=lambda seen, sites: seen.logits.sum() * 0 + 7)
+    judge = replace(judge, step=lambda seen, norm_layers: seen.logits.sum() * 0 + 7)
     assert [part.item() for part in judge.loss(model, list(examples.batches(64, np.arange(64))))] == [7]
 
 
@@ -373,7 +375,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
 @pytest.mark.parametrize("objective", ["information", "alignment", "entropy", "evalnorm"])
 def test_other_objectives_run(tiny, dim, objective):
     result = bnpatch.tune_alpha(tiny, dim, metric=objective, granularity="global")
-    assert result.rungs[1].mean <= result.rungs[0].mean
+    assert result.candidates[1].mean <= result.candidates[0].mean
     assert any(objective in note for note in result.notes)
 
 
@@ -402,8 +404,8 @@ def test_a_limit_on_latency_is_kept(tiny, dim):
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer", max_overhead=1000)
     assert result.chosen.name == "at most 1000x"
     assert result.trade_off[0].gain == 0
-    assert [point.num_sites for point in result.trade_off[1:]] == sorted(
-        p.num_sites for p in result.trade_off[1:]
+    assert [point.num_norms for point in result.trade_off[1:]] == sorted(
+        p.num_norms for p in result.trade_off[1:]
     )
     chosen = next(point for point in result.trade_off if point.setting == result.setting)
     assert chosen.gain == max(point.gain for point in result.trade_off)
@@ -447,7 +449,7 @@ def test_the_recipe_says_where_it_comes_from(tuned):
     assert about["held_out"]["flips"]["gained"] > 50
     assert about["data"]["tuning_examples"] == 300
     assert about["verdict"] == "gain"
-    assert [rung["rung"] for rung in about["ladder"]] == ["identity", "alpha"]
+    assert [candidate["rung"] for candidate in about["ladder"]] == ["identity", "alpha"]
     assert set(tuned.recipe.alphas.values()) == {tuned.alpha}
     assert {"bnpatch", "torch", "timm", "optuna", "python"} == set(about["versions"])
 
@@ -501,10 +503,10 @@ def test_a_cross_fit_leaves_the_targets_of_the_whole(tiny, dim):
     result = bnpatch.tune_alpha(tiny, few, **run)
     assert result.num_parts > 1
     whole = target_moments(tiny, bnpatch.open_examples(few, tiny), indices=np.arange(100), batch_size=250)
-    stored = {site.name: site for site in result.recipe.sites}
-    assert any(site.lambda_ for site in stored.values())
-    for name, site in stored.items():
-        np.testing.assert_allclose(site.target.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
+    stored = {norm_layer.name: norm_layer for norm_layer in result.recipe.norm_layers}
+    assert any(norm_layer.lambda_ for norm_layer in stored.values())
+    for name, norm_layer in stored.items():
+        np.testing.assert_allclose(norm_layer.target.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
 
 
 def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
@@ -519,7 +521,7 @@ def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, di
     """Its own targets, not those that the search estimates; and it has them again afterwards."""
     model = tiny if make == "torch" else bnpatch.load(tiny_onnx)
     model.retarget({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
-    model.set(Setting(lambdas=dict.fromkeys(model.alphas(), 0.7)))
+    model.set(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.7)))
     own = {name: np.array(part.mean) for name, part in model.targets().items()}
     test = dim[0][:200], dim[1][:200]
     examples = bnpatch.open_examples(test, model)

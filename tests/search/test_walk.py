@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from bnpatch.core.patch import Setting
-from bnpatch.search.coordinate_search import Knob, walk
+from bnpatch.core.patch import PatchWeights
+from bnpatch.search.coordinate_search import Coordinate, coordinate_search
 
 SITES = [f"s{index}" for index in range(30)]
-START = Setting(dict.fromkeys(SITES, 0.0), dict.fromkeys(SITES, 0.0))
-KNOBS = [Knob("alpha", (name,)) for name in SITES]
+START = PatchWeights(dict.fromkeys(SITES, 0.0), dict.fromkeys(SITES, 0.0))
+KNOBS = [Coordinate("alpha", (name,)) for name in SITES]
 
 
 def scored(best, calls=None):
@@ -27,14 +27,14 @@ def scored(best, calls=None):
 
 def test_finds_the_sites_that_matter():
     best = {"s3": 0.5, "s17": 0.2, "s20": 1.0}
-    found = walk(scored(best), START, KNOBS, higher_is_better=True)
+    found = coordinate_search(scored(best), START, KNOBS, higher_is_better=True)
     assert found.alphas == START.alphas | best
 
 
 def test_a_lower_score_may_be_better():
     best = {"s3": 0.5}
     scores = scored(best)
-    found = walk(lambda setting: -scores(setting), START, KNOBS, higher_is_better=False)
+    found = coordinate_search(lambda setting: -scores(setting), START, KNOBS, higher_is_better=False)
     assert found.alphas == START.alphas | best
 
 
@@ -48,7 +48,7 @@ def test_takes_no_step_that_may_be_chance(gain, taken):
     def scores(setting):
         return level + (setting.alphas["s3"] > 0) * each - 10 * (sum(setting.alphas.values()) > 1)
 
-    found = walk(scores, START, KNOBS, higher_is_better=True)
+    found = coordinate_search(scores, START, KNOBS, higher_is_better=True)
     assert (found != START) == taken
 
 
@@ -56,14 +56,16 @@ def test_a_glance_at_some_examples_tells_where_to_look():
     whole, few = [], []
     best = {"s3": 0.5, "s17": 0.2}
     full, part = scored(best, calls=whole), scored(best, calls=few)
-    found = walk(full, START, KNOBS, higher_is_better=True, glance=lambda setting: part(setting)[:50])
+    found = coordinate_search(
+        full, START, KNOBS, higher_is_better=True, glance=lambda setting: part(setting)[:50]
+    )
     assert {name for name, alpha in found.alphas.items() if alpha} == {"s3", "s17"}
     assert len(whole) < len(few) / 10
 
 
 def test_costs_no_more_than_it_says():
     calls = []
-    walk(
+    coordinate_search(
         scored(dict.fromkeys(SITES, 0.5), calls=calls),
         START,
         KNOBS,
@@ -76,7 +78,7 @@ def test_costs_no_more_than_it_says():
 
 def test_stops_when_told():
     calls = []
-    found = walk(
+    found = coordinate_search(
         scored({"s3": 0.5}, calls=calls), START, KNOBS, higher_is_better=True, stop=lambda: len(calls) > 5
     )
     assert len(calls) <= 6
@@ -84,8 +86,8 @@ def test_stops_when_told():
 
 
 def test_a_knob_turns_all_its_sites():
-    knob = Knob("lambda", ("s1", "s2"))
-    turned = knob.turned(START, 0.4)
+    coordinate = Coordinate("lambda", ("s1", "s2"))
+    turned = coordinate.turned(START, 0.4)
     assert turned.alphas == START.alphas
     assert {name for name, value in turned.lambdas.items() if value == 0.4} == {"s1", "s2"}
-    assert knob.value(turned) == pytest.approx(0.4)
+    assert coordinate.value(turned) == pytest.approx(0.4)

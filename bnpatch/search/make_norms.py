@@ -1,4 +1,4 @@
-"""What a search needs before it begins: sites that have running moments."""
+"""What a search needs before it begins: norm layers that have running moments."""
 
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.models.base import Patchable
@@ -6,7 +6,7 @@ from bnpatch.models.running_stats import calibrate
 from bnpatch.models.running_stats import recover_folded as recover
 
 
-def make_sites(
+def make_norms(
     model: Patchable,
     calib: Examples | None,
     examples: Examples,
@@ -18,12 +18,12 @@ def make_sites(
     """Take running moments from data where a model has none.
 
     Args:
-        model: norms without running moments become sites.
+        model: norms without running moments become norm layers.
         calib: where the moments are from; None for the examples to tune on.
         examples: where those are.
         tuning: which they are.
         batch_size: examples at a time.
-        recover_folded: take convolutions that a Batch Norm was folded into as sites, too.
+        recover_folded: take convolutions that a Batch Norm was fused into as norm layers, too.
 
     Returns:
         What the user should know of it, as notes.
@@ -34,7 +34,7 @@ def make_sites(
         recover(model, images, indices=indices, batch_size=batch_size)
         if calib is None:
             notes.append(
-                "the moments of what was folded were taken from the tuning examples: a shift that all of "
+                "the moments of what was fused were taken from the tuning examples: a shift that all of "
                 "them share is taken for normal (--calib-data: images like those of training)"
             )
     if names := calibrate(model, images, indices=indices, batch_size=batch_size):
