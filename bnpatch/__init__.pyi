@@ -26,6 +26,7 @@ from .nn.surgery import inventory as inventory
 from .nn.surgery import patch as patch
 from .nn.surgery import unpatch as unpatch
 from .nn.training_norm import convert_norms as convert_norms
+from .search.config import SearchConfig as SearchConfig
 from .search.result import TuneResult as TuneResult
 from .search.tune import tune_alpha as tune_alpha
 

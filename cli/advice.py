@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ def _observe(
 
     from .render import progress_bar
 
-    # One pass needs no memory of it.
+    # The data is read once, so caching it would waste memory.
     examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0, labels="optional"), 0
     with progress_bar() as progress:
 
@@ -110,18 +108,16 @@ def print_advice(advice: Advice, list_sites: bool) -> None:
 
     num_norms = len(advice.norm_layers)
     if calls := advice.num_function_calls:
-        typer.echo(
-            f"\n{calls} normalizations are function calls in the model's own code, and stay as they are"
-        )
+        opt.put(f"\n{calls} normalizations are function calls in the model's own code, and stay as they are")
     if not num_norms:
         return
     if (reached := advice.unnormalized) is not None:
         names = [name for name in advice.norm_layers if name in reached]
-        typer.echo(
+        opt.put(
             f"\nscales and shifts of {len(reached)} of {num_norms} norm layers reach the output past no "
             "other norm" + (f": {opt.some(names, len(names) if list_sites else 3)}" if names else "")
         )
-    typer.echo(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
+    opt.put(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
     rows = [[t.name, t.fits, t.reason] for t in advice.techniques]
     table(["technique", "fits", "why"], rows)
     if advice.ranges is not None:
@@ -132,7 +128,7 @@ def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
     from .render import table
 
     beyond = [r for r in ranges if r.is_beyond_training]
-    typer.echo(
+    opt.put(
         f"\nnormalized values, in standard deviations: {len(beyond)} of {len(ranges)} norm layers go beyond "
         "what was possible in training"
     )
@@ -156,5 +152,5 @@ def _range_as_json(found: "OutputRange") -> dict[str, Any]:
     values = {
         **asdict(found),
         "inference_bound": None if math.isinf(bound) else bound,
-    }  # JSON has no infinity
+    }  # None replaces infinity, which JSON does not have
     return {**values, "is_beyond_training": found.is_beyond_training}

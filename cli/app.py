@@ -1,14 +1,20 @@
 """The application: its commands, and how errors reach the user."""
 
+import _thread
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.text import visible
 
 from . import bench, demo, evaluate, export, fine_tune, inspect, tune
 
@@ -56,13 +62,69 @@ def bnpatch(
     """
     if not debug:
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)  # what libraries log, retries of a hub without network for one
+        logging.disable(logging.WARNING)  # hides what libraries log, such as a hub's retries without network
     warnings.simplefilter("always", BnpatchWarning)
     warnings.showwarning = _show_warning
 
 
 def run() -> None:
-    """Run a command; exit 0 when done, 1 when a check failed, 2 for bad usage or bad input."""
+    """Run a command; exit 0 when done, 1 when a check failed, 2 for bad usage or bad input.
+
+    SIGTERM does what Ctrl-C does, and then the exit code is 143.
+    """
+    with _terminable() as came:
+        try:
+            _run()
+        except SystemExit:
+            if came:
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Take SIGTERM for Ctrl-C while the context lasts, so that a command ends as it does then.
+
+    Neither is lost where it comes in a destructor. Where the program that called this has other plans for the signal, they stand.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield came
+        return
+    before, report = signal.getsignal(signal.SIGINT), sys.unraisablehook
+
+    def again(what: "sys.UnraisableHookArgs") -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):  # in a destructor, which can't pass it on
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            report(what)
+
+    def terminate(number: int, frame: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)  # whoever puts off interrupts puts this off, too
+
+    def interrupt(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    sys.unraisablehook = again
+    signal.signal(signal.SIGTERM, terminate)
+    if before is signal.SIG_IGN:  # as in the background jobs of a script: Ctrl-C is not for them
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield came
+    finally:
+        sys.unraisablehook = report
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
+def _run() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -81,10 +143,11 @@ def run() -> None:
 def _fail(message: str, debug: bool, code: int = 2) -> None:
     if debug:
         raise
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {visible(message)}", err=True)
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     ours = issubclass(category, BnpatchWarning)
-    typer.echo(f"warning: {message}" if ours else f"{category.__name__}: {message}", err=True)
+    line = visible(str(message), keep="" if ours else "\n")
+    typer.echo(f"warning: {line}" if ours else f"{category.__name__}: {line}", err=True)

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 
-#: Any weight above 0 costs the same.
+#: The alpha that is measured; any alpha above 0 costs the same.
 _USUAL_ALPHA = 0.01
 
 
@@ -40,16 +40,16 @@ def bench(
 
     bnpatch bench model.onnx --recipe bnpatch-out/recipe.json -b 8 --threads 1
     """
-    from bnpatch import BnpatchError, Recipe
+    from bnpatch import BnpatchError
     from bnpatch.models.latency import measure
 
     from .render import table
 
     if recipe is not None and alpha is not None:
         raise BnpatchError("--recipe and --alpha both say what to patch with", "leave one out")
-    chosen = Recipe.load(recipe) if recipe is not None else None
+    chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
-    is_patched = not loaded.setting().is_identity(loaded.identities())
+    is_patched = not loaded.weights.is_identity(loaded.identities())
     if chosen is not None:
         if is_patched:
             raise BnpatchError(

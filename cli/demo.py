@@ -12,7 +12,7 @@ from . import options as opt
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-SIDE = 32  # pixels of the images that are written; the data set's own have 8
+SIDE = 32  # side of the written images in pixels; those of the data set have 8
 CONTRAST = 0.6
 
 

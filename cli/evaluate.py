@@ -28,30 +28,26 @@ def evaluate(
 
     bnpatch evaluate model.pt --data other-images/ --recipe bnpatch-out/recipe.json
     """
-    from bnpatch import BnpatchError, Recipe
-    from bnpatch.core.patch import PatchWeights
+    from bnpatch import BnpatchError
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation.evaluate import evaluate as score
     from bnpatch.evaluation.metrics import ACCURACY
 
     from .render import comparison_table, interval, progress_bar, table
 
-    chosen = Recipe.load(recipe) if recipe is not None else None
+    chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
     patched = None
     if chosen is not None:
-        if not loaded.setting().is_identity(loaded.identities()):
+        if not loaded.weights.is_identity(loaded.identities()):
             raise BnpatchError(
                 f"{model} is patched already", "leave out --recipe, or give the model as it was"
             )
-        before = loaded.setting()
         loaded.apply(chosen)
-        patched = loaded.setting()
-        loaded.set(
-            PatchWeights({**loaded.identities(), **before.alphas}, dict.fromkeys(patched.lambdas, 0.0))
-        )
+        patched = loaded.weights
+        loaded.set_state(loaded.baseline())
     if chosen is None:
-        reading = replace(reading, cache_gb=0.0)  # one pass needs no memory of it
+        reading = replace(reading, cache_gb=0.0)  # the data is read once, so caching would waste memory
     examples = reading.open(data, loaded, seed)
     total, done = len(examples) * (2 if chosen is not None else 1), 0
     with progress_bar() as progress:

@@ -33,13 +33,13 @@ def export(
 
     bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
     """
-    from bnpatch import BnpatchError, Recipe, export_onnx, open_examples
+    from bnpatch import BnpatchError, export_onnx, open_examples
 
     if output.suffix != ".onnx":
         raise BnpatchError(f"{output} does not end in .onnx", "name a file that does")
     if Path(model).exists() and output.exists() and output.samefile(model):
         raise BnpatchError(f"{output} is the model itself", "choose another --output")
-    chosen = Recipe.load(recipe) if recipe is not None else None
+    chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
     if chosen is not None:
         loaded.apply(chosen)
@@ -53,12 +53,12 @@ def export(
     batches = ", ".join(map(str, done.batches))
     size = " x ".join(map(str, loaded.preprocessing.input_size))
     norm_layers = f"{len(done.patched)} of {len(loaded.inventory().norm_layers)} norm layers weigh examples"
-    typer.echo(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
+    opt.put(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
     if not done.patched:
-        typer.echo(
+        opt.put(
             "nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with")
         )
-    typer.echo(
+    opt.put(
         f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
         f"{done.mean_deviation:.1e} on average (batches of {batches}, {size})"
     )

@@ -4,6 +4,7 @@ import copy
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +63,7 @@ def fine_tune(
     accelerate launch -m bnpatch_cli fine-tune model.pt --data train/ --val val/ --precision bf16
     """
     from bnpatch.core.errors import BnpatchError
-    from bnpatch.core.io import check_writable
+    from bnpatch.core.io import check_writable, claimed
     from bnpatch.finetune.data import check_same_folders
     from bnpatch.finetune.engine import new_accelerator
     from bnpatch.finetune.run import fine_tune
@@ -74,50 +75,55 @@ def fine_tune(
     from .render import progress_bar
 
     check_writable(output)
-    loaded = loading.open(model)
-    if not isinstance(loaded, TorchModel):
-        raise BnpatchError(f"{model} is an ONNX file, which can't be trained", "give the torch checkpoint")
-    check_same_folders(data, val)
-    loaded = _with_head(loaded, data, new_head, seed)
-    options = reading.settings(loaded)
-    train_options = {**options, "split_name": "train" if reading.split == "validation" else reading.split}
-    examples = _opened(data, loaded, seed, train_options)
-    val_examples = _opened(val, loaded, seed, options)
-    settings = training.settings(metric, reading.batch_size, reading.workers, seed, len(examples))
-    accelerator = new_accelerator(settings, loaded.device)
-    settings = techniques.settle(loaded, examples, settings, output / "choose.journal", resume)
-    opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
-    opt.say(f"               {settings.epochs} epochs, {settings.optimizer}, learning rate {settings.lr:g}")
-    untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if seeds else None
-    with progress_bar() as progress:
-        result = fine_tune(
-            loaded,
-            examples,
-            val_examples,
-            settings,
-            holdout=holdout,
-            trials=trials,
-            output=output,
-            resume=resume,
-            progress=progress,
-            on_epoch=lambda epoch: opt.say(
-                f"epoch {epoch.epoch:<8} loss {epoch.train_loss:.4f}, "
-                f"accuracy {100 * epoch.accuracy:.2f}%, cross-entropy {epoch.cross_entropy:.4f} "
-                f"({epoch.seconds:.0f} s)"
-            ),
-            tell=lambda note: opt.say(f"note           {note}"),
-            accelerator=accelerator,
+    with claimed(output) if is_first() else nullcontext():
+        loaded = loading.open(model)
+        if not isinstance(loaded, TorchModel):
+            raise BnpatchError(
+                f"{model} is an ONNX file, which can't be trained", "give the torch checkpoint"
+            )
+        check_same_folders(data, val)
+        loaded = _with_head(loaded, data, new_head, seed)
+        options = reading.settings(loaded)
+        train_options = {**options, "split_name": "train" if reading.split == "validation" else reading.split}
+        examples = _opened(data, loaded, seed, train_options)
+        val_examples = _opened(val, loaded, seed, options)
+        settings = training.settings(metric, reading.batch_size, reading.workers, seed, len(examples))
+        accelerator = new_accelerator(settings, loaded.device)
+        settings = techniques.settle(loaded, examples, settings, output / "choose.journal", resume)
+        opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
+        opt.say(
+            f"               {settings.epochs} epochs, {settings.optimizer}, learning rate {settings.lr:g}"
         )
-    rows: list[dict[str, Any]] = []
-    if untrained is not None:
-        rows = _ablation(untrained, examples, val_examples, settings, seeds, holdout)
-    if not is_first():  # of several processes that share the work
-        return
-    result.tuning.recipe.provenance["command"] = shlex.join(sys.argv[1:])
-    result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
-    training_report = Training(result.comparisons, [[row["name"], *row["cells"]] for row in rows])
-    files = write_results(result.tuning, loaded, output, training_report)
-    _show(result, files, rows, as_json)
+        untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if seeds else None
+        with progress_bar() as progress:
+            result = fine_tune(
+                loaded,
+                examples,
+                val_examples,
+                settings,
+                holdout=holdout,
+                trials=trials,
+                output=output,
+                resume=resume,
+                progress=progress,
+                on_epoch=lambda epoch: opt.say(
+                    f"epoch {epoch.epoch:<8} loss {epoch.train_loss:.4f}, "
+                    f"accuracy {100 * epoch.accuracy:.2f}%, cross-entropy {epoch.cross_entropy:.4f} "
+                    f"({epoch.seconds:.0f} s)"
+                ),
+                tell=lambda note: opt.say(f"note           {note}"),
+                accelerator=accelerator,
+            )
+        rows: list[dict[str, Any]] = []
+        if untrained is not None:
+            rows = _ablation(untrained, examples, val_examples, settings, seeds, holdout)
+        if not is_first():  # only the first of several processes prints and writes
+            return
+        result.tuning.recipe.provenance["command"] = shlex.join(sys.argv[1:])
+        result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
+        training_report = Training(result.comparisons, [[row["name"], *row["cells"]] for row in rows])
+        files = write_results(result.tuning, loaded, output, training_report)
+        _show(result, files, rows, as_json)
 
 
 def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "TorchModel":
@@ -194,14 +200,14 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
     opt.say(f"best           epoch {training.best.epoch} of {len(training.history)}{ended}")
     if training.skipped:
         opt.say(f"training       {len(training.history)} epochs{opt.skipped(training.skipped)}")
-    typer.echo("")
+    opt.put("")
     comparison_table(result.comparisons, "held-out", before="checkpoint", after="fine-tuned")
-    typer.echo("\nof which by example weighing:\n")
+    opt.put("\nof which by example weighing:\n")
     comparison_table(tuning.comparisons, "held-out", before="alpha = 0", after="alpha tuned")
-    typer.echo(f"\n{training_sentence(result.comparisons, tuning.metric)}")
-    typer.echo(f"Example weighing: {verdict_sentence(tuning)}\n")
+    opt.put(f"\n{training_sentence(result.comparisons, tuning.metric)}")
+    opt.put(f"Example weighing: {verdict_sentence(tuning)}\n")
     if rows:
         columns = ["contribution, held-out", "accuracy", "change", "cross-entropy", "change"]
         table(columns, [[row["name"], *row["cells"]] for row in rows])
-        typer.echo("")
-    typer.echo(f"wrote {', '.join(str(f) for f in files)}")
+        opt.put("")
+    opt.put(f"wrote {', '.join(str(f) for f in files)}")

@@ -68,13 +68,13 @@ class _Facts:
     """What there is to see without data."""
 
     found: "Inventory[AnyNormLayer]"
-    calls: "tuple[SkippedNorm, ...]"  # of functions that normalize
+    calls: "tuple[SkippedNorm, ...]"  # calls of functions that normalize, such as F.batch_norm
     alphas: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     outputs: int | None
     fused: tuple[str, ...]
     opset: int | None
-    size: int | None  # of the file, in bytes
+    size: int | None  # size of the file in bytes
 
     @property
     def skipped_norms(self) -> "tuple[SkippedNorm, ...]":
@@ -103,7 +103,7 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
         shapes, outputs = loaded.norm_shapes(), loaded.num_outputs()
         fused = loaded.fused_convs()
         calls = () if isinstance(loaded, OnnxModel) else loaded.functional_norms()
-    except BnpatchError as error:  # a list of its norms needs no classifier, and no right image size
+    except BnpatchError as error:  # the inventory also works for a model that is no classifier
         opt.say(f"note           {error.problem}")
         shapes, outputs, fused, calls = {}, None, (), ()
     file = Path(model)
@@ -119,7 +119,7 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
     )
 
 
-def _print_facts(facts: _Facts, list_sites: bool) -> None:
+def _print_facts(facts: _Facts, list_norms: bool) -> None:
     from .render import table
 
     found, single = facts.found, facts.single_value
@@ -129,8 +129,8 @@ def _print_facts(facts: _Facts, list_sites: bool) -> None:
         opt.say(f"file           {facts.size / 1e6:.1f} MB{opset}")
     opt.say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
     opt.say("")
-    typer.echo(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
-    if list_sites:
+    opt.put(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
+    if list_norms:
         rows = [
             [s.name, s.kind, s.num_channels, facts.resolution(s.name), f"{facts.alphas[s.name]:g}"]
             for s in found.norm_layers
@@ -138,18 +138,19 @@ def _print_facts(facts: _Facts, list_sites: bool) -> None:
         table(["norm layer", "kind", "channels", "map", "alpha"], rows)
     elif found.norm_layers:
         groups = Counter((s.kind, facts.resolution(s.name)) for s in found.norm_layers)
-        table(["kind", "map", "sites"], [[kind, shape, count] for (kind, shape), count in groups.items()])
+        rows = [[kind, shape, count] for (kind, shape), count in groups.items()]
+        table(["kind", "map", "norm layers"], rows)
     if single:
-        names = opt.some(single, len(single) if list_sites else 3)
-        typer.echo(f"{len(single)} more see one value per channel and stay plain: {names}")
-        typer.echo("(an example has no variance there: its weight would mostly shrink the signal)")
+        names = opt.some(single, len(single) if list_norms else 3)
+        opt.put(f"{len(single)} more see one value per channel and stay plain: {names}")
+        opt.put("(an example has no variance there: its weight would mostly shrink the signal)")
     if facts.fused:
-        typer.echo(
+        opt.put(
             f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm fused into it: "
             + opt.some(facts.fused)
         )
     if facts.skipped_norms:
-        typer.echo(f"\n{len(facts.skipped_norms)} norms are skipped")
+        opt.put(f"\n{len(facts.skipped_norms)} norms are skipped")
         reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from bnpatch.data.dataset import Examples
     from bnpatch.models.onnx_model import OnnxModel
     from bnpatch.models.torch_model import TorchModel
+
+#: The verdict in a recipe that a search has written on the way.
+UNFINISHED = "none: the search has not ended"
 
 _LOADING = "Loading"
 _DATA = "Data"
@@ -147,7 +151,15 @@ class Reading:
     ] = False
     limit: Annotated[int | None, _option(min=1, help="Use at most so many images.", panel=_DATA)] = None
     data_root: Annotated[str | None, _option(help="Folder of a named data set.", panel=_DATA)] = None
-    split: Annotated[str, _option(help="Split of a named data set.", panel=_DATA)] = "validation"
+    split: Annotated[str, _option(help="Split of a named data set, or of MedMNIST's .npz.", panel=_DATA)] = (
+        "validation"
+    )
+    bit_depth: Annotated[
+        int | None,
+        _option(
+            min=8, max=32, help="Bits of 16- and 32-bit images. Default: what a sample needs.", panel=_DATA
+        ),
+    ] = None
 
     def settings(self, model: "TorchModel | OnnxModel") -> dict[str, Any]:
         """Keyword arguments for :func:`bnpatch.open_examples`."""
@@ -155,6 +167,7 @@ class Reading:
             "class_map": self.class_map,
             "data_root": self.data_root,
             "split_name": self.split,
+            "bit_depth": self.bit_depth,
             "limit": self.limit,
             "num_workers": self.workers,
             "cache_gb": self.cache_gb,
@@ -203,9 +216,38 @@ def in_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not the result; once, however many processes run."""
+    """Tell a person something that is not the result, in one line; once, however many processes run."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(text, err=True)
+        put(text, err=True)
+
+
+def put(text: str = "", *, err: bool = False) -> None:
+    """Print one line; what would act on the terminal in names of files, classes and models is escaped."""
+    from bnpatch.core.text import visible
+
+    line = text.strip("\n")  # blank lines before and after it are meant
+    typer.echo(text.replace(line, visible(line)) if line else text, err=err)
+
+
+def recipe_of(path: Path | None) -> "Recipe | None":
+    """Read the recipe that an option names, and say what its search concluded."""
+    from bnpatch.core.errors import BnpatchWarning
+    from bnpatch.core.recipe import Recipe
+
+    if path is None:
+        return None
+    recipe = Recipe.load(path)
+    if verdict := recipe.provenance.get("verdict"):
+        metric = recipe.provenance.get("metric")
+        say(f"recipe         verdict of its search: {verdict}" + (f" ({metric})" if metric else ""))
+    if verdict == UNFINISHED:
+        warnings.warn(
+            f"the search that wrote {path} has not ended: the weights are its best so far, and no verdict "
+            "says what they are worth",
+            BnpatchWarning,
+            stacklevel=2,
+        )
+    return recipe
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

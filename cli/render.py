@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
@@ -20,10 +21,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows; the first column and reasons are left-aligned, numbers are right-aligned."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 or column == "why" else "right", overflow="fold")
+        made.add_column(
+            visible(column), justify="left" if index == 0 or column == "why" else "right", overflow="fold"
+        )
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    # Piped output must not be cut to a terminal's width that isn't there.
+        made.add_row(*(visible(str(cell)) for cell in row))
+    # Output that goes to a pipe must not be cut to the width of a terminal.
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=160)
@@ -76,7 +79,7 @@ def ladder_table(result: TuneResult) -> None:
         rows.append(
             [name, metric.format(candidate.mean), *(["", ""] if candidate.name == "identity" else change)]
         )
-    table(["  list of candidates (selection)", metric.name, "change", "95% interval"], rows)
+    table(["  candidates (selection)", metric.name, "change", "95% interval"], rows)
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
@@ -96,7 +99,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("examples, left"),
         TimeRemainingColumn(),
     )
-    quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough for several processes
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes, only the first shows a bar
     with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("reading data", total=None)
 

@@ -180,7 +180,7 @@ class Training:
         self, metric: str, batch_size: int, workers: int | None, seed: int, num_examples: int
     ) -> "FineTuneSettings":
         """The library's settings, without techniques."""
-        if workers is None:  # starting a process costs as much as decoding some hundred images
+        if workers is None:  # starting a process costs as much as decoding a few hundred images
             workers = min(8, os.cpu_count() or 1, num_examples // 1024)
         from bnpatch.finetune.config import Augmentation, FineTuneSettings
 

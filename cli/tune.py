@@ -3,11 +3,14 @@
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from bnpatch.core.text import masked
 
 from . import options as opt
 
@@ -141,7 +144,8 @@ def tune_alpha(
     per layer, and keeps what images that it did not learn from support. The verdict is given on further
     images.
 
-    Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv.
+    Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv. What it
+    has found so far is in recipe.partial.json and trials.partial.csv until then.
 
     Examples:
     bnpatch tune-alpha model.pt --data val/
@@ -153,72 +157,83 @@ def tune_alpha(
     bnpatch tune-alpha resnet18-f37072fd.pth --data val/ --class-map classes.txt --storage sqlite:///s.db
     """
     from bnpatch import tune_alpha
-    from bnpatch.core.io import check_writable
-    from bnpatch.report.files import write_results, write_trials
+    from bnpatch.core.io import check_writable, claimed
+    from bnpatch.report.files import RECIPE_SO_FAR, TRIALS_SO_FAR, write_results, write_trials
+    from bnpatch.search.config import SearchConfig
     from bnpatch.search.distributed import is_first
-    from bnpatch.search.tune import check_settings
+    from bnpatch.search.tune import checked_goal
 
     from .render import progress_bar
 
-    # Now, not after the model is loaded, or the search is over.
-    settings: dict[str, Any] = {
-        "metric": metric,
-        "granularity": granularity.value,
-        "trials": trials,
-        "max_passes": max_passes,
-        "timeout": timeout,
-        "holdout": holdout,
-        "class_prior": class_prior,
-        "augment": augment,
-        "max_overhead": max_overhead,
-    }
-    check_settings(**settings)
+    # These checks come first, so that a mistake shows before the model is loaded and the search has run.
+    config = SearchConfig(
+        recalibrate=recalibrate,
+        trials=trials,
+        max_passes=max_passes,
+        holdout=holdout,
+        class_prior=class_prior,
+        augment=augment,
+        max_overhead=max_overhead,
+        recover_folded=recover_folded,
+        batch_size=reading.batch_size,
+        storage=storage,
+        study=study,
+    )
+    checked_goal(metric, granularity.value, timeout, config)
     check_writable(output)
-    loaded = loading.open(model)
-    done: list[Any] = []
-    with progress_bar() as progress:
+    with claimed(output) if is_first() else nullcontext():
+        loaded = loading.open(model)
+        done: list[Any] = []
+        with progress_bar() as progress:
 
-        def keep(trial: Any, is_best: bool) -> None:
-            done.append(trial)
-            write_trials(done, output / "trials.csv")
-            if is_best:  # whatever happens from here on, this much is known
-                loaded.recipe({"metric": metric, "verdict": "none: the search has not ended"}).save(
-                    output / "recipe.json"
-                )
+            def keep(trial: Any, is_best: bool) -> None:
+                if not done:
+                    (output / RECIPE_SO_FAR).unlink(missing_ok=True)  # an earlier run's
+                done.append(trial)
+                write_trials(done, output / TRIALS_SO_FAR)
+                if is_best:  # written at once, so that an interrupted search keeps its best result
+                    provenance = {"metric": metric, "verdict": opt.UNFINISHED}
+                    loaded.recipe(trial.state, provenance).save(output / RECIPE_SO_FAR)
 
-        result = tune_alpha(
-            loaded,
-            data,
-            **settings,
-            recalibrate=recalibrate,
-            test_data=test_data,
-            calib_data=calib_data,
-            recover_folded=recover_folded,
-            batch_size=reading.batch_size,
-            seed=seed,
-            storage=storage,
-            study=study,
-            progress=progress,
-            on_trial=keep,
-            **reading.settings(loaded),
-        )
-    if not is_first():  # of several processes that share the work
-        return
-    result.recipe.provenance["command"] = shlex.join(sys.argv[1:])
-    files = write_results(result, loaded, output)
-    if as_json:
-        content = {
-            "verdict": str(result.verdict),
-            "chosen": result.chosen.name,
-            "alpha": result.alpha,
-            "alphas": dict(result.setting.alphas),
-            "lambdas": dict(result.setting.lambdas),
-            "files": [str(f) for f in files],
-            **result.recipe.provenance,
-        }
-        typer.echo(json.dumps(content))
-    else:
-        _show(result, files)
+            result = tune_alpha(
+                loaded,
+                data,
+                metric=metric,
+                granularity=granularity.value,
+                test_data=test_data,
+                calib_data=calib_data,
+                timeout=timeout,
+                seed=seed,
+                config=config,
+                progress=progress,
+                on_trial=keep,
+                **reading.settings(loaded),
+            )
+        if not is_first():  # only the first of several processes prints and writes
+            return
+        result.recipe.provenance["command"] = _command(storage)
+        files = write_results(result, loaded, output)
+        if as_json:
+            content = {
+                "verdict": str(result.verdict),
+                "chosen": result.chosen.name,
+                "alpha": result.alpha,
+                "alphas": dict(result.weights.alphas),
+                "lambdas": dict(result.weights.lambdas),
+                "files": [str(f) for f in files],
+                **result.recipe.provenance,
+            }
+            typer.echo(json.dumps(content))
+        else:
+            _show(result, files)
+
+
+def _command(storage: str | None) -> str:
+    """What was typed, without the password of a database."""
+    words = sys.argv[1:]
+    if storage is not None:
+        words = [word.replace(storage, masked(storage)) for word in words]
+    return shlex.join(words)
 
 
 def _show(result: "TuneResult", files: list[Path]) -> None:
@@ -231,11 +246,11 @@ def _show(result: "TuneResult", files: list[Path]) -> None:
     if result.interrupted:
         opt.say("interrupted    what was finished is kept")
     opt.say(f"search         {result.passes:.1f} passes over the tuning examples in {result.seconds:.1f} s")
-    typer.echo("")
+    opt.put("")
     ladder_table(result)
-    typer.echo("")
+    opt.put("")
     verdict_table(result.verdict)
-    typer.echo(f"\n{verdict_sentence(result)}\n")
+    opt.put(f"\n{verdict_sentence(result)}\n")
     for note in result.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"wrote {', '.join(str(f) for f in files)}")
+        opt.put(f"note: {note}")
+    opt.put(f"wrote {', '.join(str(f) for f in files)}")

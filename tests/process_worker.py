@@ -24,8 +24,8 @@ def settled(model, data):
     """What a search finds, as plain values."""
     result = bnpatch.tune_alpha(model, data, granularity="global", recalibrate=True)
     return {
-        "alphas": dict(result.setting.alphas),
-        "lambdas": dict(result.setting.lambdas),
+        "alphas": dict(result.weights.alphas),
+        "lambdas": dict(result.weights.lambdas),
         "held": result.num_held_out,
         "after": result.comparisons[0].after.value,
         "trials": len(result.trials),

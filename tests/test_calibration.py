@@ -76,8 +76,8 @@ def snapshot(model):
     tensors = {name: value.clone() for name, value in module.state_dict().items()}
     classes = [(name, type(m), m.training) for name, m in module.named_modules()]
     hooks = sum(len(m._forward_pre_hooks) for m in module.modules())
-    running = {name: (m.mean.clone(), m.var.clone()) for name, m in model.running().items()}
-    return tensors, classes, hooks, model.setting(), running
+    running = {name: (m.mean.clone(), m.var.clone()) for name, m in model.statistics_in_use().items()}
+    return tensors, classes, hooks, model.weights, running
 
 
 def assert_unchanged(model, before):
@@ -98,7 +98,7 @@ def test_group_norm_gets_the_moments_of_its_input():
     assert calibrate(model, examples, batch_size=16, on_batch=done.append) == ("norm1", "norm2", "norm3")
     assert sum(done) == len(INPUTS)
     for name, values in expected.items():
-        assert_moments(model.running()[name], values)
+        assert_moments(model.statistics_in_use()[name], values)
     assert torch.equal(model.predict(INPUTS), before)
     assert set(model.alphas().values()) == {1.0}
     assert model.identities() == model.alphas()
@@ -110,7 +110,7 @@ def test_the_split_into_batches_changes_rounding_only():
     for size in (1, 7, 40):
         model, examples = opened(small(group_norm))
         calibrate(model, examples, batch_size=size)
-        found.append(model.running())
+        found.append(model.statistics_in_use())
     for name, moments in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name].mean, moments.mean, rtol=1e-5, atol=1e-6)
@@ -133,7 +133,7 @@ def test_only_the_images_named_are_taken():
     model, examples = opened(small(group_norm))
     values = inputs_of(model.module, "norm1", INPUTS[5:12])
     calibrate(model, examples, indices=np.arange(5, 12))
-    assert_moments(model.running()["norm1"], values)
+    assert_moments(model.statistics_in_use()["norm1"], values)
 
 
 def test_a_mean_far_from_zero_costs_no_digits():
@@ -170,11 +170,11 @@ def test_a_module_of_ones_own_is_calibrated_and_patched():
     bnpatch.patch(module, 0.9)
     assert not torch.equal(module(INPUTS), before)
     again = bnpatch.load(module)  # knows what was found
-    found = again.running()
+    found = again.statistics_in_use()
     again.set_alphas(again.identities())
-    again.set(PatchWeights(lambdas=dict.fromkeys(found, 0.0)))
+    again.set_weights(PatchWeights(lambdas=dict.fromkeys(found, 0.0)))
     assert torch.equal(module(INPUTS), before)
-    assert torch.equal(again.running()["norm1"].mean, found["norm1"].mean)
+    assert torch.equal(again.statistics_in_use()["norm1"].mean, found["norm1"].mean)
     bnpatch.unpatch(module)
     assert type(module.norm1) is nn.GroupNorm
 
@@ -187,7 +187,7 @@ def test_what_can_not_be_calibrated():
     with pytest.raises(BnpatchError, match="no example could be read"):
         calibrate(model, examples, indices=np.array([], np.int64))
     with pytest.raises(BnpatchError, match="no norm 'nope'"):
-        model.calibrate({"nope": Moments(np.zeros(8), np.ones(8))})
+        model.set_running({"nope": Moments(np.zeros(8), np.ones(8))})
 
 
 def test_it_stops_when_the_moments_have_settled():
@@ -253,8 +253,8 @@ def test_target_moments_see_the_model_as_it_came():
     """Weights that are set do not change what is estimated."""
     model, examples = opened(small())
     plain = target_moments(model, examples)
-    model.retarget(plain)
-    model.set(PatchWeights(dict.fromkeys(model.alphas(), 0.3), dict.fromkeys(model.alphas(), 0.5)))
+    model.set_target(plain)
+    model.set_weights(PatchWeights(dict.fromkeys(model.alphas(), 0.3), dict.fromkeys(model.alphas(), 0.5)))
     before = snapshot(model)
     weighed = target_moments(model, examples)
     assert_unchanged(model, before)
@@ -266,15 +266,15 @@ def test_group_norm_has_target_moments_once_it_is_a_site():
     model, examples = opened(small(group_norm))
     assert target_moments_or_none(model, examples) is None
     calibrate(model, examples)
-    source = model.running()
+    source = model.statistics_in_use()
     found = target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model))
     assert_moments(found["norm1"], inputs_of(model.module, "norm1", 2 * INPUTS))
-    model.retarget(found)
-    model.set(PatchWeights(dict.fromkeys(found, 0.6), {"norm1": 0.4}))
+    model.set_target(found)
+    model.set_weights(PatchWeights(dict.fromkeys(found, 0.6), {"norm1": 0.4}))
     expected = mix(0.4, found["norm1"], Moments(source["norm1"].mean.numpy(), source["norm1"].var.numpy()))
-    np.testing.assert_allclose(model.running()["norm1"].var, expected.var, rtol=1e-5)  # float32
-    model.set(PatchWeights(lambdas={"norm1": 0.0}))
-    assert torch.equal(model.running()["norm1"].mean, source["norm1"].mean)
+    np.testing.assert_allclose(model.statistics_in_use()["norm1"].var, expected.var, rtol=1e-5)  # float32
+    model.set_weights(PatchWeights(lambdas={"norm1": 0.0}))
+    assert torch.equal(model.statistics_in_use()["norm1"].mean, source["norm1"].mean)
 
 
 def target_moments_or_none(model, examples):
@@ -286,15 +286,15 @@ def target_moments_or_none(model, examples):
 def test_lambda_zero_is_the_original_bit_for_bit():
     model, examples = opened(small())
     before = model.predict(INPUTS)
-    model.retarget(target_moments(model, examples))
+    model.set_target(target_moments(model, examples))
     names = list(model.alphas())
-    model.set(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)))
+    model.set_weights(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)))
     assert torch.equal(model.predict(INPUTS), before)
-    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
+    model.set_weights(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
     assert not torch.equal(model.predict(INPUTS), before)
-    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.0)))
+    model.set_weights(PatchWeights(lambdas=dict.fromkeys(names, 0.0)))
     assert torch.equal(model.predict(INPUTS), before)
-    model.set(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
+    model.set_weights(PatchWeights(lambdas=dict.fromkeys(names, 0.7)))
     with model.unpatched() as module:
         assert torch.equal(module(INPUTS), before)
     assert torch.equal(bnpatch.unpatch(model.module)(INPUTS), before)
@@ -308,9 +308,9 @@ def test_lambda_one_is_a_model_with_the_moments_of_the_data():
         norm = getattr(twin, name)
         norm.running_mean.copy_(torch.from_numpy(moments.mean))
         norm.running_var.copy_(torch.from_numpy(moments.var))
-    model.retarget(targets)
+    model.set_target(targets)
     for alpha in (0.0, 0.3):
-        model.set(PatchWeights(dict.fromkeys(targets, alpha), dict.fromkeys(targets, 1.0)))
+        model.set_weights(PatchWeights(dict.fromkeys(targets, alpha), dict.fromkeys(targets, 1.0)))
         bnpatch.patch(twin, alpha)
         torch.testing.assert_close(model.predict(INPUTS), twin(INPUTS), rtol=1e-5, atol=1e-5)  # float32
 
@@ -318,28 +318,30 @@ def test_lambda_one_is_a_model_with_the_moments_of_the_data():
 def test_new_targets_count_at_once():
     model, examples = opened(small())
     targets = target_moments(model, examples)
-    model.retarget(targets)
-    model.set(PatchWeights(lambdas={"norm1": 1.0}))
-    model.retarget({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
-    np.testing.assert_allclose(model.running()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5)  # float32
-    assert model.setting().lambdas == {"norm1": 1.0, "norm2": 0.0, "norm3": 0.0}
+    model.set_target(targets)
+    model.set_weights(PatchWeights(lambdas={"norm1": 1.0}))
+    model.set_target({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
+    np.testing.assert_allclose(
+        model.statistics_in_use()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5
+    )  # float32
+    assert model.weights.lambdas == {"norm1": 1.0, "norm2": 0.0, "norm3": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("weights", "message"),
     [
-        (PatchWeights({"norm1": 0.1}, {"norm1": 0.5}), "no target moments for norm layer 'norm1'"),
+        (PatchWeights({"norm1": 0.1}, {"norm1": 0.5}), "no re-estimated statistics for norm layer 'norm1'"),
         (PatchWeights({"norm1": 0.1}, {"nope": 0.0}), "no norm layer 'nope'"),
         (PatchWeights({"norm1": 0.1}, {"norm1": 2.0}), r"lambda = 2.0 at 'norm1'"),
         (PatchWeights({"nope": 0.1}, {"norm1": 0.0}), "no norm layer 'nope'"),
         (PatchWeights({"norm1": 0.1, "norm2": -1.0}, {"norm1": 0.0}), r"alpha = -1.0"),
     ],
 )
-def test_a_refused_setting_changes_nothing(setting, message):
+def test_a_refused_setting_changes_nothing(weights, message):
     model, _ = opened(small())
     before = snapshot(model)
     with pytest.raises(BnpatchError, match=message):
-        model.set(setting)
+        model.set_weights(weights)
     assert_unchanged(model, before)
 
 
@@ -384,8 +386,8 @@ def test_observing_returns_moments_through_which_gradients_flow():
 def test_recipes_carry_all_that_was_found(tmp_path):
     model, examples = opened(small(group_norm))
     calibrate(model, examples)
-    model.retarget(target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model)))
-    model.set(
+    model.set_target(target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model)))
+    model.set_weights(
         PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
     )
     expected, recipe = model.predict(INPUTS), model.recipe()
@@ -396,7 +398,7 @@ def test_recipes_carry_all_that_was_found(tmp_path):
     fresh = bnpatch.apply(fresh, tmp_path / "recipe.json")
     assert torch.equal(fresh(INPUTS), expected)
     again = bnpatch.load(small(group_norm))
-    again.calibrate({name: Moments(np.ones(8), np.ones(8)) for name in again.uncalibrated()})
+    again.set_running({name: Moments(np.ones(8), np.ones(8)) for name in again.uncalibrated()})
     again.apply(read)  # its moments replace those
     assert torch.equal(again.predict(INPUTS), expected)
     assert again.recipe().to_json() == recipe.to_json()
@@ -416,8 +418,8 @@ def test_a_recipe_that_does_not_fit_changes_nothing():
 
 def test_a_module_with_other_running_moments_is_taken_as_it_is():
     model, examples = opened(small())
-    model.retarget(target_moments(model, examples))
-    model.set(
+    model.set_target(target_moments(model, examples))
+    model.set_weights(
         PatchWeights({"norm1": 0.2, "norm2": 0.0, "norm3": 0.0}, {"norm1": 0.5, "norm2": 0.5, "norm3": 0.0})
     )
     expected = model.predict(INPUTS)
@@ -432,12 +434,12 @@ def test_a_borrowed_model_comes_back():
     model, examples = opened(small(group_norm))
     calibrate(model, examples)
     targets = target_moments(model, examples)
-    model.retarget(targets)
-    model.set(PatchWeights({"norm1": 0.5}, {"norm1": 0.5}))
+    model.set_target(targets)
+    model.set_weights(PatchWeights({"norm1": 0.5}, {"norm1": 0.5}))
     before, expected = snapshot(model), model.recipe().to_json()
     with model.borrowed():
-        model.retarget({name: Moments(t.mean + 1, t.var) for name, t in targets.items()})
-        model.set(PatchWeights(dict.fromkeys(targets, 0.1), dict.fromkeys(targets, 1.0)))
+        model.set_target({name: Moments(t.mean + 1, t.var) for name, t in targets.items()})
+        model.set_weights(PatchWeights(dict.fromkeys(targets, 0.1), dict.fromkeys(targets, 1.0)))
         model.module.train()
     assert_unchanged(model, before)
     assert model.recipe().to_json() == expected

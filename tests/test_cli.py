@@ -385,7 +385,7 @@ def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_pa
     code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert code == 2
     assert "patched.pt: no space left on device" in one_line(err)
-    assert {p.name for p in (tmp_path / "bnpatch-out").iterdir()} == {"recipe.json", "trials.csv"}
+    assert {p.name for p in (tmp_path / "bnpatch-out").iterdir()} == {"recipe.partial.json", "trials.partial.csv"}
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_bad_recipes(cli, checkpoint, folder, tmp_path, content, message):
 
 
 def test_a_defect_of_our_own_is_one_line_too(cli, checkpoint, folder, monkeypatch):
-    monkeypatch.setattr(bnpatch.TorchModel, "survey", lambda self: 1 / 0)
+    monkeypatch.setattr(bnpatch.TorchModel, "inventory", lambda self: 1 / 0)
     code, _, err = cli("tune-alpha", checkpoint, "--data", folder)
     assert code == 2
     assert "ZeroDivisionError: division by zero; this is a defect of bnpatch" in one_line(err)
@@ -493,8 +493,10 @@ def test_a_recipe_is_not_applied_twice(cli, checkpoint, folder, weight):
     if weight == "alpha":
         model.set_alphas(0.1)
     else:
-        model.retarget({name: Moments(f.source.mean + 1, f.source.var) for name, f in model.facts().items()})
-        model.set(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.5)))
+        model.set_target(
+            {name: Moments(f.source.mean + 1, f.source.var) for name, f in model.facts().items()}
+        )
+        model.set_weights(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.5)))
     model.recipe().save("recipe.json")
     model.save("patched.pt", model.recipe())
     assert cli("evaluate", checkpoint, "--data", folder, "--recipe", "recipe.json")[0] == 0

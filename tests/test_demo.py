@@ -40,6 +40,7 @@ def test_a_shape_has_all_but_the_numbers():
     assert shape(lines) == ["lambda # # [#, #]", "top5 # [#, #]", "accuracy # [#, #] gain"]
 
 
+@pytest.mark.slow
 def test_writes_a_model_and_images_and_runs_the_command(monkeypatch, tmp_path, capsys):
     ran = []
 

@@ -40,7 +40,7 @@ def model():
         )
     module.to = lambda device: module  # it is there; fake parameters can't be moved
     values = Preprocessing(IMAGES[1:], (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
-    return TorchModel(module.eval(), "fake", values, device=DEVICE)
+    return TorchModel(module.eval(), "fake", values, device=DEVICE, returns_probabilities=False)
 
 
 def images():
@@ -80,16 +80,16 @@ def test_moments_may_be_anywhere(model, where):
         found = {name: Moments(m.mean.cpu(), m.var.cpu()) for name, m in found.items()}
     elif where == "numbers":
         found = {name: Moments([0.0] * len(m.mean), [1.0] * len(m.var)) for name, m in found.items()}
-    model.retarget(found)
-    model.set(everywhere(model, 0.2, 0.5))
-    assert are_there(model.running())
+    model.set_target(found)
+    model.set_weights(everywhere(model, 0.2, 0.5))
+    assert are_there(model.statistics_in_use())
     assert model.predict(images()).device == DEVICE
 
 
 def test_weights_that_are_learned_meet_their_layers(model):
     channels = {norm_layer.name: norm_layer.num_channels for norm_layer in model.inventory().norm_layers}
-    model.retarget({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
-    model.set(everywhere(model, 0.0, 0.0))
+    model.set_target({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
+    model.set_weights(everywhere(model, 0.0, 0.0))
     names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
     groups = Groups({name: name for name in names}, dict.fromkeys(names, "all"))
     logits = {
@@ -111,8 +111,8 @@ def test_objectives_stay_on_the_device(model, objective):
         "infomax": label_free.infomax(),
         "unlabeled with a prior": label_free.unlabeled(torch.full((10,), 0.1)),
     }.get(objective) or getattr(label_free, objective)
-    model.retarget(model.moments_by_batch(images()))
-    model.set(everywhere(model, 0.2, 0.5))
+    model.set_target(model.moments_by_batch(images()))
+    model.set_weights(everywhere(model, 0.2, 0.5))
     assert judge(_seen(model, *model.observe(images())), model.facts()).device == DEVICE
 
 

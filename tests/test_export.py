@@ -36,23 +36,24 @@ def graph_of_checkpoint(checkpoint):
 @pytest.fixture
 def exporter(graph_of_checkpoint, monkeypatch):
     """What torch's exporter makes of the checkpoint, made once: these tests are about what follows it."""
-    from bnpatch.models import export
+    from bnpatch.models import torch_export
 
     def once(module, x):
         assert not any(isinstance(m, ExampleWeightedNorm) for m in module.modules())
         assert x.shape[1:] == (1, 32, 32)
         return graph_of_checkpoint.clone()
 
-    monkeypatch.setattr(export, "module_to_graph", once)
+    monkeypatch.setattr(torch_export, "module_to_graph", once)
     return once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         "test_efficientnet",
-        pytest.param("test_byobnet", marks=pytest.mark.slow),
-        pytest.param("resnet10t", marks=pytest.mark.slow),
+        "test_byobnet",
+        "resnet10t",
     ],
 )
 def test_export_of_timm_models(name, tmp_path):
@@ -97,7 +98,7 @@ def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
 
 
 def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monkeypatch):
-    from bnpatch.models import export
+    from bnpatch.models import torch_export
 
     def spoil(module, x):
         made = exporter(module, x)
@@ -106,7 +107,7 @@ def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monk
                 value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
         return made
 
-    monkeypatch.setattr(export, "module_to_graph", spoil)
+    monkeypatch.setattr(torch_export, "module_to_graph", spoil)
     model = bnpatch.load(checkpoint)
     model.set_alphas(0.1)
     (tmp_path / "model.onnx").write_text("old")
@@ -145,9 +146,9 @@ def test_lambda_costs_nothing_in_the_file(checkpoint, exporter, tmp_path, clean)
     model = bnpatch.load(checkpoint)
     export_onnx(model, tmp_path / "plain.onnx")
     examples = bnpatch.open_examples(clean, model)
-    model.retarget(target_moments(model, examples))
+    model.set_target(target_moments(model, examples))
     names = list(model.alphas())
-    model.set(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
+    model.set_weights(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
     done = export_onnx(model, tmp_path / "moved.onnx")
     assert set(done.patched) == set(names)
     plain, moved = (onnx.load(tmp_path / f"{n}.onnx").graph.node for n in ("plain", "moved"))
@@ -176,6 +177,7 @@ class SideBySide(nn.Module):
         return torch.cat([norm(x).tanh().mean(3) for norm in self.norms], 1).flatten(1)
 
 
+@pytest.mark.slow
 def test_calibrated_norms_are_exported(tmp_path):
     module = SideBySide().eval()
     bnpatch.calibrate(module, INPUTS)
@@ -200,9 +202,9 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
     model = bnpatch.load(module, preprocessing={"img_size": 32})
     x = images(12, 3, 32, 32)
     bnpatch.calibrate(model, x)
-    model.retarget(target_moments(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model)))
+    model.set_target(target_moments(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model)))
     names = list(model.alphas())
-    model.set(PatchWeights(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
+    model.set_weights(PatchWeights(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
     model.save(tmp_path / "model.pt", model.recipe())
     again = bnpatch.load(tmp_path / "model.pt", unsafe_load=True)
     assert torch.equal(again.predict(x), model.predict(x))

@@ -81,11 +81,12 @@ def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, ex
 
 
 def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
-    from bnpatch.models import onnx_model
+    from bnpatch.models import onnx_model, onnx_sessions
 
     opened = []
     original = onnx_model.open_session
-    monkeypatch.setattr(onnx_model, "open_session", lambda *args: opened.append(args) or original(*args))
+    for module in (onnx_model, onnx_sessions):
+        monkeypatch.setattr(module, "open_session", lambda *args: opened.append(args) or original(*args))
     some = foggy[0][:320], foggy[1][:320]
     run = {"granularity": "stage", "recalibrate": True, "trials": 2, "holdout": 0.5}
     bnpatch.tune_alpha(bnpatch.load(exported), some, **run)
@@ -109,6 +110,8 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     with pytest.raises(BnpatchError, match=r"fused into the convolutions.*--recover-folded"):
         bnpatch.tune_alpha(model, foggy)
     result = bnpatch.tune_alpha(model, foggy, granularity="global", recover_folded=True, calib_data=digits[0])
+    assert not model.inventory().norm_layers  # left as it was
+    model.apply(result.recipe)
     names = {norm_layer.name for norm_layer in model.inventory().norm_layers}
     assert result.recipe.alphas.keys() == names
     reference, x = bnpatch.load(checkpoint), torch.from_numpy(foggy[0][:100, None])
@@ -152,7 +155,7 @@ def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
     for size in (7, 600):
         model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
         recover_folded(model, bnpatch.open_examples(digits[0], model), batch_size=size)
-        found.append(model.calibrated)
+        found.append(model.state.running)
     for name, moments in found[0].items():
         np.testing.assert_allclose(moments.mean, found[1][name].mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(moments.var, found[1][name].var, rtol=1e-4, atol=1e-5)
@@ -363,13 +366,12 @@ def test_target_moments_and_every_setting_agree_with_torch(norm, exported_small)
         found.append(target_moments(model, bnpatch.open_examples(DATA, model), batch_size=13))
     assert_same_moments(*found[::-1])
     if norm is group_norm:
-        running = {
-            name: Moments(*(p.numpy() for p in (m.mean, m.var))) for name, m in models[0].running().items()
-        }
-        assert_same_moments(models[1].running(), running)
-        models[1].calibrate(running)  # from now on exactly the same
+        used = models[0].statistics_in_use()
+        running = {name: Moments(*(p.numpy() for p in (m.mean, m.var))) for name, m in used.items()}
+        assert_same_moments(models[1].statistics_in_use(), running)
+        models[1].set_running(running)  # from now on exactly the same
     for model in models:
-        model.retarget(found[0])
+        model.set_target(found[0])
     for alpha, weight in SETTINGS:
         expected, got = (
             set_and_predict(model, dict.fromkeys(found[0], alpha), dict.fromkeys(found[0], weight))
@@ -383,7 +385,7 @@ def test_target_moments_and_every_setting_agree_with_torch(norm, exported_small)
 
 
 def set_and_predict(model, alphas, lambdas):
-    model.set(PatchWeights(alphas, lambdas))
+    model.set_weights(PatchWeights(alphas, lambdas))
     return model.predict(INPUTS)
 
 
@@ -412,16 +414,16 @@ def test_observed_moments_keep_their_digits_far_from_zero(tmp_path):
 def test_lambda_zero_is_the_file_as_it_is_and_a_refused_setting_changes_nothing(exported_small):
     _, model = exported_small(torch.nn.BatchNorm2d)
     before = model.predict(INPUTS)
-    model.retarget(target_moments(model, bnpatch.open_examples(DATA, model)))
+    model.set_target(target_moments(model, bnpatch.open_examples(DATA, model)))
     names = dict.fromkeys(model.alphas(), 0.0)
-    model.set(PatchWeights(names, dict.fromkeys(names, 1.0)))
+    model.set_weights(PatchWeights(names, dict.fromkeys(names, 1.0)))
     assert not torch.equal(model.predict(INPUTS), before)
-    model.set(PatchWeights(names, names))
+    model.set_weights(PatchWeights(names, names))
     assert torch.equal(model.predict(INPUTS), before)
     for wrong in (PatchWeights({"norm1": 0.5}, {"nope": 0.0}), PatchWeights({"norm1": 0.5}, {"norm1": 1.5})):
         with pytest.raises(BnpatchError, match=r"no norm layer 'nope'|lambda = 1.5"):
-            model.set(wrong)
-    assert model.setting() == PatchWeights(names, names)
+            model.set_weights(wrong)
+    assert model.weights == PatchWeights(names, names)
 
 
 def test_calibration_keeps_the_weights_of_other_sites(tmp_path):
@@ -440,7 +442,7 @@ def test_calibration_keeps_the_weights_of_other_sites(tmp_path):
         calibrate(model, INPUTS)
         assert model.alphas() == {"bn": 0.2, "gn": 1.0}
         model.set_alphas({"gn": 0.5})
-        model.calibrate({"gn": Moments(np.zeros(3), np.ones(3))})
+        model.set_running({"gn": Moments(np.zeros(3), np.ones(3))})
         assert model.alphas() == {"bn": 0.2, "gn": 0.5}
 
 
@@ -461,8 +463,8 @@ def test_recipes_pass_from_torch_to_onnx_and_back(exported_small):
     torch_model, onnx_model = exported_small(group_norm)
     calibrate(torch_model, INPUTS)
     shifted = (2 * INPUTS, DATA[1])
-    torch_model.retarget(target_moments(torch_model, bnpatch.open_examples(shifted, torch_model)))
-    torch_model.set(
+    torch_model.set_target(target_moments(torch_model, bnpatch.open_examples(shifted, torch_model)))
+    torch_model.set_weights(
         PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
     )
     recipe = torch_model.recipe()

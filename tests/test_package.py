@@ -1,5 +1,6 @@
 """The wheel is complete: both packages, the index, the type marker, and the command."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -34,7 +35,8 @@ def test_the_wheel_installs_and_runs(tmp_path):
     modules |= {f"bnpatch_cli/{p.name}" for p in (ROOT / "cli").glob("*.py")}
     assert modules | {
         "bnpatch/py.typed",
-        "bnpatch/loading/architectures.json",
+        "bnpatch/__init__.pyi",
+        "bnpatch/models/architectures.json",
         "bnpatch/report/report.css",
     } <= set(names)
     assert not [
@@ -53,3 +55,21 @@ def test_the_wheel_installs_and_runs(tmp_path):
     code = "import bnpatch, bnpatch_cli; print(bnpatch.__file__, bnpatch_cli.__file__)"
     for path in run(sys.executable, "-c", code, env=environment, cwd=tmp_path).split():
         assert Path(path).is_relative_to(site)
+
+
+def test_the_package_offers_what_its_stub_says():
+    stub = ast.parse((ROOT / "bnpatch" / "__init__.pyi").read_text())
+    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == set(bnpatch.__all__)
+    for name in bnpatch.__all__:
+        assert getattr(bnpatch, name).__name__ == name
+    with pytest.raises(AttributeError, match="nope"):
+        bnpatch.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import bnpatch", "import bnpatch_cli.app"])
+def test_starting_is_quick(statement):
+    heavy = "torch", "timm", "optuna", "matplotlib", "scipy", "numpy"
+    code = f"import sys; {statement}; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

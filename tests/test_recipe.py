@@ -95,12 +95,12 @@ def test_moments_round_trip_exactly(tmp_path):
             known.alpha,
             known.lambda_,
         )
-        for mine, theirs in ((norm_layer.target, known.target), (norm_layer.calibrated, known.calibrated)):
+        for mine, theirs in ((norm_layer.target, known.target), (norm_layer.running, known.running)):
             assert (mine is None) is (theirs is None)
             if mine is not None:
                 np.testing.assert_array_equal(mine.mean, theirs.mean)
                 np.testing.assert_array_equal(mine.var, theirs.var)
-    assert read.setting.lambdas == {"bn1": 0.3, "gn": 1.0, "bn2": 0.0}
+    assert read.state.weights.lambdas == {"bn1": 0.3, "gn": 1.0, "bn2": 0.0}
     assert "lambda" not in read.to_json()["sites"][2]
 
 

@@ -1,1 +1,1 @@
-"""What everything else is made of: the formula, a patch as a value, recipes, errors, files."""
+"""The lowest layer: the formula, the patch as a value, recipes, errors and file helpers."""

@@ -1,18 +1,21 @@
 """Errors that a user can act on."""
 
-# Of another library's message.
+# The most characters that an error quotes from another library's message.
 _LONGEST = 300
 
 
 class BnpatchError(Exception):
-    """Something is wrong with the user's input, and the user can put it right.
+    """The user's input is wrong, and the user can put it right.
+
+    ``str(error)`` is one line: the problem, a semicolon, the remedy. ``except bnpatch.BnpatchError`` catches
+    all errors that a user's input is meant to cause; any other error is a defect or wrong use of a function.
 
     Args:
-        problem: what is wrong, naming the file, the norm layer or the option.
-        remedy: what to do about it.
+        problem: what is wrong; it names the file, the norm layer or the option.
+        remedy: what the user can do about it.
     """
 
-    #: What the command line exits with: 2 for bad input, 1 where a check that was asked for failed.
+    #: Exit status of the command line: 2 for bad input, 1 if a check that the user asked for failed.
     exit_code = 2
 
     def __init__(self, problem: str, remedy: str = "") -> None:
@@ -29,8 +32,8 @@ class NotEnoughMemoryError(BnpatchError):
     """A batch does not fit into the memory of a device.
 
     Args:
-        device: which.
-        batch_size: examples in the batch.
+        device: the device that ran out of memory.
+        batch_size: number of examples in the batch.
     """
 
     def __init__(self, device: object, batch_size: int) -> None:
@@ -38,16 +41,16 @@ class NotEnoughMemoryError(BnpatchError):
 
 
 class InvalidAlphaError(BnpatchError, ValueError):
-    """A weight outside [0, 1]."""
+    """A weight (alpha or lambda) lies outside [0, 1]."""
 
 
 def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
-    """Return ``alpha``, or raise InvalidAlphaError where it is not in [0, 1].
+    """Return ``alpha``, or raise InvalidAlphaError if it is not in [0, 1].
 
     Args:
         alpha: the weight.
-        where: the norm layer that it is for.
-        name: what the weight is called.
+        where: name of the norm layer that the weight is for, for the message.
+        name: name of the weight, for the message.
     """
     if not 0 <= alpha <= 1:
         place = f" at {where!r}" if where else ""
@@ -56,22 +59,22 @@ def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
 
 
 class BnpatchWarning(UserWarning):
-    """Something looks wrong, but the work can go on."""
+    """The input looks wrong, but bnpatch can go on with it."""
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that another library wrapped in its own."""
+    """Return the error at the start of the chain of causes: the one that another library wrapped."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its type where it says nothing in words."""
+    """Return the first line of another library's error, or its type if that line has no letters."""
     line = next(iter(str(error).strip().splitlines()), "")
     if not any(map(str.isalpha, line)):
         return type(error).__name__
     if len(line) <= _LONGEST:
         return line
-    end = line.rfind(" ", _LONGEST // 2, _LONGEST)  # between words, unless one is too long for that
+    end = line.rfind(" ", _LONGEST // 2, _LONGEST)  # cut between words, unless a word is too long for that
     return f"{line[: end if end > 0 else _LONGEST]} ..."

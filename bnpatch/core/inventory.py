@@ -1,21 +1,24 @@
-"""What an inventory of a model finds, whatever the model is made of."""
+"""The result of an inventory: the norm layers of a model, in torch or ONNX, and the norms it skips."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from bnpatch.core.moments import Moments
 
-#: What the name of a norm layer that was recovered from a fused Batch Norm has after that of its convolution.
+#: Suffix of the name of a norm layer that was recovered from a fused Batch Norm: convolution name + this.
 FUSED = ".folded"
 
-#: The reason of a norm that becomes a norm layer with running moments from data.
+#: Why a norm is skipped that becomes a norm layer once it gets running moments from data.
 NEEDS_CALIBRATION = "has no running moments of its own; they can be calibrated on images"
-#: What to do about it.
+#: The remedy that messages give for it.
 CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
 
 
 class AnyNormLayer(Protocol):
-    """A place where a model normalizes by running moments."""
+    """The attributes that the norm layers of torch modules and of ONNX graphs share.
+
+    A norm layer is a place where a model normalizes by running moments.
+    """
 
     @property
     def name(self) -> str:
@@ -23,11 +26,11 @@ class AnyNormLayer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Class name of the layer, or type of the operator."""
+        """Class name of the torch module, or type of the ONNX operator."""
 
     @property
     def num_channels(self) -> int:
-        """C, the number of channels that are normalized."""
+        """C, the number of channels that the layer normalizes."""
 
 
 NormLayerT_co = TypeVar("NormLayerT_co", bound=AnyNormLayer, covariant=True)
@@ -35,17 +38,29 @@ NormLayerT_co = TypeVar("NormLayerT_co", bound=AnyNormLayer, covariant=True)
 
 @dataclass(frozen=True)
 class SkippedNorm:
-    """A normalization layer that bnpatch does not rewrite, and why."""
+    """A normalization layer that bnpatch does not rewrite.
+
+    Attributes:
+        name: dotted name of the module, or name of the node.
+        kind: class name of the torch module, or type of the ONNX operator.
+        reason: why bnpatch skips it, for people.
+        is_uncalibrated: running moments from data would make it a norm layer.
+    """
 
     name: str
     kind: str
     reason: str
-    is_uncalibrated: bool = False  # running moments from data would make it a norm layer
+    is_uncalibrated: bool = False
 
 
 @dataclass(frozen=True)
 class Inventory(Generic[NormLayerT_co]):
-    """All normalization layers of a model, in its order."""
+    """All normalization layers of a model, in the order of the model.
+
+    Attributes:
+        norm_layers: the layers that bnpatch can rewrite.
+        skipped_norms: the layers that it can't, each with a reason.
+    """
 
     norm_layers: tuple[NormLayerT_co, ...]
     skipped_norms: tuple[SkippedNorm, ...]
@@ -53,11 +68,11 @@ class Inventory(Generic[NormLayerT_co]):
 
 @dataclass(frozen=True)
 class NormFacts:
-    """What a norm layer brings along from the checkpoint.
+    """What a norm layer has from the checkpoint.
 
     Attributes:
-        source: running mean and variance, (C,).
-        eps: added to variances.
+        source: the checkpoint's running mean and variance, each of shape (C,).
+        eps: the layer adds it to variances.
     """
 
     source: Moments[Any]

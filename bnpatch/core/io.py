@@ -1,59 +1,89 @@
-"""Files that are whole or not there, and devices to compute on."""
+"""Write files atomically, check output folders, and choose the device to compute on.
+
+Everything that bnpatch writes goes to a temporary file first, which is renamed when it is complete. If the
+program is killed, the target is either the old file or the new one, never a part; the next run that writes to
+the folder removes the temporary file.
+"""
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.leftovers import (
+    RUNNING,
+    is_alive,
+    own_start,
+    owner,
+    remove_leftovers,
+    running_in,
+    without_temporary,
+)
 
 if TYPE_CHECKING:
     import torch
 
+# A run elsewhere shows so often, in seconds, that it lasts; it is over when it has not for so long.
+_SIGN_OF_LIFE, _SILENCE = 20.0, 120.0
+
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside ``target``; what was written there becomes ``target`` when the block ends.
+    """Yield a temporary path in the folder of ``target``, and rename it to ``target`` when the block ends.
 
-    If the block raises, nothing is left and ``target`` is as it was. The suffix is kept, since writers
-    choose the format by it.
+    If the block raises, the temporary file is removed and ``target`` stays as it was. The temporary path has
+    the suffix of ``target``, because many writers choose the format by the suffix.
 
     Raises:
-        BnpatchError: the folder can't be made or written, or the disk is full.
+        BnpatchError: the folder can't be created or written, or the disk is full.
     """
     target = Path(target)
     with writing_to(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+        remove_leftovers(target.parent)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=own_start(), suffix=target.suffix)
         os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+            temporary.chmod(0o666 & ~_umask())  # mkstemp creates files that only the owner can read
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
+def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder in ``parent`` for files that are moved to their places together.
+
+    The folder is removed when the block ends.
+    """
+    remove_leftovers(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=own_start()) as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def writing_to(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusal to write ``target`` into an error that names it."""
+    """Turn an OSError from the block into a BnpatchError that names ``target``."""
     try:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise BnpatchError(
-            f"cannot write {target}: {reason}", "choose another place with --output"
+            f"cannot write {without_temporary(target)}: {reason}", "choose another place with --output"
         ) from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make a folder if it isn't there, and see that files can be made in it.
+    """Create a folder if it does not exist, and check that files can be created in it.
 
     Raises:
-        BnpatchError: they can't.
+        BnpatchError: the folder or a file in it can't be created, or the path is a file.
     """
     if Path(folder).is_file():
         raise BnpatchError(f"cannot write to {folder}: it is a file, not a folder", "choose another --output")
@@ -61,6 +91,45 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    remove_leftovers(folder)
+
+
+@contextmanager
+def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Mark a folder as used by this process until the context ends, by a file in it.
+
+    The marks of processes that have ended are ignored. A thread touches the file every few seconds, so that
+    processes on other machines that share the folder see that this one is alive.
+
+    Raises:
+        BnpatchError: another run uses the folder, or the folder can't be written.
+    """
+    mark = Path(folder) / f"{own_start()}{RUNNING}"
+    with writing_to(mark.parent):
+        mark.touch()
+    over = threading.Event()
+    try:
+        now = mark.stat().st_mtime
+        for other in running_in(folder):
+            here, process = owner(other) or (True, os.getpid())
+            with suppress(FileNotFoundError):  # the other run has just ended
+                if other != mark and (is_alive(process) if here else now - other.stat().st_mtime < _SILENCE):
+                    raise BnpatchError(
+                        f"another run of bnpatch (process {process}{'' if here else ' of another machine'}) "
+                        f"writes to {folder}",
+                        "wait for its end, or choose another --output",
+                    )
+        threading.Thread(target=_show_life, args=(mark, over), daemon=True).start()
+        yield
+    finally:
+        over.set()
+        mark.unlink(missing_ok=True)
+
+
+def _show_life(mark: Path, over: threading.Event) -> None:
+    while not over.wait(_SIGN_OF_LIFE):
+        with suppress(OSError):
+            os.utime(mark)
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
@@ -76,21 +145,21 @@ def _umask() -> int:
 
 
 def pick_device(name: str = "auto") -> "torch.device":
-    """Resolve a device name; "auto" is the accelerator if there is one.
+    """Resolve a device name; "auto" means the accelerator if there is one, else the CPU.
 
     Raises:
-        BnpatchError: no such device here.
+        BnpatchError: the machine has no such device.
     """
-    import torch  # seconds: whoever only writes a file does without
+    import torch  # imported here because it takes seconds, and callers that only write files don't need it
 
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if accelerator is not None and (rank := os.environ.get("LOCAL_RANK")):
-            return torch.device(accelerator.type, int(rank))  # one of several processes, each with its own
+            return torch.device(accelerator.type, int(rank))  # under torchrun each process has its own
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
+        torch.zeros(1, device=device).item()  # fails for "meta", whose tensors have no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BnpatchError(
             f"there is no device {name!r} here", "leave out --device to have one chosen"

@@ -1,7 +1,7 @@
-"""The formula of bnpatch, written once: moments of pooled and of mixed distributions.
+"""The formula of bnpatch: the moments (mean and variance) of pooled and of mixed distributions.
 
-Nothing is imported for the arithmetic, so the same two functions serve every kind of value that has
-the operators ``+ - *`` and ``.mean(axes, keepdims=True)``: torch tensors, NumPy arrays, graph values.
+The two functions use only the operators ``+ - *`` and ``.mean(axes, keepdims=True)`` of their arguments.
+The same code therefore works on torch tensors, NumPy arrays and values of an ONNX graph.
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR 2020.
 """
@@ -14,20 +14,34 @@ Values = TypeVar("Values")
 
 @dataclass(frozen=True)
 class Moments(Generic[Values]):
-    """Mean and biased variance (divided by the count, never by count - 1) of a distribution."""
+    """The mean and the biased variance of a distribution, two values of the same shape.
+
+    The variance is biased: a sum of squares divided by the count, never by count - 1.
+
+    Attributes:
+        mean: the mean.
+        var: the biased variance, in the square of the mean's unit.
+    """
 
     mean: Values
     var: Values
 
 
 def pool(parts: Moments[Any], axes: int | tuple[int, ...]) -> Moments[Any]:
-    """Moments of the union of equally weighted parts, which lie along ``axes``.
+    """Compute the moments of the union of equally weighted parts, which lie along ``axes``.
 
-    The law of total variance: the mean of the variances plus the variance of the means.
+    By the law of total variance, the variance of the union is the mean of the variances plus the variance
+    of the means. Two parts with means 0 and 2 and variance 1 each have the mean 1 and the variance 2:
+
+        >>> pool(Moments(np.array([0.0, 2.0]), np.array([1.0, 1.0])), axes=0)
+        Moments(mean=array([1.]), var=array([2.]))
 
     Args:
-        parts: moments of the parts, any shape.
-        axes: the axes to pool over; they are kept with size 1.
+        parts: moments of the parts, of any shape.
+        axes: the axes to pool over.
+
+    Returns:
+        The pooled moments, of the shape of ``parts`` with size 1 at ``axes``.
     """
     mean = parts.mean.mean(axes, keepdims=True)
     between = parts.mean - mean
@@ -35,15 +49,22 @@ def pool(parts: Moments[Any], axes: int | tuple[int, ...]) -> Moments[Any]:
 
 
 def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any]:
-    """Moments of a mixture that draws from ``example`` with weight alpha, else from ``running``.
+    """Mix two distributions: weight ``alpha`` for ``example``, weight ``1 - alpha`` for ``running``.
 
-    This is Eq. 3 of the paper, ``E[x^2] - mean^2`` with both expectations mixed, arranged so that it
-    never cancels and never goes negative. The last term is the variance between the two means.
+    This is Eq. 3 of the paper. The paper computes the variance as ``E[x^2] - mean^2`` with both expectations
+    mixed. The arrangement here is equal, but it never subtracts two large numbers, so it loses no digits and
+    never gets negative. Its last term is the variance between the two means.
+
+        >>> mix(0.5, Moments(2.0, 1.0), Moments(0.0, 1.0))
+        Moments(mean=1.0, var=2.0)
 
     Args:
-        alpha: the weight of the example, in [0, 1]; a number or anything that broadcasts.
-        example: moments of the example at hand.
-        running: the running averages, of a shape that broadcasts with the example's.
+        alpha: the weight of the example, in [0, 1]; a number, or a value that broadcasts.
+        example: moments of one example.
+        running: running averages, of a shape that broadcasts with that of ``example``.
+
+    Returns:
+        The moments of the mixture, of the broadcast shape.
     """
     between = example.mean - running.mean
     return Moments(

@@ -1,4 +1,6 @@
-"""Which values are normalized together: one description for a family of layers.
+"""A description of a normalization layer: which values it normalizes together in training.
+
+One class, :class:`NormSpec`, covers Batch, Ghost, Group, Instance and Batch/Group Norm.
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR 2020;
 Batch Renormalization: Ioffe, 2017 (arXiv 1702.03275).
@@ -12,13 +14,13 @@ from bnpatch.core.errors import BnpatchError, check_alpha
 
 @dataclass(frozen=True)
 class Renorm:
-    """Batch Renormalization: a step normalizes by the running moments, within bounds.
+    """Settings of Batch Renormalization: a training step normalizes by the running moments, within bounds.
 
     Attributes:
-        r_max: the batch's standard deviation may be corrected by a factor between 1 / r_max and r_max.
-        d_max: the batch's mean may be corrected by so many running standard deviations.
-        warmup: steps over which both bounds grow from Batch Norm's (1 and 0). A layer that is trained from
-            scratch needs some, since its running moments mean nothing at first.
+        r_max: the layer corrects the batch's standard deviation by a factor between 1 / r_max and r_max.
+        d_max: the layer corrects the batch's mean by at most this many running standard deviations.
+        warmup: number of steps over which both bounds grow from those of Batch Norm (1 and 0). A layer that
+            is trained from scratch needs a warmup, because its first running moments are meaningless.
     """
 
     r_max: float = 3.0
@@ -28,19 +30,23 @@ class Renorm:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A normalization layer by what it pools in training and by what it weighs at inference.
+    """Describes a normalization layer: what it pools in training, and its alpha at inference.
 
-    Moments are pooled over the spatial positions, over ``channels_per_group`` consecutive channels and,
-    in training, over ``examples_per_group`` examples of the batch.
+    The layer pools moments over the spatial positions, over ``channels_per_group`` consecutive channels and,
+    in training, over ``examples_per_group`` examples of the batch. The class methods make the known kinds:
+
+        >>> str(NormSpec.ghost(16))
+        'Ghost Batch Norm of 16 examples'
 
     Attributes:
         channels_per_group: 1 for Batch, Ghost and Instance Norm.
         examples_per_group: None for the whole batch, as in Batch Norm.
         alpha: the weight of the example at inference, in [0, 1].
-        renorm: bounds of Batch Renormalization, a relative of plain Batch Norm.
+        renorm: settings of Batch Renormalization, or None. Only plain Batch Norm can have them.
 
     Raises:
-        BnpatchError: a group would be empty, or ``renorm`` is asked of another layer than Batch Norm.
+        BnpatchError: a group would be empty, or ``renorm`` is combined with groups.
+        InvalidAlphaError: alpha is not in [0, 1].
     """
 
     channels_per_group: int = 1
@@ -58,39 +64,39 @@ class NormSpec:
 
     @classmethod
     def batch(cls) -> "NormSpec":
-        """Batch Norm."""
+        """Describe Batch Norm."""
         return cls()
 
     @classmethod
     def ghost(cls, examples_per_group: int) -> "NormSpec":
-        """Ghost Batch Norm (the paper's 3.2): Batch Norm in groups of the batch."""
+        """Describe Ghost Batch Norm (section 3.2 of the paper): Batch Norm on parts of the batch."""
         return cls(examples_per_group=examples_per_group)
 
     @classmethod
     def group(cls, channels_per_group: int) -> "NormSpec":
-        """Group Norm, which is the same in training and at inference."""
+        """Describe Group Norm, which computes the same in training and at inference."""
         return cls(channels_per_group, examples_per_group=1, alpha=1.0)
 
     @classmethod
     def instance(cls) -> "NormSpec":
-        """Instance Norm, which is the same in training and at inference."""
+        """Describe Instance Norm, which computes the same in training and at inference."""
         return cls(examples_per_group=1, alpha=1.0)
 
     @classmethod
     def batch_group(cls, channels_per_group: int, examples_per_group: int | None = None) -> "NormSpec":
-        """Batch/Group Norm (the paper's 3.4): groups of channels, pooled over examples as well."""
+        """Describe Batch/Group Norm (section 3.4 of the paper): it pools groups of channels and examples."""
         return cls(channels_per_group, examples_per_group)
 
     @classmethod
     def batch_renorm(cls, r_max: float = 3.0, d_max: float = 5.0, warmup: int = 0) -> "NormSpec":
-        """Batch Renormalization, which the paper's Table 1 compares with."""
+        """Describe Batch Renormalization, a baseline in Table 1 of the paper."""
         return cls(renorm=Renorm(r_max, d_max, warmup))
 
     def for_channels(self, num_channels: int) -> "NormSpec":
-        """The same for a layer of so many channels.
+        """Return this spec for a layer of ``num_channels`` channels.
 
-        Networks differ in width from layer to layer. Where ``channels_per_group`` doesn't divide the
-        channels, the greatest common divisor takes its place.
+        The layers of a network differ in width. If ``channels_per_group`` does not divide the number of
+        channels, the greatest common divisor of the two replaces it.
         """
         return replace(self, channels_per_group=math.gcd(num_channels, self.channels_per_group))
 

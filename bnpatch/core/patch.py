@@ -1,44 +1,126 @@
-"""What is tuned: two weights per norm layer."""
+"""A patch as a value: two weights per norm layer (alpha, lambda) and the statistics that they weight."""
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.moments import Moments
+
+#: By name of norm layer, a mean and a variance, each of shape (C,).
+Statistics = Mapping[str, Moments[Any]]
 
 
 @dataclass(frozen=True)
 class PatchWeights:
-    """Weights by name of norm layer; a norm layer that is not named keeps what it has.
+    """The weights of a patch, by name of norm layer. A norm layer that is not named keeps its weights.
 
     Attributes:
-        alphas: the weight of the example against the running moments.
-        lambdas: the weight of the moments of the data at hand (the target) against those of the checkpoint
-            (the source), in the running moments that are used.
+        alphas: the weight of the example; the running statistics have the weight 1 - alpha.
+        lambdas: the weight of the statistics that were re-estimated on new data (the target) in the running
+            statistics; those of the checkpoint (the source) have the weight 1 - lambda.
     """
 
     alphas: Mapping[str, float] = field(default_factory=dict)
     lambdas: Mapping[str, float] = field(default_factory=dict)
 
     def is_identity(self, identities: Mapping[str, float]) -> bool:
-        """Whether a model with these weights computes what it did; ``identities`` are alphas by name."""
-        return not any(self.lambdas.values()) and all(a == identities[n] for n, a in self.alphas.items())
-
-    def check_lambdas(self, norm_layers: Container[str], targets: Container[str]) -> None:
-        """Refuse what could not be set, before anything is.
+        """Tell whether a model with these weights computes what the unpatched model does.
 
         Args:
-            norm_layers: names of the norm layers of the model.
-            targets: names of those whose moments on the data at hand are known.
+            identities: by name of norm layer, the alpha at which it computes what it did.
+        """
+        return not any(self.lambdas.values()) and all(a == identities[n] for n, a in self.alphas.items())
+
+    def updated(self, other: "PatchWeights") -> "PatchWeights":
+        """Return these weights, replaced by those of ``other`` for the norm layers that ``other`` names."""
+        return PatchWeights({**self.alphas, **other.alphas}, {**self.lambdas, **other.lambdas})
+
+
+@dataclass(frozen=True, eq=False)
+class PatchState:
+    """Everything that distinguishes a patched model from the unpatched one, as one immutable value.
+
+    The search proposes states, a model computes with one, a recipe stores one, and an export writes one.
+
+    Attributes:
+        weights: alpha and lambda by name of norm layer.
+        target: statistics re-estimated on new data (AdaBN); lambda is their weight.
+        running: running statistics from data, for norm layers that have none of their own: Group Norm, Batch
+            Norm that never kept any, and Batch Norm that was fused into a convolution. Such a norm is a norm
+            layer of the model only if the state has its running statistics.
+        channels_per_group: number of consecutive channels whose statistics a Batch/Group Norm pools, for the
+            norm layers where it is more than 1.
+        include_1x1: also weight the example where it has one value per channel, ``(N, C)`` or 1 x 1 maps.
+    """
+
+    weights: PatchWeights = field(default_factory=PatchWeights)
+    target: Statistics = field(default_factory=dict)
+    running: Statistics = field(default_factory=dict)
+    channels_per_group: Mapping[str, int] = field(default_factory=dict)
+    include_1x1: bool = False
+
+    def with_weights(self, weights: PatchWeights) -> "PatchState":
+        """Return this state with other weights for the norm layers that ``weights`` names."""
+        return replace(self, weights=self.weights.updated(weights))
+
+    def with_target(self, target: Statistics) -> "PatchState":
+        """Return this state with other re-estimated statistics for the norm layers that ``target`` names."""
+        return replace(self, target={**self.target, **rounded(target)})
+
+    def with_running(self, running: Statistics) -> "PatchState":
+        """Return this state with other running statistics for the norm layers that ``running`` names."""
+        return replace(self, running={**self.running, **rounded(running)})
+
+    def computes_like(self, other: "PatchState") -> bool:
+        """Tell whether a model computes the same in two states with the same running statistics and options.
+
+        The method compares the weights, and the target statistics that have a weight. These count as equal
+        only if they are the same object.
+        """
+        weighted = {name for name, weight in self.weights.lambdas.items() if weight}
+        return self.weights == other.weights and all(
+            self.target.get(name) is other.target.get(name) for name in weighted
+        )
+
+    def check(self, identities: Mapping[str, float], model: str) -> None:
+        """Raise an error if a model can't compute with this state. A model calls this before it changes.
+
+        Args:
+            identities: by name of norm layer of the model, the alpha at which it computes what it did.
+            model: name of the model, for messages.
 
         Raises:
-            BnpatchError: there is no norm layer of a name, or lambda is to weigh what isn't known.
+            BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
+                re-estimated statistics.
             InvalidAlphaError: a weight is not in [0, 1].
         """
-        for name, weight in self.lambdas.items():
-            check_alpha(float(weight), name, "lambda")
-            if name not in norm_layers:
-                raise BnpatchError(f"the model has no norm layer {name!r}", "see bnpatch inspect --sites")
-            if weight and name not in targets:
+        for kind, weights in (("alpha", self.weights.alphas), ("lambda", self.weights.lambdas)):
+            for name, weight in weights.items():
+                check_alpha(float(weight), name, kind)
+                if name not in identities:
+                    raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
+        for name, weight in self.weights.lambdas.items():
+            if weight and name not in self.target:
                 raise BnpatchError(
-                    f"there are no target moments for norm layer {name!r}", "re-estimate them on data"
+                    f"there are no re-estimated statistics for norm layer {name!r}",
+                    "re-estimate them on data",
                 )
+
+
+def rounded(statistics: Statistics) -> dict[str, Moments[Any]]:
+    """Return statistics as a state keeps them: torch tensors unchanged, arrays rounded to float32."""
+    return {
+        name: part if hasattr(part.mean, "detach") else as_arrays(part) for name, part in statistics.items()
+    }
+
+
+def as_arrays(moments: Moments[Any]) -> Moments[Any]:
+    """Convert moments to float64 arrays whose values are rounded to float32.
+
+    A recipe stores float32, so rounding makes it exact. Later arithmetic on the arrays is in float64.
+    """
+    parts = (p.detach().cpu().numpy() if hasattr(p, "detach") else p for p in (moments.mean, moments.var))
+    return Moments(*(np.asarray(part, np.float32).astype(np.float64) for part in parts))

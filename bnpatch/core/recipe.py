@@ -1,4 +1,4 @@
-"""The recipe: what bnpatch found out about a model, in a file of a few KB that people keep."""
+"""The recipe: a JSON file of a few KB with the weights and statistics that bnpatch found for a model."""
 
 import base64
 import hashlib
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 
 FORMAT = 1
 
@@ -24,18 +24,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class NormRecipe:
-    """One norm layer of the model.
+    """What a recipe says of one norm layer of the model.
 
     Attributes:
         name: dotted name of the module.
-        kind: what it is.
-        alpha: the weight of the example.
-        fingerprint: a hash of its parameters.
-        lambda_: the weight of ``target`` in the running moments.
-        target: mean and variance of the data at hand; None where lambda is 0.
-        calibrated: mean and variance for a norm layer that has no running moments of its own.
-        channels_per_group: consecutive channels whose moments a Batch/Group Norm pools. It is stored as
-            Batch Norm, so nothing else tells; Group Norm says so itself, and has 1 here.
+        kind: class name of the module, or type of the ONNX operator.
+        alpha: the weight of the example, in [0, 1].
+        fingerprint: a hash of the layer's parameters, see :func:`fingerprint`.
+        lambda_: the weight of ``target`` in the running statistics, in [0, 1].
+        target: mean and variance re-estimated on new data, each of shape (C,); None if lambda is 0.
+        running: mean and variance, each of shape (C,), for a layer without running statistics of its own.
+        channels_per_group: number of consecutive channels whose moments a Batch/Group Norm pools. The model
+            stores such a layer as Batch Norm, so only the recipe knows the number. It is 1 for Group Norm,
+            which has the number itself.
     """
 
     name: str
@@ -44,23 +45,27 @@ class NormRecipe:
     fingerprint: str
     lambda_: float = 0.0
     target: Moments[Array] | None = None
-    calibrated: Moments[Array] | None = None
+    running: Moments[Array] | None = None
     channels_per_group: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; moments as base64 of little-endian float32, since nobody reads thousands."""
+        """Return plain JSON values; moments are written as base64 of little-endian float32."""
         values = {name: getattr(self, name) for name in ("name", "kind", "alpha", "fingerprint")}
         if self.target is not None:
             values |= {"lambda": self.lambda_, "target": _encode(self.target)}
-        if self.calibrated is not None:
-            values["calibrated"] = _encode(self.calibrated)
+        if self.running is not None:
+            values["calibrated"] = _encode(self.running)
         if self.channels_per_group > 1:
             values["channels_per_group"] = self.channels_per_group
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "NormRecipe":
-        """Read what :meth:`to_json` made; raises KeyError, TypeError or ValueError where it is damaged."""
+        """Read what :meth:`to_json` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are damaged.
+        """
         known = {
             "name",
             "kind",
@@ -73,7 +78,7 @@ class NormRecipe:
         }
         if unknown := values.keys() - known:
             raise ValueError(f"a norm layer has {min(unknown)!r}")
-        target, calibrated = (
+        target, running = (
             _decode(values[name]) if name in values else None for name in ("target", "calibrated")
         )
         weight = values.get("lambda", 0.0)
@@ -81,18 +86,23 @@ class NormRecipe:
             raise ValueError("lambda without target")
         name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         groups = values.get("channels_per_group", 1)
-        return cls(name, kind, alpha, print_, weight, target, calibrated, groups)
+        return cls(name, kind, alpha, print_, weight, target, running, groups)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Weights for the norm layers of one model, and where they come from.
+    """Holds the weights for the norm layers of one model, and says how they were found.
+
+    :func:`bnpatch.tune_alpha` makes one; :func:`bnpatch.apply` patches a model with it:
+
+        recipe = bnpatch.Recipe.load("recipe.json")
+        model = bnpatch.apply(model, recipe)
 
     Attributes:
         norm_layers: the norm layers, in the order of the model.
         provenance: how the weights were found: metric, data, results with confidence intervals, seed,
-            versions, command line. Plain JSON values; nothing in it changes what the recipe does.
-        include_1x1: weigh also where an example has one value per channel.
+            versions, command line. It has plain JSON values, and nothing in it changes what the recipe does.
+        include_1x1: also weight the example where it has one value per channel.
     """
 
     norm_layers: tuple[NormRecipe, ...]
@@ -101,22 +111,30 @@ class Recipe:
 
     @property
     def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of norm layer."""
+        """The weight of the example, in [0, 1], by name of norm layer."""
         return {norm_layer.name: norm_layer.alpha for norm_layer in self.norm_layers}
 
     @property
-    def setting(self) -> PatchWeights:
-        """Both weights by name of norm layer."""
-        return PatchWeights(
-            self.alphas, {norm_layer.name: norm_layer.lambda_ for norm_layer in self.norm_layers}
+    def state(self) -> PatchState:
+        """The patch as the value that :meth:`bnpatch.models.base.Model.set_state` takes."""
+        norms = self.norm_layers
+        return PatchState(
+            PatchWeights(self.alphas, {norm.name: norm.lambda_ for norm in norms}),
+            {norm.name: norm.target for norm in norms if norm.target is not None},
+            {norm.name: norm.running for norm in norms if norm.running is not None},
+            {norm.name: norm.channels_per_group for norm in norms if norm.channels_per_group > 1},
+            self.include_1x1,
         )
 
     def check_fits(self, fingerprints: Mapping[str, str]) -> None:
-        """Compare with the norm layers of a model, by name.
+        """Check that the recipe was made for a model with these norm layers.
+
+        Args:
+            fingerprints: by name of norm layer of the model, the :func:`fingerprint` of its parameters.
 
         Raises:
-            BnpatchError: the model isn't the one that the recipe was made for; names the first
-                norm layer that differs.
+            BnpatchError: the recipe was made for another model; the message names the first norm layer that
+                differs.
         """
         remedy = "apply it to the model that it was tuned on, or tune this one"
         for norm_layer in self.norm_layers:
@@ -136,7 +154,7 @@ class Recipe:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as plain JSON values."""
+        """Return the recipe as plain JSON values."""
         return {
             "format": FORMAT,
             "sites": [norm_layer.to_json() for norm_layer in self.norm_layers],
@@ -145,15 +163,23 @@ class Recipe:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe as JSON, atomically."""
+        """Write the recipe to a file as JSON, atomically.
+
+        Raises:
+            BnpatchError: the file can't be written.
+        """
         write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, content: Any, source: str = "recipe") -> "Recipe":
         """Read what :meth:`to_json` made.
 
+        Args:
+            content: the JSON values.
+            source: where they come from, for messages.
+
         Raises:
-            BnpatchError: it is not a recipe, or one of a newer format.
+            BnpatchError: the content is not a recipe, is damaged, or has another format version.
         """
         remedy = "make one with bnpatch tune-alpha"
         if not isinstance(content, dict) or "format" not in content:
@@ -202,7 +228,7 @@ class Recipe:
 def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
     """Hash the parameters of a norm layer: gamma, beta, running mean and running variance.
 
-    Taken in float32, so that it survives an export or a change of precision that keeps the values.
+    The hash is of the float32 values, so an export or a change of dtype that keeps the values keeps the hash.
     """
     digest = hashlib.sha256()
     for values in parameters:

@@ -1,1 +1,1 @@
-"""Images and targets: from where they lie to batches of inputs."""
+"""Read images and targets from files, arrays and loaders, in batches."""

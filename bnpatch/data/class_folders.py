@@ -1,17 +1,25 @@
-"""Which folder is which output? The question whose wrong answer looks like a broken model."""
+"""Find the images of a folder, and match its class folders with the outputs of a model.
+
+A wrong match makes a good model look broken, so :func:`targets_of_folders` raises an error or warns where
+the match is not certain. :func:`open_folder` finds the images, :func:`read_class_map` reads the file in which
+the user can give the match.
+"""
 
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.data.bit_depth import given, of_files
+from bnpatch.data.class_maps import composed
+from bnpatch.data.class_maps import read_class_map as read_class_map
 from bnpatch.data.dataset import Indices
+from bnpatch.data.image_files import FoundImages, find_images
 from bnpatch.data.images import FileImages
 from bnpatch.data.preprocessing import ImageModel
 
@@ -21,11 +29,11 @@ _SYNSET = re.compile(r"n\d{8}")
 class ClassOrder(Enum):
     """How a training script numbers its class folders."""
 
-    PLAIN = "plain"  #: as torchvision: 1, 10, 2
-    NATURAL = "natural"  #: as timm: 1, 2, 10
+    PLAIN = "plain"  #: as in torchvision: 1, 10, 2
+    NATURAL = "natural"  #: as in timm: 1, 2, 10
 
     def sort(self, names: Sequence[str]) -> list[str]:
-        """The names in this order."""
+        """Sort names in this order."""
         if self is ClassOrder.PLAIN:
             return sorted(names)
         from timm.utils.misc import natural_key
@@ -43,30 +51,33 @@ def targets_of_folders(
     partial: bool = False,
     where: str = "the data",
 ) -> dict[str, int]:
-    """Map names of class folders to outputs of the model.
+    """Map the names of class folders to outputs of the model.
 
-    In order of preference: the names that the model knows; ImageNet's synsets; as many folders as
-    outputs, sorted as the model's training script sorts; folders named by their index.
+    The function takes the first of these that applies: the folders have the model's class names; they are
+    synsets of ImageNet; there are as many folders as outputs, and their order is that of the model's training
+    script; their names are indices.
 
     Args:
         folders: names of the class folders.
-        num_outputs: K.
-        class_names: names of the outputs, where known.
-        order: how to sort, where sorting decides.
-        sure: the names were given by the user: nothing else will do.
-        partial: leave out folders that aren't named after a class, where the names are known.
-        where: the folder, for messages.
+        num_outputs: K, the number of outputs.
+        class_names: names of the outputs, if known.
+        order: how to sort the folders if their order decides.
+        sure: the user gave the class names, so nothing but these names may decide.
+        partial: if the class names are known, leave out folders that aren't named after a class.
+        where: the folder that has the class folders, for messages.
 
     Raises:
-        BnpatchError: there is no sure answer.
+        BnpatchError: the folders can't be matched with certainty.
     """
-    by_name = {name: index for index, name in enumerate(class_names or ())}
+    by_name = {composed(name): index for index, name in enumerate(class_names or ())}
     if class_names and len(class_names) == num_outputs:
-        known = {name: by_name[name] for name in folders if name in by_name}
+        known = {name: by_name[composed(name)] for name in folders if composed(name) in by_name}
         if len(known) == len(folders) or (partial and known):
             return known
     if sure:
-        strange = next((f"no {name!r}" for name in folders if name not in by_name), f"{len(by_name)} names")
+        strange = next(
+            (f"no {name!r}" for name in folders if composed(name) not in by_name), f"{len(by_name)} names"
+        )
         raise BnpatchError(
             f"the class map has {strange}, {where} and the model's {num_outputs} outputs need it otherwise",
             "list every class folder once, in the order of the outputs",
@@ -82,38 +93,22 @@ def targets_of_folders(
         return {}
     if len(folders) == num_outputs:
         _warn_of_other_names(folders, class_names)
-        _warn_of_order(folders, order)
+        if class_names or not _warn_of_numbers(folders, order):
+            _warn_of_order(folders, order)
         return {name: index for index, name in enumerate(order.sort(folders))}
     if all(name.isdecimal() and int(name) < num_outputs for name in folders):
+        if all(int(name) for name in folders):
+            warnings.warn(
+                f"the folders of {where} are numbers without a 0: {folders[0]!r} is taken for output "
+                f"{int(folders[0])}, where outputs count from 0; --class-map FILE says otherwise",
+                BnpatchWarning,
+                stacklevel=2,
+            )
         return {name: int(name) for name in folders}
     raise BnpatchError(
         f"{where} has {len(folders)} class folders, the model has {num_outputs} outputs",
         "say which is which with --class-map FILE: the folders, one a line, in the order of the outputs",
     )
-
-
-def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read a class map: one name a line in the order of the outputs, or a name and its index.
-
-    Raises:
-        BnpatchError: the file can't be read or is no class map.
-    """
-    try:
-        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BnpatchError(f"cannot read the class map {path}: {error}", "check the path") from error
-    if lines and all(len(line) == 2 and line[1].isdecimal() for line in lines):
-        lines.sort(key=lambda line: int(line[1]))
-        if [int(index) for _, index in lines] != list(range(len(lines))):
-            raise BnpatchError(
-                f"the indices of {path} are not 0 to {len(lines) - 1}", "number every output once"
-            )
-    names = tuple(line[0] for line in lines)
-    if not names or len(set(names)) < len(names):
-        raise BnpatchError(
-            f"{path} is not a class map", "write one class folder a line, in the order of the outputs"
-        )
-    return names
 
 
 def _imagenet_synsets(num_outputs: int) -> dict[str, int]:
@@ -127,12 +122,30 @@ def _imagenet_synsets(num_outputs: int) -> dict[str, int]:
 
 def _warn_of_other_names(folders: Sequence[str], class_names: Sequence[str] | None) -> None:
     if class_names:
-        strange = next((name for name in folders if name not in class_names), folders[0])
+        known = set(map(composed, class_names))
+        strange = next((name for name in folders if composed(name) not in known), folders[0])
         warnings.warn(
             f"the class folder {strange!r} is not among the model's class names; folders are taken in order",
             BnpatchWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:
+    """Warn, and return True, if folders are named by numbers that aren't the indices of the outputs."""
+    if not all(name.isdecimal() for name in folders) or set(map(int, folders)) == set(range(len(folders))):
+        return False
+    names = order.sort(folders)
+    same = ClassOrder.PLAIN.sort(folders) == ClassOrder.NATURAL.sort(folders)
+    differ = "" if same else ", and sort differently in torchvision and in timm"
+    pairs = ", ".join(f"{name!r} is output {index}" for index, name in enumerate(names[:3]))
+    warnings.warn(
+        f"the folders are numbers, but not 0 to {len(names) - 1}{differ}; in {order.value} order, {pairs}"
+        f"{', and so on' if len(names) > 3 else ''}; --class-map FILE says otherwise",
+        BnpatchWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def _warn_of_order(folders: Sequence[str], order: ClassOrder) -> None:
@@ -147,61 +160,94 @@ def _warn_of_order(folders: Sequence[str], order: ClassOrder) -> None:
         )
 
 
+# Names of the parts of a data set, the most likely one first.
+_PARTS = ("val", "validation", "valid", "test", "train")
+
 WITHOUT_LABELS = "or search without labels: --metric unlabeled"
 
 
 def open_folder(
-    folder: Path, model: ImageModel, class_map: str | os.PathLike[str] | None, optional: bool
+    folder: Path,
+    model: ImageModel,
+    class_map: str | os.PathLike[str] | None,
+    optional: bool,
+    bit_depth: int | None = None,
+    strict: bool = False,
 ) -> tuple[FileImages, Indices | None]:
     """Find the images of a folder and their classes.
 
     Args:
-        folder: has a folder of images per class.
-        model: has outputs, and perhaps names for them.
-        class_map: file that names them.
-        optional: images without a class are taken too: those outside class folders, and those in folders
-            that can't be matched with the outputs, of which a warning tells.
+        folder: a folder with one folder of images per class.
+        model: the model, whose class names are used if it has some, and set if they become known here.
+        class_map: file with the class names, see :func:`read_class_map`.
+        optional: also use images without a class: those outside class folders, and those in folders that
+            can't be matched with the outputs (with a warning).
+        bit_depth: how many bits the values of 16- and 32-bit images have; by default, as many as a sample of
+            them needs (with a warning).
+        strict: raise an error if a folder can't be listed; otherwise it counts as an image that can't be
+            read.
 
     Returns:
-        The images, and their classes of shape (N,), -1 for those without; None where no image has one.
+        The images; and their classes of shape (N,), -1 for images without a class, or None if no image has
+        one.
 
     Raises:
-        BnpatchError: there are no images, or classes are needed and can't be told.
+        BnpatchError: there are no images, or classes are needed and can't be determined.
     """
-    by_class = images_by_class(folder)
+    found = find_images(folder)
+    by_class = found.by_class
+    if strict and found.problems:
+        path, problem = next(iter(found.problems.items()))
+        raise BnpatchError(f"cannot read {path}: {problem}", "see to it, or leave out --strict")
+    _warn_of_left_out(folder, found)
     outside = by_class.pop("", [])
     if not optional:
         _check_class_folders(folder, len(by_class), len(outside))
         outside = []
     if not by_class and not outside:
         raise BnpatchError(f"{folder} has no images", "it needs some")
-    targets = _targets(folder, list(by_class), model, class_map, optional) if by_class else {}
+    names = read_class_map(class_map) if class_map else model.class_names
+    _check_parts(folder, by_class, names, optional)
+    targets = (
+        _targets(folder, list(by_class), model, names, class_map is not None, optional) if by_class else {}
+    )
     if model.class_names is None and targets and len(targets) == model.num_outputs():
-        model.class_names = tuple(
-            sorted(targets, key=lambda name: targets[name])
-        )  # from now on they are known
+        model.class_names = tuple(sorted(targets, key=lambda name: targets[name]))
     pairs = [(path, -1) for path in outside]
     pairs += [(path, targets.get(name, -1)) for name, paths in by_class.items() for path in paths]
-    source = FileImages([path for path, _ in pairs], model.preprocessing.image_mode, folder)
+    depth = given(bit_depth) if bit_depth else of_files([outside, *by_class.values()], str(folder))
+    mode = model.preprocessing.image_mode
+    source = FileImages([path for path, _ in pairs], mode, folder, depth, found.problems)
+    source.left_out = found.left_out
     return source, np.array([target for _, target in pairs], dtype=np.int64) if targets else None
 
 
-def images_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Image files by the folder directly below the root, at any depth; the root's own under ""."""
-    from timm.utils.misc import natural_key
+def _check_parts(
+    folder: Path, by_class: Mapping[str, Sequence[Path]], known: Sequence[str] | None, optional: bool
+) -> None:
+    """Check that the folders are classes and not the parts of a data set: train, val and so on."""
+    if not by_class or not set(by_class) <= set(_PARTS) or set(by_class) <= set(known or ()):
+        return
+    if optional and not any(
+        len(p.relative_to(folder).parts) > 2 for paths in by_class.values() for p in paths
+    ):
+        return  # folders of images without labels
+    first = next(name for name in _PARTS if name in by_class)
+    raise BnpatchError(
+        f"the folders of {folder} ({', '.join(by_class)}) are parts of a data set, not classes",
+        f"give {folder / first}",
+    )
 
-    Image.init()
-    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    by_class: dict[str, list[Path]] = {}
-    for root, _, files in os.walk(folder, followlinks=True):
-        parts = Path(root).relative_to(folder).parts
-        images = [Path(root, name) for name in files if Path(name).suffix.lower() in types]
-        if images:
-            by_class.setdefault(parts[0] if parts else "", []).extend(images)
-    return {
-        name: sorted(paths, key=lambda path: natural_key(str(path)))
-        for name, paths in sorted(by_class.items())
-    }
+
+def _warn_of_left_out(folder: Path, found: FoundImages) -> None:
+    for why, images in found.images_left_out.items():
+        names = [name for name, reason in found.left_out.items() if reason == why]
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(
+            f"left out of {folder}, because {why}: {len(names)} ({some}), with {images} images",
+            BnpatchWarning,
+            stacklevel=5,
+        )
 
 
 def _check_class_folders(folder: Path, count: int, outside: int) -> None:
@@ -221,23 +267,24 @@ def _targets(
     folder: Path,
     names: list[str],
     model: ImageModel,
-    class_map: str | os.PathLike[str] | None,
+    class_names: Sequence[str] | None,
+    sure: bool,
     optional: bool,
 ) -> dict[str, int]:
-    """Outputs by name of folder; where classes are optional, without the folders that are no classes."""
+    """Return outputs by name of folder; if classes are optional, folders that are no classes are left out."""
     try:
         targets = targets_of_folders(
             names,
             num_outputs=model.num_outputs(),
-            class_names=read_class_map(class_map) if class_map else model.class_names,
+            class_names=class_names,
             order=ClassOrder(model.class_order),
-            sure=class_map is not None,
+            sure=sure,
             partial=optional,
             where=str(folder),
         )
         why = "is not among the model's classes"
     except BnpatchError as error:
-        if not optional or class_map is not None:
+        if not optional or sure:
             raise
         targets, why = {}, f"is no class: {error.problem}"
     if strange := next((name for name in names if name not in targets), None):

@@ -1,7 +1,7 @@
-"""Shifts that the data does not have: contrast, brightness, noise and blur, mildly and at random.
+"""Shift images at random and mildly in contrast, brightness, noise or blur.
 
-What is tuned on them is insured against images that the data at hand does not show. What that may cost on
-those that it does show is for :mod:`bnpatch.search.robustness`.
+A patch that is tuned on shifted images also works on images that the user's data does not contain.
+:mod:`bnpatch.search.robustness` limits what that may cost on the clean images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.data.dataset import Batch, Examples
 from bnpatch.data.decoding import Indices
 
-CLEAN_SHARE = 0.5  #: of the examples; the others get one of the kinds each
-MAX_STRENGTH = 1.5  #: beyond it an image could lose all of its contrast
+CLEAN_SHARE = 0.5  #: expected share of clean examples; each of the others gets one kind of shift
+MAX_STRENGTH = 1.5  #: above it, an image could lose all of its contrast
 
 _MID_GRAY = 127.5
 
@@ -24,27 +24,28 @@ _MID_GRAY = 127.5
 def augmented(
     examples: Examples, kinds: str | Sequence[str], seed: int = 0, *, strength: float = 1.0
 ) -> "Augmented":
-    """View examples as half clean, half shifted.
+    """Make a view of examples in which about half are clean and the others are shifted.
 
-    Each example is clean with a chance of one half, or else one of the kinds with equal chances. How much is
-    drawn evenly from a range, given here for ``strength`` 1 and in proportion to it:
+    Each example is clean with probability 0.5; otherwise it gets one of the kinds, all equally likely. The
+    size of the shift is drawn uniformly from a range. These are the ranges at ``strength`` 1; other strengths
+    scale their distance from no shift:
 
-    - contrast: distance from mid-gray times 0.4 to 1.4;
-    - brightness: values times 0.4 to 1.4;
-    - noise: Gaussian, of a standard deviation of 0 to 0.1 of the range of values;
-    - blur: Gaussian, of a standard deviation of 0 to 0.02 of the shorter side.
+    - contrast: the distance from mid-gray is multiplied by 0.4 to 1.4;
+    - brightness: the values are multiplied by 0.4 to 1.4;
+    - noise: Gaussian, with a standard deviation of 0 to 0.1 of the range of values;
+    - blur: Gaussian, with a standard deviation of 0 to 0.02 of the shorter side.
 
-    What an example gets depends on its index and the seed alone. Nothing is decoded or kept twice: both serve
-    from one cache.
+    The shift of an example depends only on its index and the seed. The view shares the cache of ``examples``,
+    so no image is decoded or stored twice.
 
     Args:
         examples: images as bytes.
-        kinds: names of the shifts, or a text with commas between them.
-        seed: of the random choices.
-        strength: in (0, 1.5].
+        kinds: names of the shifts, in a list or in a text with commas between them.
+        seed: seed of the random choices.
+        strength: scales the shifts; in (0, 1.5].
 
     Raises:
-        BnpatchError: a kind is not known, the strength is out of range, or inputs are no bytes.
+        BnpatchError: a kind is not known, the strength is out of range, or the inputs are not bytes.
     """
     if not 0 < strength <= MAX_STRENGTH:
         raise BnpatchError(f"a strength of {strength} is out of range", f"choose up to {MAX_STRENGTH}")
@@ -57,10 +58,10 @@ def augmented(
 
 
 def parse_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of shifts, of a list or of a text with commas between them.
+    """Return the names of shifts that are in a list or in a text with commas between them.
 
     Raises:
-        BnpatchError: there is none, one is not known, or one comes twice.
+        BnpatchError: there is no name, a name is not known, or a name comes twice.
     """
     names = kinds.split(",") if isinstance(kinds, str) else kinds
     names = tuple(name.strip().lower() for name in names if name.strip())
@@ -75,35 +76,35 @@ def parse_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Augmented(Examples):
-    """A view of examples, see :func:`augmented`, with what was read and what was skipped in common."""
+    """A view of examples (see :func:`augmented`) that shares their cache and their list of skipped ones."""
 
     def __init__(self, examples: Examples, kinds: tuple[str, ...], seed: int, strength: float) -> None:
         vars(self).update(vars(examples))
         self.kinds, self.seed, self.strength = kinds, seed, strength
-        # One row per example: clean or which kind, and how much. A row does not depend on how many follow.
+        # A row per example: clean or not, which kind, how much. It does not depend on the number of examples.
         self._draws = np.random.default_rng(seed).random((len(examples), 3))
 
     def kinds_of(self, indices: Indices) -> list[str]:
-        """What the examples with these indices get: the name of a kind, or "clean"."""
+        """Return the shift of each example with these indices: the name of a kind, or "clean"."""
         return [("clean", *self.kinds)[number] for number in self._numbers(indices)]
 
     def _numbers(self, indices: Indices) -> Indices:
-        """0 for clean, or 1 + the position of the kind, of shape (N,)."""
+        """Return 0 for clean, or 1 + the position of the kind, of shape (N,)."""
         shifted = self._draws[indices, 0] >= CLEAN_SHARE
         return np.where(shifted, 1 + (self._draws[indices, 1] * len(self.kinds)).astype(np.int64), 0)
 
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
-        """As of the examples that this is a view of, with shifts.
+        """Yield batches as :meth:`Examples.batches` does, with shifted images.
 
         Raises:
-            BnpatchError: inputs are no bytes, besides what :meth:`Examples.batches` raises.
+            BnpatchError: the inputs are not bytes, or :meth:`Examples.batches` raises it.
         """
         for batch in super().batches(batch_size, indices):
             x = self._shifted(batch)
             yield replace(batch, x=x.pin_memory() if self.pin_memory else x)
 
     def fingerprint(self) -> str:
-        """Different from that of the examples themselves, and for each setting."""
+        """Hash the examples and the settings of the shifts."""
         return f"{super().fingerprint()}+{','.join(self.kinds)}@{self.strength:g}#{self.seed}"
 
     def _shifted(self, batch: Batch) -> Tensor:
@@ -111,7 +112,7 @@ class Augmented(Examples):
             raise BnpatchError(
                 f"inputs of {batch.x.dtype} can't be augmented", "give images as bytes or files"
             )
-        x, numbers = batch.x, self._numbers(batch.indices)  # a batch is a copy already
+        x, numbers = batch.x, self._numbers(batch.indices)  # in place: a batch is a copy of the cache
         for number, kind in enumerate(self.kinds, start=1):
             (chosen,) = np.nonzero(numbers == number)
             if len(chosen):
@@ -123,8 +124,9 @@ class Augmented(Examples):
         return x
 
 
-# Each takes images (N, C, H, W) of values in [0, 255], which it may overwrite; draws (N, 1, 1, 1) in [0, 1);
-# the strength; and seeds (N, 2) for what takes more than one draw. `augmented` documents the ranges.
+# A shift takes images (N, C, H, W) with values in [0, 255], which it may overwrite; random numbers
+# (N, 1, 1, 1) in [0, 1); the strength; and seeds (N, 2), from which it may draw more random numbers.
+# `augmented` documents the ranges.
 _Shift = Callable[[Tensor, Tensor, float, Indices], Tensor]
 
 
@@ -141,7 +143,7 @@ def _brightness(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Ten
 
 
 def _noise(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
-    # One generator per example, so that its noise does not depend on the batch that it is in.
+    # There is one generator per example, so that its noise does not depend on its batch.
     shape = tuple(x.shape[1:])
     noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
     return x.addcmul_(torch.from_numpy(noise), 0.1 * 255 * strength * draws)
@@ -150,7 +152,7 @@ def _noise(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
 def _blur(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
     height, width = x.shape[2:]
     sigmas = (0.02 * strength * min(height, width) * draws.flatten()).tolist()
-    # A product per example: one of the batch may be rounded otherwise for another size of the batch.
+    # There is one product per example, because a batched product may round differently in another batch size.
     return torch.stack(
         [
             _gaussian(height, sigma) @ image @ _gaussian(width, sigma).T
@@ -160,7 +162,7 @@ def _blur(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
 
 
 def _gaussian(size: int, sigma: float) -> Tensor:
-    """The matrix (size, size) that blurs along an axis; its rows sum to 1, at the border too."""
+    """Return the matrix (size, size) that blurs along an axis; its rows sum to 1, also at the border."""
     at = torch.arange(size, dtype=torch.float32)
     return torch.softmax(-((at[:, None] - at) ** 2) / (2 * max(sigma, 1e-3) ** 2), dim=1)
 

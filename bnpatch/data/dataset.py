@@ -1,4 +1,4 @@
-"""Examples, decoded once and served in batches any number of times."""
+"""A data set that is decoded once and read in batches any number of times, and random splits of it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,7 +17,13 @@ from bnpatch.data.decoding import ItemTransform, Part, Source, decoded
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples, in the order of their indices: ``x`` (N, C, H, W), ``targets`` (N, ...)."""
+    """Some examples of a data set.
+
+    Attributes:
+        indices: their positions in the data set, of shape (N,).
+        x: inputs (N, C, H, W), images as bytes or floats as the model takes them.
+        targets: what a metric compares outputs with, of shape (N, ...).
+    """
 
     indices: Indices
     x: Tensor
@@ -25,22 +31,23 @@ class Batch:
 
 
 class Examples:
-    """A data set that serves batches any number of times.
+    """A data set that can be read in batches any number of times.
 
-    What is decoded stays in memory as bytes, up to ``cache_gb``; the rest is decoded again at each
-    pass. Examples that can't be read are left out and counted in ``skipped``.
+    Decoded examples stay in memory as bytes, up to ``cache_gb``; the rest is decoded again in each pass.
+    Examples that can't be read are left out and listed in ``skipped``. ``left_out`` has by name the files and
+    folders beside them that are no examples, such as what tools leave behind, and why.
 
     Args:
-        source: where images come from.
-        targets: class index of each example, of shape (N,), -1 where it is not known; or whatever else a
+        source: where the images come from.
+        targets: class index of each example, of shape (N,), -1 if it is not known; or anything else that a
             metric compares outputs with, of shape (N, ...).
-        transform: from an image to bytes (C, H, W).
-        classes: the targets are class indices.
+        transform: converts an image to bytes (C, H, W).
+        classes: whether the targets are class indices.
         labelled: which examples have a target, of shape (N,); by default those whose class is known.
-        num_workers: decoding processes; None for a number that suits the machine and the data.
+        num_workers: number of decoding processes; None for a number that suits the machine and the data.
         cache_gb: memory for decoded examples, in units of 10^9 bytes.
-        strict: raise at the first example that can't be read.
-        pin_memory: hand out batches in memory from which a GPU copies without waiting.
+        strict: raise an error at the first example that can't be read.
+        pin_memory: return batches in pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -67,32 +74,33 @@ class Examples:
         self.strict = strict
         self.pin_memory = pin_memory
         self.skipped: dict[int, str] = {}
-        self.as_they_are = False  # inputs that no preprocessing was done to
-        self.in_memory = False  # reading from the source costs nothing: no cache, no processes
+        self.left_out: dict[str, str] = {}
+        self.as_they_are = False  # the inputs are floats, to which no preprocessing is applied
+        self.in_memory = False  # the source is in memory, so that it needs no cache and no processes
         self._cache = _Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
-        """Number of examples, unreadable ones included until they are met."""
+        """Number of examples, with those that can't be read."""
         return len(self.targets)
 
     def keep(self, indices: Indices) -> None:
-        """Use only the examples with these indices from now on, which are numbered anew."""
+        """Drop all other examples than those with these indices, and number these from 0."""
         self.source = Part(self.source, indices)
         self.targets, self.labelled = self.targets[indices], self.labelled[indices]
         self.skipped, self._cache = {}, _Cache(self._cache.budget)
 
     @property
     def strata(self) -> Indices:
-        """What a random choice should be balanced in, of shape (N,): the class, -1 without a label.
+        """The stratum of each example, of shape (N,), for random choices that are balanced by class.
 
-        Targets that are no classes make one stratum, 0.
+        It is the class, 0 for every target that is no class, and -1 for an example without a target.
         """
         return np.where(self.labelled, self.targets if self.classes else 0, -1)
 
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
-        """Yield the examples with these indices (default: all) in this order, without the unreadable ones.
+        """Yield the examples with these indices (default: all) in this order.
 
-        Each index at most once.
+        Examples that can't be read are left out. An index that is given twice counts once.
 
         Raises:
             BnpatchError: an example can't be read and ``strict`` is set, or inputs differ in shape.
@@ -107,10 +115,12 @@ class Examples:
             yield self._batch(kept)
 
     def readable(self, indices: Indices) -> Indices:
-        """Those of the examples that can be read, which stay in memory as far as that allows.
+        """Return the indices of the examples that can be read.
+
+        The method reads them all, and keeps them in memory up to the limit of the cache.
 
         Raises:
-            BnpatchError: none can.
+            BnpatchError: none of the examples can be read.
         """
         for _ in () if self.in_memory else self._items(indices):
             pass
@@ -124,7 +134,7 @@ class Examples:
         return kept
 
     def fingerprint(self) -> str:
-        """A hash of the names, the targets and, where it is cheap to have, the content of the examples."""
+        """Hash the names and the targets of the examples, and their content where reading it is cheap."""
         digest = hashlib.sha256(f"{self.targets.dtype} {self.targets.shape}".encode())
         digest.update(self.targets.tobytes())
         digest.update(self.labelled.tobytes())
@@ -175,29 +185,29 @@ class Examples:
 
 @dataclass
 class _Cache:
-    """Inputs by index, of so many bytes at most."""
+    """Inputs by index, up to a total of ``budget`` bytes."""
 
     budget: int
     used: int = 0
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
     def offer(self, index: int, x: Tensor) -> None:
-        """Keep an input if there is room."""
+        """Keep an input if the budget allows it."""
         if self.used + x.nbytes <= self.budget:
             self.inputs[index] = x
             self.used += x.nbytes
 
 
 def split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Split examples at random into a part to tune on and a part held out, class by class.
+    """Split examples at random, class by class, into a part to tune on and a held-out part.
 
-    What is held out judges, for which it takes labels: examples without one are never held out, unless none
-    has any.
+    The held-out part serves to score the result, which needs labels. Examples without a label are therefore
+    never held out, unless no example has one.
 
     Args:
-        strata: class of each example, -1 where it is not known, of shape (N,); :attr:`Examples.strata`.
-        fraction: of each class, how much is held out, in (0, 1).
-        seed: of the random choice.
+        strata: stratum of each example, of shape (N,), see :attr:`Examples.strata`.
+        fraction: the share of each class that is held out, in (0, 1).
+        seed: seed of the random choice.
 
     Returns:
         Indices of the two parts, each in ascending order.
@@ -208,15 +218,15 @@ def split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices
 
 
 def folds(strata: Indices, k: int, seed: int) -> list[Indices]:
-    """Split examples at random into k parts that are held out in turn, class by class.
+    """Split examples at random, class by class, into k parts that are held out in turn.
 
-    The parts are disjoint, differ by one example in size at most, and together are all that
-    :func:`split` might hold out.
+    The parts are disjoint, and their sizes differ by at most one example. Together they are all the examples
+    that :func:`split` may hold out.
 
     Args:
-        strata: as of :func:`split`.
+        strata: stratum of each example, of shape (N,), see :attr:`Examples.strata`.
         k: number of parts.
-        seed: of the random choice.
+        seed: seed of the random choice.
 
     Returns:
         Indices of each part, in ascending order.
@@ -232,15 +242,15 @@ def folds(strata: Indices, k: int, seed: int) -> list[Indices]:
         )
     rng = np.random.default_rng(seed)
     by_class = [rng.permutation(judges[strata[judges] == value]) for value in np.unique(strata[judges])]
-    dealt = np.concatenate(by_class)  # like cards: every fold gets its share of each class
+    dealt = np.concatenate(by_class)  # every k-th of these goes to a fold, so each fold has all classes
     return [np.sort(dealt[part::k]) for part in range(k)]
 
 
 def subset(strata: Indices, fraction: float, seed: int) -> Indices:
-    """Choose a fraction of the examples at random, stratum by stratum; indices in ascending order."""
+    """Choose a fraction of the examples at random, stratum by stratum; return indices in ascending order."""
     rng = np.random.default_rng(seed)
     chosen: list[int] = []
-    debt = 0.0  # what rounding owes, carried from stratum to stratum, so that the total is right
+    debt = 0.0  # the rounding error so far; the next stratum corrects it, so that the total is right
     for value in np.unique(strata):
         members = rng.permutation(np.flatnonzero(strata == value))
         debt += fraction * len(members)
@@ -251,6 +261,6 @@ def subset(strata: Indices, fraction: float, seed: int) -> Indices:
 
 
 def _judges(strata: Indices) -> Indices:
-    """Those that can be held out: the labelled, or all where none is."""
+    """Return the indices of examples that can be held out: the labelled ones, or all if none is labelled."""
     labelled = np.flatnonzero(strata >= 0)
     return labelled if len(labelled) else np.arange(len(strata))

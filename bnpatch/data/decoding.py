@@ -1,7 +1,9 @@
-"""From a place where examples lie to inputs, in processes of their own where that pays."""
+"""Read and decode examples into inputs, in worker processes if there are enough of them."""
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -15,39 +17,40 @@ from torch.utils.data import DataLoader, Dataset
 Indices = npt.NDArray[np.int64]
 ItemTransform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
-# An array, which a process sends faster than a tensor; or a tensor that is no image; or why there is none.
+# What a worker process returns: an array (a process sends it faster than a tensor), or a tensor that is no
+# image, or None; and why it is None.
 _Item = tuple[npt.NDArray[np.uint8] | Tensor | None, str]
 
-# So many are sent by a process together: fewer waits, and memory for no more than some dozens.
+# Number of examples that a process sends together: few enough waits, and memory for a few dozen examples.
 _AT_ONCE = 8
 
 
 class Source(Protocol):
-    """Where examples come from, before any preprocessing."""
+    """The images of a data set before any preprocessing, by index."""
 
     def __len__(self) -> int:
         """Number of examples."""
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """An image to preprocess, or an input as it is; raises where it can't be read."""
+        """Return an image to preprocess, or an input as the model takes it; raise if it can't be read."""
 
     def name(self, index: int) -> str:
-        """What to call the example in messages."""
+        """Return the name of the example, for messages."""
 
     def content(self, index: int) -> bytes:
-        """What tells the example from others of the same name, if that is cheap to have."""
+        """Return bytes that differ if the content does, or none if reading the content is slow."""
 
 
 def decoded(
     source: Source, transform: ItemTransform, indices: list[int], num_workers: int | None
 ) -> Iterator[tuple[Tensor | None, str]]:
-    """Read examples in this order; yield each one's input, or None and why there is none.
+    """Read examples in this order; yield the input and "" for each, or None and why it can't be read.
 
     Args:
-        source: where they come from.
-        transform: from an image to bytes (C, H, W).
-        indices: which.
-        num_workers: processes; None for a number that suits the machine and the data.
+        source: where the examples come from.
+        transform: converts an image to bytes (C, H, W).
+        indices: which examples to read.
+        num_workers: number of processes; None for a number that suits the machine and the data.
     """
     if not indices:
         return
@@ -59,13 +62,13 @@ def decoded(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_as_they_are,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=serve_the_main_process,
     ):
         for x, problem in some:
             if isinstance(x, np.ndarray):
                 x = torch.from_numpy(x)
             elif x is not None:
-                x = x.clone()  # what another process made holds a file descriptor
+                x = x.clone()  # a tensor from another process holds a file descriptor; the copy does not
             yield x, problem
 
 
@@ -73,12 +76,37 @@ def _as_they_are(items: list[_Item]) -> list[_Item]:
     return items
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
+def serve_the_main_process(worker: int) -> None:
+    """Make a worker process of a data loader end when the main process ends it or has ended itself.
+
+    Signals often reach all processes of a program. The worker ignores interrupts and the first request to
+    terminate, because the main process decides whether the work ends.
+    """
+    asked: list[int] = []
+
+    def terminate(number: int, frame: object) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    """Wait until the main process ends; a worker that is blocked would not notice it otherwise."""
+    main, parent = multiprocessing.parent_process(), os.getppid()
+    if main is None:
+        return  # this is the main process
+    # Other workers may hold the pipe that signals the end open, so the parent's id is checked as well.
+    while main.is_alive() and os.getppid() == parent:
+        main.join(1)
+    os._exit(1)
 
 
 class Part:
-    """Some examples of a source, as a source."""
+    """A source with some of the examples of another source."""
 
     def __init__(self, source: Source, indices: Indices) -> None:
         self.source, self.indices = source, indices
@@ -87,20 +115,20 @@ class Part:
         return len(self.indices)
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """Its image or input."""
+        """Return the image or input."""
         return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        """Its name."""
+        """Return the name."""
         return self.source.name(int(self.indices[index]))
 
     def content(self, index: int) -> bytes:
-        """Its content."""
+        """Return the content."""
         return self.source.content(int(self.indices[index]))
 
 
 class _Decoded(Dataset[_Item]):
-    """Runs in the worker processes: an example's input, or why there is none."""
+    """The data set that worker processes read: an example's input, or why it can't be read."""
 
     def __init__(self, source: Source, transform: ItemTransform, indices: list[int]) -> None:
         self.source, self.transform, self.indices = source, transform, indices
@@ -116,5 +144,5 @@ class _Decoded(Dataset[_Item]):
             return np.array(self.transform(item)), ""
         except (
             Exception
-        ) as error:  # whatever a decoder raises for a broken file: it is one image, not the run
+        ) as error:  # decoders raise any type of error for a broken file, which must not end the run
             return None, f"{type(error).__name__}: {error}"

@@ -1,6 +1,7 @@
 """Sources of examples: image files, arrays, data sets that can be indexed, and loaders of batches."""
 
 import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,50 +9,98 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
+from bnpatch.data.image_files import check_not_raw, check_regular, teach_pillow
 from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
+ORIENTATION = 0x0112  #: tag of EXIF
+_SAMPLE = 16  # images that are decoded to find their bit depth
+
 
 class FileImages:
-    """Images in files."""
+    """A source of images in files.
 
-    def __init__(self, paths: Sequence[Path], mode: str, root: Path) -> None:
-        self.paths, self.mode, self.root = paths, mode, root
+    Args:
+        paths: the files.
+        mode: mode of PIL to convert images to.
+        root: a folder that all files are in.
+        bit_depth: how many bits the values of 16- and 32-bit images have.
+        problems: why some of the paths can't be read, if that is known.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        mode: str,
+        root: Path,
+        bit_depth: BitDepth = STANDARD,
+        problems: Mapping[Path, str] | None = None,
+    ) -> None:
+        self.paths, self.mode, self.root, self.bit_depth = paths, mode, root, bit_depth
+        self.problems = dict(problems or {})
+        self.left_out: dict[str, str] = {}  # what else is there, and why it is none of the images
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> Image.Image:
-        """Open, decode completely, turn as its EXIF says, and convert."""
-        with Image.open(self.paths[index]) as image:
-            return as_mode(ImageOps.exif_transpose(image), self.mode)
+        """Open the image, decode it completely, rotate it as its EXIF says, and convert it to the mode.
+
+        Raises:
+            OSError: the path is no file, or not one that Pillow can read.
+            ValueError: its values don't fit the bit depth, see :func:`as_mode`.
+        """
+        path = self.paths[index]
+        if problem := self.problems.get(path):
+            raise OSError(problem)
+        check_regular(path)
+        check_not_raw(path)
+        advice = teach_pillow(path)
+        try:
+            opened = Image.open(path)
+        except UnidentifiedImageError as error:
+            if not advice:
+                raise
+            raise OSError(f"Pillow can't read it here ({advice})") from error
+        with opened as image:
+            colors = deep_colors(path, image) if self.bit_depth.needs_low_bytes else None
+            if colors is None:
+                return as_mode(ImageOps.exif_transpose(image), self.mode, self.bit_depth)
+            shallow = Image.fromarray(self.bit_depth.to_bytes(colors))
+            shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+            return ImageOps.exif_transpose(shallow).convert(self.mode)
 
     def name(self, index: int) -> str:
-        """The path below the root."""
+        """Return the path below the root."""
         return str(self.paths[index].relative_to(self.root))
 
     def content(self, index: int) -> bytes:
-        """Nothing: a path is enough, and reading the file is not cheap."""
-        return b""
+        """Return the bit depth if it is unusual: the path identifies the image, and reading it is slow."""
+        return b"" if self.bit_depth.bits == STANDARD.bits else str(self.bit_depth.bits).encode()
 
 
 class ArrayInputs:
-    """Arrays: bytes are images, floating-point values are inputs as they are."""
+    """A source of arrays: bytes are images, floating-point values are inputs as the model takes them.
+
+    Args:
+        x: the array, (N, ...).
+        mode: mode of PIL to convert images to, or None if the array has inputs as the model takes them.
+    """
 
     def __init__(self, x: Array | Tensor, mode: str | None) -> None:
-        # Without a mode, inputs as they are.
         self.x, self.mode = torch.as_tensor(x) if mode is None else x, mode
 
     def __len__(self) -> int:
         return len(self.x)
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """An image of the bytes, channels first or last; or the floats."""
+        """Return an image made of the bytes, whose channels may be first or last; or the floats."""
         if self.mode is None:
             return torch.as_tensor(self.x[index])
         image = np.asarray(self.x[index])
@@ -64,38 +113,53 @@ class ArrayInputs:
         return f"example {index}"
 
     def content(self, index: int) -> bytes:
-        """Some hundred of the values, spread evenly."""
+        """Return a few hundred of the values, evenly spaced."""
         values = torch.as_tensor(self.x[index]).reshape(-1)
         return values[:: max(1, len(values) // 256)].contiguous().view(torch.uint8).numpy().tobytes()
 
 
 class IndexedImages:
-    """A map-style data set of images, or of (image, target) pairs as torchvision's and timm's are."""
+    """A source over a map-style data set of images or (image, target) pairs, as in torchvision and timm."""
 
     def __init__(self, dataset: Any, preprocessing: Preprocessing) -> None:
-        # timm's wrapper hands out the next image where one is broken; its reader doesn't.
+        # timm's wrapper silently returns the next image if one is broken; its reader raises an error.
         self.dataset, self.preprocessing = getattr(dataset, "reader", dataset), preprocessing
+        self.bit_depth = STANDARD
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """The image, converted; a tensor is taken as an input as it is."""
+        """Return the image, converted to the mode; a tensor is returned as it is."""
         image, _ = _parts(self.dataset[index])
         if isinstance(image, Tensor):
             return image
         with image if isinstance(image, Image.Image) else Image.open(image) as opened:
-            return as_mode(opened, self.preprocessing.image_mode)
+            return as_mode(opened, self.preprocessing.image_mode, self.bit_depth)
+
+    def find_bit_depth(self) -> None:
+        """Find how many bits the values of 16- and 32-bit images have, if the first image is one."""
+        with contextlib.suppress(Exception):  # an image that can't be read is reported later
+            if self._values(0) is not None:
+                some = range(0, len(self), -(-len(self) // _SAMPLE))
+                self.bit_depth = of_sample([functools.partial(self._values, i) for i in some], "the data set")
+
+    def _values(self, index: int) -> Array | None:
+        image, _ = _parts(self.dataset[index])
+        if isinstance(image, Tensor):
+            return None
+        with image if isinstance(image, Image.Image) else Image.open(image) as opened:
+            return deep_values(opened)
 
     def targets(self, budget: int) -> Array | None:
-        """Target of each example, of shape (N, ...); None for a data set of images alone.
+        """Return the target of each example, of shape (N, ...); None for a data set of images alone.
 
         Raises:
-            BnpatchError: they differ in shape, or take more than ``budget`` bytes.
+            BnpatchError: the targets differ in shape, or take more than ``budget`` bytes.
         """
-        # A list of targets saves decoding every image, unless something is done to them on the way.
+        # The attribute "targets" saves decoding every image. It is wrong if a transform changes the targets.
         if not getattr(self.dataset, "target_transform", None):
-            with contextlib.suppress(ValueError):  # they differ in shape: boxes, for example
+            with contextlib.suppress(ValueError):  # the targets differ in shape, as boxes do
                 listed = np.asarray(getattr(self.dataset, "targets", None))
                 if listed.shape[:1] == (len(self),) and listed.dtype.kind in "biuf":
                     return listed
@@ -115,22 +179,22 @@ class IndexedImages:
         return f"example {index}"
 
     def content(self, index: int) -> bytes:
-        """Nothing: decoding is not cheap."""
-        return b""
+        """Return the bit depth if it is unusual, because decoding is slow."""
+        return b"" if self.bit_depth.bits == STANDARD.bits else str(self.bit_depth.bits).encode()
 
 
 def drain(loader: Iterable[Any], budget: int) -> tuple[Tensor, Array | None]:
-    """Take all batches of a loader into memory.
+    """Read all batches of a loader into memory.
 
     Args:
         loader: gives batches (x, y), or x alone, of tensors or arrays.
-        budget: bytes that they may take.
+        budget: number of bytes that the batches may take.
 
     Returns:
-        x of shape (N, ...), and y of shape (N, ...), or None where there is none.
+        x of shape (N, ...), and y of shape (N, ...) or None if the loader gives none.
 
     Raises:
-        BnpatchError: they take more, batches differ in shape, or are something else.
+        BnpatchError: the batches take more memory, differ in shape, or are neither tensors nor arrays.
     """
     xs: list[Tensor] = []
     ys: list[Tensor] = []
@@ -151,22 +215,26 @@ def drain(loader: Iterable[Any], budget: int) -> tuple[Tensor, Array | None]:
     return _joined(xs, "inputs"), _joined(ys, "targets").numpy() if ys else None
 
 
-def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to L or RGB; 16-bit gray is scaled, where PIL would clip it to white.
+def as_mode(image: Image.Image, mode: str, bit_depth: BitDepth = STANDARD) -> Image.Image:
+    """Convert an image to mode L or RGB. Deeper gray is scaled to 8 bits; PIL would clip it to white.
+
+    Args:
+        image: an image of any mode.
+        mode: "L" or "RGB".
+        bit_depth: how many bits the values of a 16- or 32-bit image have.
 
     Raises:
-        ValueError: the image has floating-point values, whose range is anybody's guess.
+        ValueError: the image has floating-point values, whose range is not known, or values that don't fit
+            the bit depth.
     """
     if image.mode == "F":
         raise ValueError("floating-point image")
-    if image.mode.startswith("I"):  # 16 bits, in 32 with some versions of PIL
-        values = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
+    values = deep_values(image)
+    return (image if values is None else Image.fromarray(bit_depth.to_bytes(values))).convert(mode)
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
-    """The image and the target, None where there is none, of an example or of a batch."""
+    """Return the image and the target (None if there is none) of an example or of a batch."""
     if isinstance(item, Mapping):
         raise BnpatchError(
             f"the data gives dictionaries ({', '.join(map(str, item))})", "give pairs (image, target)"
@@ -177,7 +245,11 @@ def _parts(item: Any) -> tuple[Any, Any]:
 
 
 def _copied(values: Any) -> Tensor:
-    """A copy: what a loader's process sends holds a file descriptor, and others use their memory again."""
+    """Copy values to a CPU tensor.
+
+    The copy is needed because a tensor from a loader's process holds a file descriptor, and some loaders
+    write the next batch into the same memory.
+    """
     try:
         return torch.as_tensor(values).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -195,7 +267,7 @@ def _check_budget(used: int, budget: int) -> None:
 
 
 def _joined(parts: list[Tensor], what: str) -> Tensor:
-    """Concatenate, taking the parts out of the list so that memory holds them hardly more than once."""
+    """Concatenate parts. The list is emptied on the way, so each part is freed once it is copied."""
     kinds = sorted({f"{tuple(part.shape[1:])} of {part.dtype}" for part in parts})
     if len(kinds) > 1:
         raise BnpatchError(

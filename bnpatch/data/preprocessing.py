@@ -1,4 +1,4 @@
-"""From an image to what a model was trained on, and where that knowledge comes from."""
+"""How an image becomes an input of a model: resize, crop and normalize, as the model was trained."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,14 +19,16 @@ Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes an input: resize, crop, scale to [0, 1], subtract the mean, divide by std.
+    """The values by which an image becomes an input.
+
+    The image is resized, cropped, scaled to [0, 1], shifted by the mean and divided by std.
 
     Attributes:
         input_size: (channels, height, width) of the input.
-        mean: per channel, for values in [0, 1].
-        std: per channel, for values in [0, 1].
-        interpolation: of the resize, by timm's names.
-        crop_pct: side of the crop over the side that the image is resized to.
+        mean: mean per channel, for values in [0, 1].
+        std: standard deviation per channel, for values in [0, 1].
+        interpolation: interpolation of the resize, by timm's names.
+        crop_pct: side of the crop divided by the side that the image is resized to.
         crop_mode: timm's crop mode: center, squash or border.
         source: where these values come from, for people.
     """
@@ -43,7 +45,7 @@ class Preprocessing:
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))
-            if len(values) != channels:  # e.g. ImageNet's three, for a grayscale model: their average
+            if len(values) != channels:  # for example ImageNet's three for a grayscale model: average them
                 values = (sum(values) / len(values),) * channels
             object.__setattr__(self, name, values)
         if not all(v > 0 for v in self.std):
@@ -53,7 +55,7 @@ class Preprocessing:
     def of_timm(
         cls, module: nn.Module, source: str, stored: Mapping[str, Any] | None = None
     ) -> "Preprocessing":
-        """What timm resolves from a model's pretrained_cfg and from what a checkpoint stored."""
+        """Return what timm resolves from a model's pretrained_cfg and from the values in a checkpoint."""
         from timm.data import resolve_model_data_config
 
         cfg = resolve_model_data_config(
@@ -63,7 +65,7 @@ class Preprocessing:
 
     @classmethod
     def of_torchvision(cls, weights: Any, channels: int = 3) -> "Preprocessing":
-        """The transforms that belong to a member of a torchvision weights enum."""
+        """Return the preprocessing of a member of a torchvision weights enum."""
         preset = weights.transforms()
         crop, resize = preset.crop_size[0], preset.resize_size[0]
         return cls(
@@ -71,14 +73,14 @@ class Preprocessing:
             mean=tuple(preset.mean),
             std=tuple(preset.std),
             interpolation=preset.interpolation.value,
-            # timm resizes to floor(crop / crop_pct): the half keeps that clear of rounding.
+            # timm resizes to floor(crop / crop_pct). Adding 0.5 keeps rounding from changing the result.
             crop_pct=crop / (resize + 0.5),
             source=f"torchvision's {weights}",
         )
 
     @classmethod
     def of_torchvision_args(cls, args: Mapping[str, Any], channels: int = 3) -> "Preprocessing":
-        """What the arguments of torchvision's reference training script say, stored in its checkpoints."""
+        """Return the preprocessing of torchvision's training script, from the arguments in a checkpoint."""
         crop, resize = int(args["val_crop_size"]), int(args.get("val_resize_size") or args["val_crop_size"])
         return cls(
             input_size=(channels, crop, crop),
@@ -90,7 +92,15 @@ class Preprocessing:
         )
 
     def override(self, channels: int | None = None, **values: Any) -> "Preprocessing":
-        """The same with the values that are not None replaced; ``img_size`` is a side in pixels."""
+        """Return this preprocessing with other values, without those that are None.
+
+        Args:
+            channels: number of input channels.
+            values: attributes by name, or ``img_size``, the side of a square input in pixels.
+
+        Raises:
+            BnpatchError: the number of values does not fit the channels, or the interpolation is not known.
+        """
         values = {name: value for name, value in values.items() if value is not None}
         if not values and channels in (None, self.input_size[0]):
             return self
@@ -127,7 +137,10 @@ class Preprocessing:
         return modes[self.input_size[0]]
 
     def transform(self) -> Transform:
-        """The part that is done once per image: a PIL image to a uint8 array (channels, height, width)."""
+        """Make the transform from a PIL image to a uint8 array (channels, height, width).
+
+        It resizes and crops, which is done once per image. The model normalizes each batch on its device.
+        """
         from timm.data import create_transform
 
         made: Transform = create_transform(
@@ -136,7 +149,7 @@ class Preprocessing:
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
-            use_prefetcher=True,  # leaves bytes, a quarter of the memory: the model's device does the rest
+            use_prefetcher=True,  # makes the transform return bytes, which need a quarter of the memory
         )
         return made
 
@@ -149,19 +162,19 @@ class Preprocessing:
         return f"{width} x {height} out of {resized} ({self.interpolation}, {self.crop_mode}); {numbers}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint or a recipe."""
+        """Return plain JSON values, for a checkpoint or a recipe."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "Preprocessing":
-        """Read what :meth:`to_json` made and was stored in ``where``."""
+        """Read what :meth:`to_json` made; ``where`` says where it was stored, for :attr:`source`."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
         return cls(**{**plain, "source": f"{where}, as of {first}"})
 
 
 class ImageModel(Protocol):
-    """What reading a data set needs to know of the model that it is for."""
+    """The attributes of a model that are needed to read a data set for it."""
 
     name: str
     class_names: tuple[str, ...] | None
@@ -169,4 +182,4 @@ class ImageModel(Protocol):
     preprocessing: Preprocessing
 
     def num_outputs(self, example: Tensor | None = None) -> int:
-        """K, the number of classes."""
+        """Return K, the number of classes."""

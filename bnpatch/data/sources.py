@@ -1,9 +1,11 @@
-"""Open data sets: folders, .npz files, arrays, loaders, timm's named data sets -> Examples."""
+"""Open data sets as :class:`Examples`: folders, .npz files, arrays, loaders and timm's named data sets."""
 
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +15,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.errors import BnpatchError, BnpatchWarning, first_line
+from bnpatch.data.bit_depth import given
 from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
 from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, drain
+from bnpatch.data.npz import array_names, read_arrays
 from bnpatch.data.preprocessing import ImageModel
 
 _NAMED = re.compile(r"(torch|hfds|wds|tfds|hfids)/.+", re.IGNORECASE)
 _KEYS = (("x", "y"), ("images", "labels"), ("data", "targets"), ("x_test", "y_test"))
+_PARTS = {"validation": ("val", "test"), "val": ("val",), "test": ("test",), "train": ("train",)}
+_NAMES = 8  # of arrays in a message
 
 
 def open_examples(
@@ -36,39 +42,50 @@ def open_examples(
     limit: int | None = None,
     seed: int = 0,
     cache_gb: float = 4.0,
+    bit_depth: int | None = None,
     **options: Any,
 ) -> Examples:
     """Open a data set for a model.
 
-    Bytes are images, which the model's preprocessing resizes and crops; floating-point values are inputs as
-    they are.
+    Bytes are images, which the model's preprocessing resizes and crops. Floating-point values are inputs as
+    the model takes them.
+
+        model = bnpatch.load("timm:resnet18")
+        examples = bnpatch.open_examples("val/", model)
 
     Args:
-        data: a folder with a folder of images per class; an ``.npz`` file with ``x`` and ``y``; one of
-            timm's names (``torch/cifar10``, ``hfds/imagenet-1k``); a pair of arrays (x, y); a torch
-            data set of (image, target) pairs; a ``DataLoader``, or whatever else gives batches (x, y), which
-            is read once, into memory. Where labels are optional, the same without y.
-        model: its preprocessing is used, and its classes where it knows them.
-        labels: "required", or "optional": the target of an example without one is -1. In a folder, images
-            outside class folders have none; nor have those in folders that aren't named after a
-            class, where it is known what the classes are called.
-        classes: the targets must be class indices of the model. If not, they may be anything, of shape
-            (N, ...), and a metric of the user's own gets them as they are.
-        class_map: file with the class folders, one a line in the order of the outputs, or name and
-            index.
-        data_root: folder that a named data set lies in.
-        split_name: split of a named data set.
-        limit: use at most so many examples, chosen at random class by class.
-        seed: of that choice.
-        cache_gb: memory for decoded examples or for what a loader gives, in units of 10^9 bytes.
+        data: a folder with one folder of images per class; an ``.npz`` file with ``x`` and ``y``, or in
+            MedMNIST's layout; one of timm's names (``torch/cifar10``, ``hfds/imagenet-1k``); a pair of arrays
+            (x, y); a torch data set of (image, target) pairs; or a ``DataLoader`` or other iterable of
+            batches (x, y), which is read once, into memory. If labels are optional, y may be missing.
+        model: the model; the data set gets its preprocessing, and its class names if it has them.
+        labels: "required" or "optional". If optional, an example without a label has the target -1: in a
+            folder, the images outside class folders, and those in folders that aren't named after a class,
+            provided that the names of the classes are known.
+        classes: whether the targets must be class indices of the model. If not, they may be anything, of
+            shape (N, ...), for a metric of the user's own.
+        class_map: file with one class folder per line in the order of the outputs, or a name and an index
+            per line, or JSON; see :func:`bnpatch.data.class_maps.read_class_map`.
+        data_root: folder of a named data set.
+        split_name: split of a named data set, or of an ``.npz`` file with ``val_images``, ``val_labels`` and
+            so on, as in MedMNIST. Without validation images, "validation" means the test images.
+        limit: use at most this many examples, chosen at random class by class.
+        seed: seed of that choice.
+        cache_gb: memory for decoded examples or for the batches of a loader, in units of 10^9 bytes.
+        bit_depth: number of bits that the values of 16- and 32-bit images use, 8 to 32; by default the least
+            of 8, 10, 12, 14 and 16 that a sample of the images needs, with a warning if that is not 16.
         options: see :class:`~bnpatch.data.dataset.Examples`.
 
+    Returns:
+        The examples, which :func:`bnpatch.evaluate` and the search read in batches.
+
     Raises:
-        BnpatchError: there is nothing to read, its classes are not the model's, labels are missing, or a
+        BnpatchError: there is nothing to read, the classes are not the model's, labels are missing, or a
             loader gives more than ``cache_gb``.
     """
     optional = labels == "optional"
-    source, targets = _open(data, model, optional, class_map, data_root, split_name, int(cache_gb * 1e9))
+    how = _How(optional, class_map, data_root, split_name, int(cache_gb * 1e9), bit_depth)
+    source, targets = _open(data, model, how, bool(options.get("strict")))
     if len(source) == 0:
         raise BnpatchError(f"{_called(data)} has no examples", "name a data set with some")
     if targets is None and not optional:
@@ -80,8 +97,10 @@ def open_examples(
     if targets is None:
         targets, labelled = np.full(len(source), -1), np.zeros(len(source), np.bool_)
         if classes:
-            model.num_outputs(x)  # raises where it is no classifier
+            model.num_outputs(x)  # raises an error if the model is no classifier
     else:
+        if classes and targets.ndim == 2 and targets.shape[1] == 1:  # a column
+            targets = targets[:, 0]
         classes = _check_targets(targets, len(source), model, x, classes, optional)
         labelled = targets >= 0 if classes else np.ones(len(targets), np.bool_)
     transform = model.preprocessing.transform()
@@ -94,30 +113,35 @@ def open_examples(
         source, targets, transform, classes=classes, labelled=labelled, cache_gb=cache_gb, **options
     )
     examples.as_they_are = isinstance(first, Tensor) and first.is_floating_point()
+    examples.left_out = source.left_out if isinstance(source, FileImages) else {}
     examples.in_memory = isinstance(source, ArrayInputs) and source.mode is None
     if limit is not None and limit < len(examples):
         examples.keep(subset(examples.strata, limit / len(examples), seed))
     return examples
 
 
-def _open(
-    data: Any,
-    model: ImageModel,
-    optional: bool,
-    class_map: str | os.PathLike[str] | None,
-    data_root: str | None,
-    split_name: str,
-    budget: int,
-) -> tuple[Source, Array | None]:
-    """The source, and the targets of shape (N, ...), None where there are none."""
+@dataclass(frozen=True)
+class _How:
+    """Options of :func:`open_examples`; ``budget`` is ``cache_gb`` in bytes."""
+
+    optional: bool
+    class_map: str | os.PathLike[str] | None
+    data_root: str | None
+    split_name: str
+    budget: int
+    bit_depth: int | None
+
+
+def _open(data: Any, model: ImageModel, how: _How, strict: bool) -> tuple[Source, Array | None]:
+    """Return the source, and the targets of shape (N, ...) or None."""
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
         if path.is_dir():
-            return open_folder(path, model, class_map, optional)
+            return open_folder(path, model, how.class_map, how.optional, how.bit_depth, strict)
         if path.suffix == ".npz":
-            return _pair(*_read_npz(path, optional), model)
+            return _pair(*_read_npz(path, how), model)
         if _NAMED.fullmatch(str(data)):
-            return _open_named(str(data), data_root, split_name, model, budget)
+            return _open_named(str(data), model, how)
         if path.exists():
             raise BnpatchError(f"{path} is not a data set", "give a folder with a folder of images per class")
         raise BnpatchError(
@@ -128,9 +152,9 @@ def _open(
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _pair(data[0], data[1], model)
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, Mapping)):
-        return _open_dataset(data, model, budget)
+        return _open_dataset(data, model, how)
     if isinstance(data, Iterable) and not isinstance(data, Mapping):
-        return _pair(*drain(data, budget), model)
+        return _pair(*drain(data, how.budget), model)
     raise BnpatchError(
         f"data is a {type(data).__name__}", "give a path, a pair of arrays, a torch data set or a loader"
     )
@@ -141,7 +165,7 @@ def _called(data: Any) -> str:
 
 
 def _first(source: Source) -> Image.Image | Tensor | None:
-    """The first input, if it isn't a file; None if it can't be read, which counts when its turn comes."""
+    """Return the first image or input; None for files, or if it can't be read (reported later)."""
     if not isinstance(source, FileImages):
         with contextlib.suppress(Exception):
             return source.read(0)
@@ -151,7 +175,7 @@ def _first(source: Source) -> Image.Image | Tensor | None:
 def _check_targets(
     targets: Array, count: int, model: ImageModel, x: Tensor | None, classes: bool, optional: bool
 ) -> bool:
-    """Are they class indices of the model? Raises where they should be and aren't."""
+    """Tell whether the targets are class indices of the model; raise an error if they should be."""
     if targets.ndim < 1 or len(targets) != count:
         raise BnpatchError(
             f"there are {count} images and targets of shape {targets.shape}", "give one target per image"
@@ -162,7 +186,7 @@ def _check_targets(
     if not classes:
         if targets.ndim != 1 or targets.dtype.kind not in "iu":
             return False
-        with contextlib.suppress(BnpatchError):  # no classifier, or one that the evaluation has to refuse
+        with contextlib.suppress(BnpatchError):  # the model is no classifier; the evaluation reports that
             return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x))
         return False
     remedy = "give one class index per image, or a metric of your own for other targets"
@@ -182,32 +206,43 @@ def _check_targets(
 
 
 def _changes(transform: Any, image: Image.Image) -> bool:
-    """Does preprocessing move the pixels of an image?"""
+    """Tell whether preprocessing changes the pixels of an image."""
     before = np.asarray(image)
     return not np.array_equal(
         transform(image), before[None] if before.ndim == 2 else before.transpose(2, 0, 1)
     )
 
 
-def _read_npz(path: Path, optional: bool) -> tuple[Array, Array | None]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for images, targets in _KEYS:
-                if images in arrays and (optional or targets in arrays):
-                    return arrays[images], arrays.get(targets)
-            raise BnpatchError(
-                f"{path} has the arrays {', '.join(arrays) or 'none'}",
-                "name the images x and the classes y" + (f", {WITHOUT_LABELS}" if "x" in arrays else ""),
-            )
-    except OSError as error:
-        raise BnpatchError(f"cannot read {path}: {error}", "check the path") from error
-    except (ValueError, EOFError, KeyError) as error:
-        raise BnpatchError(f"{path} is damaged or not an .npz file ({error})", "write it again") from error
+def _read_npz(path: Path, how: _How) -> tuple[Array, Array | None]:
+    """Return the images and the targets of an .npz file."""
+    names = array_names(path)
+    pairs = [*_KEYS, *((f"{part}_images", f"{part}_labels") for part in _PARTS.get(how.split_name, ()))]
+    for images, targets in pairs:
+        if images in names and (how.optional or targets in names):
+            arrays = read_arrays(path, ((images, targets) if targets in names else (images,),))
+            if images.endswith("_images"):
+                warnings.warn(
+                    f"{path} has several parts; read are {images} (--split says otherwise)",
+                    BnpatchWarning,
+                    stacklevel=4,
+                )
+            return arrays[images], arrays.get(targets)
+    shown = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+    raise BnpatchError(
+        f"{path} has the arrays {shown or 'none'}",
+        "name the images x and the classes y" + (f", {WITHOUT_LABELS}" if "x" in names else ""),
+    )
 
 
 def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
     x = np.asarray(x) if isinstance(x, list) else x
-    dtype = torch.as_tensor(x[:0]).dtype
+    try:
+        dtype = torch.as_tensor(x[:0]).dtype
+    except (TypeError, ValueError, IndexError) as error:  # texts, records, a single number
+        raise BnpatchError(
+            f"the images are of type {getattr(x, 'dtype', type(x).__name__)} and shape {np.shape(x)}",
+            "give arrays of bytes or of floating-point values",
+        ) from error
     if not dtype.is_floating_point and dtype != torch.uint8:
         raise BnpatchError(
             f"the images are of type {dtype}", "give bytes, or floating-point inputs as they are"
@@ -216,25 +251,27 @@ def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
     return ArrayInputs(x, mode), None if y is None else np.asarray(y)
 
 
-def _open_named(
-    name: str, root: str | None, split_name: str, model: ImageModel, budget: int
-) -> tuple[Source, Array | None]:
+def _open_named(name: str, model: ImageModel, how: _How) -> tuple[Source, Array | None]:
     from timm.data import create_dataset
 
     mode = model.preprocessing.image_mode
     try:
-        dataset = create_dataset(name, root=root, split=split_name, input_img_mode=mode)
+        dataset = create_dataset(name, root=how.data_root, split=how.split_name, input_img_mode=mode)
     except (RuntimeError, ValueError, TypeError, OSError, AssertionError, ImportError) as error:
         raise BnpatchError(
             f"cannot open the data set {name}: {first_line(error)}",
             "see --data-root and --split, and that it is downloaded",
         ) from error
-    return _open_dataset(dataset, model, budget)
+    return _open_dataset(dataset, model, how)
 
 
-def _open_dataset(dataset: Any, model: ImageModel, budget: int) -> tuple[Source, Array | None]:
+def _open_dataset(dataset: Any, model: ImageModel, how: _How) -> tuple[Source, Array | None]:
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise BnpatchError("the data set is a stream", "give a DataLoader of it, or write it to a folder")
     source = IndexedImages(dataset, model.preprocessing)
-    return source, source.targets(budget)
+    if how.bit_depth:
+        source.bit_depth = given(how.bit_depth)
+    else:
+        source.find_bit_depth()
+    return source, source.targets(how.budget)

@@ -1,1 +1,1 @@
-"""A model over examples: scores, and what can be said of them."""
+"""Score a model on examples, and draw conclusions from the scores."""

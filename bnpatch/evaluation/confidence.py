@@ -1,4 +1,4 @@
-"""How far confidence is from being right, and which answers a change of the model flips."""
+"""The calibration error of a model's confidence, and the answers that a patch changes."""
 
 from dataclasses import dataclass
 
@@ -7,35 +7,35 @@ import numpy.typing as npt
 
 from bnpatch.evaluation.metrics import CALIBRATION_ERROR, Comparison, Estimate, Values
 
-BINS = 15  #: as in Guo et al.
+BINS = 15  #: number of confidence bins, as in Guo et al.
 
-_AT_A_TIME = 4_000_000  # resampled examples in memory
+_AT_A_TIME = 4_000_000  # number of resampled examples in memory at a time
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered, example by example.
+    """A model's confidence and correctness for each example.
 
     Attributes:
         confidence: probability of the class that the model chose, of shape (N,), in [0, 1].
-        correct: 1 where it was right, else 0, of shape (N,).
+        correct: 1 if the model was right, else 0, of shape (N,).
     """
 
     confidence: Values
     correct: Values
 
     def calibration_error(self) -> float:
-        """The expected calibration error, in [0, 1]; lower is better.
+        """Compute the expected calibration error, in [0, 1]; lower is better.
 
-        ``sum over bins of (examples in the bin / N) * |accuracy in the bin - mean confidence in the bin|``,
-        over 15 bins ((m - 1) / 15, m / 15] of confidence (Guo et al., "On Calibration of Modern Neural
-        Networks", ICML 2017, equation 5). Noise in the bins inflates it: with few examples it is not 0 for
-        a perfectly calibrated model either.
+        It is ``sum over bins of (examples in the bin / N) * |accuracy in the bin - mean confidence in the
+        bin|``, with 15 bins ((m - 1) / 15, m / 15] of confidence (Guo et al., "On Calibration of Modern
+        Neural Networks", ICML 2017, equation 5). Noise in the bins inflates it: with few examples it is above
+        0 even for a perfectly calibrated model.
         """
         return float(np.abs(self._gaps().sum(0)).sum() / len(self.confidence))
 
     def _gaps(self) -> Values:
-        """Right minus confident, in the column of the example's bin: (N, BINS)."""
+        """Return correctness minus confidence of each example in the column of its bin, (N, BINS)."""
         gaps = np.zeros((len(self.confidence), BINS))
         bins = np.clip(np.ceil(self.confidence * BINS).astype(int) - 1, 0, BINS - 1)
         gaps[np.arange(len(gaps)), bins] = self.correct - self.confidence
@@ -45,21 +45,24 @@ class Answers:
 def compare_calibration(
     before: Answers, after: Answers, *, resamples: int = 1000, seed: int = 0
 ) -> Comparison:
-    """The calibration error of two models on the same examples in the same order, and its change.
+    """Compare the calibration errors of two models on the same examples in the same order.
 
-    The error is no mean over examples, so that its 95% intervals come from a bootstrap over pairs. Resampling
-    adds noise to the bins and pushes the error up, as sampling did before. Each interval is therefore
-    symmetric about the value and reaches as far as the farther of the two quantiles: it covers both the
-    percentile interval and the "basic" one, which corrects that bias. In simulations with 300 to 3,000
-    examples the interval of the change held the truth in 87% to 100% of the cases and never claimed a change
-    where there was none. Where a model is almost perfectly calibrated the noise remains in its error, whose
-    interval then lies too high, and a change to or from it is understated (76% to 88%).
+    The error is not a mean over examples, so its 95% intervals come from a bootstrap over pairs. Resampling
+    adds noise to the bins and increases the error, as the sampling of the data did before. Each interval is
+    therefore symmetric about the value and reaches as far as the farther of the two quantiles. It so covers
+    the percentile interval and the "basic" one, which corrects that bias. In simulations with 300 to 3,000
+    examples, the interval of the change contained the truth in 87% to 100% of the cases and never claimed a
+    change where there was none. If a model is almost perfectly calibrated, the noise remains in its error:
+    its interval lies too high, and a change to or from such a model is understated (76% to 88%).
 
     Args:
-        before: of the model as it is, N answers.
-        after: of the patched model, N answers.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        before: N answers of the model as it is.
+        after: N answers of the patched model.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The error before, the error after and the change, each with its 95% interval.
     """
     n = len(before.confidence)
     columns = np.hstack([before._gaps(), after._gaps()])
@@ -67,7 +70,7 @@ def compare_calibration(
     sums: list[Values] = []
     step = max(1, _AT_A_TIME // n)
     for start in range(0, resamples, step):
-        # How often an example is drawn is all that matters of a resample.
+        # A resample is fully described by how often each example was drawn.
         draws = rng.integers(0, n, (min(step, resamples - start), n))
         counts = np.stack([np.bincount(draw, minlength=n) for draw in draws])
         sums.append(counts @ columns)
@@ -89,11 +92,11 @@ def _estimate(value: float, resampled: npt.NDArray[np.float64], lowest: float) -
 
 @dataclass(frozen=True)
 class Flips:
-    """Answers that a patch changes.
+    """How many answers a patch changes.
 
     Attributes:
-        gained: number of examples that were wrong and are right.
-        lost: number of examples that were right and are wrong.
+        gained: number of examples that were wrong before and are right after.
+        lost: number of examples that were right before and are wrong after.
     """
 
     gained: int
@@ -101,7 +104,7 @@ class Flips:
 
 
 def flips(before: Values, after: Values) -> Flips:
-    """Count the flips between 0/1 scores of the same examples in the same order, of shape (N,) each."""
+    """Count the flips between 0/1 scores of the same examples in the same order, each of shape (N,)."""
     return Flips(
         gained=int(np.sum((before == 0) & (after == 1))), lost=int(np.sum((before == 1) & (after == 0)))
     )

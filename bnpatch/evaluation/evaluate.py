@@ -1,4 +1,4 @@
-"""Run a model over examples and score each."""
+"""Run a model on examples, score each, and compare the scores of two states."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from bnpatch.evaluation.metrics import (
     paired,
     score,
 )
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class OutputsNotFiniteError(BnpatchError):
 
 
 def if_finite(score: Callable[[], T]) -> T | None:
-    """What this returns; None where it finds that the model returns infinities or NaN."""
+    """Call ``score`` and return its result, or None if it raises OutputsNotFiniteError."""
     try:
         return score()
     except OutputsNotFiniteError:
@@ -49,11 +49,11 @@ class NoExamplesError(BnpatchError):
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the examples that could be read, in the order of ``indices``.
+    """Scores of the examples that could be read.
 
     Attributes:
-        indices: which examples, of shape (N,).
-        values: by name of metric, the scores of shape (N,).
+        indices: indices of these examples, of shape (N,).
+        values: by name of metric, the scores in the order of ``indices``, of shape (N,).
     """
 
     indices: Indices
@@ -63,16 +63,16 @@ class Scores:
         return len(self.indices)
 
     def mean(self, metric: Metric) -> float:
-        """The mean of a metric over the examples."""
+        """Return the mean of a metric over the examples."""
         return float(np.mean(self.values[metric.name]))
 
     def estimate(self, metric: Metric) -> Estimate:
-        """The mean of a metric with its 95% confidence interval."""
+        """Return the mean of a metric with its 95% confidence interval."""
         return mean_estimate(self.values[metric.name])
 
 
 def evaluate(
-    model: Patchable,
+    model: Model[Any],
     examples: Examples,
     metrics: Sequence[Metric] = STANDARD_METRICS,
     *,
@@ -80,15 +80,22 @@ def evaluate(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Scores:
-    """Score examples, with the weights that the model has now.
+    """Run a model with its current state on examples, and score each example.
+
+        model = bnpatch.load("timm:resnet18")
+        scores = bnpatch.evaluate(model, bnpatch.open_examples("val/", model))
+        accuracy = scores.values["accuracy"].mean()
 
     Args:
-        model: in evaluation mode while this runs.
+        model: the model; it is in evaluation mode while this runs.
         examples: from :func:`bnpatch.open_examples`.
-        metrics: what to compute.
-        indices: which examples; None for all.
-        batch_size: examples at a time; it changes nothing but the speed.
-        on_batch: called with the number of examples done, for progress.
+        metrics: the metrics to compute.
+        indices: indices of the examples to score; None for all.
+        batch_size: examples at a time; it changes only the speed.
+        on_batch: called with the number of examples of each batch, for progress.
+
+    Returns:
+        The scores by name of metric, without the examples that can't be read.
 
     Raises:
         OutputsNotFiniteError: an output is infinite or not a number.
@@ -103,7 +110,7 @@ def evaluate(
         for batch in examples.batches(batch_size, indices):
             outputs = model.predict(batch.x)
             targets = batch.targets.to(outputs.device, non_blocking=True)
-            # Nothing here waits for the device: the scores stay there until the end.
+            # The scores stay on the device until the end, so that no batch waits for it.
             finite.append(torch.isfinite(outputs).reshape(len(outputs), -1).all(1))
             for metric in metrics:
                 scores[metric.name].append(score(metric, outputs, targets))
@@ -127,7 +134,7 @@ def evaluate(
 def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indices | None) -> None:
     metric = next((metric for metric in metrics if metric.of_classes), None)
     if metric is None:
-        return  # what a metric of the user's own needs, it knows
+        return  # a metric of the user's own may take any targets
     if not examples.classes:
         raise BnpatchError(
             f"{metric.name} needs class indices, and the targets are something else",
@@ -140,7 +147,7 @@ def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indic
 
 
 def warn_at_chance(accuracy: float, examples: Examples) -> None:
-    """Warn where a model is hardly better than guessing, which is seldom its own fault."""
+    """Warn if a model is hardly better than guessing, which is mostly a mistake in how it is run."""
     if not examples.classes or not examples.labelled.any():
         return
     chance = 1 / len(np.unique(examples.targets[examples.labelled]))
@@ -155,25 +162,25 @@ def warn_at_chance(accuracy: float, examples: Examples) -> None:
 
 
 def compare(
-    model: Patchable,
+    model: Model[Any],
     examples: Examples,
-    setting: PatchWeights,
+    weights: PatchWeights,
     metrics: Sequence[Metric] = STANDARD_METRICS,
     **options: Any,
 ) -> list[Comparison]:
-    """Score examples with the weights that a model has, then with others.
+    """Score examples with the current weights of a model, then with others, and compare the scores.
 
     Args:
-        model: as it is before; its weights are those of ``setting`` when this returns.
-        examples: what to score.
-        setting: weights by name of norm layer.
-        metrics: what to compute.
-        options: for :func:`evaluate`.
+        model: the model; it has the new weights when this returns.
+        examples: the examples to score.
+        weights: the new weights.
+        metrics: the metrics to compute.
+        options: further arguments of :func:`evaluate`.
     """
     before = after = evaluate(model, examples, metrics, **options)
-    was = model.setting()
-    model.set(setting)
-    if model.setting() != was:
+    was = model.state
+    model.set_weights(weights)
+    if not model.state.computes_like(was):
         after = evaluate(model, examples, metrics, **options)
     return compare_scores(before, after, metrics)
 

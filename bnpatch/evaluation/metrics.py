@@ -1,4 +1,4 @@
-"""Scores of single examples, and what may be concluded from them."""
+"""Metrics that score single examples, and means and comparisons of such scores with intervals."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -15,19 +15,25 @@ from bnpatch.core.errors import BnpatchError
 Values = npt.NDArray[np.float64]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
-#: The 97.5th percentile of the normal distribution: a 95% interval reaches so many standard errors each way.
+#: The 97.5th percentile of the normal distribution: half the width of a 95% interval in standard errors.
 Z95 = 1.959963984540054
+
+#: With fewer examples the interval of a change of cross-entropy is rough: docs/trust.md has its coverage.
+ROUGH_BELOW = 300
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per example.
+    """A function that gives every example one number, and how to read that number.
+
+        margin = bnpatch.Metric("margin", lambda outputs, targets: outputs.amax(1) - outputs.mean(1))
+        result = bnpatch.tune_alpha("model.pt", "val/", metric=margin)
 
     Attributes:
-        name: as shown to people.
-        score: (outputs of shape (N, ...), targets of shape (N, ...)) to scores of shape (N,).
-        higher_is_better: which way is better.
-        is_rate: scores are 0 or 1, so that their mean reads as a percentage.
+        name: the name that people see.
+        score: maps (outputs of shape (N, ...), targets of shape (N, ...)) to a tensor of scores, (N,).
+        higher_is_better: whether a higher score is better.
+        is_rate: whether scores are 0 or 1, so that people read their mean as a percentage.
     """
 
     name: str
@@ -37,20 +43,20 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """1 where more is better, else -1: a change times this is a gain."""
+        """1 if higher is better, else -1; a change of the score times this is a gain."""
         return 1 if self.higher_is_better else -1
 
     @property
     def of_classes(self) -> bool:
-        """Is it one of :data:`METRICS`, which compare answers with classes?"""
+        """Whether it is one of :data:`METRICS`, which need class indices as targets."""
         return METRICS.get(self.name) is self
 
     def better(self, a: float, b: float) -> bool:
-        """Is ``a`` strictly better than ``b``?"""
+        """Tell whether the score ``a`` is strictly better than ``b``."""
         return a > b if self.higher_is_better else a < b
 
     def format(self, value: float, signed: bool = False) -> str:
-        """Write a value for people: a rate in percent (points where signed), others plainly."""
+        """Format a value for people: a rate in percent (in points if signed), others with 4 decimals."""
         sign = "+" if signed else ""
         return f"{100 * value:{sign}.2f}{'' if signed else '%'}" if self.is_rate else f"{value:{sign}.4f}"
 
@@ -77,26 +83,26 @@ def _prediction(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def no_scores(outputs: Tensor, targets: Tensor) -> Tensor:
-    """What a metric that is of sets of examples has for its score."""
+    """Raise an error; this is the score function of a metric that only sets of examples have."""
     raise BnpatchError("this has no scores of single examples", "choose another metric")
 
 
 ACCURACY = Metric("accuracy", _correct, is_rate=True)
 CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False)
 TOP5 = Metric("top5", _among_five, is_rate=True)
-CONFIDENCE = Metric("confidence", _confidence)  #: of the answer; for calibration, not to be tuned
-PREDICTION = Metric("prediction", _prediction)  #: the answer itself; for the verdict, likewise
-#: Of sets of examples, see :mod:`bnpatch.evaluation.confidence`; not to be tuned either
+CONFIDENCE = Metric("confidence", _confidence)  #: probability of the chosen class; not to be tuned for
+PREDICTION = Metric("prediction", _prediction)  #: the chosen class itself; not to be tuned for
+#: A metric of sets of examples, see :mod:`bnpatch.evaluation.confidence`; not to be tuned for.
 CALIBRATION_ERROR = Metric("calibration error", no_scores, higher_is_better=False, is_rate=True)
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (ACCURACY, CROSS_ENTROPY, TOP5)}
 
 
 def as_metric(metric: str | Metric | ScoreFunction, also: Iterable[str] = ()) -> Metric:
-    """Resolve a name; a callable becomes a metric of which more is better.
+    """Return the metric of this name; a function becomes a metric for which higher is better.
 
     Args:
-        metric: a name of :data:`METRICS`, or a function.
-        also: further names that the caller knows, for the error's sake.
+        metric: a name in :data:`METRICS`, a function as :attr:`Metric.score`, or a metric.
+        also: further names that the caller accepts, for the error message.
 
     Raises:
         BnpatchError: the name is not known.
@@ -111,7 +117,7 @@ def as_metric(metric: str | Metric | ScoreFunction, also: Iterable[str] = ()) ->
 
 
 def score(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Scores of shape (N,) of a batch, on its device.
+    """Score a batch; return a tensor of shape (N,) on the device of the outputs.
 
     Raises:
         BnpatchError: the metric didn't return one number per example.
@@ -128,24 +134,32 @@ def score(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over examples with its 95% confidence interval."""
+    """A mean over examples with its 95% confidence interval.
+
+    Attributes:
+        value: the mean.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        symmetric_reach: half the width before a correction for skewness; None if there was no correction.
+    """
 
     value: float
     low: float
     high: float
+    symmetric_reach: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
-        """Does the interval lie to one side of 0?"""
+        """Whether 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     @property
     def reach(self) -> float:
-        """Half the width of the interval."""
-        return (self.high - self.low) / 2
+        """Half the width of the interval before a correction for skewness: some standard errors."""
+        return (self.high - self.low) / 2 if self.symmetric_reach is None else self.symmetric_reach
 
     def to_json(self) -> dict[str, float | None]:
-        """Plain values; None for what is infinite."""
+        """Return plain JSON values; None for an infinite one."""
         values = {"value": self.value, "low": self.low, "high": self.high}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -154,32 +168,40 @@ class Estimate:
 class Comparison:
     """A metric on the same examples without and with a patch.
 
-    ``change`` is of the same examples, pair by pair, which is sharper than the other two intervals suggest.
+    Attributes:
+        metric: the metric.
+        before: its mean without the patch.
+        after: its mean with the patch.
+        change: the mean change. It is computed pair by pair, so its interval is narrower than those of
+            ``before`` and ``after`` suggest.
+        is_rough: whether the intervals contain the truth in less than 95% of cases, because so few examples
+            may include none of the rare ones that decide a mean cross-entropy.
     """
 
     metric: Metric
     before: Estimate
     after: Estimate
     change: Estimate
+    is_rough: bool = False
 
     @property
     def verdict(self) -> str:
-        """Either gain, loss, or no significant change, where the interval of the change contains 0."""
+        """Either "gain", "loss", or "no significant change" if the interval of the change contains 0."""
         if not self.change.excludes_zero:
             return "no significant change"
         return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; None for a bound that is infinite, as of a single example."""
+        """Return plain JSON values; None for an infinite bound, which a single example gives."""
         estimates = {"before": self.before, "after": self.after, "change": self.change}
         return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
 
 
 def mean_estimate(scores: Values) -> Estimate:
-    """The mean of per-example scores: Wilson's interval for rates, Student's otherwise."""
+    """Return the mean of scores (N,), with Wilson's interval if all are 0 or 1, else with Hall's."""
     n = len(scores)
     if not np.isin(scores, (0, 1)).all():
-        return student(scores)
+        return skewness_corrected(scores)
     z, p = Z95, float(np.mean(scores))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -187,14 +209,14 @@ def mean_estimate(scores: Values) -> Estimate:
 
 
 def paired_difference(before: Values, after: Values) -> Estimate:
-    """The mean change from ``before`` to ``after``, scores of the same examples in the same order.
+    """Return the mean change from ``before`` to ``after``, scores (N,) of the same examples in one order.
 
-    For 0/1 scores, whose changes are few and lie at -1 and 1, the interval of Bonett & Price (2012),
-    which keeps its coverage where few examples flip; Student's otherwise.
+    For 0/1 scores, the interval is that of Bonett & Price (2012), which keeps its coverage even if only a few
+    examples change. For other scores it is Hall's, see :func:`skewness_corrected`.
     """
     changes = after - before
     if not np.isin(np.concatenate([before, after]), (0, 1)).all():
-        return student(changes)
+        return skewness_corrected(changes)
     n = len(changes)
     up, down = ((np.sum(changes == way) + 1) / (n + 2) for way in (1, -1))
     half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
@@ -203,17 +225,53 @@ def paired_difference(before: Values, after: Values) -> Estimate:
 
 
 def paired(metric: Metric, before: Values, after: Values) -> Comparison:
-    """Compare scores of the same examples in the same order, pair by pair."""
+    """Compare scores (N,) of the same examples in the same order, pair by pair."""
     change = paired_difference(before, after)
-    return Comparison(metric, mean_estimate(before), mean_estimate(after), change)
+    is_rough = metric.name == CROSS_ENTROPY.name and len(before) < ROUGH_BELOW
+    return Comparison(metric, mean_estimate(before), mean_estimate(after), change, is_rough)
 
 
 def student(values: Values) -> Estimate:
-    """The mean with Student's interval, which is infinite for a single value."""
-    from scipy.stats import t  # slow to import
-
+    """Return the mean with Student's interval, which is infinite for a single value."""
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(mean, -math.inf, math.inf)
-    half = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = _quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
+
+
+def skewness_corrected(values: Values) -> Estimate:
+    """Return the mean of values (N,) with an interval that is longer on the side of their longer tail.
+
+    The interval inverts the monotone cubic transformation of the t statistic by Hall ("On the removal of
+    skewness by transformation", JRSS B 54, 1992), with Student's quantiles instead of the normal ones. Where
+    Student's interval reaches farther, its end is taken: with heavy tails the skewness of a sample is mostly
+    noise, and Hall's interval alone then holds the truth too seldom. For symmetric values the result is
+    Student's interval, and so it is for one value or equal ones.
+    """
+    plain = student(values)
+    n, deviation = len(values), float(np.std(values))
+    if n < 2 or not 0 < deviation < math.inf:
+        return plain
+    skewness = float(np.mean(((values - plain.value) / deviation) ** 3))
+    standard_error, t = deviation / math.sqrt(n - 1), _quantile(n)
+    a = skewness / (3 * math.sqrt(n))
+    low, high = (plain.value - standard_error * _inverse_cubic(x, a) for x in (t, -t))
+    return Estimate(plain.value, min(low, plain.low), max(high, plain.high), plain.reach)
+
+
+def _quantile(n: int) -> float:
+    """Return the 97.5th percentile of Student's t for n values."""
+    from scipy.stats import t  # imported here because it is slow to import
+
+    return float(t.ppf(0.975, n - 1))
+
+
+def _inverse_cubic(x: float, a: float) -> float:
+    """Return the t with ``t + a t^2 + a^2 t^3 / 3 + a / 2 = x``.
+
+    That is ``(cbrt(1 + 3 a (x - a / 2)) - 1) / a``, here without the loss of digits near a = 0.
+    """
+    distance = 3 * (x - a / 2)
+    root = float(np.cbrt(1 + a * distance))
+    return distance / (root * root + root + 1)

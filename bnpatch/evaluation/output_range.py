@@ -1,4 +1,4 @@
-"""Observe how far normalized values lie from their mean, on data, against what training allowed."""
+"""Measure how far normalized values lie from their mean on data, and compare that with training."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ class OutputRange:
     """How far the normalized values of a norm layer lie from their mean, in standard deviations.
 
     Attributes:
-        name: of the norm layer.
-        observed: the largest on the data, that is ``max |y - beta| / |gamma|``.
-        training_bound: what no value can exceed in training, see :func:`training_bound`.
-        inference_bound: what no value can exceed at inference, see :func:`inference_bound`.
+        name: name of the norm layer.
+        observed: the largest distance on the data, that is ``max |y - beta| / |gamma|``.
+        training_bound: the largest distance that is possible in training, see :func:`training_bound`.
+        inference_bound: the largest distance that is possible at inference, see :func:`inference_bound`.
     """
 
     name: str
@@ -33,23 +33,23 @@ class OutputRange:
 
     @property
     def is_beyond_training(self) -> bool:
-        """Do the layers behind it see values that were impossible in training?"""
+        """Whether later layers see values that were impossible in training."""
         return not self.observed <= self.training_bound  # NaN is beyond, too
 
 
 def training_bound(num_values: int) -> float:
-    """The largest normalized value that is possible among ``num_values`` which are normalized together.
+    """Return the largest normalized value that is possible among ``num_values`` values normalized together.
 
-    ``sqrt(n - 1)``: one value against n - 1 equal ones.
+    It is ``sqrt(n - 1)``, which one value reaches if the n - 1 others are equal.
     """
     return math.sqrt(num_values - 1)
 
 
 def inference_bound(num_values: int, alpha: float) -> float:
-    """The largest normalized value that is possible at inference, for an example of ``num_values`` values.
+    """Return the largest normalized value that is possible at inference for an example of S values.
 
-    ``sqrt(S / alpha - 1)``, as each of the S values carries the weight alpha / S in the moments that
-    normalize it; infinite at alpha = 0, where the example has no say.
+    It is ``sqrt(S / alpha - 1)``, because each of the S values (``num_values``) has the weight alpha / S in
+    the moments that normalize it. It is infinite at alpha = 0, where the example has no weight.
     """
     return math.sqrt(num_values / alpha - 1) if alpha else math.inf
 
@@ -62,21 +62,21 @@ def output_ranges(
     batch_size: int = 64,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[OutputRange, ...]:
-    """Run examples through a model, with the weights that it has now, and note the range at every norm layer.
+    """Run examples through a model with its current state, and record the range at every norm layer.
 
     Args:
-        model: in evaluation mode while this runs.
+        model: the model; it is in evaluation mode while this runs.
         examples: from :func:`bnpatch.open_examples`.
-        train_batch_size: examples that were normalized together in training.
-        batch_size: examples at a time; it changes nothing but the speed.
-        on_batch: called with the number of examples done, for progress.
+        train_batch_size: number of examples that were normalized together in training.
+        batch_size: examples at a time; it changes only the speed.
+        on_batch: called with the number of examples of each batch, for progress.
 
     Returns:
-        The norm layers that the examples reached, in the order of the model. The bounds are for the sizes of
-        the maps that these examples have.
+        The ranges of the norm layers that the examples reached, in the order of the model. The bounds hold
+        for feature maps of the size that these examples have.
 
     Raises:
-        BnpatchError: the model doesn't take the examples, or none can be read.
+        BnpatchError: the model doesn't take the examples, or no example can be read.
     """
     watched = [_Watched(norm_layer) for norm_layer in model.inventory().norm_layers]
     with model.evaluating():
@@ -99,9 +99,7 @@ def output_ranges(
 
 @dataclass
 class _Watched:
-    """A norm layer, and what was seen there: values per example that are normalized together, and the
-    largest.
-    """
+    """A norm layer with its observations: values normalized together per example, alpha, largest value."""
 
     norm_layer: NormLayer
     num_values: int = 0
@@ -117,7 +115,7 @@ class _Watched:
             self.alpha = self.norm_layer.alpha if module.weighs(x) else self.norm_layer.identity
         if running is None:
             _, _, mean, var = self.norm_layer.parameters()
-            assert mean is not None  # a norm layer without running moments has an override
+            assert mean is not None  # a norm layer without buffers has module.running
             assert var is not None
             running = Moments(mean, var)
         groups = self.norm_layer.channels_per_group
@@ -125,11 +123,11 @@ class _Watched:
         eps: Any = module.eps
         y = weighted_norm(x, running, None, None, eps, self.alpha, groups)
         largest = y.abs().amax().float()
-        # Stays on the device: reading it here would wait for every layer.
+        # The tensor stays on the device; reading it here would synchronize at every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
 
     def range(self, train_batch_size: int) -> OutputRange:
-        assert self.largest is not None  # it was noted
+        assert self.largest is not None  # note() has run
         return OutputRange(
             self.norm_layer.name,
             self.largest.item(),

@@ -1,4 +1,4 @@
-"""What each technique contributes: trained alone, and together."""
+"""Ablation: train with each technique alone and with all together, and compare."""
 
 import copy
 from collections.abc import Callable
@@ -25,12 +25,12 @@ _METRICS = (ACCURACY, CROSS_ENTROPY)
 
 @dataclass(frozen=True)
 class Contribution:
-    """How a model did on held-out examples.
+    """Scores of a technique on held-out examples.
 
     Attributes:
-        name: of the technique.
-        scores: by metric, the mean over examples of each seed's run.
-        changes: by metric, the same minus that of plain Batch Norm with the same seed.
+        name: name of the technique.
+        scores: mean over examples for each seed, by name of metric.
+        changes: differences of these from plain Batch Norm with the same seed, by name of metric.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Contribution:
     changes: dict[str, list[float]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, and cells for a table: mean, and change with its interval over seeds."""
+        """Plain values for JSON, and cells for a table: mean, and change with its interval over seeds."""
         cells = []
         for metric in _METRICS:
             cells.append(metric.format(float(np.mean(self.scores[metric.name]))))
@@ -47,10 +47,10 @@ class Contribution:
 
 
 def variants(model: TorchModel, settings: FineTuneSettings) -> dict[str, tuple[FineTuneSettings, bool]]:
-    """Settings by name of what they show, and whether alpha is tuned.
+    """Settings by name of technique, each with whether alpha is tuned.
 
-    A technique that the settings ask for is shown as they ask for it, another as the guidance has it. Ghost
-    and Batch/Group Norm exclude each other: all has the one of the settings, or of the guidance.
+    Techniques that the settings use keep their parameters; the others get those of the guidance. Ghost and
+    Batch/Group Norm exclude each other: "all" uses the one of the settings, or else of the guidance.
     """
     guided, spec = by_guidance(model, settings), settings.spec
     plain = replace(settings, spec=NormSpec.batch(), norm_decay=None)
@@ -84,15 +84,15 @@ def ablate(
     """Train with no technique, with each alone and with all, and score held-out examples.
 
     Args:
-        model: left as it is.
-        train_examples: what to train on.
-        val_examples: one part chooses epochs and alpha, the other is scored.
-        settings: of all runs, but for the techniques; the seed counts up from theirs.
-        seeds: runs of each.
-        holdout: the part of the validation examples that is scored.
-        trials: weights of the example to try.
-        tell: called before each run with what it is.
-        progress: as of :func:`bnpatch.finetune.trainer.train`.
+        model: the model, which is not changed.
+        train_examples: examples to train on.
+        val_examples: examples to select epochs and alpha by, and to score.
+        settings: settings of all runs, except for the techniques; their seed is the first one.
+        seeds: number of seeds for each technique.
+        holdout: fraction of the validation examples that is scored, and not used to select.
+        trials: number of alphas to try.
+        tell: called before each run with a description of it.
+        progress: see :func:`bnpatch.finetune.trainer.train`.
     """
     selection, held_out = split(val_examples.strata, holdout, settings.seed)
     named = variants(model, settings)
@@ -140,7 +140,7 @@ def _held_out(
     if not trials:
         scores = evaluate(model, examples, _METRICS, indices=held_out)
         return {metric.name: scores.mean(metric) for metric in _METRICS}
-    # The seed is that of the split, for all runs. One alpha for all norm layers is the paper's technique.
+    # All runs use the seed of the split. One alpha for all norm layers is the paper's technique.
     tuned = tune_alpha(
         model,
         examples,
@@ -154,7 +154,7 @@ def _held_out(
 
 
 def _change(metric: Metric, changes: list[float]) -> str:
-    """For people: the mean change, and Student's interval over seeds where there are some."""
+    """Format the mean change, and Student's interval over seeds where there are several."""
     mean = student(np.array(changes))
     text = metric.format(mean.value, signed=True)
     if len(changes) < 2:

@@ -1,4 +1,4 @@
-"""What a run is after each epoch: a file to go on from, and a table to look at."""
+"""Files that a run writes after each epoch: its state, to resume from, and a table of its history."""
 
 import csv
 import io
@@ -24,12 +24,12 @@ class Epoch:
     """One epoch, as a line of ``metrics.csv``.
 
     Attributes:
-        epoch: counted from 1.
-        lr: learning rate at its end.
-        batch_size: examples per process and step of the model.
-        train_loss: mean over its examples.
-        accuracy: of the validation examples that the run selects by, in [0, 1].
-        cross_entropy: of the same.
+        epoch: number of the epoch, from 1.
+        lr: learning rate at the end of the epoch.
+        batch_size: examples per process and forward pass.
+        train_loss: mean loss over the training examples.
+        accuracy: accuracy on the validation examples that the run selects by, in [0, 1].
+        cross_entropy: cross-entropy on the same examples.
         seconds: wall time.
     """
 
@@ -59,11 +59,11 @@ def write_history(history: list[Epoch], path: str | os.PathLike[str]) -> None:
 
 
 def save_state(path: str | os.PathLike[str], run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write what :func:`load_state` reads, atomically.
+    """Write a state for :func:`load_state`, atomically.
 
     Args:
         path: the file.
-        run: what the run is of, as plain JSON values: model, data, settings.
+        run: what identifies the run, as plain JSON values: model, data, settings.
         state: tensors and plain values.
     """
     buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def load_state(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
     """Read a state.
 
     Raises:
-        BnpatchError: the file is damaged, or of another run; names the first thing that differs.
+        BnpatchError: the file is damaged, or of another run; the error names the first difference.
     """
     path = Path(path)
     try:

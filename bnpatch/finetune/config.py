@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do."""
+"""Settings of a fine-tuning run."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -14,10 +14,10 @@ _PRECISIONS = ("no", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to its images, by timm's transforms.
+    """Augmentation of training images, by timm's transforms.
 
     Attributes:
-        min_scale: the smallest part of the image's area that a random crop keeps; 1 for no random crop.
+        min_scale: smallest fraction of the image's area that a random crop keeps; 1 for no random crop.
         hflip: probability of a horizontal flip.
         auto_augment: timm's policy string, such as ``rand-m9-mstd0.5`` or ``augmix``.
         random_erasing: probability of erasing a rectangle.
@@ -41,29 +41,29 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """How to train.
+    """Settings of training.
 
     Attributes:
-        spec: what the norms pool in training; Batch Norm by default.
+        spec: which values the norms pool in training; Batch Norm by default.
         norm_decay: decay of scales and shifts, or None.
         epochs: passes over the training examples.
-        batch_size: examples per process and step of the model.
-        accumulate: steps of the model per step of the optimizer.
-        lr: learning rate at the top of the schedule.
+        batch_size: examples per process and forward pass.
+        accumulate: forward passes per optimizer step.
+        lr: maximum learning rate of the schedule.
         optimizer: timm's name of an optimizer.
-        momentum: of optimizers that have one.
-        weight_decay: of kernels and matrices, by the optimizer itself.
+        momentum: momentum, for optimizers that have one.
+        weight_decay: weight decay of kernels and matrices, by the optimizer itself.
         schedule: timm's name of a schedule that needs no score: cosine, tanh, step, poly.
         warmup_epochs: epochs at the start over which the learning rate grows.
-        clip_grad: largest norm of the gradient, or None.
+        clip_grad: maximum norm of the gradient, or None.
         smoothing: label smoothing.
         ema: decay of averaged weights, which are then evaluated and kept; None for none.
         patience: epochs without a better score after which training stops; None for never.
         metric: the validation score by which the best epoch is chosen, accuracy or cross-entropy.
         precision: no, fp16 or bf16.
-        augmentation: what is done to the training images.
-        workers: processes that decode training images.
-        seed: of everything random.
+        augmentation: augmentation of the training images.
+        workers: number of processes that decode training images.
+        seed: seed of all random choices.
     """
 
     spec: NormSpec = field(default_factory=NormSpec)
@@ -110,10 +110,10 @@ class FineTuneSettings:
             )
 
     def check_batch(self, batch_size: int) -> None:
-        """See that a group fits into a batch.
+        """Check that a group of examples fits into a batch.
 
         Raises:
-            BnpatchError: it doesn't.
+            BnpatchError: the group is larger than the batch.
         """
         group = self.spec.examples_per_group
         if group is not None and batch_size < group:
@@ -123,11 +123,11 @@ class FineTuneSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         values = asdict(self)
         decay = self.norm_decay
         if decay is not None and decay.norm_layers != "all":
             values["norm_decay"]["norm_layers"] = sorted(decay.norm_layers)
-        if decay is not None:  # as files have called it from the first version on
+        if decay is not None:  # the key in files since the first version
             values["norm_decay"]["sites"] = values["norm_decay"].pop("norm_layers")
         return values

@@ -1,4 +1,4 @@
-"""Training images: timm's augmentations, shuffled in a way that a resumed run repeats."""
+"""Training images: augmented by timm, and shuffled in an order that a resumed run repeats."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,27 +12,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.data import image_files
+from bnpatch.data.class_maps import composed
 from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.decoding import serve_the_main_process
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.finetune.config import Augmentation
 
-#: From (class indices (N,), batch size, random generator) to the batches of an epoch.
+#: Function from (class indices (N,), batch size, random generator) to the batches of an epoch.
 Batching = Callable[[Indices, int, np.random.Generator], Sequence[Indices]]
 
 
 def shuffled(targets: Indices, batch_size: int, rng: np.random.Generator) -> Sequence[Indices]:
-    """All examples in random order; what is left over at the end is dropped."""
+    """Divide all examples into batches in random order; an incomplete last batch is dropped."""
     order = rng.permutation(len(targets))
     return np.split(order, range(batch_size, len(order), batch_size))[: len(order) // batch_size]
 
 
 class TrainingImages(Dataset[tuple[int, Tensor | None, str]]):
-    """Augmented inputs of examples; inputs as they are stay that way.
+    """Augmented inputs of examples; examples that are tensors already are not augmented.
 
     Args:
-        examples: from :func:`bnpatch.open_examples`; their cache isn't used, since every epoch differs.
-        preprocessing: of the model.
-        augmentation: what to do to images.
+        examples: from :func:`bnpatch.open_examples`; their cache isn't used, because every epoch differs.
+        preprocessing: preprocessing of the model.
+        augmentation: augmentation of the images.
     """
 
     def __init__(self, examples: Examples, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
@@ -43,28 +46,29 @@ class TrainingImages(Dataset[tuple[int, Tensor | None, str]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        """The index, the input, and why there is none."""
+        """The index, the input or None if it can't be read, and the reason for that."""
         try:
             item = self.source.read(index)
             return index, item if isinstance(item, Tensor) else self.transform(item), ""
-        except Exception as error:  # one broken image is not the end of a run
+        except Exception as error:  # a broken image must not end the run
             return index, None, f"{type(error).__name__}: {error}"
 
 
 def load_batches(
     images: TrainingImages, targets: Indices, batches: Sequence[Indices], workers: int
 ) -> DataLoader[Any]:
-    """Inputs (N, C, H, W), class indices (N,) and what can't be read (index to reason), batch by batch."""
+    """Load batches: inputs (N, C, H, W), class indices (N,), and reasons by index of unreadable images."""
     return DataLoader(
         images,
         batch_sampler=[batch.tolist() for batch in batches],
         collate_fn=_Collate(targets),
         num_workers=workers,
+        worker_init_fn=serve_the_main_process,
     )
 
 
 class _Collate:
-    """Stacks what could be read. A class, since worker processes can't be sent a closure."""
+    """Stacks the images that could be read. It is a class because closures can't be sent to workers."""
 
     def __init__(self, targets: Indices) -> None:
         self.targets = targets
@@ -81,17 +85,17 @@ class _Collate:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Some training examples, in the batches of a process of a run.
+    """Training examples, and the batches of them that one process of a run gets.
 
     Attributes:
         examples: from :func:`bnpatch.open_examples`.
-        subset: which of them to use.
-        images: their augmented inputs.
+        subset: indices of the examples to use.
+        images: augmented inputs of the examples.
         batching: how an epoch is divided into batches.
-        seed: of the run.
-        workers: processes that decode.
+        seed: seed of the run.
+        workers: number of processes that decode.
         rank: number of this process.
-        processes: how many share the batches.
+        processes: number of processes that share the batches.
     """
 
     examples: Examples
@@ -104,7 +108,7 @@ class TrainingData:
     processes: int = 1
 
     def batches(self, epoch: int, batch_size: int, accumulate: int = 1) -> list[Indices]:
-        """The batches of this process in an epoch, as many as make whole steps of the optimizer."""
+        """The batches of this process in an epoch, as many as fill whole optimizer steps."""
         rng = np.random.default_rng(self._seed(epoch))
         batches = self.batching(self.examples.targets[self.subset], batch_size, rng)
         per_step = self.processes * accumulate
@@ -116,7 +120,7 @@ class TrainingData:
         return load_batches(self.images, self.examples.targets, batches, self.workers)
 
     def seed_everything(self, epoch: int) -> None:
-        """Seed all global generators, so that an epoch is a function of the seed and its number."""
+        """Seed all global generators, so that an epoch depends on the seed and its number alone."""
         from accelerate.utils import set_seed
 
         set_seed((int(self._seed(epoch).generate_state(1)[0]) + self.rank) % 2**32)
@@ -126,10 +130,10 @@ class TrainingData:
 
 
 def check_same_classes(train: Examples, val: Examples, names: Sequence[str] | None) -> None:
-    """See that all examples have a class, and validation none that training hasn't.
+    """Check that all examples have a class, and that all classes of validation occur in training.
 
     Raises:
-        BnpatchError: they haven't, or it has one.
+        BnpatchError: an example has no class, or a class does not occur in training.
     """
     for name, examples in (("training", train), ("validation", val)):
         if not (examples.classes and examples.labelled.all()):
@@ -145,21 +149,21 @@ def check_same_classes(train: Examples, val: Examples, names: Sequence[str] | No
 
 
 def class_folders(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the folders in a folder, without the hidden ones that tools leave behind."""
-    return [e.name for e in Path(folder).iterdir() if e.is_dir() and not e.name.startswith(".")]
+    """Return the names of the class folders in a folder: those that reading it as a data set looks into."""
+    return image_files.class_folders(Path(folder))
 
 
 def check_same_folders(train: str | os.PathLike[str], val: str | os.PathLike[str]) -> None:
-    """See that two folders have the same class folders, where both are folders.
+    """Check that two paths have the same class folders, if both are folders.
 
-    As many others would be taken in order, and every class for another.
+    Class indices follow the order of the folders, so that with other folders they would not match.
 
     Raises:
-        BnpatchError: they haven't.
+        BnpatchError: a class folder is missing in one of them.
     """
     if not (Path(train).is_dir() and Path(val).is_dir()):
         return
-    names = [set(class_folders(folder)) for folder in (train, val)]
+    names = [set(map(composed, class_folders(folder))) for folder in (train, val)]
     if only_one := sorted(names[0] ^ names[1]):
         has, lacks = (train, val) if only_one[0] in names[0] else (val, train)
         raise BnpatchError(
@@ -175,7 +179,7 @@ def _transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Call
         input_size=preprocessing.input_size,
         is_training=True,
         scale=(augmentation.min_scale, 1.0),
-        # The whole image, undistorted, where nothing is to be cropped.
+        # Without cropping, the aspect ratio must not be changed either.
         ratio=(1.0, 1.0) if augmentation.min_scale == 1 else None,
         hflip=augmentation.hflip,
         color_jitter=0.0,

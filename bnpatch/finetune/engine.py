@@ -1,4 +1,4 @@
-"""Model, optimizer, schedule and averaged weights, on whatever devices accelerate finds."""
+"""Training steps: model, optimizer, schedule and averaged weights, on the devices of accelerate."""
 
 import copy
 import random
@@ -19,12 +19,12 @@ from bnpatch.models.torch_model import TorchModel, output_tensor
 
 
 class Engine:
-    """Takes steps, and can be put back to where it was.
+    """Takes optimizer steps, and can save and restore its state.
 
     Args:
-        model: its module is trained in place; its device becomes accelerate's.
-        settings: of the run.
-        updates_per_epoch: steps of the optimizer, for the schedule.
+        model: the model; its module is trained in place, on accelerate's device.
+        settings: settings of the run.
+        updates_per_epoch: optimizer steps per epoch, for the schedule.
         accelerator: from :func:`new_accelerator`.
 
     Raises:
@@ -51,14 +51,14 @@ class Engine:
         self.optimizer = _optimizer(model.module, settings)
         self.schedule = _schedule(self.optimizer, settings, updates_per_epoch)
         if accelerator.num_processes > 1:
-            # Each waits for every gradient, unless it knows that some don't come; all must know the same.
+            # DDP waits for all gradients unless told that some may be missing; all processes must agree.
             unused = _any_process(_may_leave_out_parameters(model))
             accelerator.ddp_handler.find_unused_parameters = unused
         self._wrapped, self._stepper = accelerator.prepare(model.module, self.optimizer)
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         device: torch.device = self.accelerator.device
         return device
 
@@ -69,16 +69,16 @@ class Engine:
 
     @property
     def scored(self) -> nn.Module:
-        """The module whose weights count: the averaged ones where there are any."""
+        """The module to evaluate and to keep: the one with averaged weights, if there is one."""
         averaged: nn.Module | None = self.ema.module if self.ema is not None else None
         return self.module if averaged is None else averaged
 
     def train(self) -> None:
-        """Go into training mode."""
+        """Set the module to training mode."""
         self._wrapped.train()
 
     def add_gradient(self, x: Tensor, targets: Tensor, parts: int, is_last: bool) -> Tensor:
-        """Add the gradient of a batch, which is one of ``parts`` of a step.
+        """Add the gradient of a batch, which is one of ``parts`` batches of a step.
 
         Returns:
             The mean loss of the batch, without a gradient.
@@ -87,7 +87,7 @@ class Engine:
         smoothing = self.settings.smoothing
         if self.mixup is not None and len(x) % 2 == 0:  # an unreadable image leaves an odd number
             x, targets = self.mixup(x, targets)
-            smoothing = 0.0  # mixup has smoothed already
+            smoothing = 0.0  # mixup has smoothed the labels already
         # Processes wait for each other once per step, not once per batch.
         with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
             with self.accelerator.autocast():
@@ -97,7 +97,7 @@ class Engine:
         return loss.detach()
 
     def step(self, update: int) -> None:
-        """Change the weights by the gradient; ``update`` counts the steps of the whole run."""
+        """Take an optimizer step; ``update`` is its number in the whole run."""
         if self.settings.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.settings.clip_grad)
         self.schedule.step_update(update)
@@ -107,16 +107,16 @@ class Engine:
             self.ema.update(self.module, step=update)
 
     def drop_gradient(self) -> None:
-        """Forget what was added since the last step."""
+        """Set the gradient to zero."""
         self._stepper.zero_grad()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Sum values over all processes."""
         summed: Tensor = self.accelerator.reduce(values)
         return summed
 
     def state(self) -> dict[str, Any]:
-        """A copy of all that steps change."""
+        """Copy everything that steps change."""
         scaler = self.accelerator.scaler
         return {
             "model": copied(self.module.state_dict()),
@@ -126,7 +126,7 @@ class Engine:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to a :meth:`state`."""
+        """Restore a :meth:`state`."""
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copied(state["optimizer"]))
         if self.ema is not None:
@@ -136,18 +136,18 @@ class Engine:
         self.drop_gradient()
 
     def release(self) -> nn.Module:
-        """The module without what accelerate put around it."""
+        """The module without accelerate's wrappers."""
         module: nn.Module = self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         return module
 
 
 def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
-    """An ``accelerate.Accelerator``; under ``accelerate launch`` it knows of the other processes.
+    """Make an ``accelerate.Accelerator``, which finds other processes of ``accelerate launch``.
 
     Raises:
-        BnpatchError: accelerate isn't installed, or the device hasn't got the precision.
+        BnpatchError: accelerate isn't installed, or the device doesn't support the precision.
     """
-    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would go on in float32
+    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would continue in float32
         raise BnpatchError("a CPU does not train in fp16", "choose --precision bf16 or no")
     try:
         from accelerate import Accelerator, PartialState
@@ -156,18 +156,18 @@ def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
     except ImportError as error:
         raise BnpatchError("fine-tuning needs accelerate", "pip install 'bnpatch[fine-tune]'") from error
     if PartialState(cpu=True if device.type == "cpu" else None).num_processes == 1:
-        # accelerate keeps device and precision for the life of the process; runs may differ in both.
+        # accelerate keeps device and precision until the process ends, but runs may differ in both.
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=settings.precision,
-        # Every process keeps running moments of what it saw; merge_processes makes one of them.
+        # Each process has running statistics of its own examples; merge_processes pools them.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
 def copied(value: Any) -> Any:
-    """A copy, its tensors on the CPU, that training doesn't change."""
+    """Copy a nested value that training would change, with its tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -184,24 +184,24 @@ def _any_process(answer: bool) -> bool:
 
 
 def _may_leave_out_parameters(model: TorchModel) -> bool:
-    """Are there parameters that the loss does not depend on, be it in some steps only?
+    """May some parameters get no gradient, in all steps or in some?
 
-    Always, as those of another classifier; or at times, where code decides by a random number or by what it
-    sees in a tensor what to compute, as of branches that are skipped at random. A single step can't show what
-    others leave out, so every model that decides is one that may.
+    In all steps, these are parameters that the loss does not depend on, such as those of another classifier.
+    In some steps, they are parameters that code skips, depending on a random number or the value of a tensor.
+    One step can't show what other steps skip, so any code that makes such a decision counts.
 
-    In doubt it may: that costs a walk over the graph in each step, and torch's advice to do without, where a
-    wrong no ends the training.
+    In doubt the answer is yes. It costs a traversal of the graph in each step and a warning of torch, whereas
+    a wrong no ends the training with an error.
     """
-    before = _host_generators()  # moved by this at no harm: all generators are seeded anew for each epoch
+    before = _host_generators()  # changing them is harmless: each epoch seeds them again
     try:
-        module = copy.deepcopy(model.module).train()  # running it may change anything about it
+        module = copy.deepcopy(model.module).train()  # running it may change it
         x = torch.zeros(2, *model.preprocessing.input_size, device=model.device)
         with _Decisions() as decisions:
             outputs = output_tensor(module(x))
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
-    except Exception:  # some modules can't be copied, or take no such batch; training says what is wrong
+    except Exception:  # e.g. it can't be copied, or needs another batch; training reports errors
         return True
     return (
         decisions.possible or _host_generators() != before or any(gradient is None for gradient in gradients)
@@ -209,7 +209,7 @@ def _may_leave_out_parameters(model: TorchModel) -> bool:
 
 
 class _Decisions(TorchDispatchMode):
-    """Notes whether code is told the value of a tensor, by which it may decide what to compute."""
+    """Records whether code reads the value of a tensor, which may decide what it computes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -223,7 +223,7 @@ class _Decisions(TorchDispatchMode):
 
 
 def _host_generators() -> tuple[Any, ...]:
-    """The states of the generators whose numbers are no tensors."""
+    """The states of the random generators of Python and NumPy, whose numbers are not tensors."""
     of_numpy: Any = np.random.get_state()
     return random.getstate(), of_numpy[1].tobytes(), *of_numpy[2:]
 

@@ -1,7 +1,7 @@
-"""What a model's norms and its training batch say about the four techniques of the paper.
+"""Guidance: which of the paper's four techniques suit a model's norms and its training batch.
 
-Numbers in, statements out: nothing here looks at a model. Source: Summers & Dinneen 2020, section 3.4 and
-Fig. 5 for the batch sizes.
+It depends on a few numbers and not on the model itself. The batch sizes are from Summers & Dinneen 2020,
+section 3.4 and Fig. 5.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 
 Fit = Literal["yes", "with care", "no"]
 
-#: From this batch size on, Ghost Batch Norm is safe; below the other, Batch/Group Norm takes its place.
+#: Ghost Batch Norm is safe from the first batch size on; below the second, Batch/Group Norm is better.
 _GHOST, _BATCH_GROUP = 16, 4
 #: Below this batch size Batch/Group Norm is worth comparing.
 _SMALL = 8
@@ -17,12 +17,12 @@ _SMALL = 8
 
 @dataclass(frozen=True)
 class Technique:
-    """One of the paper's four things, judged.
+    """One of the paper's four techniques, with advice.
 
     Attributes:
-        name: of the technique.
-        fits: should it be used?
-        reason: why, for people.
+        name: name of the technique.
+        fits: whether it should be used.
+        reason: reason for this advice, as text for users.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Technique:
 
 
 def techniques(batch_size: int, num_norms: int, num_unnormalized: int | None) -> tuple[Technique, ...]:
-    """Judge the four techniques for a model.
+    """Give advice about the four techniques for a model.
 
     Args:
         batch_size: examples per training step and device, B.
-        num_norms: how many norms the model has that could be converted.
-        num_unnormalized: how many of them reach the output past no other norm, see
+        num_norms: number of norms in the model that could be converted.
+        num_unnormalized: number of these with no other norm between them and the output, see
             :func:`bnpatch.nn.tracing.unnormalized_norms`; None where that is unknown.
     """
     weighing = Technique(

@@ -18,7 +18,7 @@ def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
     """Names of the classes of a folder, an ``.npz`` file or a pair of arrays, in the order of the outputs.
 
     Raises:
-        BnpatchError: the data doesn't say.
+        BnpatchError: the data has no classes.
     """
     if isinstance(data, tuple) and len(data) == 2:
         return tuple(map(str, range(int(np.max(data[1])) + 1)))
@@ -34,15 +34,15 @@ def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
 
 
 def new_head(model: TorchModel, class_names: tuple[str, ...], seed: int = 0) -> TorchModel:
-    """The model with an untrained classifier for these classes; its module is changed in place.
+    """Give a model an untrained classifier for these classes; its module is changed in place.
 
     Args:
         model: from :func:`bnpatch.load`.
-        class_names: in the order of the outputs.
-        seed: of the initial weights.
+        class_names: names of the classes in the order of the outputs.
+        seed: seed of the initial weights.
 
     Raises:
-        BnpatchError: there is no linear classifier to be found.
+        BnpatchError: the model has no linear classifier.
     """
     outputs = model.num_outputs()
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Running moments of a model in training: taken anew, and merged between processes."""
+"""Running statistics of a model in training: measure them again, and merge those of several processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from bnpatch.nn.surgery import NormLayer, inventory
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, inputs: Iterable[Tensor]) -> None:
-    """Take the running moments anew: plain averages over batches, which count alike.
+    """Measure the running statistics again, as averages over batches with equal weights.
 
-    Each norm normalizes by its batch meanwhile, as in training; everything else is as in evaluation.
+    The norms normalize by their batch, as in training; all else is in evaluation mode.
 
     Args:
-        module: left in the mode that it was in.
+        module: the module; it is in its former mode when this returns.
         inputs: batches of one size, (N, C, H, W), on the module's device.
     """
     with _norms_averaging(module):
@@ -29,7 +29,7 @@ def recalibrate(module: nn.Module, inputs: Iterable[Tensor]) -> None:
 @contextmanager
 def _norms_averaging(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
-    norms: list[Any] = [s.module for s in _sites_with_buffers(module) if hasattr(s.module, "momentum")]
+    norms: list[Any] = [s.module for s in _norms_with_buffers(module) if hasattr(s.module, "momentum")]
     momenta = [norm.momentum for norm in norms]
     module.eval()
     for norm in norms:
@@ -47,12 +47,12 @@ def _norms_averaging(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_processes(module: nn.Module, accelerator: Any) -> None:
-    """Give every process the running moments of all: what each saw is an equal part of a batch."""
+    """Pool the running statistics of all processes, which have seen equal numbers of examples."""
     if accelerator.num_processes == 1:
         return
-    for norm_layer in _sites_with_buffers(module):
+    for norm_layer in _norms_with_buffers(module):
         mean, var = norm_layer.parameters()[2:]
-        assert mean is not None  # that is which norm layers these are
+        assert mean is not None  # these norm layers have buffers
         assert var is not None
         parts = Moments(*(accelerator.gather(t.detach()[None].contiguous()) for t in (mean, var)))
         pooled = pool(parts, 0)
@@ -60,8 +60,8 @@ def merge_processes(module: nn.Module, accelerator: Any) -> None:
         var.copy_(pooled.var[0])
 
 
-def _sites_with_buffers(module: nn.Module) -> list[NormLayer]:
-    """Group Norm, for one, is no part of this: its running moments come from data, and have no buffers."""
+def _norms_with_buffers(module: nn.Module) -> list[NormLayer]:
+    """The norm layers with buffers for running statistics, which Group Norm, for example, does not have."""
     return [
         norm_layer for norm_layer in inventory(module).norm_layers if norm_layer.parameters()[2] is not None
     ]

@@ -1,11 +1,11 @@
 """Weight decay on gamma and beta (the paper's 3.3), for any torch optimizer.
 
-Optimizers decay toward 0; a scale may rather decay toward 1, where it leaves its input alone. So the scales
-and shifts get parameter groups of their own, with the optimizer's own decay at 0, and a hook decays
-them before each step. Learning rates come from the groups, whatever schedule writes them there.
+Optimizers decay toward 0, but a scale may better decay toward 1, where it does not change its input. So
+scales and shifts have their own parameter groups, in which the optimizer's own decay is 0, and a hook decays
+them before each step. The hook reads learning rates from the groups, so that any schedule works.
 
-It acts only where no later normalization undoes it: a scale followed by another norm on every path to the
-output changes nothing that the network computes.
+The decay has an effect only where no later norm cancels it: if another norm follows a scale on every path to
+the output, the scale does not change what the network computes.
 """
 
 from collections.abc import Collection
@@ -24,13 +24,13 @@ _RATE, _TARGET, _COUPLED = "norm_decay", "norm_decay_toward", "norm_decay_couple
 
 @dataclass(frozen=True)
 class NormDecay:
-    """How scales and shifts decay.
+    """Settings of the decay of scales and shifts.
 
     Attributes:
-        rate: the coefficient, as of ``weight_decay``.
-        gamma_toward: where scales go, 1 or 0; the paper finds no difference. Shifts go to 0.
-        coupled: True adds ``rate * (p - target)`` to the gradient, as the paper's L2 penalty does; with
-            momentum or Adam it then goes through their averages. False is decoupled, as AdamW:
+        rate: the coefficient, like ``weight_decay``.
+        gamma_toward: target of the scales, 1 or 0; the paper finds no difference. Shifts decay to 0.
+        coupled: True adds ``rate * (p - target)`` to the gradient, as the paper's L2 penalty does, so that
+            momentum and Adam average it. False is decoupled, as in AdamW:
             ``p -= lr * rate * (p - target)``.
         norm_layers: names of the norms that decay, or "all".
     """
@@ -50,15 +50,14 @@ class NormDecay:
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, norm_decay: NormDecay | None = None
 ) -> list[dict[str, Any]]:
-    """Parameters that require a gradient, in groups for an optimizer; each once.
+    """Divide the parameters that require a gradient into groups for an optimizer.
 
-    Vectors and numbers (biases, and scales and shifts that don't decay) have no weight decay, as is
-    timm's habit.
+    Vectors and scalars (biases, and scales and shifts that don't decay) have no weight decay, as in timm.
 
     Args:
-        model: patched or not.
-        weight_decay: of matrices and kernels, done by the optimizer itself.
-        norm_decay: of scales and shifts, done by :func:`decay_norms`.
+        model: the model, patched or not.
+        weight_decay: decay of matrices and kernels, by the optimizer itself.
+        norm_decay: decay of scales and shifts, by :func:`decay_norms`.
 
     Raises:
         BnpatchError: ``norm_decay`` names a norm layer that the model doesn't have.
@@ -90,10 +89,10 @@ def parameter_groups(
 
 
 def decay_norms(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer decay the scales and shifts in its groups, from now on, before each step.
+    """Make an optimizer decay the scales and shifts in its groups before each step.
 
     Args:
-        optimizer: made with groups of :func:`parameter_groups`.
+        optimizer: an optimizer with the groups of :func:`parameter_groups`.
     """
     optimizer.register_step_pre_hook(_decay)
 
@@ -105,7 +104,7 @@ def _decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             continue
         for p in group["params"]:
             if p.grad is None:
-                continue  # the optimizer leaves it alone, and so do we
+                continue  # the optimizer does not change it either
             if group[_COUPLED]:
                 p.grad.add_(p - group[_TARGET], alpha=rate)
             else:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a better one: train further, then tune alpha."""
+"""Fine-tune a checkpoint: train it further, then tune alpha."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ from bnpatch.search.tune import tune_alpha
 
 @dataclass
 class FineTuneResult:
-    """What came of it.
+    """The result of fine-tuning.
 
     Attributes:
-        training: how training went.
-        tuning: the search for alpha on the trained model, with its verdict on held-out examples.
-        comparisons: held-out examples, metric by metric: the model as it came, and as it is now, with
-            the alphas of the recipe. Only in the main process.
+        training: the result of training.
+        tuning: the result of the search for alpha on the trained model.
+        comparisons: one comparison per metric on held-out examples, of the checkpoint with the fine-tuned
+            model and its alphas; empty except in the main process.
     """
 
     training: FineTuned
@@ -50,24 +50,24 @@ def fine_tune(
 ) -> FineTuneResult:
     """Train a model further with the techniques of the settings, in place, then tune one alpha and set it.
 
-    Alphas and lambdas that it came with are dropped first, see :func:`bnpatch.finetune.trainer.train`.
+    Alphas and lambdas of the model are dropped first, see :func:`bnpatch.finetune.trainer.train`.
 
-    The validation examples are split in two: one part chooses the best epoch and alpha, the other gives
-    the verdict and is seen by neither.
+    The validation examples are split in two: one part selects the best epoch and alpha, and the other, which
+    neither has seen, gives the verdict.
 
     Args:
         model: from :func:`bnpatch.load`; it has the weights of its best epoch afterwards.
         train_examples: from :func:`bnpatch.open_examples`.
-        val_examples: likewise.
-        settings: how to train.
-        holdout: the part of the validation examples that gives the verdict.
-        trials: weights of the example to try.
+        val_examples: from :func:`bnpatch.open_examples`.
+        settings: settings of training.
+        holdout: fraction of the validation examples that gives the verdict.
+        trials: number of alphas to try.
         output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
-        resume: go on from ``last.pt``, if it is there.
-        progress: called with what is going on, examples done and examples in all.
+        resume: whether to continue from ``last.pt``, if it exists.
+        progress: called with a label, the examples done, and the number of all examples.
         on_epoch: called after each epoch.
-        tell: called with what a person should know at once.
-        accelerator: accelerate's; None to make one.
+        tell: called with notes that the user should see at once.
+        accelerator: an ``accelerate.Accelerator``; None to make one.
 
     Raises:
         BnpatchError: the settings don't fit the model or the data, training diverged, or the resume file
@@ -90,8 +90,8 @@ def fine_tune(
         on_epoch=on_epoch,
         tell=tell,
     )
-    # The same split by the same seed: what chose the epoch tunes alpha, and the rest has been seen by nobody.
-    # Training has re-estimated the running moments already: one alpha is all that there is to find.
+    # The same seed gives the same split: the part that selected the epoch tunes alpha, the rest is unseen.
+    # Training has just updated the running statistics, so only one alpha is searched for, and no lambda.
     tuning = tune_alpha(
         model,
         val_examples,

@@ -1,4 +1,4 @@
-"""Which techniques suit a model and a batch size: by the paper's guidance, or by trying."""
+"""Choose techniques for a model and a batch size, by the paper's guidance or by a search."""
 
 import copy
 import json
@@ -25,21 +25,21 @@ from bnpatch.nn.tracing import unnormalized_norms
 from bnpatch.search.distributed import Processes, start
 from bnpatch.search.storages import connect, quiet, usable
 
-#: Of Batch/Group Norm, where nothing else is asked for.
+#: Channels per group of Batch/Group Norm, by default.
 CHANNELS_PER_GROUP = 16
-_GHOST = 16  # near the best of the paper's Fig. 3
-_DECAYS = (1e-5, 1e-2)  # range of the search, which the guided rate may widen
+_GHOST = 16  # examples per group; near the best of the paper's Fig. 3
+_DECAYS = (1e-5, 1e-2)  # range of the search; extended to include the rate of the guidance
 _SEARCH, _DIVERGED = "bnpatch:search", "bnpatch:diverged"  # names of user attributes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Techniques to train with, and why.
+    """Techniques to train with, and the reasons.
 
     Attributes:
-        spec: what the norms pool.
+        spec: which values the norms pool.
         norm_decay: decay of scales and shifts, or None.
-        reasons: one line per technique, for people.
+        reasons: one line per technique, as text for users.
     """
 
     spec: NormSpec
@@ -52,13 +52,13 @@ class Choice:
 
 
 def decayed_norms(model: TorchModel) -> frozenset[str]:
-    """Norm layers at which decay of scale and shift can act: no other norm is between them and the output."""
+    """Norm layers where decay has an effect, because no other norm is between them and the output."""
     example = torch.zeros(1, *model.preprocessing.input_size, device=model.device)
     return unnormalized_norms(model.module, example)
 
 
 def by_guidance(model: TorchModel, settings: FineTuneSettings) -> Choice:
-    """What the paper says of this batch size and of this architecture, at the rate of the weight decay."""
+    """Choose techniques by the paper's guidance; scales and shifts decay at the rate of the weight decay."""
     norm_layers, batch_size = decayed_norms(model), settings.batch_size
     judged = techniques(batch_size, len(model.inventory().norm_layers), len(norm_layers))
     fits = {technique.name: technique.fits == "yes" for technique in judged}
@@ -87,23 +87,23 @@ def by_search(
     on_trial: Callable[[str, float | None], None] = lambda name, score: None,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Choice:
-    """Train short runs with various techniques, and take the best.
+    """Train short runs with various techniques, and choose those of the best run.
 
-    Plain Batch Norm comes first, then what the guidance says; then Optuna proposes. A run that after some
-    epoch is worse than the median of those before it is given up.
+    The first run uses plain Batch Norm, the second follows the guidance, and Optuna proposes the others. A
+    run is pruned if after some epoch it is worse than the median of the runs before it.
 
     Args:
-        model: left as it is.
-        examples: training examples, a part of which is held out of these runs and scores them.
-        settings: of the runs, but for the techniques and the number of epochs.
-        trials: runs.
-        epochs: passes of each.
-        holdout: the part held out, class by class.
-        journal: file that keeps the runs as an Optuna study, so that a search that was killed goes on after
-            those that it had finished; None for memory.
-        resume: go on from it, if it is there; otherwise it is begun anew.
-        on_trial: called after each run with its techniques, and its score unless it was given up.
-        progress: as of :func:`bnpatch.finetune.trainer.train`.
+        model: the model, which is not changed.
+        examples: training examples; a part of them is held out of these runs, to score them.
+        settings: settings of the runs, except for the techniques and the number of epochs.
+        trials: number of runs.
+        epochs: number of epochs of each run.
+        holdout: fraction of the examples that is held out, stratified by class.
+        journal: file that keeps the runs as an Optuna study, so that a search that was killed can continue;
+            None for memory.
+        resume: whether to continue from the journal, if it exists; otherwise the search starts again.
+        on_trial: called after each run with its techniques, and its score unless it was pruned.
+        progress: see :func:`bnpatch.finetune.trainer.train`.
 
     Raises:
         BnpatchError: no run ended with a finite loss, or the journal is of another search.
@@ -119,14 +119,14 @@ def by_search(
         {"norm": str(NormSpec.batch()), "decays": False},
         {"norm": str(guided.spec), "decays": guided_decay is not None, "decay": guided_decay},
     )
-    # All that scores depend on: the settings' workers, too, each of which augments with a seed of its own.
+    # All that scores depend on; this includes the number of workers, each of which has its own seed.
     search = {
         "model": model.fingerprints(),
         "data": examples.fingerprint(),
         "settings": settings.to_json(),
         "epochs": epochs,
         "holdout": holdout,
-        "processes": 1 if processes is None else processes.count,  # each has a batch
+        "processes": 1 if processes is None else processes.count,  # each has its own batch
     }
 
     def choice(params: Mapping[str, Any]) -> Choice:
@@ -155,7 +155,7 @@ def by_search(
                 progress=progress,
             )
         except NotFiniteLossError:
-            trial.set_user_attr(_DIVERGED, True)  # unlike a run that was cut off
+            trial.set_user_attr(_DIVERGED, True)  # to tell it from a run that was interrupted
             raise
         return result.best.score(settings.metric)
 
@@ -166,8 +166,8 @@ def by_search(
     with quiet():
         study = _opened(journal, resume, search, metric.higher_is_better, processes)
         while (number := sum(map(_ended, study.trials))) < trials:
-            # What a run tries depends on the runs that have ended and on nothing else, so that one which was
-            # cut off comes again in its place, however it was cut off.
+            # The techniques of a run depend on the ended runs alone, so that a run that was interrupted is
+            # repeated with the same techniques.
             if number < len(first) and not study.get_trials(states=(TrialState.WAITING,)):
                 study.enqueue_trial(first[number])
             study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number, n_startup_trials=4)
@@ -186,14 +186,14 @@ def _opened(
     higher_is_better: bool,
     processes: Processes | None,
 ) -> optuna.Study:
-    """The study of a search; the first of several processes keeps it, the others have copies."""
+    """Open the study of a search; the first of several processes stores it, the others have copies."""
     if processes is None:
         return _stored(journal, resume, search, higher_is_better)
     if processes.rank == 0:
         try:
             study = _stored(journal, resume, search, higher_is_better)
         except BnpatchError as error:
-            processes.tell(error)  # the others wait to be told something
+            processes.tell(error)  # the others wait for a message
             raise
         processes.tell(study.trials)
         return study
@@ -208,7 +208,7 @@ def _opened(
 def _stored(
     journal: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
 ) -> optuna.Study:
-    """The study of a search, as its journal has it."""
+    """Open the study of a search in its journal."""
     storage = None if journal is None else f"journal://{journal}"
     with usable(storage or "memory"):
         if journal is not None and not resume:
@@ -234,7 +234,7 @@ def _stored(
 
 
 def _ended(trial: optuna.trial.FrozenTrial) -> bool:
-    """By itself, not cut off."""
+    """Did the run end by itself, that is, was it not interrupted?"""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _DIVERGED in trial.user_attrs
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError, evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, METRICS
@@ -25,7 +24,7 @@ from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 
 _CALIBRATION_BATCHES = 32
-_CHECK_EVERY = 50  # steps; looking at the loss makes an accelerator wait
+_CHECK_EVERY = 50  # steps, because reading the loss waits for the device
 
 
 class NotFiniteLossError(BnpatchError):
@@ -34,14 +33,14 @@ class NotFiniteLossError(BnpatchError):
 
 @dataclass
 class FineTuned:
-    """How training went.
+    """The result of training.
 
     Attributes:
         history: all epochs.
         best: the epoch whose weights the model has now.
-        skipped: training examples that can't be read, by name, and why.
-        stopped_early: the score stopped getting better.
-        notes: what a person should know.
+        skipped: reasons by name of training example that can't be read.
+        stopped_early: whether training stopped because the score no longer improved.
+        notes: notes for the user.
     """
 
     history: list[Epoch]
@@ -69,28 +68,28 @@ def train(
 ) -> FineTuned:
     """Train a model further, in place; it has the weights of its best epoch when this returns.
 
-    Alphas and lambdas that it came with are dropped first: they were tuned for other parameters.
+    Alphas and lambdas of the model are dropped first, because they were tuned for other parameters.
 
-    The global random generators are seeded anew for each epoch, from the seed and its number: a run that
-    goes on after a kill is bit for bit the one that was never killed.
+    The global random generators are seeded for each epoch from the seed and the epoch's number, so that a run
+    that was killed and resumed gives exactly the same result as one that was not.
 
     Args:
-        model: its Batch Norm layers train as ``settings.spec`` says.
-        train_examples: what to train on.
-        val_examples: what to choose the best epoch by.
-        settings: how.
+        model: the model; its Batch Norm layers train as ``settings.spec`` says.
+        train_examples: examples to train on.
+        val_examples: examples to select the best epoch by.
+        settings: settings of training.
         subset: which of the training examples to use; None for all.
         selection: which of the validation examples to use; None for all.
         output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
-        resume: go on from ``last.pt``, if it is there.
+        resume: whether to continue from ``last.pt``, if it exists.
         batching: how an epoch is divided into batches.
-        accelerator: accelerate's; None to make one for the model's device.
-        progress: called with what is going on, examples done and examples in all.
+        accelerator: an ``accelerate.Accelerator``; None to make one for the model's device.
+        progress: called with a label, the examples done, and the number of all examples.
         on_epoch: called after each epoch.
-        tell: called with what a person should know at once.
+        tell: called with notes that the user should see at once.
 
     Raises:
-        NotFiniteLossError: training diverged; ``best.pt`` is of the best epoch before that.
+        NotFiniteLossError: training diverged; ``best.pt`` has the best epoch before that.
         OutputsNotFiniteError: the model returned infinities or NaN before it was trained.
         BnpatchError: the settings don't fit the model or the data, or ``last.pt`` is of another run.
     """
@@ -113,7 +112,7 @@ def train(
 
 
 class _Run:
-    """The state of a run between its epochs, and what an epoch does to it."""
+    """A run: its state between epochs, and the training of an epoch."""
 
     progress: Callable[[str, int, int], None]
     tell: Callable[[str], None]
@@ -166,11 +165,10 @@ class _Run:
             "settings": settings.to_json(),
             "processes": self.accelerator.num_processes,
         }
-        model.set(PatchWeights(model.identities(), dict.fromkeys(model.identities(), 0.0)))
-        model.module = convert_norms(model.module, settings.spec)
+        model.set_state(model.baseline())
         model.device = self.accelerator.device
-        model.module.to(model.device)
-        if settings.spec.channels_per_group > 1:  # the running moments are of other activations
+        model.adopt(convert_norms(model.module, settings.spec))
+        if settings.spec.channels_per_group > 1:  # the checkpoint's running statistics don't fit
             batches = self.data.batches(0, self.micro)[:_CALIBRATION_BATCHES]
             recalibrate(model.module, (x.to(model.device) for x, _, _ in self.data.load(batches)))
         self.engine = Engine(model, settings, len(self.data.subset) // per_step, self.accelerator)
@@ -178,25 +176,25 @@ class _Run:
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """The number of finished epochs."""
         return len(self.history)
 
     def is_stale(self) -> bool:
-        """Has the score not got better for too long?"""
+        """Has the score not improved for ``patience`` epochs?"""
         patience = self.settings.patience
         return patience is not None and bool(self.best) and self.epoch - self.best["epoch"] >= patience
 
     def one_epoch(self) -> None:
-        """Train for an epoch, and score it."""
+        """Train for one epoch, and score the model."""
         started = time.monotonic()
         loss = self._train()
         merge_processes(self.model.module, self.accelerator)
         try:
             scores = self._scores()
-        except OutputsNotFiniteError:  # the last step ruined the weights, and no loss showed it
+        except OutputsNotFiniteError:  # the last step broke the weights after the last loss
             if not self.best:
                 self.engine.load(self.state)
-                self._scores()  # fails again where it wasn't training that ruined them
+                self._scores()  # raises if they were broken before training
             self._give_up()
         self.history.append(
             Epoch(
@@ -215,7 +213,7 @@ class _Run:
             self.best = {"epoch": self.epoch, "score": score, "model": weights}
 
     def _train(self) -> float:
-        """One pass over the training examples; the mean loss."""
+        """Train for one pass over the training examples; return the mean loss."""
         batches = self.data.batches(self.epoch, self.micro, self.accumulate)
         self.data.seed_everything(self.epoch)
         self.engine.train()
@@ -243,7 +241,7 @@ class _Run:
             self._give_up()
 
     def _give_up(self) -> NoReturn:
-        """Go back to the best epoch, and say that training diverged."""
+        """Restore the weights of the best epoch, and raise that training diverged."""
         kept = "no epoch was finished"
         if self.best:
             self._take_best()
@@ -255,7 +253,7 @@ class _Run:
         )
 
     def _scores(self) -> dict[str, float]:
-        """Means over the examples of all processes, each of which scores its share."""
+        """Mean scores over the validation examples; each process scores its share."""
         from accelerate.utils import gather_object
 
         mine = self.selection[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -266,7 +264,7 @@ class _Run:
             scores = evaluate(scored, self.val_examples, metrics, indices=mine)
             part = len(scores), {name: v.sum() for name, v in scores.values.items()}
         except BnpatchError as error:
-            part = error  # the others must not wait for ever
+            part = error  # the other processes must not wait forever
         parts = gather_object([part])
         if errors := [p for p in parts if isinstance(p, BnpatchError)]:
             raise errors[0]
@@ -274,7 +272,7 @@ class _Run:
         return {m.name: float(sum(sums[m.name] for _, sums in parts) / total) for m in metrics}
 
     def keep(self) -> None:
-        """Remember the epoch, on disk too."""
+        """Keep the state after an epoch, in memory and on disk."""
         self.state = self._snapshot()
         if self.output is None or not self.accelerator.is_main_process:
             return
@@ -294,7 +292,7 @@ class _Run:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to the end of an epoch."""
+        """Restore the state at the end of an epoch."""
         self.engine.load(state)
         self.best = dict(state["best"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
@@ -302,10 +300,10 @@ class _Run:
         self.state = dict(state)
 
     def halve_batch(self, error: RuntimeError) -> None:
-        """Go back to the start of the epoch, for half the examples per batch and twice the batches per step.
+        """Restart the epoch with half as many examples per batch and twice as many batches per step.
 
         Raises:
-            RuntimeError: memory isn't what was short.
+            RuntimeError: the error was not a lack of memory.
             BnpatchError: the batch can't be halved.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -325,12 +323,12 @@ class _Run:
         self.tell(note)
 
     def _take_best(self) -> None:
-        self.model.module = self.engine.release()
+        self.model.adopt(self.engine.release())
         self.model.module.load_state_dict(self.best["model"])
         self.model.module.eval()
 
     def finish(self) -> FineTuned:
-        """Give the model its best weights."""
+        """Load the best weights into the model, and return the result."""
         self._take_best()
         best = self.history[self.best["epoch"] - 1]
         stopped = self.epoch < self.settings.epochs

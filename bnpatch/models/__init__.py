@@ -1,1 +1,1 @@
-"""A model that can be patched and asked for predictions, from wherever it comes."""
+"""Load models of torch and ONNX, patch them, run them, and export them."""

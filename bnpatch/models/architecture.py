@@ -1,4 +1,4 @@
-"""Which architecture do weights belong to? Build it so that they fit."""
+"""Find the architecture in timm or torchvision that weights belong to, and build it."""
 
 import hashlib
 import json
@@ -17,18 +17,20 @@ from bnpatch.core.errors import BnpatchError
 
 LIBRARIES = ("torchvision", "timm")
 
-# Weights that every architecture has, and that old checkpoints lack.
+# Name of tensors that architectures have and old checkpoints lack.
 _OPTIONAL = "num_batches_tracked"
+
+_OWN_CODE = "for code of your own call bnpatch.tune_alpha(module, data) from Python"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A constructor of timm or torchvision and the arguments with which weights fit.
+    """A constructor of timm or torchvision, and the arguments with which given weights fit.
 
     Attributes:
         library: timm or torchvision.
-        name: the library's name for it.
-        num_classes: number of outputs; 0 where the weights have no classifier.
+        name: the name of the architecture in the library.
+        num_classes: number of outputs; 0 if the weights have no classifier.
         in_chans: number of input channels.
         also: further architectures that the weights would fit, as ``library:name``.
     """
@@ -43,22 +45,22 @@ class Architecture:
         return f"{self.library}:{self.name}"
 
     def build(self) -> nn.Module:
-        """Make the model, with random weights."""
+        """Build the model, with random weights."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _build(self.library, self.name, num_classes=self.num_classes, in_chans=self.in_chans)
 
     def sketch(self) -> nn.Module:
-        """Make the model without weights where its constructor can do that: names and shapes only."""
+        """Build the model on the device "meta", which has names and shapes but no weights, if it can be."""
         try:
             with torch.device("meta"):
                 return self.build()
-        except NotImplementedError:  # a constructor that computes with tensors, as torchvision's RegNet
+        except NotImplementedError:  # the constructor computes with tensors, as that of torchvision's RegNet
             return self.build()
 
 
 def known_names(library: str) -> list[str]:
-    """All classifiers of a library, by the names that its constructors have."""
+    """Return the names of all classifiers of a library."""
     if library == "timm":
         import timm
 
@@ -69,10 +71,10 @@ def known_names(library: str) -> list[str]:
 
 
 def parse_name(name: str) -> tuple[str | None, str]:
-    """Split ``library:name``; the library is None where it isn't said, a timm tag is dropped.
+    """Split ``library:name``. The library is None if the name has none; a tag of timm is dropped.
 
     Raises:
-        BnpatchError: no such architecture; suggests the closest names.
+        BnpatchError: there is no such architecture; the message suggests the closest names.
     """
     library, colon, rest = name.partition(":")
     if not colon:
@@ -96,14 +98,19 @@ def identify(
 ) -> Architecture:
     """Find the architecture that a state dict belongs to.
 
-    A name that the checkpoint or the file name gives is tried first; then all architectures with the
-    same names of tensors. A candidate must agree in every name and shape, up to the number of
-    classes and of input channels, which are read off the tensors. Where several agree, as do
-    variants that differ in strides only, the first is taken and the others are reported. Many
-    architectures are in both libraries, under one name: ``library`` says which is meant.
+    The function first tries the name that the checkpoint or the file name gives, then all architectures with
+    the same tensor names. A candidate must agree in every name and shape, except for the numbers of classes
+    and of input channels, which the tensors give. If several agree, such as variants that differ only in
+    strides, the first is returned and its :attr:`Architecture.also` names the others.
+
+    Args:
+        state_dict: the weights.
+        hint: name of the architecture, if the checkpoint has one.
+        file_name: name of the checkpoint file.
+        library: the library that is meant if an architecture is in both under one name.
 
     Raises:
-        BnpatchError: nothing fits.
+        BnpatchError: no architecture fits.
     """
     if not state_dict:
         raise BnpatchError(f"{file_name or 'the checkpoint'} has no weights", "save a state dict")
@@ -114,7 +121,7 @@ def identify(
     if not fits:
         raise BnpatchError(
             f"the weights of {file_name or 'the checkpoint'} fit no architecture of timm or torchvision",
-            "name one with --arch, or for code of your own call bnpatch.tune_alpha(module, data) from Python",
+            _OWN_CODE,
         )
     best = fits[0]
     also = tuple(str(arch) for arch in fits[1:] if arch.name != best.name)
@@ -125,7 +132,8 @@ def fit(name: str, state_dict: Mapping[str, Tensor]) -> Architecture:
     """Fit the weights to the architecture that the user named.
 
     Raises:
-        BnpatchError: no such architecture, or one that the weights don't fit, with the first difference.
+        BnpatchError: there is no such architecture, or the weights don't fit it; the message names the first
+            difference.
     """
     library, rest = parse_name(name)
     libraries = [library] if library else [lib for lib in LIBRARIES if rest in known_names(lib)]
@@ -134,25 +142,42 @@ def fit(name: str, state_dict: Mapping[str, Tensor]) -> Architecture:
             return arch
     raise BnpatchError(
         f"the weights do not fit {libraries[0]}:{rest}: {_first_difference(libraries[0], rest, state_dict)}",
-        "leave out --arch to have the architecture identified",
+        _remedy_for(state_dict),
     )
 
 
+def _remedy_for(state_dict: Mapping[str, Tensor]) -> str:
+    try:
+        return f"they fit {identify(state_dict)}: name that, or leave out --arch"
+    except BnpatchError:
+        return f"they fit no other architecture either: {_OWN_CODE}"
+
+
 def names_hash(state_dict: Mapping[str, Any]) -> str:
-    """A hash of the names of tensors, by which the index of architectures is ordered."""
+    """Hash the names of tensors; the index of architectures has these hashes as keys."""
     names = sorted(name for name in state_dict if not name.endswith(_OPTIONAL))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
 @cache
 def _index() -> dict[str, list[str]]:
-    """Architectures by :func:`names_hash`; ``tests/loading/make_architecture_index.py`` writes the file."""
+    """Read the index of architectures, which ``tests/models/make_architecture_index.py`` writes."""
     text = resources.files("bnpatch.models").joinpath("architectures.json").read_text(encoding="utf-8")
     index: dict[str, list[str]] = json.loads(text)
     return index
 
 
-def _by_tensor_names(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+def is_optional(name: str) -> bool:
+    """Return whether a tensor is one that old checkpoints lack: a counter of batches."""
+    return name.endswith(_OPTIONAL)
+
+
+def by_tensor_names(state_dict: Mapping[str, Any]) -> list[str]:
+    """Return the architectures with the same names of tensors, as ``library:name``."""
+    return [f"{library}:{name}" for library, name in _by_tensor_names(state_dict)]
+
+
+def _by_tensor_names(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry in _index().get(names_hash(state_dict), []):
         library, _, name = entry.partition(":")
         if name in known_names(library):
@@ -163,12 +188,12 @@ def _named(hint: str | None) -> list[tuple[str, str]]:
     try:
         library, name = parse_name(hint) if hint else (None, "")
     except BnpatchError:
-        return []  # a name from elsewhere: the tensors decide
+        return []  # neither library has the name, so the tensors decide
     return [(lib, name) for lib in LIBRARIES if library in (None, lib) and name in known_names(lib)]
 
 
 def _named_by_file(file_name: str) -> list[tuple[str, str]]:
-    """Architectures whose name begins the file name, the longest first: resnet18-f37072fd.pth."""
+    """Return the architectures with the longest name that the file name begins with (resnet18-f37.pth)."""
     stem = file_name.lower()
     named = [
         (library, name) for library in LIBRARIES for name in known_names(library) if stem.startswith(name)
@@ -178,14 +203,14 @@ def _named_by_file(file_name: str) -> list[tuple[str, str]]:
 
 
 def _fit(library: str, name: str, state_dict: Mapping[str, Tensor]) -> Architecture | None:
-    """Read classes and channels off the tensors; None where anything else differs."""
+    """Return the architecture with the classes and channels of the tensors; None if anything else differs."""
     try:
         default = Architecture(library, name).sketch()
         arch = Architecture(library, name, *_classes_and_channels(library, default, state_dict))
         return None if _difference(arch.sketch(), state_dict) else arch
     except BnpatchError:
         raise
-    except Exception:  # whatever a constructor raises for arguments that it does not take
+    except Exception:  # constructors raise errors of any type for arguments that they don't support
         return None
 
 
@@ -200,7 +225,7 @@ def _first_difference(library: str, name: str, state_dict: Mapping[str, Tensor])
 
 
 def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
-    """The first tensor in which model and weights differ; empty where they agree."""
+    """Describe the first tensor in which model and weights differ; return "" if they agree."""
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith(_OPTIONAL)}
     given = {k: tuple(v.shape) for k, v in state_dict.items() if not k.endswith(_OPTIONAL)}
     for key in own:
@@ -250,7 +275,7 @@ def _build(library: str, name: str, num_classes: int, in_chans: int) -> nn.Modul
         return model
     import torchvision
 
-    # These two would spend half a minute on initial weights that are replaced at once.
+    # These two would spend half a minute on random weights, which are replaced at once.
     quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, num_classes=num_classes, **quick)
     if in_chans != 3:

@@ -1,100 +1,351 @@
-"""What the search, the evaluation and the data need of a model, whatever it is made of."""
+"""The base class of models that can be patched and run, for torch and for onnxruntime.
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+:class:`Model` holds a :class:`~bnpatch.core.patch.PatchState` and has everything that does not depend on the
+backend. The backends (:class:`~bnpatch.models.torch_model.TorchModel` and
+:class:`~bnpatch.models.onnx_model.OnnxModel`) find norm layers, compute with a state, and run batches.
+"""
 
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from bnpatch.core.inventory import AnyNormLayer, Inventory, NormFacts
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
-from bnpatch.core.recipe import Recipe
+from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
+from bnpatch.core.recipe import NormRecipe, Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
+from bnpatch.onnx.rewrite import AlphaInputs
+
+#: Maps a batch to the moments (N, C) of each example, by name of module.
+Watch = Callable[[Tensor], Mapping[str, Moments[Any]]]
+
+NormLayerT = TypeVar("NormLayerT", bound=AnyNormLayer)
 
 
-class Patchable(Protocol):
-    """A model that can be patched and asked for predictions: a TorchModel or an OnnxModel."""
+class Model(ABC, Generic[NormLayerT]):
+    """A model with its preprocessing and the patch that it computes with.
 
-    name: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    class_order: str
-    device: torch.device
-    include_1x1: bool
+    Attributes:
+        name: the name of the model in tables and files.
+        preprocessing: how images become inputs.
+        class_names: names of the outputs in their order, or None if they are not known.
+        class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural".
+        arch: the architecture, from which the module can be built again, or None.
+        device: the device that computes.
+        notes: what a person should know about how it was loaded.
+        returns_probabilities: the model ends with a softmax; None until the first batch decides it.
+    """
+
+    if TYPE_CHECKING:  # fields of the backends, which are dataclasses
+        name: str
+        preprocessing: Preprocessing
+        class_names: tuple[str, ...] | None
+        class_order: str
+        arch: Architecture | None
+        device: torch.device
+        notes: list[str]
+        returns_probabilities: bool | None
+    has_gradients: ClassVar[bool]  # whether forward computes gradients
+    runs_onnx: ClassVar[bool] = False
+    suffix: ClassVar[str]  # suffix of a file that holds the patched model
+    norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
+    _state: PatchState
+    _num_outputs: int | None = None
+
+    # The patch.
 
     @property
-    def arch(self) -> Architecture | None:
-        """How to build the model again, where that has a name."""
+    def state(self) -> PatchState:
+        """The patch that the model computes with; its weights name every norm layer."""
+        return self._state
 
-    def inventory(self) -> Inventory[AnyNormLayer]:
-        """The norm layers, and the norms that are skipped."""
+    def set_state(self, state: PatchState) -> None:
+        """Make the model compute with another patch. Norm layers that it does not name get their identity.
+
+        Raises:
+            BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
+                re-estimated statistics.
+            InvalidAlphaError: a weight is not in [0, 1].
+        """
+        self._make_norm_layers(state)
+        identities = self.identities()
+        state.check(identities, self.name)
+        everywhere = PatchWeights(identities, dict.fromkeys(identities, 0.0))
+        state = replace(state, weights=everywhere.updated(state.weights))
+        self._use(state)
+        self._state = state
+
+    @property
+    def weights(self) -> PatchWeights:
+        """Alpha and lambda of every norm layer."""
+        return self._state.weights
+
+    def set_weights(self, weights: PatchWeights) -> None:
+        """Set the weights of the norm layers that ``weights`` names, see :meth:`set_state`."""
+        self.set_state(self._state.with_weights(weights))
 
     def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of norm layer."""
+        """Return the weight of the example by name of norm layer."""
+        return dict(self._state.weights.alphas)
 
     def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
-        """Set the weight of the example, for all norm layers or by name."""
+        """Set the weight of the example, for all norm layers or by name.
 
-    def setting(self) -> PatchWeights:
-        """Both weights of every norm layer."""
+        Raises:
+            BnpatchError: the model has no norm layer, or none of a name.
+            InvalidAlphaError: a weight is not in [0, 1].
+        """
+        if not self._state.weights.alphas:
+            self._refuse_without_norm_layers()
+        if not isinstance(alpha, Mapping):
+            alpha = dict.fromkeys(self._state.weights.alphas, float(alpha))
+        self.set_weights(PatchWeights(alpha))
 
-    def set(self, setting: PatchWeights) -> None:
-        """Set weights by name of norm layer."""
+    def set_target(self, target: Statistics) -> None:
+        """Set the re-estimated statistics (C,) that lambda weights, for the norm layers named."""
+        self.set_state(self._state.with_target(target))
 
-    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, by name of norm layer, that lambda is the weight of.
+    def set_running(self, running: Statistics) -> None:
+        """Give running statistics (C,) to norms that have none of their own, which makes them norm layers.
 
-        Norm layers that are not named keep theirs.
+        A new norm layer is at its identity. A norm that got running statistics before keeps its weights. The
+        name of the Batch Norm that was fused into a convolution is the name of the convolution +
+        :data:`~bnpatch.core.inventory.FUSED`.
+
+        Raises:
+            BnpatchError: the model has no such norm or convolution.
+        """
+        self.set_state(self._state.with_running(running))
+
+    def baseline(self) -> PatchState:
+        """Return the state in which the model computes what it did before any patch."""
+        return replace(self._state, weights=PatchWeights())
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Put the model in evaluation mode; when the context ends, restore every mode and the state."""
+        before = self._state
+        try:
+            with self.evaluating():
+                yield
+        finally:
+            self.set_state(before)
+
+    @contextmanager
+    def in_state(self, state: PatchState | None) -> Iterator[None]:
+        """Make the model compute with a state (None: its own) in evaluation mode, until the context ends."""
+        with self.borrowed():
+            if state is not None:
+                self.set_state(state)
+            yield
+
+    # Recipes.
+
+    def recipe(self, state: PatchState | None = None, provenance: Mapping[str, Any] | None = None) -> Recipe:
+        """Make a recipe of a state of this model.
+
+        Args:
+            state: the state; None for the one that the model computes with.
+            provenance: how the state was found, as plain JSON values.
+        """
+        with self.in_state(state):
+            state, hashes = self._state, self.fingerprints()
+            norms = []
+            for norm_layer in self.inventory().norm_layers:
+                name = norm_layer.name
+                weight = state.weights.lambdas[name]
+                target = state.target[name] if weight else None
+                running = state.running.get(name)
+                norms.append(
+                    NormRecipe(
+                        name,
+                        norm_layer.kind,
+                        state.weights.alphas[name],
+                        hashes[name],
+                        weight,
+                        None if target is None else as_arrays(target),
+                        None if running is None else as_arrays(running),
+                        state.channels_per_group.get(name, 1),
+                    )
+                )
+        return Recipe(tuple(norms), dict(provenance or {}), state.include_1x1)
+
+    def apply(self, recipe: Recipe) -> None:
+        """Patch the model with a recipe.
+
+        Raises:
+            BnpatchError: the recipe was made for another model; the message names the first norm layer that
+                differs.
+        """
+        state = recipe.state
+        recipe.check_fits(self.fingerprints(state.running))
+        self.set_state(state)
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
+        """Write a patched file; return False if :func:`bnpatch.load` needs ``unsafe_load`` to read it."""
+
+    @abstractmethod
+    def rewritten(
+        self, alpha_inputs: AlphaInputs | None = None, example_input: Tensor | None = None
+    ) -> tuple[ir.Model, tuple[str, ...]]:
+        """Return the patched model as an ONNX graph, and the names of the norm layers that were rewritten.
+
+        Args:
+            alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
+            example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
         """
 
-    def targets(self) -> Mapping[str, Moments[Any]]:
-        """What :meth:`retarget` was given last."""
+    # Methods of the backends.
 
-    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Give running moments to norms that have none: from now on they are norm layers, at their
-        identity.
-        """
+    @abstractmethod
+    def inventory(self) -> Inventory[NormLayerT]:
+        """List the norm layers, and the norms that are skipped."""
 
+    @abstractmethod
     def uncalibrated(self) -> tuple[str, ...]:
-        """Norms that would be norm layers if they had running moments."""
+        """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
 
-    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
-        """Outputs for a batch, and the moments of each example at the input of each norm layer, (N, C)."""
+    @abstractmethod
+    def identities(self) -> dict[str, float]:
+        """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
 
-    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """The moments of a batch at the input of each norm layer, (C,), Batch Norm normalizing by those."""
+    def alphas_in_use(self) -> Mapping[str, float | Tensor]:
+        """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
+        return self.alphas()
 
+    @abstractmethod
+    def watch_fused(self, example: Tensor) -> Watch | None:
+        """Return a function from a batch to the moments of each example at the output of convolutions.
+
+        These are the convolutions that a Batch Norm may have been fused into; the result is None if there are
+        none.
+
+        Args:
+            example: an input (1, ...), with which they are found.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, NormFacts]:
+        """Return, by name of norm layer, what the layer has from the checkpoint."""
+
+    @abstractmethod
+    def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
+        """Return a hash of the parameters of each norm layer, by name; a patch does not change it.
+
+        Args:
+            running: names of further norms to include, which have no running statistics yet.
+        """
+
+    @abstractmethod
+    def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
+        """Return the spatial shape of each norm layer's input by name, as far as it is known.
+
+        Args:
+            example: an input (1, ...); by default a blank image.
+        """
+
+    @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is in evaluation mode. Don't change the state within it."""
+
+    @abstractmethod
+    def _make_norm_layers(self, state: PatchState) -> None:
+        """Make norm layers of exactly the norms that have running statistics, own ones or in the state."""
+
+    @abstractmethod
+    def _use(self, state: PatchState) -> None:
+        """Start to compute with a state, which was checked and names every norm layer."""
+
+    @abstractmethod
+    def _refuse_without_norm_layers(self) -> None:
+        """Raise a BnpatchError that says why there is nothing to patch."""
+
+    @abstractmethod
+    def statistics_in_use(self) -> Mapping[str, Moments[Any]]:
+        """Return, by name, the mean and variance (C,) in use where they are not the norm layer's own."""
+
+    # Predictions.
+
+    @property
+    def output_name(self) -> str | None:
+        """Name of the output that is read, if the model has several named ones."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run a batch as :meth:`predict` does, with gradients if the model has them."""
+        return self.predict(x)
+
+    @abstractmethod
     def predict(self, x: Tensor) -> Tensor:
-        """Outputs for a batch: bytes are images, floats are inputs as they are."""
+        """Return the outputs for a batch of images as bytes, or of inputs as floats."""
+
+    @abstractmethod
+    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
+        """Return the outputs for a batch, and each example's moments (N, C) at each norm layer's input."""
+
+    @abstractmethod
+    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
+        """Return the batch's moments (C,) at each norm layer's input, while Batch Norm normalizes by them."""
+
+    @abstractmethod
+    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
+        """Raise a BnpatchError: the output for one image isn't one number per class."""
 
     def num_outputs(self, example: Tensor | None = None) -> int:
-        """K, the number of classes, found by running an example, or a blank image."""
+        """Return K, the number of classes, found by running one input.
 
-    def identities(self) -> dict[str, float]:
-        """The alpha by name of norm layer at which the model computes what it did."""
+        Args:
+            example: an input (1, ...); by default a blank image.
 
-    def facts(self) -> dict[str, NormFacts]:
-        """What each norm layer brings along, by name."""
-
-    def running(self) -> Mapping[str, Moments[Any]]:
-        """Running mean and variance (C,) that a norm layer normalizes by now, where not those it came
-        with.
+        Raises:
+            BnpatchError: the output for one input isn't one number per class.
         """
+        if self._num_outputs is None:
+            y = self._run_one(example)
+            if y.ndim != 2:
+                self._refuse_outputs(tuple(y.shape))
+            self._num_outputs = y.shape[1]
+        return self._num_outputs
 
-    def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
-        """Spatial shape of each site's input by name, as far as it is known."""
+    def _run_one(self, example: Tensor | None = None) -> Tensor:
+        with self.evaluating():
+            return self.predict(
+                torch.zeros(1, *self.preprocessing.input_size) if example is None else example
+            )
 
-    def recipe(self) -> Recipe:
-        """The weights that the model has now."""
+    def _as_logits(self, y: Tensor) -> Tensor:
+        """Convert outputs (N, K, 1, 1) to (N, K), and probabilities to their logarithms.
 
-    def fingerprints(self) -> dict[str, str]:
-        """A hash of the parameters of each norm layer, by name."""
+        The softmax of these logarithms is the probabilities. The first batch decides: if no output is
+        negative and each row sums to 1, the model ends with a softmax.
+        """
+        y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
+        if self.returns_probabilities is None and len(y):
+            rows = y.detach().float()
+            self.returns_probabilities = (
+                y.ndim == 2 and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all())
+            )
+        if not self.returns_probabilities:
+            return y
+        return y.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """A context in which the model is in evaluation mode; its weights may be read, not changed."""
 
-    def borrowed(self) -> AbstractContextManager[None]:
-        """As :meth:`evaluating`, and the weights may be changed: they are as before when the context ends."""
+def in_use(state: PatchState, source: Mapping[str, Moments[Any]]) -> dict[str, Moments[Any]]:
+    """Return the statistics of the norm layers that don't normalize by those of the checkpoint.
+
+    Args:
+        state: state of the model.
+        source: by name of norm layer, running statistics of the checkpoint or from data.
+    """
+    weighted = ((name, weight) for name, weight in state.weights.lambdas.items() if weight)
+    mixed = {name: mix(weight, as_arrays(state.target[name]), source[name]) for name, weight in weighted}
+    return {name: as_arrays(part) for name, part in state.running.items()} | mixed

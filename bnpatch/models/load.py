@@ -1,9 +1,8 @@
-"""From what a user types to a model: names of timm, torchvision and the Hugging Face hub, and files."""
+"""Load a model by name (timm, torchvision, the Hugging Face hub), from a file, or from a torch module."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,15 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models import architecture
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
+from bnpatch.models.foreign import reading
+from bnpatch.models.labels import choose, labels_of, labels_of_module
 from bnpatch.models.onnx_file import load_onnx
 from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.published import published_weights, tagged_weights, torchvision_weights
+from bnpatch.models.stored_preprocessing import HUB_CONFIG, applied, beside, hub_config, in_checkpoint
 from bnpatch.models.torch_model import TorchModel
+from bnpatch.models.weights import part_of
 from bnpatch.nn.surgery import inventory
-
-_HUB_CONFIG = "config.json"
 
 
 def load(
@@ -37,23 +39,26 @@ def load(
     include_1x1: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> TorchModel | OnnxModel:
-    """Load a model, ready to predict.
+    """Load a model that can be patched and can predict.
+
+        model = bnpatch.load("timm:resnet18")
+        logits = model.predict(torch.zeros(1, *model.preprocessing.input_size))
 
     Args:
         model: ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:ORG/NAME``, a checkpoint file, a file of ONNX
-            or of torch.export (``.pt2``), a folder as the hub keeps models in (``config.json`` and
-            weights), or a torch module.
-        arch: architecture of a checkpoint file, ``library:name`` or a name; without it, the file
-            says it or its tensors tell.
-        use_ema: take a checkpoint's averaged weights.
+            or of torch.export (``.pt2``), a folder in the layout of the hub (``config.json`` and weights),
+            or a torch module.
+        arch: architecture of a checkpoint file, ``library:name`` or a name. By default the file says it, or
+            it is found by the names and shapes of the tensors.
+        use_ema: load the averaged weights of a checkpoint.
         unsafe_load: allow pickled modules, which can run any code that their author wants.
-        output: which output of an ONNX file to read; the first by default.
-        device: where to compute; None for the accelerator if there is one (a module stays where it is).
-        amp: compute in half precision where autocast thinks it safe.
-        include_1x1: weigh examples also at norm layers where one has a single value per channel (on 1 x 1
-            maps, after flattening). It has no variance there, so that its weight mostly shrinks the signal.
-        preprocessing: what to use instead of the model's own: img_size, mean, std, interpolation,
-            crop_pct, crop_mode; None values are ignored.
+        output: name of the output of an ONNX file to read; the first by default.
+        device: the device that computes; None for the accelerator if there is one, or for that of a module.
+        amp: compute in half precision where autocast allows it.
+        include_1x1: also weight examples with one value per channel (1 x 1 maps, or after flattening). They
+            have no variance, so that the weight mostly shrinks the signal.
+        preprocessing: values that replace those of the model: img_size, mean, std, interpolation, crop_pct,
+            crop_mode; None values are ignored.
 
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.
@@ -78,13 +83,22 @@ def load(
         loaded,
         device=pick_device(device or "auto"),
         amp=amp,
-        include_1x1=include_1x1 or loaded.include_1x1,
+        _state=replace(loaded.state, include_1x1=include_1x1 or loaded.state.include_1x1),
         preprocessing=loaded.preprocessing.override(channels=channels, **(preprocessing or {})),
     )
 
 
 def apply(model: nn.Module, recipe: str | os.PathLike[str] | Recipe) -> nn.Module:
-    """Patch a module with a recipe, in place; returns the root.
+    """Patch a module with a recipe, in place.
+
+        model = bnpatch.apply(model, "recipe.json")
+
+    Args:
+        model: the module that the recipe was made for.
+        recipe: a recipe, or the path of a recipe file.
+
+    Returns:
+        The module; it is another object only if the module itself is a norm.
 
     Raises:
         BnpatchError: the recipe can't be read, or was made for another model.
@@ -99,7 +113,7 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     path = Path(model)
     if colon and source in ("timm", "torchvision", "hf-hub", "hf_hub") and not path.exists():
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
-    if (path / _HUB_CONFIG).is_file():
+    if (path / HUB_CONFIG).is_file():
         return _load_timm("local-dir", model)
     if path.suffix not in SUFFIXES and not path.exists():
         raise BnpatchError(f"there is no file {model}", f"give a file or {_suggestion(model)}")
@@ -119,10 +133,12 @@ def _load_timm(source: str, name: str) -> TorchModel:
         architecture.parse_name(f"timm:{name}")
     try:
         module: Any = timm.create_model(full, pretrained=True)
-    except Exception as error:  # the hub's client raises errors of many libraries
+    except Exception as error:  # the hub's client raises errors of many types
         raise BnpatchError(
             f"cannot load {full}: {first_line(error)}",
-            "check the name and the connection, or download the weights and give the file",
+            "check the name and the connection, or download the weights and give the file"
+            if source != "local-dir"
+            else "give the file of the weights in it",
         ) from error
     cfg = module.pretrained_cfg
     label = f"{cfg.get('architecture', name)}.{cfg['tag']}" if cfg.get("tag") else name
@@ -164,7 +180,7 @@ def _load_torchvision(name: str) -> TorchModel:
 
 
 def _architecture_of(module: nn.Module, name: str) -> Architecture | None:
-    """The architecture with which the module can be built again, if it is exactly that."""
+    """Return the architecture of this name if the module's weights fit it exactly, else None."""
     try:
         return architecture.fit(name, module.state_dict())
     except BnpatchError:
@@ -179,18 +195,14 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         model.notes.append("a pickled model, run by its own code")
     else:
         model = _build(checkpoint, arch)
-    model.class_names = checkpoint.class_names or model.class_names
-    batch_size = checkpoint.args.get("batch_size")  # timm's and torchvision's scripts mean that of one device
-    model.train_batch_size = batch_size if isinstance(batch_size, int) and batch_size > 0 else None
-    if checkpoint.bnpatch:
-        stored = checkpoint.bnpatch
-        try:
+    _name_classes(model, checkpoint)
+    batch_size = checkpoint.args.get("batch_size")  # per device, in timm's and torchvision's scripts
+    is_size = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
+    model.train_batch_size = batch_size if is_size else None
+    if stored := checkpoint.bnpatch:
+        with reading(checkpoint.path, "a checkpoint of bnpatch", "make it again"):
             values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
-        except (KeyError, TypeError) as error:
-            raise BnpatchError(
-                f"{checkpoint.path} is a damaged bnpatch checkpoint", "make it again"
-            ) from error
         model.preprocessing = values
         if recipe.norm_layers:
             model.apply(recipe)
@@ -199,96 +211,82 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     return model
 
 
+def _name_classes(model: TorchModel, checkpoint: Checkpoint) -> None:
+    """Take the names of the classes from the checkpoint or the file beside it, and note which."""
+    own = getattr(model.module, "num_classes", None)
+    outputs = model.arch.num_classes if model.arch else own if isinstance(own, int) else None
+    hub = HUB_CONFIG, tuple(labels_of(hub_config(checkpoint.path)))
+    for where, labels in ((checkpoint.path.name, checkpoint.labels), hub):
+        names, notes = choose(labels, outputs, where)
+        model.class_names = names or model.class_names
+        if not checkpoint.bnpatch:
+            model.notes += notes
+        if names:
+            return
+
+
 def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
-    state, file_name = checkpoint.state_dict, checkpoint.path.name
-    found = (
-        architecture.fit(arch, state)
-        if arch
-        else architecture.identify(state, checkpoint.arch, file_name, checkpoint.library)
-    )
-    published = _tagged(arch) or _published_weights(found.name, file_name)
+    file_name = checkpoint.path.name
+    named = hub_config(checkpoint.path).get("architecture")
+    hint = checkpoint.arch or (named if isinstance(named, str) else None)
+    library = checkpoint.library or ("timm" if named and hint == named else None)
+    state, left_out = part_of(checkpoint.state_dict, arch, checkpoint.path)
+    found = architecture.fit(arch, state) if arch else architecture.identify(state, hint, file_name, library)
+    published = tagged_weights(arch) or published_weights(found.name, file_name)
     if published is not None and arch is None:
         library = "timm" if isinstance(published, Mapping) else "torchvision"
         found = replace(found, library=library)
     module: Any = found.build()
-    # strict=False only for the counters that old checkpoints lack: fit() compared all other names
+    # strict=False is for num_batches_tracked, which old checkpoints lack; fit() compared all other names.
     module.load_state_dict(state, strict=False)
     model = TorchModel(
         module,
         name=checkpoint.path.stem,
-        preprocessing=_preprocessing(found, module, published, checkpoint),
+        preprocessing=_preprocessing(found, module, arch, published, checkpoint),
         class_order="plain" if found.library == "torchvision" else "natural",
         arch=replace(found, also=()),
     )
-    if arch is None and checkpoint.arch not in (found.name, str(found)):
+    if arch is None and hint not in (found.name, str(found)):
         others = f"; they would fit {', '.join(found.also)} too, --arch chooses" if found.also else ""
         model.notes.append(f"architecture {found}, identified by its tensors{others}")
+    if left_out:
+        model.notes.append(left_out)
     if published is not None and hasattr(module, "transform_input"):
-        module.transform_input = True  # torchvision's published inception weights expect it
+        module.transform_input = True  # torchvision's published Inception weights expect it
     return model
 
 
 def _preprocessing(
-    found: Architecture, module: nn.Module, published: Any, checkpoint: Checkpoint
+    found: Architecture, module: nn.Module, arch: str | None, published: Any, checkpoint: Checkpoint
 ) -> Preprocessing:
+    """Return what ``--arch`` names with a tag, what the checkpoint has, what lies beside it, or a default."""
+    default = _default_preprocessing(found, module, published)
+    if tagged_weights(arch):
+        return default
+    path = checkpoint.path
+    with reading(path, "a checkpoint whose preprocessing can be read", "save it without"):
+        values, source = in_checkpoint(checkpoint.about, checkpoint.args, path)
+    if not values and published is not None:
+        return default
+    if not values:
+        values, source = beside(path, found.name)
+    return applied(values, default, found.in_chans, source) if values else default
+
+
+def _default_preprocessing(found: Architecture, module: nn.Module, published: Any) -> Preprocessing:
     if isinstance(published, Mapping):
         return Preprocessing.of_timm(module, f"timm's published {published['name']}", stored=published)
     if published is not None:
         return Preprocessing.of_torchvision(published, found.in_chans)
     if found.library == "timm":
-        keys = ("in_chans", "input_size", "img_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        stored = {key: checkpoint.args.get(key) for key in keys}
-        said = any(value is not None for key, value in stored.items() if key != "in_chans")
-        source = "the checkpoint's training arguments" if said else f"timm's default for {found.name}"
-        return Preprocessing.of_timm(module, source, stored=stored)
-    if checkpoint.args.get("val_crop_size"):
-        return Preprocessing.of_torchvision_args(checkpoint.args, found.in_chans)
+        return Preprocessing.of_timm(module, f"timm's default for {found.name}")
     weights = torchvision_weights(found.name)
     default = Preprocessing.of_torchvision(weights[0], found.in_chans)
     return replace(default, source=f"torchvision's default for {found.name}")
 
 
-@cache
-def torchvision_weights(name: str) -> list[Any]:
-    """The published weights of a torchvision architecture, the first published first."""
-    import torchvision
-
-    return list(torchvision.models.get_model_weights(name))
-
-
-def _published_weights(name: str, file_name: str) -> Any:
-    """Whose published weights have this file name? A torchvision enum member, a timm cfg, or None."""
-    import timm
-
-    if name in architecture.known_names("torchvision"):
-        for weights in torchvision_weights(name):
-            if weights.url.rsplit("/", 1)[-1] == file_name:
-                return weights
-    for full_name in timm.list_pretrained(f"{name}.*"):
-        cfg = timm.get_pretrained_cfg(full_name)
-        if cfg is not None and str(cfg.url or "").rsplit("/", 1)[-1] == file_name:
-            return _timm_values(full_name)
-    return None
-
-
-def _tagged(arch: str | None) -> dict[str, Any] | None:
-    """What timm knows of weights with a tag, as in ``timm:resnet50.tv_in1k``."""
-    import timm
-
-    name = (arch or "").removeprefix("timm:")
-    return _timm_values(name) if name in timm.list_pretrained() else None
-
-
-def _timm_values(full_name: str) -> dict[str, Any]:
-    import timm
-
-    cfg = timm.get_pretrained_cfg(full_name)
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return {"name": full_name, **{key: getattr(cfg, key) for key in keys}}
-
-
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:
-    """A module of the user's own, with what it says of itself."""
+    """Wrap a module of the user's own, with the preprocessing in its pretrained_cfg if it has one."""
     cfg = getattr(module, "pretrained_cfg", None)
     label = name or type(module).__name__
     if isinstance(cfg, Mapping) and cfg.get("input_size"):
@@ -298,11 +296,22 @@ def _of_module(module: nn.Module, name: str = "") -> TorchModel:
         preprocessing = Preprocessing(
             (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", source=source
         )
-    return TorchModel(module, name=label, preprocessing=preprocessing, device=_device_of(module))
+    outputs = getattr(module, "num_classes", None)
+    names, notes = choose(
+        labels_of_module(module), outputs if isinstance(outputs, int) else None, f"the module {label}"
+    )
+    return TorchModel(
+        module,
+        name=label,
+        preprocessing=preprocessing,
+        class_names=names,
+        device=_device_of(module),
+        notes=notes,
+    )
 
 
 def _onnx_device(name: str | None) -> torch.device:
-    """Onnxruntime's own devices; the GPU is taken where its provider is there."""
+    """Resolve a device for onnxruntime; the default is the GPU if onnxruntime has its provider."""
     import onnxruntime
 
     if name is not None:
@@ -316,7 +325,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _input_channels(module: nn.Module) -> int | None:
-    """Channels of the first convolution, where the model begins with one."""
+    """Return the input channels of the first convolution, or None if the model has none."""
     first = next((m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
     return first.in_channels if first is not None else None
 

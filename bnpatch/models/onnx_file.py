@@ -1,14 +1,17 @@
-"""An ONNX file, or a program of torch.export -> OnnxModel."""
+"""Load an ONNX file, or a program of torch.export, as an OnnxModel."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bnpatch.core.patch import PatchState
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.models.metadata import read_metadata
+from bnpatch.models.foreign import check_kind, reading
+from bnpatch.models.metadata import read_foreign_metadata, read_metadata
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
@@ -23,26 +26,34 @@ def load_onnx(
     preprocessing: Mapping[str, Any] | None = None,
     include_1x1: bool = False,
 ) -> OnnxModel:
-    """Read an ONNX file, ready to predict.
+    """Load an ONNX file as a model that can predict.
 
     Args:
-        path: an ONNX file, whose external data lie beside it; or a ``.pt2`` file of torch.export, which is
-            exported to ONNX.
-        output: which output to read; the first by default.
-        device: cpu or cuda.
-        preprocessing: what to use instead of what the file says, see :func:`bnpatch.load`.
+        path: an ONNX file, with its external data in the same folder; or a ``.pt2`` file of torch.export,
+            which is exported to ONNX.
+        output: name of the output to read; the first by default.
+        device: cpu or cuda; the CPU by default.
+        preprocessing: values that replace those of the file, see :func:`bnpatch.load`.
         include_1x1: see :func:`bnpatch.load`.
 
     Raises:
-        BnpatchError: the file can't be read, or takes something else than one batch of images.
+        BnpatchError: the file can't be read, or its input is not one batch of images.
     """
-    is_program = Path(path).suffix == ".pt2"
-    graph = io.inline_norms(program_to_graph(path)) if is_program else io.load(path)
+    path = Path(path)
+    check_kind(path)
+    graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
     signature = read_signature(graph, output)
-    base, class_names = read_metadata(graph)
     wanted = dict(preprocessing or {})
-    notes = []
     channels, height, width = signature.size
+    with reading(path, "a file whose metadata can be read", "export it again"):
+        base, class_names = read_metadata(graph)
+        foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
+    if class_names is not None:
+        notes.clear()
+    class_names = class_names or foreign_names
+    if base is None and foreign is not None:
+        size = foreign.input_size
+        base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
     if base is None:
         source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
         if height is None and wanted.get("img_size") is None:
@@ -52,13 +63,13 @@ def load_onnx(
         base = Preprocessing(size, mean, std, "bilinear", source=source)
     model = OnnxModel(
         graph,
-        Path(path).stem,
+        path.stem,
         signature,
         base.override(channels=channels, **wanted),
         class_names=class_names,
         device=device or torch.device("cpu"),
-        include_1x1=include_1x1,
         notes=notes,
+        _state=PatchState(include_1x1=include_1x1),
     )
     if len(model.fused_convs()) > len(model.inventory().norm_layers):
         notes.append(

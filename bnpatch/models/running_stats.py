@@ -1,4 +1,8 @@
-"""Running moments from data: pooled over all examples, in one pass, and free of labels."""
+"""Compute running moments from data: one pass over the examples, without labels.
+
+:func:`calibrate` gives running moments to Group Norm and other norms that have none, :func:`recover_folded`
+to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates those of every norm layer.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,23 +15,16 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix, pool
-from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.data.sources import open_examples
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model, Watch
 from bnpatch.models.load import load
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
-from bnpatch.onnx.fused_conv import find_fused_convs, observe
-from bnpatch.onnx.runtime import open_session
 
 OnBatch = Callable[[int], None]
-#: From a batch to the moments of each example by name of convolution.
-Watch = Callable[[Tensor], dict[str, Moments[Any]]]
 
 
 def recover_folded(
-    model: nn.Module | Patchable,
+    model: nn.Module | Model[Any],
     images: Any,
     *,
     indices: Indices | None = None,
@@ -35,17 +32,20 @@ def recover_folded(
     on_batch: OnBatch = lambda count: None,
     **options: Any,
 ) -> int:
-    """Give a model whose Batch Norm was fused into its convolutions norm layers again, in place.
+    """Add norm layers, in place, to a model whose Batch Norm was fused into its convolutions.
 
-    The moments of what each such convolution puts out are taken over the images, no labels needed; see
-    :mod:`bnpatch.onnx.fused_conv` for why they are enough. At alpha = 0 the model computes what it did.
+    The function computes the moments of the output of each such convolution over the images;
+    :mod:`bnpatch.onnx.fused_conv` explains why they are enough. At alpha = 0 the model computes what it did.
+
+        model = bnpatch.load("fused.onnx")
+        bnpatch.recover_folded(model, "train/")
 
     Args:
         model: a module, or what :func:`bnpatch.load` returns.
-        images: what it is used on, see :func:`calibrate`.
-        indices: which of them; None for all.
-        batch_size: examples at a time; it changes the result by rounding only.
-        on_batch: called with the number of examples done, for progress.
+        images: see :func:`calibrate`.
+        indices: indices of the images to use; None for all.
+        batch_size: examples at a time; it changes the result only by rounding.
+        on_batch: called with the number of examples of each batch, for progress.
         options: see :func:`bnpatch.open_examples`.
 
     Returns:
@@ -64,16 +64,12 @@ def recover_folded(
                 pooled.add(name + FUSED, rows)
             on_batch(len(batch.indices))
     found = pooled.moments()
-    patchable.calibrate(found)
+    patchable.set_running(found)
     return len(found)
 
 
-def _watch(model: Patchable, example: Tensor) -> Watch:
-    watch = None
-    if isinstance(model, TorchModel):
-        watch = _watch_torch(model, example)
-    elif isinstance(model, OnnxModel):
-        watch = _watch_onnx(model)
+def _watch(model: Model[Any], example: Tensor) -> Watch:
+    watch = model.watch_fused(example)
     if watch is None:
         raise BnpatchError(
             f"{model.name} has no convolution that a Batch Norm may have been fused into",
@@ -82,27 +78,8 @@ def _watch(model: Patchable, example: Tensor) -> Watch:
     return watch
 
 
-def _watch_torch(model: TorchModel, example: Tensor) -> Watch | None:
-    names = model.fused_convs(example)
-    return (lambda x: model.observe_outputs(names, x)) if names else None
-
-
-def _watch_onnx(model: OnnxModel) -> Watch | None:
-    graph = model.graph.clone()
-    candidates = [c for c in find_fused_convs(graph) if c.node.graph is graph.graph]
-    names = [name for pair in observe(graph, candidates) for name in pair]
-    session = open_session(graph, model.device)
-
-    def watch(x: Tensor) -> dict[str, Moments[Any]]:
-        outputs = model.run(session, names, x)
-        pairs = zip(candidates, outputs[::2], outputs[1::2], strict=True)
-        return {candidate.name: Moments(mean, var) for candidate, mean, var in pairs}
-
-    return watch if candidates else None
-
-
 def calibrate(
-    model: nn.Module | Patchable,
+    model: nn.Module | Model[Any],
     images: Any,
     *,
     indices: Indices | None = None,
@@ -112,28 +89,30 @@ def calibrate(
     on_batch: OnBatch = lambda count: None,
     **options: Any,
 ) -> tuple[str, ...]:
-    """Give running moments to norms that have none, in place: Group Norm and its kin become norm layers.
+    """Give running moments to norms that have none, such as Group Norm, so that they can be patched.
 
-    Exact moments per channel of the input of each such norm, pooled over all positions of all examples,
-    while the model computes what it always did: the result does not depend on how the examples are
-    split into batches, but for rounding. Group Norm computes the same afterwards, at alpha = 1.
+    The function runs the unpatched model on the images and computes exact moments per channel of the input of
+    each such norm, pooled over all positions of all examples. The split into batches changes them only by
+    rounding. Afterwards Group Norm is at alpha = 1, where it computes what it did.
 
-    Batch Norm without running moments normalizes by its batch while they are taken, and by what was found
-    afterwards, at alpha = 0: nothing that is free of the batch would be the same. The larger the batches, the
-    better.
+    Batch Norm without running moments normalizes by its batch while the moments are computed, and by the
+    moments afterwards, at alpha = 0. Its output therefore changes, because a layer that does not use the
+    batch can't compute the same. Large batches give better moments for it.
+
+        model = bnpatch.load("timm:resnet50_gn")
+        bnpatch.calibrate(model, "train/", limit=1000)
 
     Args:
         model: a module, or what :func:`bnpatch.load` returns.
-        images: like those that the model was trained on, as :func:`bnpatch.open_examples` takes them, or
-            what it returns; labels are not used. Images that are shifted describe the shift as if it were
-            normal.
-        indices: which of them; None for all.
+        images: images like those that the model was trained on, in a form that :func:`bnpatch.open_examples`
+            takes, or examples that it returned. Labels are not used. Don't use images with a shift (fog, for
+            example), because the model would take the shift for normal.
+        indices: indices of the images to use; None for all.
         batch_size: examples at a time.
-        tolerance: stop as soon as the moments have settled: when, at every norm, the standard error of the
-            pooled means, in standard deviations and in the root mean square over channels, is at
-            most this. None takes all images; 0.01 is plenty.
-        seed: of the order of the images.
-        on_batch: called with the number of examples done, for progress.
+        tolerance: stop when the standard error of the pooled means, in standard deviations and as the root
+            mean square over channels, is at most this at every norm. None uses all images; 0.01 is enough.
+        seed: seed of the order of the images.
+        on_batch: called with the number of examples of each batch, for progress.
         options: see :func:`bnpatch.open_examples`.
 
     Returns:
@@ -160,12 +139,12 @@ def calibrate(
             if tolerance is not None and pooled.standard_error() <= tolerance:
                 break
     found = pooled.moments()  # a norm that no example reaches is missing
-    patchable.calibrate(found)
+    patchable.set_running(found)
     return tuple(found)
 
 
 def target_moments(
-    model: Patchable,
+    model: Model[Any],
     examples: Examples,
     *,
     indices: Indices | None = None,
@@ -173,28 +152,30 @@ def target_moments(
     seed: int = 0,
     on_batch: OnBatch = lambda count: None,
 ) -> dict[str, Moments[Any]]:
-    """Re-estimate running moments on the data at hand: what others call AdaBN, or precise BN.
+    """Re-estimate running moments on new data, which is also known as AdaBN or precise BN.
 
-    One pass, in random order, in which every Batch Norm normalizes by the moments of its batch, as in
-    training, and Group Norm does what it always does; the moments are pooled over all batches. The model
-    stays as it is.
+    The model runs once over the examples, in random order. Every Batch Norm normalizes by the moments of its
+    batch, as in training; Group Norm computes what it always does. The moments are pooled over all batches.
+    The model is left as it was.
 
     Args:
         model: any model.
-        examples: the data at hand, labels unused.
-        indices: which of them; None for all.
-        batch_size: examples at a time. The moments by which the layers below normalize are the batch's, so
-            a small batch makes noisy ones.
-        seed: of the order.
-        on_batch: called with the number of examples done, for progress.
+        examples: the new data; labels are not used.
+        indices: indices of the examples to use; None for all.
+        batch_size: examples at a time. Earlier layers normalize by the moments of the batch, so a small
+            batch makes the result noisy.
+        seed: seed of the order.
+        on_batch: called with the number of examples of each batch, for progress.
 
     Returns:
-        Mean and variance (C,) by name of norm layer, for :meth:`Patchable.retarget`. Norm layers that no
-        example reaches are missing, and in ONNX files those in branches.
+        By name of norm layer, mean and variance (C,) for :meth:`~bnpatch.models.base.Model.set_target`. Norm
+        layers that no example reaches are missing, and in ONNX files also those in branches.
 
     Raises:
         BnpatchError: no example can be read.
     """
+    if not model.alphas():
+        model.set_alphas(0.0)  # raises, with the reasons
     pooled = _Pool()
     for batch in _random_batches(examples, indices, batch_size, seed):
         for name, moments in model.moments_by_batch(batch.x).items():
@@ -204,15 +185,13 @@ def target_moments(
 
 
 @contextmanager
-def _as_it_came(model: Patchable) -> Iterator[None]:
-    """The model computes what it did before any patch; its weights are back when the context ends."""
-    with model.borrowed():
-        if identities := model.identities():
-            model.set(PatchWeights(identities, dict.fromkeys(identities, 0.0)))
+def _as_it_came(model: Model[Any]) -> Iterator[None]:
+    """Make the model compute what it did before any patch; when the context ends, restore its state."""
+    with model.in_state(model.baseline()):
         yield
 
 
-def _open(images: Any, model: Patchable, options: Mapping[str, Any]) -> Examples:
+def _open(images: Any, model: Model[Any], options: Mapping[str, Any]) -> Examples:
     if isinstance(images, Examples):
         return images
     return open_examples(images, model, labels="optional", classes=False, **options)
@@ -221,24 +200,26 @@ def _open(images: Any, model: Patchable, options: Mapping[str, Any]) -> Examples
 def _random_batches(
     examples: Examples, indices: Indices | None, batch_size: int, seed: int
 ) -> Iterator[Batch]:
-    """In random order, since folders are sorted by class; of equal size, since moments of a few are poor."""
+    """Yield batches in random order and of about equal size.
+
+    The order is random because folders are sorted by class. The sizes are equal because the moments of a
+    small last batch would be noisy.
+    """
     order = np.random.default_rng(seed).permutation(np.arange(len(examples)) if indices is None else indices)
     count = max(1, math.ceil(len(order) / batch_size))
     return examples.batches(max(1, math.ceil(len(order) / count)), order)
 
 
 class _Pool:
-    """Moments of the union of parts of unlike size: the law of total variance, which is ``mix``."""
+    """Pools moments of parts of different size, by ``mix``, which is the law of total variance."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._totals: dict[str, Moments[Any]] = {}
-        self._means: dict[str, Moments[Any]] = {}  # those of the means of the examples
+        self._means: dict[str, Moments[Any]] = {}  # moments of the means of the examples
 
     def add(self, name: str, rows: Moments[Any], weight: int = 1) -> None:
-        """Take in moments (N, C) or (N, C, 1, ...) at a norm layer, each row standing for ``weight``
-        examples.
-        """
+        """Add moments (N, C) or (N, C, 1, ...) at a norm layer; a row stands for ``weight`` examples."""
         mean, var = (np.asarray(_on_host(part), np.float64) for part in (rows.mean, rows.var))
         mean, var = (part.reshape(part.shape[:2]) for part in (mean, var))
         if not len(mean):
@@ -251,13 +232,13 @@ class _Pool:
             totals[name] = mix(size / (before + size), part, totals.get(name, part))
 
     def moments(self) -> dict[str, Moments[Any]]:
-        """Moments (C,) of everything, by name of norm layer."""
+        """Return the moments (C,) of everything that was added, by name of norm layer."""
         if not self._totals:
             raise BnpatchError("no example could be read", "look at the files")
         return dict(self._totals)
 
     def standard_error(self) -> float:
-        """Of the means, see :func:`calibrate`; infinite as long as there is one example."""
+        """Return the standard error of the means, see :func:`calibrate`; infinite after one example."""
         errors = [
             self._means[name].var / total.var.clip(np.finfo(np.float64).tiny) / (count - 1)
             for name, total in self._totals.items()

@@ -1,31 +1,40 @@
-"""A torch model as an ONNX graph that still has its Batch Norm."""
+"""Export a torch model to an ONNX graph that keeps its Batch Norm, and rewrite that graph."""
 
 import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError, first_line, root_cause
+from bnpatch.core.inventory import FUSED
+from bnpatch.core.moments import Moments
+from bnpatch.models.metadata import write_metadata
 from bnpatch.nn.hooks import in_evaluation_mode
+from bnpatch.onnx.fused_conv import insert_norms
+from bnpatch.onnx.rewrite import AlphaInputs, rewrite
+
+if TYPE_CHECKING:
+    from bnpatch.models.torch_model import TorchModel
 
 
 def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
     """Export a module in evaluation mode, for batches of any size.
 
     Args:
-        module: left in the modes that it has.
-        example_input: an input (N, ...), with N of at least 2 so that it isn't taken for a constant.
+        module: the module; its modes are not changed.
+        example_input: inputs (N, ...), with N >= 2, because torch.export takes a size of 1 for a constant.
 
     Raises:
-        BnpatchError: torch can't export it.
+        BnpatchError: torch can't export the module.
     """
     with in_evaluation_mode(module):
         return _export(
@@ -38,7 +47,7 @@ def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
 
 
 def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:
-    """Read a file of torch.export (``.pt2``) and export the program, with the shapes that it has.
+    """Read a file of torch.export (``.pt2``) and export the program with its own shapes.
 
     Raises:
         BnpatchError: the file can't be read, or torch can't export the program.
@@ -47,9 +56,9 @@ def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:
     if not path.is_file():
         raise BnpatchError(f"cannot read {path}: no such file", "check the path")
     try:
-        with _quiet():  # it logs a traceback before it raises
+        with _quiet():  # the loader logs a traceback before it raises
             program = torch.export.load(path)
-    except Exception as error:  # whatever a damaged archive makes the loader trip over
+    except Exception as error:  # the loader raises errors of many types for a damaged archive
         raise BnpatchError(
             f"{path} is damaged or not a torch.export program ({first_line(error)})", "export it again"
         ) from error
@@ -63,21 +72,21 @@ def _export(model: Any, args: tuple[Tensor, ...], **options: Any) -> ir.Model:
         with _quiet():
             # optimize=True would fold every Batch Norm into its convolution.
             program = torch.onnx.export(model, args, dynamo=True, optimize=False, verbose=False, **options)
-    except Exception as error:  # torch.export raises errors of many kinds
+    except Exception as error:  # torch.export raises errors of many types
         raise BnpatchError(
             f"torch can't export the model: {first_line(root_cause(error))}",
             "make its forward exportable with torch.export, or apply the recipe in Python",
         ) from error
-    assert program is not None  # of the dynamo exporter
+    assert program is not None  # the dynamo exporter returns a program
     graph = program.model
-    optimizer.fold_constants(graph)  # parameters hidden behind casts and expansions stop runtimes from fusing
+    optimizer.fold_constants(graph)  # runtimes can't fuse parameters that go through casts and expansions
     optimizer.remove_unused_nodes(graph)
     return graph
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks, on operators that nobody uses for one, and the graphs it prints."""
+    """Suppress the exporter's warnings, log messages and printed graphs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -86,3 +95,63 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def patched_graph(
+    source: "TorchModel", example_input: Tensor, alpha_inputs: AlphaInputs | None
+) -> tuple[ir.Model, tuple[str, ...]]:
+    """Export the unpatched torch model, and rewrite the graph with the model's current state.
+
+    Args:
+        source: the model.
+        example_input: inputs (N, ...) with which it is exported.
+        alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
+
+    Returns:
+        The graph, and the names of the norm layers that were rewritten.
+    """
+    alphas, identities = source.alphas(), source.identities()
+    moments = source.statistics_in_use()
+    running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
+    with source.unpatched() as module, _norms_without_moments(module, moments):
+        graph = module_to_graph(module, example_input.to(source.device))
+    write_metadata(graph, source.preprocessing, source.class_names)
+    # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
+    reached = source.norm_shapes(example_input)
+    alphas = {name: alpha for name, alpha in alphas.items() if name in reached}
+    used = {
+        n: m
+        for n, m in source.state.running.items()
+        if n.endswith(FUSED) and n in reached and (alpha_inputs or alphas[n] or n in running)
+    }
+    insert_norms(graph, {name.removesuffix(FUSED): moments for name, moments in used.items()})
+    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
+    chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
+    running = {name: m for name, m in running.items() if name in chosen}
+    done = rewrite(
+        graph,
+        chosen,
+        running=running,
+        channels_per_group={s.name: s.channels_per_group for s in source.inventory().norm_layers},
+        alpha_inputs=alpha_inputs,
+        include_1x1=source.state.include_1x1,
+    )
+    return graph, done.patched
+
+
+@contextmanager
+def _norms_without_moments(module: nn.Module, running: Mapping[str, Moments[Tensor]]) -> Iterator[None]:
+    """Give Batch Norm without running moments those from data, until the context ends.
+
+    Without them torch would export the Batch Norm in training mode.
+    """
+    modules = dict(module.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is None}
+    for name, moments in running.items():
+        if name in norms:
+            norms[name].running_mean, norms[name].running_var = moments.mean, moments.var
+    try:
+        yield
+    finally:
+        for norm in norms.values():
+            norm.running_mean = norm.running_var = None

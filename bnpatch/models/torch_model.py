@@ -1,49 +1,56 @@
-"""A torch model that can be patched and asked for predictions."""
+"""The torch backend: a torch module that can be patched and run."""
 
 import io
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bnpatch.core import recipe as recipes
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError, first_line
 from bnpatch.core.inventory import FUSED, Inventory, NormFacts, SkippedNorm
 from bnpatch.core.io import atomic_path
 from bnpatch.core.moments import Moments, mix
-from bnpatch.core.patch import PatchWeights
-from bnpatch.core.recipe import NormRecipe, Recipe
+from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.core.recipe import Recipe, fingerprint
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
-from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, is_convolution, recover
+from bnpatch.models.base import Model, Watch
+from bnpatch.models.torch_export import patched_graph
+from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, forget, is_convolution, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import NormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
+from bnpatch.onnx.rewrite import AlphaInputs
 
 
 @dataclass
-class TorchModel:
-    """A torch module with what is needed to feed it.
+class TorchModel(Model[NormLayer]):
+    """Runs and patches a torch module. :func:`bnpatch.load` makes one.
 
     Attributes:
-        module: the model; patched in place.
-        name: what it is called in tables and files.
+        module: the module; patches change it in place.
+        name: the name of the model in tables and files.
         preprocessing: how images become inputs.
-        class_names: names of the outputs in their order, where known.
+        class_names: names of the outputs in their order, or None if they are not known.
         class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural".
-        arch: how to build it again; None where only the module itself can be stored.
-        device: where it computes.
-        amp: compute in the device's half precision where autocast thinks it safe; in bfloat16 where
-            gradients are taken.
-        include_1x1: weigh also where an example has one value per channel.
+        arch: the architecture, to build the module again; None if only the module itself can be stored.
+        device: the device that computes.
+        amp: compute in half precision where autocast allows it (bfloat16 if gradients are computed).
         notes: what a person should know about how it was loaded.
-        train_batch_size: examples per training step and device, where the checkpoint says it.
+        train_batch_size: examples per training step and device, or None if the checkpoint does not say it.
+        state: see :class:`~bnpatch.models.base.Model`. The first state has the weights of the module, which
+            may be patched already, and from ``_state`` what a module does not have.
     """
+
+    has_gradients: ClassVar[bool] = True
+    suffix: ClassVar[str] = ".pt"
+    norm_cost: ClassVar[int] = 400_000
 
     module: nn.Module
     name: str
@@ -53,162 +60,144 @@ class TorchModel:
     arch: Architecture | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
-    include_1x1: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
-    # By name of norm layer; fields, so that they go along where dataclasses.replace makes another of this
-    # model.
-    _calibrated: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
-    _targets: dict[str, Moments[Tensor]] = field(default_factory=dict, repr=False)
-    _lambdas: dict[str, float] = field(default_factory=dict, repr=False)
+    returns_probabilities: bool | None = None
+    # A field, so that it goes along where dataclasses.replace makes another of this model.
+    _state: PatchState = field(default_factory=PatchState, repr=False)
 
     def __post_init__(self) -> None:
         self.module.to(self.device)
-        self._calibrated, self._targets = (
-            {name: self._on_device(moments) for name, moments in known.items()}
-            for known in (self._calibrated, self._targets)
-        )
-        self._lambdas = dict(self._lambdas)
-        self._take_over_running()
-        self._num_outputs: int | None = None
-        self._returns_probabilities = False
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
+        # By id of moments: the moments, and their copy on the device.
+        self._statistics: dict[int, tuple[Moments[Any], Moments[Tensor]]] = {}
+        self._state = self._as_patched(self._state)
 
-    def _take_over_running(self) -> None:
-        """Account for running moments that the module came with, from another TorchModel of it."""
-        for norm_layer in self.inventory().norm_layers:
-            if norm_layer.kind == VirtualNorm.__name__:
-                _, _, mean, var = norm_layer.parameters()
-                assert mean is not None  # it has buffers
-                assert var is not None
-                self._calibrated.setdefault(norm_layer.name, Moments(mean, var))
-            if norm_layer.name in self._lambdas or norm_layer.name in self._calibrated:
+    def adopt(self, module: nn.Module) -> None:
+        """Take another module in the place of the present one, or the same after its layers were changed."""
+        self.module = module.to(self.device)
+        self._state = self._as_patched(PatchState(include_1x1=self._state.include_1x1))
+
+    def _as_patched(self, given: PatchState) -> PatchState:
+        """Return the state of the module; ``given`` has the parts of the statistics that it mixed."""
+        alphas: dict[str, float] = {}
+        lambdas: dict[str, float] = {}
+        target, running = dict(given.target), dict(given.running)
+        groups: dict[str, int] = {}
+        include_1x1 = given.include_1x1
+        for norm in self.inventory().norm_layers:
+            alphas[norm.name], lambdas[norm.name] = norm.alpha, given.weights.lambdas.get(norm.name, 0.0)
+            if norm.kind == VirtualNorm.__name__:
+                running.setdefault(norm.name, _buffers(norm))
+            if not isinstance(layer := norm.module, ExampleWeightedNorm):
                 continue
-            if (
-                isinstance(norm_layer.module, ExampleWeightedNorm)
-                and (running := norm_layer.module.running) is not None
-            ):
-                if norm_layer.parameters()[2] is None:
-                    self._calibrated[norm_layer.name] = running
-                else:  # nobody knows what they were mixed from
-                    self._targets[norm_layer.name], self._lambdas[norm_layer.name] = running, 1.0
+            include_1x1 = include_1x1 or layer.include_1x1
+            if norm.identity == 0 and layer.channels_per_group > 1:
+                groups[norm.name] = layer.channels_per_group
+            if layer.running is None or lambdas[norm.name] or norm.name in running:
+                continue
+            if norm.parameters()[2] is None:
+                running[norm.name] = layer.running
+            else:  # what they were mixed from is not known
+                target[norm.name], lambdas[norm.name] = layer.running, 1.0
+        return PatchState(PatchWeights(alphas, lambdas), target, running, groups, include_1x1)
 
     def inventory(self) -> Inventory[NormLayer]:
         """See :func:`bnpatch.inventory`."""
         return inventory(self.module)
 
-    def set_alphas(self, alpha: float | Mapping[str, float]) -> None:
-        """See :func:`bnpatch.patch`."""
-        self.module = patch(self.module, alpha, include_1x1=self.include_1x1)
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
+        return tuple(uncalibrated(self.module))
 
-    def alphas(self) -> dict[str, float]:
-        """The weight of the example by name of norm layer; 0 where a norm layer isn't patched."""
-        return {norm_layer.name: norm_layer.alpha for norm_layer in self.inventory().norm_layers}
+    def identities(self) -> dict[str, float]:
+        """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
+        return {norm.name: norm.identity for norm in self.inventory().norm_layers}
 
-    def setting(self) -> PatchWeights:
-        """Both weights of every norm layer."""
-        alphas = self.alphas()
-        return PatchWeights(alphas, {name: self._lambdas.get(name, 0.0) for name in alphas})
+    def set_state(self, state: PatchState) -> None:
+        """See :meth:`bnpatch.models.base.Model.set_state`."""
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not get gradients later
+            super().set_state(state)
 
-    def set(self, setting: PatchWeights) -> None:
-        """Set weights by name of norm layer.
+    def _refuse_without_norm_layers(self) -> None:
+        patch(self.module)  # raises, with the reasons
 
-        Raises:
-            BnpatchError: there is no norm layer of a name, or lambda is to weigh what wasn't given.
-            InvalidAlphaError: a weight is not in [0, 1].
-        """
-        setting.check_lambdas({norm_layer.name for norm_layer in self.inventory().norm_layers}, self._targets)
-        self.set_alphas(setting.alphas)
-        self._lambdas.update((name, float(weight)) for name, weight in setting.lambdas.items())
-        self._mix(setting.lambdas)
+    def _make_norm_layers(self, state: PatchState) -> None:
+        before = self._state.running
+        if state.running is before:
+            return
+        gone, new = before.keys() - state.running.keys(), state.running.keys() - before.keys()
+        waiting = {name for name in new if not self._is_fused(name)}
+        self.module = calibrated(self.module, {n: self._on_device(state.running[n]) for n in waiting})
+        for name, moments in state.running.items():
+            if self._is_fused(name) and moments is not before.get(name):
+                recover(self.module, {name.removesuffix(FUSED): self._on_device(moments)})
+        self.module = unpatch(self.module, where=lambda norm: norm.name in gone)
+        for name in gone:
+            if self._is_fused(name):
+                forget(self.module, name.removesuffix(FUSED))
 
-    def _mix(self, names: Container[str]) -> None:
-        """Give the layers named the running moments that their lambda asks for."""
-        for norm_layer in self.inventory().norm_layers:
-            if norm_layer.name in names and isinstance(layer := norm_layer.module, ExampleWeightedNorm):
-                weight = self._lambdas.get(norm_layer.name, 0.0)
-                # None for the buffers, which a norm layer that was recovered has, too
-                source = self._calibrated.get(norm_layer.name) if norm_layer.parameters()[2] is None else None
-                layer.running = (
-                    mix(weight, self.target(norm_layer), self.source(norm_layer)) if weight else source
-                )
+    def _use(self, state: PatchState) -> None:
+        if not state.weights.alphas:
+            return
+        self.module = patch(self.module, state.weights.alphas, include_1x1=state.include_1x1)
+        for norm in self.inventory().norm_layers:
+            layer = norm.module
+            assert isinstance(layer, ExampleWeightedNorm)  # patch() has just made it one
+            if norm.identity == 0:
+                layer.channels_per_group = state.channels_per_group.get(norm.name, 1)
+            weight = state.weights.lambdas[norm.name]
+            source = None  # stands for the buffers, which a recovered norm layer has, too
+            if norm.parameters()[2] is None:
+                source = self._on_device(state.running[norm.name])
+            if weight:
+                target = self._on_device(state.target[norm.name])
+                source = mix(weight, target, source or _buffers(norm))
+            layer.running = source
 
-    def source(self, norm_layer: NormLayer) -> Moments[Tensor]:
-        """The running moments that a norm layer came with, those of the checkpoint as a rule."""
-        if norm_layer.name in self._calibrated:
-            return self._calibrated[norm_layer.name]
-        _, _, mean, var = norm_layer.parameters()
-        assert mean is not None  # a norm layer has them, or was calibrated
-        assert var is not None
-        return Moments(mean.detach(), var.detach())
+    def source(self, norm: NormLayer) -> Moments[Tensor]:
+        """Return a norm layer's running statistics without lambda: from data if it has some, else its own."""
+        if norm.name in self._state.running:
+            return self._on_device(self._state.running[norm.name])
+        return _buffers(norm)
 
-    def running(self) -> dict[str, Moments[Tensor]]:
-        """Running mean and variance (C,) that a norm layer normalizes by now, where not those of its
-        buffers.
-        """
+    def target(self, norm: NormLayer) -> Moments[Tensor]:
+        """Return the re-estimated statistics of a norm layer, on the device."""
+        return self._on_device(self._state.target[norm.name])
+
+    def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
+        known = self._statistics.get(id(moments))
+        if known is None or known[0] is not moments:
+            parts = (torch.as_tensor(part, dtype=torch.float32) for part in (moments.mean, moments.var))
+            known = moments, Moments(*(part.to(self.device) for part in parts))
+            self._statistics[id(moments)] = known
+        return known[1]
+
+    def statistics_in_use(self) -> dict[str, Moments[Tensor]]:
+        """Return, by name, the mean and variance (C,) in use where they are not those in the buffers."""
         layers = (
-            (s.name, s.module)
-            for s in self.inventory().norm_layers
-            if isinstance(s.module, ExampleWeightedNorm)
+            (norm.name, norm.module)
+            for norm in self.inventory().norm_layers
+            if isinstance(norm.module, ExampleWeightedNorm)
         )
         return {name: layer.running for name, layer in layers if layer.running is not None}
 
+    def alphas_in_use(self) -> dict[str, float | Tensor]:
+        """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
+        return {norm.name: norm.module.alpha for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
+
     def facts(self) -> dict[str, NormFacts]:
-        """What each norm layer brings along, by name."""
-        return {s.name: NormFacts(self.source(s), float(s.module.eps)) for s in self.inventory().norm_layers}  # type: ignore[arg-type]
-
-    def target(self, norm_layer: NormLayer) -> Moments[Tensor]:
-        """The moments of the data at hand at a norm layer, see :meth:`retarget`."""
-        return self._targets[norm_layer.name]
-
-    def retarget(self, targets: Mapping[str, Moments[Any]]) -> None:
-        """Give the moments of the data at hand, (C,) by name of norm layer, that lambda is the weight of.
-
-        Norm layers that are not named keep theirs.
-        """
-        self._targets.update((name, self._on_device(moments)) for name, moments in targets.items())
-        self._mix({name for name in targets if self._lambdas.get(name)})
-
-    def targets(self) -> Mapping[str, Moments[Any]]:
-        """What :meth:`retarget` was given last."""
-        return self._targets
-
-    def calibrate(self, moments: Mapping[str, Moments[Any]]) -> None:
-        """Give running moments (C,) to norms that have none, by name: from now on they are norm layers.
-
-        They are at their identity; Group Norm that was calibrated before gets other moments and keeps its
-        weights. The name of a convolution + FOLDED stands for the Batch Norm that was fused into it.
-
-        Raises:
-            BnpatchError: a name is no such norm or convolution.
-        """
-        found = {name: self._on_device(part) for name, part in moments.items()}
-        fused = {name.removesuffix(FUSED): part for name, part in found.items() if self._is_fused(name)}
-        known = self._calibrated.keys() | {name + FUSED for name in fused}
-        self.module = calibrated(self.module, {n: part for n, part in found.items() if n not in known})
-        recover(self.module, fused)
-        self._calibrated.update(found)
-        self._mix(found)
-
-    def uncalibrated(self) -> tuple[str, ...]:
-        """Norms that would be norm layers if they had running moments: Group Norm, for one."""
-        return tuple(uncalibrated(self.module))
-
-    def recovered(self) -> dict[str, Moments[Any]]:
-        """Mean and variance (C,) of norm layers that were recovered from a fused Batch Norm, by name."""
-        names = [
-            norm_layer.name
-            for norm_layer in self.inventory().norm_layers
-            if norm_layer.kind == VirtualNorm.__name__
-        ]
-        moments = {name: _to_numpy(self._calibrated[name]) for name in names}
-        return {name: part for name, part in moments.items() if part is not None}
+        """Return, by name of norm layer, what the layer has from the checkpoint."""
+        return {
+            norm.name: NormFacts(self.source(norm), float(norm.module.eps))  # type: ignore[arg-type]
+            for norm in self.inventory().norm_layers
+        }
 
     def _is_fused(self, name: str) -> bool:
         return name.endswith(FUSED) and is_convolution(self.module, name.removesuffix(FUSED))
 
     def fused_convs(self, example: Tensor | None = None) -> tuple[str, ...]:
-        """Convolutions that a Batch Norm may have been fused into, found by running one input.
+        """Name the convolutions that a Batch Norm may have been fused into, found by running one input.
 
         Args:
             example: an input (1, ...); by default a blank image.
@@ -217,27 +206,27 @@ class TorchModel:
             return find_fused_convs(self.module, lambda: self._run_one(example))
 
     def functional_norms(self) -> tuple[SkippedNorm, ...]:
-        """Norms that are calls in a forward, found by running one blank image."""
+        """List the norms that are function calls in a forward, found by running one blank image."""
         with self.evaluating():
             return functional_norms(self.module, self._run_one)
 
+    def watch_fused(self, example: Tensor) -> Watch | None:
+        """See :meth:`bnpatch.models.base.Model.watch_fused`."""
+        names = self.fused_convs(example)
+        return (lambda x: self.observe_outputs(names, x)) if names else None
+
     @torch.inference_mode()
     def observe_outputs(self, names: Iterable[str], x: Tensor) -> dict[str, Moments[Tensor]]:
-        """Run a batch, and return the moments (N, C) of each example at the output of modules, by name."""
+        """Run a batch, and return by name the moments (N, C) of each example at the output of modules."""
         seen: dict[str, list[Moments[Tensor]]] = {}
         modules = {name: self.module.get_submodule(name) for name in names}
         with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
             self.forward(x)
         return {name: joined(parts) for name, parts in seen.items()}
 
-    def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
-        # Not by way of NumPy, as they may be on the device already.
-        parts = (torch.as_tensor(part, dtype=torch.float32) for part in (moments.mean, moments.var))
-        return Moments(*(part.to(self.device) for part in parts))
-
     @torch.inference_mode()
     def predict(self, x: Tensor) -> Tensor:
-        """Run a batch, see :meth:`forward`; without gradients."""
+        """Run a batch as :meth:`forward` does, without gradients."""
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,17 +236,17 @@ class TorchModel:
             x: images as bytes (N, C, H, W), resized and cropped; or floating-point inputs (N, ...).
 
         Returns:
-            Outputs (N, K), or of whatever shape the model has, on its device.
+            Logits (N, K), or outputs of another shape if the model has them, on its device.
 
         Raises:
-            BnpatchError: the model does not take this input, or returns something without an output tensor.
+            BnpatchError: the model does not take this input, or returns no tensor.
         """
         x = x.to(self.device, non_blocking=True)
         if not x.is_floating_point():
             mean, std = self._mean_and_std()
             x = (x.float() - mean) / std
         x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
-        # The gradients of weights underflow in float16, whose range is what a loss is usually scaled for.
+        # Gradients use bfloat16, because they would underflow in float16 without a scaled loss.
         dtype = torch.bfloat16 if torch.is_grad_enabled() else None
         with torch.autocast(self.device.type, dtype, enabled=self.amp):
             try:
@@ -269,21 +258,18 @@ class TorchModel:
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
-        y = output_tensor(y)
-        return (
-            y.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self._returns_probabilities else y
-        )
+        return self._as_logits(output_tensor(y))
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`forward` does.
 
         Args:
             x: as for :meth:`forward`.
-            gradients: let gradients flow through what is returned.
+            gradients: let gradients flow through the results.
 
         Returns:
-            The outputs, and by name of norm layer, or of norm that is to be calibrated, the moments (N, C) of
-            each example at its input; where a module is used k times, of each use, (k * N, C).
+            The outputs; and by name of norm layer or uncalibrated norm, the moments (N, C) of each example at
+            its input. If a module is called k times, they are of shape (k * N, C).
         """
         seen: dict[str, list[Moments[Tensor]]] = {}
         norms = {
@@ -298,12 +284,11 @@ class TorchModel:
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
         """Run a batch as in training: Batch Norm normalizes by the moments of the batch.
 
-        Group Norm does what it always does. The model is left as it is.
+        Group Norm computes what it always does. The model is left as it was.
 
         Returns:
-            Moments (C,) of the whole batch at the input of each norm layer, by name; those of all uses
-            together where a module is used several times. A norm layer that the batch does not reach is
-            missing.
+            By name of norm layer, the moments (C,) of the whole batch at its input, pooled over all calls if
+            a module is called several times. Norm layers that the batch does not reach are missing.
         """
         seen: dict[str, list[Moments[Tensor]]] = {}
 
@@ -315,8 +300,7 @@ class TorchModel:
             if (layer := layers[name]).identity == 0:
                 layer.running = pooled_rows(parts)
 
-        with self.borrowed():
-            self.set_alphas(self.identities())
+        with self.in_state(replace(self.state, weights=PatchWeights())):
             layers = {
                 norm_layer.name: norm_layer.module
                 for norm_layer in self.inventory().norm_layers
@@ -326,47 +310,21 @@ class TorchModel:
                 self.forward(x)
         return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
 
-    def identities(self) -> dict[str, float]:
-        """The alpha by name of norm layer at which the model computes what it did before any patch."""
-        return {norm_layer.name: norm_layer.identity for norm_layer in self.inventory().norm_layers}
-
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Of bytes, on the device; made again only when the preprocessing changes."""
+        """Return mean and std for bytes, on the device; they are cached until the preprocessing changes."""
         if self._normalization is None or self._normalization[0] is not self.preprocessing:
             values = (self.preprocessing.mean, self.preprocessing.std)
             mean, std = ((255 * torch.tensor(v)).view(1, -1, 1, 1).to(self.device) for v in values)
             self._normalization = (self.preprocessing, mean, std)
         return self._normalization[1:]
 
-    def num_outputs(self, example: Tensor | None = None) -> int:
-        """K, the number of classes, found by running one input.
-
-        Args:
-            example: an input (1, ...); by default a blank image.
-
-        Raises:
-            BnpatchError: the output for one input isn't one number per class.
-        """
-        if self._num_outputs is None:
-            y = self._run_one(example)
-            if y.ndim != 2:
-                raise BnpatchError(
-                    f"{self.name} returns {tuple(y.shape)} for one image, not one number per class",
-                    "give a classifier",
-                )
-            self._num_outputs = y.shape[1]
-            # Logits that are not negative and sum to 1 are no coincidence: the model ends with a softmax.
-            self._returns_probabilities = bool((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3)
-        return self._num_outputs
-
-    def _run_one(self, example: Tensor | None = None) -> Tensor:
-        with self.evaluating():
-            return self.predict(
-                torch.zeros(1, *self.preprocessing.input_size) if example is None else example
-            )
+    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
+        raise BnpatchError(
+            f"{self.name} returns {shape} for one image, not one number per class", "give a classifier"
+        )
 
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
-        """Spatial shape of each site's input by name, found by running one input.
+        """Return the spatial shape of each norm layer's input by name, found by running one input.
 
         A norm layer that the input doesn't reach is missing.
 
@@ -379,68 +337,30 @@ class TorchModel:
             self._run_one(example)
         return shapes
 
-    def fingerprints(self) -> dict[str, str]:
-        """A hash of the parameters of each norm layer, by name; patching does not change it."""
-        return {norm_layer.name: self._fingerprint(norm_layer) for norm_layer in self.inventory().norm_layers}
+    def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
+        """Return a hash of the parameters of each norm layer, by name; a patch does not change it.
 
-    def _fingerprint(self, norm_layer: NormLayer) -> str:
-        if norm_layer.kind == VirtualNorm.__name__:  # of what the model has, not of what the data gave
-            return self._fingerprint_fused(norm_layer.name)
-        return _fingerprint(norm_layer.num_channels, norm_layer.parameters())
+        Args:
+            running: names of further norms to include, which have no running statistics yet.
+        """
+        hashes = {norm.name: self._fingerprint(norm) for norm in self.inventory().norm_layers}
+        waiting = uncalibrated(self.module)
+        hashes |= {n: _fingerprint_uncalibrated(waiting[n]) for n in waiting.keys() & set(running)}
+        return hashes | {name: self._fingerprint_fused(name) for name in running if self._is_fused(name)}
+
+    def _fingerprint(self, norm: NormLayer) -> str:
+        if norm.kind == VirtualNorm.__name__:  # hash the convolution, not the moments, which depend on data
+            return self._fingerprint_fused(norm.name)
+        return _fingerprint(norm.num_channels, norm.parameters())
 
     def _fingerprint_fused(self, name: str) -> str:
         convolution: Any = self.module.get_submodule(name.removesuffix(FUSED))
         parts = (convolution.weight, convolution.bias)
-        return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
-
-    def recipe(self, provenance: Mapping[str, Any] | None = None) -> Recipe:
-        """The weights that the model has now, as a recipe."""
-        hashes, norm_layers = self.fingerprints(), []
-        for norm_layer in self.inventory().norm_layers:
-            weight = self._lambdas.get(norm_layer.name, 0.0)
-            target = self._targets[norm_layer.name] if weight else None
-            moments = (_to_numpy(target), _to_numpy(self._calibrated.get(norm_layer.name)))
-            pooled = (
-                norm_layer.channels_per_group if norm_layer.identity == 0 else 1
-            )  # Group Norm knows its own
-            weights = (norm_layer.alpha, hashes[norm_layer.name], weight)
-            norm_layers.append(NormRecipe(norm_layer.name, norm_layer.kind, *weights, *moments, pooled))
-        return Recipe(tuple(norm_layers), dict(provenance or {}), self.include_1x1)
-
-    def apply(self, recipe: Recipe) -> None:
-        """Patch the model with a recipe.
-
-        Raises:
-            BnpatchError: the recipe was made for another model; names the first norm layer that differs.
-        """
-        found = {
-            norm_layer.name: norm_layer.calibrated
-            for norm_layer in recipe.norm_layers
-            if norm_layer.calibrated is not None
-        }
-        waiting = {
-            n: _fingerprint_uncalibrated(m) for n, m in uncalibrated(self.module).items() if n in found
-        }
-        waiting |= {name: self._fingerprint_fused(name) for name in found if self._is_fused(name)}
-        recipe.check_fits(self.fingerprints() | waiting)
-        self.calibrate(found)
-        self.include_1x1 = recipe.include_1x1
-        self.retarget(
-            {
-                norm_layer.name: norm_layer.target
-                for norm_layer in recipe.norm_layers
-                if norm_layer.target is not None
-            }
-        )
-        self.set(recipe.setting)
-        groups = {norm_layer.name: norm_layer.channels_per_group for norm_layer in recipe.norm_layers}
-        for norm_layer in self.inventory().norm_layers:
-            if isinstance(norm_layer.module, ExampleWeightedNorm) and norm_layer.identity == 0:
-                norm_layer.module.channels_per_group = groups[norm_layer.name]
+        return fingerprint(part.detach().float().cpu().numpy() for part in parts)
 
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
-        """The module as it was before any patch; it is patched again when the context ends."""
+        """Yield the module without its patch; when the context ends, it is patched again."""
         layers = [s.module for s in self.inventory().norm_layers if isinstance(s.module, ExampleWeightedNorm)]
         origins = [layer.as_origin() for layer in layers]
         self.module = swap(self.module, {id(a): b for a, b in zip(layers, origins, strict=True)})
@@ -449,37 +369,34 @@ class TorchModel:
         finally:
             self.module = swap(self.module, {id(b): a for a, b in zip(layers, origins, strict=True)})
 
+    def rewritten(
+        self, alpha_inputs: AlphaInputs | None = None, example_input: Tensor | None = None
+    ) -> tuple[ir.Model, tuple[str, ...]]:
+        """See :meth:`bnpatch.models.base.Model.rewritten`."""
+        if example_input is None:
+            example_input = torch.zeros(2, *self.preprocessing.input_size)
+        return patched_graph(self, example_input, alpha_inputs)
+
     def evaluating(self) -> AbstractContextManager[None]:
-        """In evaluation mode while the context lasts; then every mode is as before."""
+        """Put the module in evaluation mode; when the context ends, restore every mode."""
         return in_evaluation_mode(self.module)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """In evaluation mode while the context lasts; then every mode and every weight is as before."""
-        before = {
-            norm_layer.name: (norm_layer.module.alpha, norm_layer.module.running)
-            for norm_layer in self.inventory().norm_layers
-            if isinstance(norm_layer.module, ExampleWeightedNorm)
-        }
-        lambdas, targets, found = dict(self._lambdas), dict(self._targets), dict(self._calibrated)
+        """Put the model in evaluation mode; when the context ends, restore every mode, layer and weight."""
+        patched = {n.name for n in self.inventory().norm_layers if isinstance(n.module, ExampleWeightedNorm)}
         try:
-            with self.evaluating():
+            with super().borrowed():
                 yield
         finally:
-            self.module = unpatch(self.module, where=lambda norm_layer: norm_layer.name not in before)
-            for norm_layer in self.inventory().norm_layers:
-                if norm_layer.name in before and isinstance(norm_layer.module, ExampleWeightedNorm):
-                    norm_layer.module.alpha, norm_layer.module.running = before[norm_layer.name]
-            self._lambdas, self._targets = lambdas, targets
-            there = before.keys() | self.recovered().keys()
-            self._calibrated = {n: m for n, m in (self._calibrated | found).items() if n in there}
+            self.module = unpatch(self.module, where=lambda norm: norm.name not in patched)
 
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
-        """Write a checkpoint that :func:`bnpatch.load` and ``bnpatch evaluate`` take.
+        """Write a checkpoint for :func:`bnpatch.load` and ``bnpatch evaluate``.
 
         Returns:
-            Whether they take it as it is. Where building the architecture by its name does not give this
-            model again, the module itself is pickled; such a file loads with ``--unsafe-load`` only.
+            Whether the file loads without ``--unsafe-load``. It does not if the architecture, built by its
+            name, does not give this model again, because the module itself is pickled then.
         """
         content: dict[str, Any] = {
             "class_names": list(self.class_names) if self.class_names else None,
@@ -492,15 +409,15 @@ class TorchModel:
         else:
             content["model"] = self.module
         buffer = io.BytesIO()
-        torch.save(content, buffer)  # torch's own file writer hides what the disk said
+        torch.save(content, buffer)  # in memory, because torch's file writer hides errors of the disk
         with atomic_path(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
         return by_name
 
     def _is_built_by(self, arch: Architecture) -> bool:
-        """Does the architecture, built by its name, compute the same with these weights?"""
-        plain: dict[str, Any] = {"_calibrated": {}, "_targets": {}, "_lambdas": {}}
-        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False, **plain)
+        """Tell whether the architecture, built by its name, computes the same with these weights."""
+        plain = PatchState(include_1x1=self.state.include_1x1)
+        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
         try:
             twin.module.load_state_dict(self.module.state_dict(), strict=False)
             twin.apply(self.recipe())
@@ -515,7 +432,7 @@ class TorchModel:
 
 
 def output_tensor(y: Any) -> Tensor:
-    """The tensor among what a model returns; (N, K, 1, 1) is (N, K)."""
+    """Return the output tensor in the return value of a module, which may be a mapping or a tuple."""
     if isinstance(y, Mapping):
         y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))
     elif isinstance(y, (tuple, list)) and y:
@@ -524,15 +441,15 @@ def output_tensor(y: Any) -> Tensor:
         y = getattr(y, "logits", y)
     if not isinstance(y, Tensor):
         raise BnpatchError(f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor")
-    return y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
+    return y
 
 
 def _fingerprint(num_channels: int, parameters: Iterable[Tensor | None]) -> str:
-    """A hash of gamma, beta, running mean and variance; of what changes nothing where one is missing."""
+    """Hash gamma, beta, running mean and variance; a missing one counts as the value without effect."""
     zeros = torch.zeros(num_channels)
     defaults = (zeros + 1, zeros, zeros, zeros + 1)
     parts = (default if p is None else p for p, default in zip(parameters, defaults, strict=True))
-    return recipes.fingerprint(part.detach().float().cpu().numpy() for part in parts)
+    return fingerprint(part.detach().float().cpu().numpy() for part in parts)
 
 
 def _fingerprint_uncalibrated(norm: Any) -> str:
@@ -540,5 +457,8 @@ def _fingerprint_uncalibrated(norm: Any) -> str:
     return _fingerprint(num_channels, (norm.weight, norm.bias, None, None))
 
 
-def _to_numpy(moments: Moments[Tensor] | None) -> Moments[Any] | None:
-    return None if moments is None else Moments(*(m.cpu().numpy() for m in (moments.mean, moments.var)))
+def _buffers(norm: NormLayer) -> Moments[Tensor]:
+    _, _, mean, var = norm.parameters()
+    assert mean is not None  # callers use the running statistics of the state for norms without buffers
+    assert var is not None
+    return Moments(mean.detach(), var.detach())

@@ -1,1 +1,1 @@
-"""The torch side: the layer and the surgery that puts it into a model."""
+"""The patched layer for torch models, and the functions that put it into a model."""

@@ -1,11 +1,12 @@
-"""Torch convolutions that a Batch Norm was fused into: find them, give it back.
+"""Find torch convolutions that a Batch Norm was fused into, and add the Batch Norm again.
 
-What :mod:`bnpatch.onnx.fused_conv` does for graphs, for models that were fused or re-parameterized in torch
-(timm's RepVGG, MobileOne, FastViT; ``torch.nn.utils.fusion``): the output of such a convolution is that of a
-virtual Batch Norm whose running moments, scale and shift are the moments of that output.
+:mod:`bnpatch.onnx.fused_conv` does the same for ONNX graphs and explains why it works. The models were fused
+or re-parameterized in torch (timm's RepVGG, MobileOne, FastViT; ``torch.nn.utils.fusion``). The output of
+such a convolution is treated as the output of a virtual Batch Norm, whose running moments, scale and shift
+follow from the moments of that output.
 
-The virtual norm is a child of its convolution, called after it by a hook. It has no state of its own in the
-state dict, and as a norm layer it is like any other, by the name that it has in an export of the model.
+The virtual norm is a child module of its convolution, and a forward hook of the convolution calls it. It adds
+nothing to the state dict. It is an ordinary norm layer, with the name that it also has in an ONNX export.
 """
 
 import math
@@ -24,11 +25,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 class VirtualNorm(nn.Module):
-    """A Batch Norm that is the identity: its scale and shift undo what its running moments do.
+    """A Batch Norm that returns its input, because its scale and shift undo the normalization.
 
     Args:
-        moments: mean and variance of its input, each of shape (C,).
-        eps: added to the variance; keeps channels that are constant from being divided by 0.
+        moments: mean and variance of its input, each of shape (C,). They become its running moments.
+        eps: the layer adds it to the variance, so that a constant channel is not divided by 0.
     """
 
     def __init__(self, moments: Moments[Tensor], eps: float = 1e-5) -> None:
@@ -36,24 +37,25 @@ class VirtualNorm(nn.Module):
         self.eps = eps
         parts = {"running_mean": moments.mean, "running_var": moments.var}
         parts |= {"weight": (moments.var + eps).sqrt(), "bias": moments.mean}
-        for name, part in parts.items():  # not persistent: what was found on data belongs in a recipe
+        for name, part in parts.items():  # not persistent, because values found on data belong in a recipe
             self.register_buffer(name, part.clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input as it is."""
+        """Return the input unchanged."""
         return x
 
 
 def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
-    """Names of convolutions that a Batch Norm may have been fused into; looks only.
+    """Name the convolutions that a Batch Norm may have been fused into. The model is not changed.
 
-    Those have a bias, which convolutions of most architectures with Batch Norm do not have of their own, no
-    norm after them, and more than one value per channel (unlike squeeze and excite). A convolution that is
-    recovered already is none; nor is one that embeds patches in a model with Layer Norm (a transformer).
+    Such a convolution has a bias (in most architectures with Batch Norm a convolution has none of its own),
+    no norm after it, and more than one value per channel in its output (unlike squeeze-and-excite). The
+    function leaves out convolutions that are recovered already, and those that embed patches in a model with
+    Layer Norm (a transformer).
 
     Args:
-        model: in evaluation mode.
-        run: runs it on one input.
+        model: the model, in evaluation mode.
+        run: a function that runs the model on one input.
     """
     found = inventory(model)
     names = [norm_layer.name for norm_layer in found.norm_layers] + [
@@ -64,7 +66,7 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         convolutions = {name: m for name, m in convolutions.items() if not _embeds_patches(m)}
     outputs: dict[str, list[Tensor]] = {}
-    normalized: list[Tensor] = []  # held, so that no other tensor gets the address
+    normalized: list[Tensor] = []  # keeps the tensors alive, so that no other tensor gets the same id
     with (
         at_outputs(convolutions, lambda name, y: outputs.setdefault(name, []).append(y)),
         at_inputs(norms, lambda name, x: normalized.append(x)),
@@ -79,11 +81,11 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
 
 
 def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
-    """Put a virtual norm after each of the convolutions named, in place; the model computes what it did.
+    """Put a virtual norm after each named convolution, in place. The model still computes what it did.
 
     Args:
         model: any module.
-        moments: mean and variance (C,) of the output of each convolution, by the convolution's name.
+        moments: by name of convolution, mean and variance of its output, each of shape (C,).
     """
     for name, part in moments.items():
         convolution = model.get_submodule(name)
@@ -92,8 +94,13 @@ def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
         convolution.add_module(FUSED.removeprefix("."), VirtualNorm(part))
 
 
+def forget(model: nn.Module, name: str) -> None:
+    """Undo :func:`recover` for the convolution of this name."""
+    del model.get_submodule(name)._modules[FUSED.removeprefix(".")]
+
+
 def is_convolution(model: nn.Module, name: str) -> bool:
-    """Does the model have a convolution of this name, with a bias?"""
+    """Tell whether the model has a convolution of this name, with a bias."""
     module = dict(model.named_modules()).get(name)
     return isinstance(module, _CONVOLUTIONS) and module.bias is not None
 
@@ -104,7 +111,7 @@ def _may_be_folded(module: nn.Module) -> bool:
 
 
 def _embeds_patches(module: nn.Module) -> bool:
-    """Does it take patches that do not overlap?"""
+    """Tell whether a convolution takes patches that do not overlap (kernel size = stride > 1)."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return False
     return module.kernel_size == module.stride and math.prod(module.stride) > 1
@@ -115,6 +122,9 @@ def _child(convolution: nn.Module) -> nn.Module | None:
 
 
 def _then_normalize(convolution: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-    """The hook: a function of the module, so that copies and pickles of a model have it as well."""
+    """Forward hook: apply the virtual norm.
+
+    It is a function at module level, because copies and pickles of a model then keep it.
+    """
     norm = _child(convolution)
     return output if norm is None else norm(output)

@@ -1,4 +1,4 @@
-"""What the norms of a torch model are given to normalize, while it runs."""
+"""Observe modules while a torch model runs, and compute the moments of what they read or return."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from bnpatch.core.moments import Moments, pool
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode as long as the context lasts; then each in the mode that it had."""
+    """Put every module in evaluation mode; when the context ends, each gets back the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -24,7 +24,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """Call ``do(name, input)`` before each of the modules runs, as long as the context lasts."""
+    """Call ``do(name, input)`` before each of the modules runs, until the context ends."""
     handles = []
     for name, module in modules.items():
 
@@ -43,7 +43,7 @@ def at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]
 
 @contextmanager
 def at_outputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """Call ``do(name, output)`` after each of the modules ran, as long as the context lasts."""
+    """Call ``do(name, output)`` after each of the modules has run, until the context ends."""
     handles = []
     for name, module in modules.items():
 
@@ -59,10 +59,11 @@ def at_outputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any
 
 
 def accurate_moments(x: Tensor) -> Moments[Tensor]:
-    """Moments of each channel of each example: (N, C, *spatial) to (N, C), in float32 or wider.
+    """Compute the moments of each channel of each example: (N, C, *spatial) to (N, C), in float32 or wider.
 
-    In two passes, so that no digits are lost where the mean is large against the standard deviation. The
-    layer's own :func:`~bnpatch.nn.norm.example_moments` is faster, and loses them.
+    The function makes two passes over the data, so it loses no digits if the mean is much larger than the
+    standard deviation. :func:`~bnpatch.nn.norm.example_moments`, which the layer uses, is faster but loses
+    digits in that case.
     """
     values = x.flatten(2) if x.ndim > 2 else x[..., None]
     values = values.to(torch.promote_types(x.dtype, torch.float32))
@@ -71,11 +72,11 @@ def accurate_moments(x: Tensor) -> Moments[Tensor]:
 
 
 def pooled_rows(moments: Moments[Tensor]) -> Moments[Tensor]:
-    """Moments (N, C) of N parts to those (C,) of their union."""
+    """Pool moments of N parts, (N, C), into the moments of their union, (C,)."""
     pooled = pool(moments, axes=0)
     return Moments(pooled.mean[0], pooled.var[0])
 
 
 def joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
-    """Moments (N_i, C) one below the other: (N_1 + N_2 + ..., C)."""
+    """Concatenate moments of shape (N_i, C) into moments of shape (N_1 + N_2 + ..., C)."""
     return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))

@@ -1,10 +1,10 @@
-"""The general layer, at inference: normalization by a mixture of example and running moments.
+"""The patched layer at inference: it normalizes by a mixture of example and running moments.
 
-Two forms of the same affine map, chosen by memory layout; both let gradients flow to the input, to
-the learned scale and shift, and to alpha:
+The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
+input, to the learned scale and shift, and to alpha:
 
-- contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, no copy;
-- channels last: one ``addcmul``, since that view would copy.
+- contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
+- channels last: one ``addcmul``, because that view would need a copy.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchWarning, check_alpha
 from bnpatch.core.moments import Moments, mix, pool
 
-# What the layer adds to the state of the module that it takes over.
+# The attributes that the layer adds to the state of the module that it takes over.
 _OWN_STATE = (
     "origin_class",
-    "_version",  # of the state-dict layout: the original's
+    "_version",  # version of the state-dict layout; the original's
     "always_inference",
     "channels_per_group",
     "include_1x1",
@@ -33,32 +33,34 @@ _OWN_STATE = (
 
 
 class ExampleWeightedNorm(nn.Module):
-    """A normalization layer whose inference gives the example itself a weight.
+    """Normalizes each example at inference by a mixture of its own and the running moments.
 
-    At inference the layer normalizes each example by the moments of a mixture, ``alpha`` parts the
-    example's own and ``1 - alpha`` parts the running ones (Summers & Dinneen 2020, Eq. 3). No
-    example's output depends on the rest of the batch.
+    The example's own moments have the weight ``alpha``, the running ones ``1 - alpha`` (Summers & Dinneen
+    2020, Eq. 3). The output of an example does not depend on the rest of the batch.
 
-    Batch Norm and Group Norm are the two ends of one scale: ``alpha = 0`` is the first, and with the
-    channels of a group pooled ``alpha = 1`` is the second. A layer that was Group Norm has its identity
-    there, and its running moments come from data, see :attr:`running`.
+    ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
+    that was Group Norm therefore has its identity at 1; its running moments come from data, see
+    :attr:`running`.
 
-    The layer *is* the module that it replaces, under another class: both share one ``__dict__``, hence
-    every parameter, buffer, submodule, hook and flag, and the state-dict keys. Whatever is not example
-    weighing is done by the original class' own code: training steps, and inference at the identity,
-    which is therefore the original's bit for bit.
+    The layer *is* the module that it replaces, under another class: both share one ``__dict__``, and with it
+    every parameter, buffer, submodule, hook, flag and state-dict key. The original class still does training
+    steps and inference at the identity, so these give the original's result bit for bit.
 
-    Make one with :meth:`take_over`; :func:`bnpatch.patch` does so for a whole model.
+    Make one with :meth:`take_over`; :func:`bnpatch.patch` does so for a whole model:
+
+        >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1)
+        >>> layer(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
 
     Attributes:
         origin_class: the class of the module that was replaced.
         always_inference: the original normalizes by its running moments in training too (frozen).
-        channels_per_group: consecutive channels whose moments are pooled; 1 is Batch Norm.
+        channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
         identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
             Group Norm.
-        include_1x1: weigh also where an example has one value per channel (``(N, C)`` or
-            1 x 1 maps). Such an example has no variance, so the formula mostly shrinks the signal:
-            by default these inputs get plain inference, unless a Batch/Group Norm pools channels.
+        include_1x1: also weight the example where it has one value per channel (``(N, C)`` or 1 x 1 maps).
+            Such an example has no variance, so the formula mostly shrinks the signal. By default these
+            inputs get the original's inference, unless a Batch/Group Norm pools channels.
     """
 
     origin_class: type[nn.Module]
@@ -83,18 +85,21 @@ class ExampleWeightedNorm(nn.Module):
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
     ) -> "ExampleWeightedNorm":
-        """Make the layer that does for ``origin`` what it did, and weighs examples besides.
+        """Make a layer that replaces ``origin`` and shares its state. Don't use ``origin`` afterwards.
 
         Args:
-            origin: a module with ``eps``, and ``running_mean``, ``running_var``, ``weight`` and ``bias``
-                of shape (C,) or None; ``drop`` and ``act``, where it has them, are applied after the
+            origin: a module with ``eps``, and ``running_mean``, ``running_var``, ``weight`` and ``bias`` of
+                shape (C,) or None. If it has ``drop`` and ``act``, the layer applies them after the
                 normalization, in this order.
             alpha: see :attr:`alpha`.
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
             identity: see the class.
-            running: see :attr:`running`; must be given where ``origin`` has no running moments.
+            running: see :attr:`running`; required if ``origin`` has no running moments.
             include_1x1: see the class.
+
+        Raises:
+            InvalidAlphaError: alpha is not in [0, 1].
         """
         layer = cls.__new__(cls)
         layer.__dict__ = origin.__dict__
@@ -111,13 +116,13 @@ class ExampleWeightedNorm(nn.Module):
         return layer
 
     def as_origin(self) -> nn.Module:
-        """This very layer, one shared state, under the class that it had before."""
+        """Return a module of the original class that shares the state of this layer."""
         origin = self.origin_class.__new__(self.origin_class)
         origin.__dict__ = self.__dict__
         return origin
 
     def give_back(self) -> nn.Module:
-        """Undo :meth:`take_over`: the module as it was. This layer must not be used afterwards."""
+        """Undo :meth:`take_over` and return the original module. Don't use this layer afterwards."""
         origin = self.as_origin()
         for name in _OWN_STATE:
             del origin.__dict__[name]
@@ -125,11 +130,11 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The weight of the example, in [0, 1]; at :attr:`identity` the layer is what it was.
+        """The weight of the example, in [0, 1]; at :attr:`identity` the layer computes what it did.
 
-        A number, or a 0-dim tensor that requires grad, to learn it. The number is held as a tensor
-        on the host, not as a buffer: it mixes with tensors of any device without a copy or a
-        synchronization, ``.half()`` can't round it, and a compiled model need not recompile for it.
+        Set a number, or a 0-dim tensor that requires grad in order to learn it. The layer keeps the number
+        as a CPU tensor that is no buffer. Such a tensor combines with tensors of any device without a copy
+        or a synchronization, ``.half()`` can't round it, and a compiled model need not recompile for it.
         """
         return self._alpha if self._alpha.requires_grad else self._alpha.item()
 
@@ -137,29 +142,34 @@ class ExampleWeightedNorm(nn.Module):
     def alpha(self, value: float | Tensor) -> None:
         learned = isinstance(value, Tensor) and value.requires_grad
         if not learned:
-            with torch.inference_mode(False):  # it may be set within one, and take part in a gradient later
+            with torch.inference_mode(False):  # an inference tensor could not take part in a gradient later
                 value = torch.tensor(check_alpha(float(value)), dtype=torch.float64, device="cpu")
         self.__dict__["_alpha"] = value
         self.__dict__["_is_identity"] = not learned and float(value) == self.identity
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("alpha", "running"):  # nn.Module would register a Parameter, and never ask the property
+        if name in ("alpha", "running"):  # nn.Module would register a Parameter and bypass the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     @property
     def running(self) -> Moments[Tensor] | None:
-        """Running mean and variance, each of shape (C,), in the place of those in the buffers.
+        """Running mean and variance, each of shape (C,), that replace those in the buffers; or None.
 
-        None for the buffers. They move along with the layer, and are no part of its state dict: what was
-        found on some data belongs in a recipe. Tensors that require grad take part in its gradients.
+        They move with the layer to another device. They are not in its state dict, because values found on
+        data belong in a recipe. Gradients flow to them if they require grad.
         """
         return self._running
 
     @running.setter
     def running(self, moments: Moments[Tensor] | None) -> None:
         self.__dict__["_running"] = moments
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "weigh_single_values" in state:  # a model that was pickled with version 0.1
+            state["include_1x1"] = state.pop("weigh_single_values")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeightedNorm":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -174,9 +184,9 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def running_var(self) -> Tensor | None:
-        """The running variance; warns where an alpha would get lost.
+        """The running variance. Reading it warns if the layer is not at its identity.
 
-        Code that fuses or re-parameterizes a layer reads it, and knows nothing of alpha.
+        Code that fuses or re-parameterizes a layer reads this attribute, and would drop alpha.
         """
         if not self._is_identity or (self._running is not None and self.identity == 0):
             warnings.warn(
@@ -188,16 +198,16 @@ class ExampleWeightedNorm(nn.Module):
         return self.parameters_of_norm()[3]
 
     def parameters_of_norm(self) -> tuple[Tensor | None, ...]:
-        """Gamma, beta, running mean and running variance of the original, None for what it does not have."""
+        """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
         state = {**self._parameters, **self._buffers}
         return tuple(state.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
 
     def _moments(self) -> Moments[Tensor]:
-        """The running moments that count."""
+        """The running moments that the layer uses: :attr:`running`, else the buffers."""
         if self._running is not None:
             return self._running
         _, _, mean, var = self.parameters_of_norm()
-        assert mean is not None  # or running moments would have been given
+        assert mean is not None  # otherwise take_over was given running moments
         assert var is not None
         return Moments(mean, var)
 
@@ -217,41 +227,41 @@ class ExampleWeightedNorm(nn.Module):
         return self.finish(y)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise the original's error where ``x`` has the wrong rank."""
+        """Raise the original's error if ``x`` has the wrong rank."""
         if check := getattr(self.origin_class, "_check_input_dim", None):
             check(self, x)
 
     def finish(self, y: Tensor) -> Tensor:
-        """What the original does after the normalization, if anything."""
+        """Apply what the original applies after the normalization: ``drop`` and ``act``, if it has them."""
         for tail in ("drop", "act"):
             if tail in self._modules:
                 y = self._modules[tail](y)  # type: ignore[misc]
         return y
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Is this left to the original class?"""
+        """Tell whether the original class should compute this input."""
         if self.training and not self.always_inference:
             return True
         if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
-            return True  # the original class has the right error, or the right empty answer
+            return True  # the original class raises the right error, or returns the right empty output
         if self._running is not None and self.identity == 0:
-            return False  # the original has other running moments
+            return False  # the original would use other running moments
         return not self.weighs(x)
 
     def weighs(self, x: Tensor) -> bool:
-        """Has the example a say that it did not have in the original?"""
+        """Tell whether the layer weights the examples of ``x`` otherwise than the original does."""
         if self._is_identity:
             return False
         if self.include_1x1 or not _has_single_values(x):
             return True
-        # Pooled with other channels a single value has a variance. Group Norm has its own already.
+        # A single value has a variance once it is pooled with other channels; Group Norm pools them anyway.
         return self.channels_per_group > 1 and self.identity == 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Show size, eps, alpha and what the layer was."""
+        """Show size, eps, alpha and the class that the layer had."""
         alpha = self.alpha if isinstance(self.alpha, float) else "learned"
         return f"{self.num_channels}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
 
@@ -267,7 +277,11 @@ def weighted_norm(
 ) -> Tensor:
     """Normalize each example by a mixture of its own and the running moments (Eq. 3 of the paper).
 
-    Statistics are in float32 or wider, whatever the dtype of ``x``.
+    The function computes moments in float32 or wider, whatever the dtype of ``x``:
+
+        >>> x, running = torch.randn(2, 8, 4, 4), Moments(torch.zeros(8), torch.ones(8))
+        >>> weighted_norm(x, running, None, None, eps=1e-5, alpha=0.1).shape
+        torch.Size([2, 8, 4, 4])
 
     Args:
         x: input of shape (N, C, *spatial), floating point.
@@ -275,8 +289,8 @@ def weighted_norm(
         weight: learned scale (gamma) of shape (C,), or None for 1.
         bias: learned shift (beta) of shape (C,), or None for 0.
         eps: added to the variance.
-        alpha: weight of the example, in [0, 1].
-        channels_per_group: consecutive channels whose moments are pooled into one.
+        alpha: weight of the example, in [0, 1]; a tensor may require grad.
+        channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
@@ -297,12 +311,11 @@ def weighted_norm(
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:
-    """Moments of each channel of each example: (N, C, *spatial) to (N, C).
+    """Compute the moments of each channel of each example: (N, C, *spatial) to (N, C).
 
-    The variance is ``E[x^2] - mean^2`` in the dtype of the statistics (float32, or float64 for
-    float64 input), clamped at 0: many times faster on a CPU than ``torch.var_mean``, at the price of
-    digits where the mean is large against the standard deviation. The relative error of the variance
-    is about 1e-7 * (mean / std)^2 in float32.
+    The variance is ``E[x^2] - mean^2`` in float32 (float64 for float64 input), clamped at 0. On a CPU this is
+    many times faster than ``torch.var_mean``, but loses digits if the mean is much larger than the standard
+    deviation: the relative error of the variance is about 1e-7 * (mean / std)^2 in float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if _has_single_values(x):
@@ -321,7 +334,7 @@ def example_moments(x: Tensor) -> Moments[Tensor]:
 
 
 def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
-    """Pool (..., C) over groups of consecutive channels, and hand each channel its group's moments."""
+    """Pool moments (..., C) over groups of consecutive channels; each channel gets those of its group."""
     shape = moments.mean.shape
     per_group = (*shape[:-1], -1, channels_per_group)
     groups = Moments(moments.mean.reshape(per_group), moments.var.reshape(per_group))
@@ -330,7 +343,7 @@ def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``x * scale + shift`` with (N, C) coefficients, computed in their dtype, returned in that of x."""
+    """Compute ``x * scale + shift`` with coefficients (N, C), in their dtype; return it in that of ``x``."""
     if _is_channels_last(x):
         shape = (*scale.shape, *(1,) * (x.ndim - 2))
         scale, shift = scale.reshape(shape), shift.reshape(shape)
@@ -338,13 +351,16 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     n_times_c = scale.numel()
     rows = x.reshape(1, n_times_c, *x.shape[2:])
     mean, var = scale.new_zeros(n_times_c), scale.new_ones(n_times_c)
-    # eps = 0 and var = 1: batch_norm is left with the multiplication and the addition.
+    # With mean = 0, var = 1 and eps = 0, batch_norm does only the multiplication and the addition.
     y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=0.0)
     return y.reshape(x.shape)
 
 
 def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
-    """``batch_norm`` has no gradient for running moments, and takes all parameters in one dtype."""
+    """Tell whether ``batch_norm`` can take these running moments.
+
+    It has no gradient for running moments, and needs all parameters in one dtype.
+    """
     is_learned = running.mean.requires_grad or running.var.requires_grad
     return not is_learned and (weight is None or weight.dtype == running.mean.dtype)
 

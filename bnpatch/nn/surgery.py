@@ -1,8 +1,8 @@
-"""Find the normalization layers of a torch model and swap them, each norm layer or none with a reason.
+"""Find the normalization layers of a torch model, and swap them for layers that weight the example.
 
-A layer is judged by its exact class: a subclass may do anything in its forward, so one that is not
-in the tables below is skipped. Classes are named, not imported, so that timm and torchvision are
-loaded only by those who use them.
+The exact class of a layer decides. A subclass may do anything in its forward, so a class that is not in the
+tables below is skipped, with a reason. The tables name classes instead of importing them, so that bnpatch
+loads timm and torchvision only if the model uses them.
 """
 
 import re
@@ -20,7 +20,7 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 
 _TORCH = "torch.nn.modules"
 
-#: Classes that normalize by running moments at inference; the value: do they in training too?
+#: Classes that normalize by running moments at inference. The value tells whether they do in training too.
 CONVERTIBLE: Mapping[str, bool] = {
     f"{_TORCH}.batchnorm.BatchNorm1d": False,
     f"{_TORCH}.batchnorm.BatchNorm2d": False,
@@ -65,12 +65,12 @@ LEFT_ALONE: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A place where a model normalizes by running moments.
+    """A module of a model that normalizes by running moments.
 
     Attributes:
         name: dotted name of the module in the model; the empty string is the model itself.
-        kind: class name of the layer, as it was before any patch.
-        module: the layer, as it is now.
+        kind: class name that the module had before any patch.
+        module: the module as it is now.
         aliases: further dotted names of the same module.
     """
 
@@ -87,11 +87,11 @@ class NormLayer:
 
     @property
     def identity(self) -> float:
-        """The alpha at which the layer is what it was: 0 for Batch Norm, 1 for Group Norm."""
+        """The alpha at which the layer computes what it did: 0 for Batch Norm, 1 for Group Norm."""
         return self.module.identity if isinstance(self.module, ExampleWeightedNorm) else 0.0
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """Gamma, beta, running mean and running variance of the original, None for what it lacks."""
+        """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
         if isinstance(self.module, ExampleWeightedNorm):
             return self.module.parameters_of_norm()
         norm: Any = self.module
@@ -99,19 +99,17 @@ class NormLayer:
 
     @property
     def is_patched(self) -> bool:
-        """Is the layer one that weighs examples?"""
+        """Whether the layer was swapped for one that weights the example."""
         return isinstance(self.module, ExampleWeightedNorm)
 
     @property
     def channels_per_group(self) -> int:
-        """Consecutive channels whose moments are pooled; 1 is Batch Norm."""
+        """Number of consecutive channels whose moments are pooled; 1 is Batch Norm."""
         return self.module.channels_per_group if isinstance(self.module, ExampleWeightedNorm) else 1
 
     @property
     def alpha(self) -> float:
-        """The weight of the example: 0 where the norm layer isn't patched (Group Norm is a norm layer once it
-        is).
-        """
+        """The weight of the example, in [0, 1]; 0 if the layer is not patched."""
         if not isinstance(self.module, ExampleWeightedNorm):
             return 0.0
         alpha = self.module.alpha
@@ -119,12 +117,16 @@ class NormLayer:
 
 
 def inventory(model: nn.Module) -> Inventory[NormLayer]:
-    """List the norm layers of a model, and the normalization layers that are no norm layers, with reasons.
+    """List the norm layers of a model, and the normalization layers that bnpatch skips, with reasons.
 
-    Looks only; works on patched models as well.
+    The model is not changed; it may be patched already:
+
+        >>> found = inventory(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LayerNorm(4)))
+        >>> [layer.name for layer in found.norm_layers], [norm.kind for norm in found.skipped_norms]
+        (['1'], ['LayerNorm'])
     """
     norm_layers, skipped_norms = [], []
-    inside: list[str] = []  # norm layers whose own submodules (auxiliary norms, activations) are theirs
+    inside: list[str] = []  # norm layers; a norm inside one of them (an auxiliary norm) is not listed again
     for module, (name, *aliases) in _modules_by_name(model):
         kind = _origin_class(module).__name__
         reason = _why_not(module)
@@ -147,23 +149,25 @@ def patch(
     where: Callable[[NormLayer], bool] = lambda norm_layer: True,
     include_1x1: bool | None = None,
 ) -> nn.Module:
-    """Rewrite the normalization layers of a model, in place, so that an example weighs in at inference.
+    """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
-    Weights, hooks, submodules, state-dict keys and flags stay as they are, and so does training. At
-    identity (``alpha = 0``; for Group Norm ``alpha = 1``) the model computes what it did, bit for bit.
-    Patching a patched model sets new weights. Group Norm takes part once it has running moments, see
+    Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At its identity
+    (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
+    patched model sets new alphas. Group Norm can be patched once it has running moments, see
     :func:`bnpatch.calibrate`.
+
+        >>> model = patch(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.02)
 
     Args:
         model: any module; it may itself be a norm.
-        alpha: the weight of the example, in [0, 1], for all norm layers; or by name of norm layer, the others
-            keeping what they have.
-        where: which norm layers to patch.
-        include_1x1: weigh also inputs with one value per example and channel (see
-            :class:`~bnpatch.nn.norm.ExampleWeightedNorm`); None leaves what is patched already as it is.
+        alpha: the weight of the example, in [0, 1]: a number for all norm layers, or a mapping by name of
+            norm layer. Layers that the mapping does not name keep their alpha, which is 0 at first.
+        where: a function that tells which norm layers to patch.
+        include_1x1: also weight examples with one value per channel (see
+            :class:`~bnpatch.nn.norm.ExampleWeightedNorm`); None keeps the setting of patched layers.
 
     Returns:
-        The model; another object only where the model itself is a norm.
+        The model; it is another object only if the model itself is a norm.
 
     Raises:
         BnpatchError: there is no norm layer to patch, or ``alpha`` names one that doesn't exist.
@@ -192,28 +196,30 @@ def patch(
 
 
 def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
-    """Norms that could be norm layers if they had running moments, by name: Group Norm, Batch Norm
-    without.
+    """Return, by name, the norms that become norm layers once they have running moments.
+
+    These are Group Norm, and Batch Norm that keeps no running moments.
     """
     modules = dict(model.named_modules())
     return {left.name: modules[left.name] for left in inventory(model).skipped_norms if left.is_uncalibrated}
 
 
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
-    """Make norm layers of norms that have no running moments of their own, in place, at their identity.
+    """Give running moments to norms that have none, in place, which makes them norm layers.
 
-    Batch Norm without running moments normalizes by those of the batch; nothing that is free of the batch
-    is the same, so it gets the running moments that it never kept, and alpha = 0.
+    Each layer starts at its identity. A Batch Norm without running moments normalizes by those of the batch,
+    which no layer that treats examples separately can reproduce; it gets the running moments that it never
+    kept, and alpha = 0.
 
     Args:
         model: any module.
-        moments: by name of module, running mean and variance of shape (C,); see :func:`uncalibrated`.
+        moments: by name of module, running mean and variance, each of shape (C,); see :func:`uncalibrated`.
 
     Returns:
-        The model; another object only where the model itself is a norm.
+        The model; it is another object only if the model itself is a norm.
 
     Raises:
-        BnpatchError: a name is no such norm.
+        BnpatchError: a name is not one of :func:`uncalibrated`.
     """
     norms = uncalibrated(model)
     options: dict[str, dict[str, Any]] = {}
@@ -237,14 +243,14 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
 
 
 def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True) -> nn.Module:
-    """Undo :func:`patch`, in place: every layer gets its own class back.
+    """Undo :func:`patch`, in place: every layer gets its original class back.
 
     Args:
         model: any module.
-        where: which norm layers to give back.
+        where: a function that tells which norm layers to unpatch.
 
     Returns:
-        The model; another object only where the model itself is a norm.
+        The model; it is another object only if the model itself is a norm.
     """
     layers = [
         s.module
@@ -255,7 +261,7 @@ def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda nor
 
 
 def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
-    """Put other modules in the place of some, given by ``id``, wherever in the model they are used."""
+    """Replace modules, given by ``id``, in every place of the model where they are used."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in swaps:
@@ -264,7 +270,7 @@ def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Every module once, with all the names it goes by."""
+    """Yield every module once, with all its dotted names."""
     names: dict[int, list[str]] = {}
     modules = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -274,7 +280,7 @@ def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
 
 def _why_not(module: Any) -> str | None:
-    """None for a norm layer; the reason for a norm that is skipped; the empty string for what is no norm."""
+    """Return None for a norm layer, the reason for a skipped norm, and "" for a module that is no norm."""
     if isinstance(module, ExampleWeightedNorm):
         return None
     name = _qualified_name(type(module))

@@ -1,14 +1,17 @@
-"""Which norms reach the output of a model past no other normalization layer?
+"""Run a torch model once, and find norms by the operators that it calls.
 
-A norm whose output is normalized again has no say in its own scale: whatever is learned there, the next
-norm divides out. Weight decay on gamma and beta can act only where some path to the output meets no
-further norm (Summers & Dinneen 2020, section 3.3): at the last norms of a chain, and at those of the
-residual branches that add up after the last norm that all paths share.
+The file answers two questions. It traces no graph, so both work for every model that runs, whatever its
+control flow.
 
-The answer is found by running the model once on an example and noting, for every tensor, which norms it
-comes from since it was last normalized. Nothing is traced into a graph, so every model that runs can be
-asked, whatever its control flow. Calls of ``F.rms_norm`` outside a module are not seen: torch takes them
-apart.
+:func:`unnormalized_norms` finds the norms whose output reaches the output of the model without passing
+another norm. If a norm's output is normalized again, the next norm divides out whatever scale was learned.
+Weight decay on gamma and beta therefore has an effect only if some path to the output meets no further norm
+(Summers & Dinneen 2020, section 3.3): at the last norms of a chain, and at those of the residual branches
+that add up after the last norm that all paths share. The function records, for every tensor, which norms it
+comes from since it was last normalized.
+
+:func:`functional_norms` finds calls such as ``F.batch_norm`` in the model's own code, which a swap of modules
+does not reach. It can't see ``F.rms_norm``, which torch decomposes into other operators.
 """
 
 import re
@@ -31,25 +34,25 @@ from bnpatch.core.inventory import SkippedNorm
 from bnpatch.nn.hooks import in_evaluation_mode
 from bnpatch.nn.surgery import inventory
 
-# Operators that normalize by moments, as they are after composite ones were taken apart.
+# Names of operators that normalize by moments, after torch decomposed composite operators.
 _NORMALIZING = re.compile(r"(batch|group|layer|instance|rms)_?norm")
 
-# They take the shape of a tensor, not its values.
+# Names of operators that read the shape of a tensor, not its values.
 _LIKE = re.compile(r"^new_|_like$")
 
-# Listed as skipped, for they are called norms, and yet they don't divide their input by its moments.
+# Classes that an inventory lists as skipped norms, though they don't divide their input by its moments.
 _NOT_NORMALIZING = re.compile(r"affine|layerscale|stdconv|(local|global)response", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class NormPaths:
-    """Where the outputs of a model's norms end up.
+    """Which norms of a model reach its output without passing another norm.
 
     Attributes:
         unnormalized: names of the norms with a path to the output that meets no other norm.
-        normalized: names of those that ran, and meet another norm on every path.
-        num_function_calls: calls of ``F.batch_norm`` and the like in the model's own code, outside of any
-            norm module: a patch of modules does not reach them.
+        normalized: names of the norms that ran and meet another norm on every path.
+        num_function_calls: number of calls of ``F.batch_norm`` and the like in the model's own code, outside
+            of any norm module. A swap of modules does not reach them.
     """
 
     unnormalized: frozenset[str]
@@ -58,14 +61,14 @@ class NormPaths:
 
 
 def unnormalized_norms(model: nn.Module, example_input: Tensor) -> frozenset[str]:
-    """Name the norm layers whose scales and shifts reach the output of a model past no other norm.
+    """Name the norm layers whose output reaches the model's output without passing another norm.
 
     Args:
-        model: patched or not; it is run once, in evaluation mode, and left as it was.
-        example_input: an input (N, ...) as the model takes it, on its device. One small example will do.
+        model: any module, patched or not. It runs once, in evaluation mode, and is left as it was.
+        example_input: an input (N, ...) on the device of the model; one small example is enough.
 
     Returns:
-        Names of norm layers, as :func:`bnpatch.inventory` gives them.
+        Names of norm layers, as in :func:`bnpatch.inventory`.
 
     Raises:
         BnpatchError: the model does not run on this input.
@@ -77,11 +80,13 @@ def unnormalized_norms(model: nn.Module, example_input: Tensor) -> frozenset[str
 
 
 def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
-    """The same for all normalization layers: those that aren't norm layers stop a path, and may start one.
+    """Do the same as :func:`unnormalized_norms` for all norms, also those that bnpatch skips.
+
+    A skipped norm normalizes like any other, so it ends the path of a norm before it.
 
     Args:
         model: see :func:`unnormalized_norms`.
-        example_input: likewise.
+        example_input: see :func:`unnormalized_norms`.
 
     Raises:
         BnpatchError: the model does not run on this input, or returns no tensor.
@@ -105,11 +110,11 @@ def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
 
 
 class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes for each tensor from which norms it comes without having been normalized again.
+    """Records, for each tensor, the norms that it comes from since it was last normalized.
 
-    What is noted belongs to a storage: views and what is written in place share it. A tensor in new memory
-    comes from what its operator read. The weak references keep no data, and keep the address of what is gone
-    from being taken for that of a new tensor.
+    The records are by storage, so that views and in-place operators share them. A tensor with new storage
+    gets the records of the tensors that its operator read. Weak references to storages don't keep the data
+    alive, and a new storage at the address of a freed one is not mistaken for it.
     """
 
     def __init__(self, names: dict[StorageWeakRef, str], parameters: set[StorageWeakRef]) -> None:
@@ -124,7 +129,7 @@ class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._sources.get(_storage(x), frozenset())
 
     def set_norm(self, y: Any, name: str | None) -> None:
-        """Note that a norm made ``y``; without a name it is a call that belongs to no module."""
+        """Record that a norm computed ``y``; None stands for a call that belongs to no module."""
         sources = frozenset([name]) if name is not None else frozenset[str]()
         self.seen |= sources
         for leaf in tree_leaves(y):
@@ -138,7 +143,7 @@ class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         y = func(*args, **(kwargs or {}))
         operator = func.overloadpacket.__name__
         if _NORMALIZING.search(operator):
-            is_of_weights = _storage(read[0]) in self._parameters  # standardized convolutions do that
+            is_of_weights = _storage(read[0]) in self._parameters  # as in weight-standardized convolutions
             self.num_function_calls += not self.norms_running and not is_of_weights
             names = (self._names.get(_storage(x)) for x in read[1:])
             self.set_norm(y, next((name for name in names if name is not None), None))
@@ -155,7 +160,7 @@ def _storage(x: Tensor) -> StorageWeakRef:
 
 
 def _norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that normalize by moments of their input, by name: norm layers, and others."""
+    """Return, by name, the modules that normalize their input by moments: norm layers and skipped norms."""
     found = inventory(model)
     names = {norm_layer.name for norm_layer in found.norm_layers}
     names |= {left.name for left in found.skipped_norms if not _NOT_NORMALIZING.search(left.kind)}
@@ -163,7 +168,10 @@ def _norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _names_by_storage(norms: dict[str, nn.Module]) -> dict[StorageWeakRef, str]:
-    """Whose parameters are these? Finds the name of a norm that is computed without calling its module."""
+    """Map the storage of each parameter and buffer of a norm to the norm's name.
+
+    It identifies a norm whose function is called with its parameters, without a call of its module.
+    """
     return {
         _storage(tensor): name
         for name, module in norms.items()
@@ -173,7 +181,11 @@ def _names_by_storage(norms: dict[str, nn.Module]) -> dict[StorageWeakRef, str]:
 
 @contextmanager
 def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterator[None]:
-    """Some norms have no operator of their own, others an activation after it: their modules know best."""
+    """Record the outputs of norm modules by hooks.
+
+    The operators alone do not tell: some norms have no operator of their own, and some modules apply an
+    activation after the norm.
+    """
 
     def enter(module: nn.Module, args: Any) -> None:
         record.norms_running += 1
@@ -187,7 +199,7 @@ def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterato
 
     handles = []
     for name, module in norms.items():
-        if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+        if not isinstance(module, torch.jit.ScriptModule):  # script modules can't have hooks
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leaving(name)))
     try:
@@ -207,22 +219,23 @@ _FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm)
 
 
 def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[SkippedNorm, ...]:
-    """The calls of functional norms that come from no norm module, by the module in whose forward they are.
+    """Find the calls of functional norms that come from no norm module, for example ``F.batch_norm``.
 
     Args:
-        model: in evaluation mode; left as it is.
-        run: runs it on one input, without torch.compile.
+        model: the model, in evaluation mode; it is left as it is.
+        run: a function that runs the model on one input, without torch.compile.
 
     Returns:
-        One entry per module and function, its name that of the module; ``batch_norm`` with running moments
-        and ``group_norm`` become norm layers of an ONNX export (:func:`bnpatch.export_onnx`).
+        One entry per module and function, with the name of the module in whose forward the call is. An ONNX
+        export (:func:`bnpatch.export_onnx`) makes norm layers of ``group_norm``, and of ``batch_norm`` with
+        running moments.
     """
     found = inventory(model)
     known = {norm_layer.name for norm_layer in found.norm_layers} | {
         left.name for left in found.skipped_norms
     }
     calls: Counter[tuple[str, str, str]] = Counter()
-    running: list[str] = []  # names of the modules whose forward is going on, the innermost last
+    running: list[str] = []  # names of the modules whose forward is running, the innermost last
 
     class Watch(TorchFunctionMode):
         def __torch_function__(

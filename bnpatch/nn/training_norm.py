@@ -1,9 +1,12 @@
-"""The general layer in training: Batch, Ghost, Group, Instance, Batch/Group Norm, and Batch Renorm.
+"""The layer that trains as a NormSpec says, its formulas, and the function that converts a model to it.
 
-Whatever is pooled, the running moments are exponential averages of the E[x] and E[x^2] of the whole
-batch, kept as mean and variance, so that a layer without bnpatch reads them. Where channels are pooled,
-the stored moments are pooled too: pooling and averaging commute, and a Batch/Group Norm at alpha = 0 is
-then Batch Norm inference, for every program that can do that.
+:class:`GeneralNorm` trains as Batch, Ghost, Group, Instance or Batch/Group Norm, or as Batch Renorm, by
+:func:`grouped_norm` and :func:`renorm`. :func:`convert_norms` puts it in the place of Batch Norm.
+
+Whatever the layer pools, its running moments are exponential averages of E[x] and E[x^2] of the whole batch,
+stored as mean and variance like those of Batch Norm. If channels are pooled, the stored moments are pooled
+too, which is allowed because pooling and averaging commute. Any program with Batch Norm can then run a
+Batch/Group Norm with alpha = 0.
 """
 
 from collections.abc import Callable
@@ -21,12 +24,13 @@ from bnpatch.nn.surgery import NormLayer, inventory, patch, swap
 
 
 class GeneralNorm(ExampleWeightedNorm):
-    """A layer that trains as its spec says, and weighs examples in evaluation mode.
+    """A layer that trains as its spec says, and weights the example in evaluation mode.
 
-    Training on groups of one batch or more is left to the original class, whose result it is bit for bit.
+    If a group is the whole batch and no channels are pooled, the original class does the training step, so
+    the result is the original's bit for bit.
 
     Attributes:
-        spec: what is pooled in training.
+        spec: what the layer pools in training.
     """
 
     spec: NormSpec
@@ -35,11 +39,11 @@ class GeneralNorm(ExampleWeightedNorm):
 
     @classmethod
     def of(cls, layer: ExampleWeightedNorm, spec: NormSpec) -> "GeneralNorm":
-        """The layer under another class, with one shared state, and with running moments that fit.
+        """Make a GeneralNorm that shares the state of ``layer``, with running moments pooled as by ``spec``.
 
         Args:
-            layer: must have buffers for running moments, and not be used afterwards.
-            spec: ``channels_per_group`` must divide the number of channels.
+            layer: a layer with buffers for running moments. Don't use it afterwards.
+            spec: what to pool; ``channels_per_group`` must divide the number of channels.
         """
         general = cls.__new__(cls)
         general.__dict__ = layer.__dict__
@@ -49,7 +53,7 @@ class GeneralNorm(ExampleWeightedNorm):
         if spec.channels_per_group > 1:
             running = _pool_groups(running, spec.channels_per_group)
         _store(running, general._averages())
-        general.running = None  # training averages into the buffers
+        general.running = None  # training updates the buffers
         return general
 
     def give_back(self) -> nn.Module:
@@ -75,7 +79,7 @@ class GeneralNorm(ExampleWeightedNorm):
 
     def _trains_as_origin(self, x: Tensor) -> bool:
         if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
-            return True  # the original class has the right error
+            return True  # the original class raises the right error
         if self.spec.renorm or self.channels_per_group > 1:
             return False
         return _group_sizes(len(x), self.spec.examples_per_group or len(x), joined=True) == [(len(x), 1)]
@@ -90,7 +94,7 @@ class GeneralNorm(ExampleWeightedNorm):
     @torch.no_grad()
     def _update_running(self, batch: Moments[Tensor]) -> None:
         self.num_batches_tracked.add_(1)
-        # Without a momentum, Batch Norm averages over all steps.
+        # Without a momentum, Batch Norm averages over all steps, each with the same weight.
         momentum = self.momentum
         if momentum is None:
             momentum = self.num_batches_tracked.to(batch.mean.dtype).reciprocal()
@@ -99,14 +103,14 @@ class GeneralNorm(ExampleWeightedNorm):
         _store(mix(momentum, batch, before), averages)
 
     def _averages(self) -> Moments[Tensor]:
-        """The buffers that training averages into."""
+        """The buffers that hold the running moments."""
         mean, var = self.parameters_of_norm()[2:]
-        assert mean is not None  # see of
+        assert mean is not None  # of() requires the buffers
         assert var is not None
         return Moments(mean, var)
 
     def extra_repr(self) -> str:
-        """Add what the layer trains as."""
+        """Add the spec."""
         return f"{super().extra_repr()}, trains as {self.spec}"
 
 
@@ -120,24 +124,23 @@ def grouped_norm(
 ) -> tuple[Tensor, Moments[Tensor]]:
     """Normalize disjoint groups of examples and channels, each by its own moments.
 
-    A batch that ``examples_per_group`` doesn't divide ends with one smaller group. A single example that
-    would be left over joins the group before it where channels aren't pooled: alone it would be
-    normalized as by Instance Norm.
+    If ``examples_per_group`` does not divide the batch, the last group is smaller. A single example that is
+    left over joins the group before it if channels aren't pooled; alone it would get Instance Norm.
 
     Args:
         x: input of shape (N, C, *spatial), floating point.
         weight: learned scale (gamma) of shape (C,), or None for 1.
         bias: learned shift (beta) of shape (C,), or None for 0.
         eps: added to the variance.
-        channels_per_group: consecutive channels whose moments are pooled; divides C.
-        examples_per_group: examples whose moments are pooled.
+        channels_per_group: number of consecutive channels whose moments are pooled; divides C.
+        examples_per_group: number of examples whose moments are pooled.
 
     Returns:
-        The output, of the shape and dtype of ``x``; and the moments of the whole batch, of shape (C,), each
-        channel with those of its group. No gradient flows through the moments.
+        The output, of the shape and dtype of ``x``; and the moments of the whole batch, of shape (C,), where
+        each channel has those of its group. No gradient flows through the moments.
     """
     sizes = _group_sizes(len(x), examples_per_group, joined=channels_per_group == 1)
-    # The backward pass of a split is a copy, even of a split into one.
+    # The backward pass of torch.split copies, even for a single part.
     parts = [x] if len(sizes) == 1 else torch.split(x, [size * count for size, count in sizes])
     outputs, batch, done = [], None, 0
     for (size, _), part in zip(sizes, parts, strict=True):
@@ -148,7 +151,7 @@ def grouped_norm(
         outputs.append(y)
         done += len(part)
         batch = moments if batch is None else mix(len(part) / done, moments, batch)
-    assert batch is not None  # a batch has a group
+    assert batch is not None  # a batch has at least one group
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), batch
 
 
@@ -161,7 +164,7 @@ def renorm(
     r_max: float | Tensor,
     d_max: float | Tensor,
 ) -> tuple[Tensor, Moments[Tensor]]:
-    """Batch Renormalization (Ioffe 2017, Algorithm 1): Batch Norm, corrected toward the running moments.
+    """Apply Batch Renormalization (Ioffe 2017, Algorithm 1): Batch Norm corrected by the running moments.
 
     Args:
         x: input of shape (N, C, *spatial).
@@ -169,13 +172,13 @@ def renorm(
         weight: gamma of shape (C,), or None for 1.
         bias: beta of shape (C,), or None for 0.
         eps: added to both variances.
-        r_max: bound of the factor of the correction.
-        d_max: bound of its shift.
+        r_max: the factor r of the correction is clamped to [1 / r_max, r_max].
+        d_max: the shift d of the correction is clamped to [-d_max, d_max].
 
     Returns:
         The output, and the moments of the batch, of shape (C,).
     """
-    with torch.no_grad():  # the correction is a constant to the gradient: that is the method
+    with torch.no_grad():  # the method treats the correction as a constant in the gradient
         pooled = pool(example_moments(x), 0)
         batch = Moments(pooled.mean[0], pooled.var[0])
         std = (running.var.to(batch.var) + eps).sqrt()
@@ -188,7 +191,10 @@ def renorm(
 
 
 def _group_sizes(num_examples: int, size: int, joined: bool) -> list[tuple[int, int]]:
-    """Examples per group and number of such groups; one entry, or two where there is a remainder."""
+    """Return pairs (examples per group, number of such groups): one, or two if there is a remainder.
+
+    ``joined`` adds a remainder of one example to the last group.
+    """
     count, rest = divmod(num_examples, size)
     sizes = [(size, count), (rest, 1)]
     if joined and rest == 1:
@@ -199,16 +205,17 @@ def _group_sizes(num_examples: int, size: int, joined: bool) -> list[tuple[int, 
 def _ghost_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, size: int
 ) -> tuple[Tensor, Moments[Tensor]]:
-    """One ``batch_norm`` call on a view in which every group of examples has channels of its own.
+    """Normalize groups of examples by one ``batch_norm`` call on a view.
 
-    The groups are the examples n, n + N / size, n + 2 N / size, ...; channels-last memory is copied.
+    In the view each group has channels of its own. A group has the examples n, n + N / size,
+    n + 2 N / size, ... Channels-last memory is copied.
     """
     count, (num_channels, *spatial) = len(x) // size, x.shape[1:]
     rows = x.reshape(size, count * num_channels, *spatial)
     stats = torch.promote_types(x.dtype, torch.float32)
-    # With momentum 1 these come back as the moments of each group, at no cost.
+    # With momentum 1, batch_norm writes the moments of each group into these, at no cost.
     mean, var = (x.new_zeros(count * num_channels, dtype=stats) for _ in range(2))
-    # As repeat does, in half the time.
+    # This does what repeat does, in half the time.
     scale, shift = (None if t is None else t.expand(count, -1).reshape(-1) for t in (weight, bias))
     y = F.batch_norm(rows, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
     values = rows.numel() // rows.shape[1]
@@ -228,15 +235,16 @@ def _pooled_norm(
 
 
 class _PooledNorm(torch.autograd.Function):
-    """Groups of examples and of channels, with as many passes over memory as Batch Norm needs.
+    """Normalizes groups of examples and channels, with as many passes over memory as Batch Norm needs.
 
-    ``batch_norm`` can't take a scale per channel for moments per group of channels; a second map for it
-    would cost up to 0.9 of the first, both ways. Here the moments of single examples and channels are
-    pooled, and scale and shift go into one map; ``dx`` is affine in ``dy`` and in ``x``:
+    ``batch_norm`` can't combine a scale per channel with moments per group of channels, and a second affine
+    map for the scale would cost up to 0.9 of the time of the first, forward and backward. This function pools
+    the moments of single examples and channels, and applies one affine map with scale and shift. In the
+    backward pass ``dx`` is affine in ``dy`` and in ``x``:
 
         dx = rstd * (w * dy - mean(w * dy) - x^ * mean(w * dy * x^)),  x^ = (x - mean) * rstd
 
-    with means over the group, of which only the sums of ``dy`` and of ``dy * x`` touch memory.
+    The means are over the group. Only the sums of ``dy`` and of ``dy * x`` read whole tensors.
     """
 
     @staticmethod
@@ -255,8 +263,8 @@ class _PooledNorm(torch.autograd.Function):
         batch = pool(group, 1)
         moments = (t.expand(1, 1, *ctx.groups[2:]).reshape(-1) for t in (batch.mean, batch.var))
         y = affine(x, scale, bias.to(rstd) - mean * scale)
-        # affine returns a view of what nobody else holds. Autograd lets nobody write into a view that was
-        # made in here, as ReLU(inplace=True) wants to.
+        # affine returns a view. Autograd forbids in-place writes, such as ReLU(inplace=True), into a view
+        # that a Function made, so this makes y a tensor of its own. Nothing else uses its memory.
         outputs = torch.ops.aten._unsafe_view(y, y.shape), *moments
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -269,7 +277,7 @@ class _PooledNorm(torch.autograd.Function):
         rows, d_rows = (t.reshape(by_channel).to(rstd.dtype) for t in (x, dy))
         d_shift = d_rows.sum(1).view_as(mean)
         products = torch.bmm(d_rows[:, None], rows[:, :, None]).view_as(mean)
-        d_scale = (products - mean * d_shift) * rstd  # of dy * x^
+        d_scale = (products - mean * d_shift) * rstd  # sums of dy * x^
 
         def over_group(sums: Tensor) -> Tensor:
             size, _, _, channels = ctx.groups
@@ -301,19 +309,21 @@ def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[T
 def convert_norms(
     model: nn.Module, spec: NormSpec, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True
 ) -> nn.Module:
-    """Let the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
+    """Make the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
 
-    Layers that are frozen, or that keep no running moments (Group Norm), stay as they are. Where ``spec``
-    pools channels, the activations change: the running moments should be taken anew
+    Layers that are frozen, or that keep no running moments (Group Norm), stay as they are. If ``spec`` pools
+    channels, the activations change, so re-estimate the running moments afterwards
     (:func:`bnpatch.finetune.moments.recalibrate`).
+
+        >>> model = convert_norms(nn.Sequential(nn.BatchNorm2d(8)), NormSpec.ghost(16))
 
     Args:
         model: any module; it may be patched already.
-        spec: for every norm layer, fitted to its channels by :meth:`NormSpec.for_channels`.
-        where: which norm layers to convert.
+        spec: how every norm layer trains; :meth:`NormSpec.for_channels` fits it to the layer's channels.
+        where: a function that tells which norm layers to convert.
 
     Returns:
-        The model; another object only where the model itself is a norm.
+        The model; it is another object only if the model itself is a norm.
 
     Raises:
         BnpatchError: there is no norm layer, or all of them stay as they are.

@@ -1,1 +1,1 @@
-"""ONNX graphs: find the norm layers and rewrite them; on onnx-ir, without torch."""
+"""Find the norm layers of ONNX graphs and rewrite them."""

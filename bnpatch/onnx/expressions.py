@@ -1,9 +1,9 @@
-"""Operators that append ONNX nodes, so that ``bnpatch.core.moments`` runs on the values of a graph.
+"""Values of an ONNX graph with arithmetic operators, so that ``bnpatch.core.moments`` works on them.
 
-A :class:`Value` has what the formula needs, ``+ - *`` and ``.mean(axes, keepdims=True)``, and the few
-further operators that its callers use. Constants stay Python numbers and NumPy arrays until they meet
-a value: what is known beforehand is computed in float64 by NumPy and costs nothing at run time. Every
-operator exists from opset 7 on, so no opset has to be lifted.
+A :class:`Value` has the operators that the formula needs, ``+ - *`` and ``.mean(axes, keepdims=True)``, and a
+few more that callers use. Each operator appends an ONNX node. Constants stay Python numbers and NumPy arrays
+until they are combined with a value, so NumPy computes what is known beforehand, in float64, and it costs
+nothing at run time. All ONNX operators that are used exist from opset 7 on, so the opset never changes.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,23 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-#: A constant operand: known when the graph is written.
+#: A constant operand, which is known when the graph is written.
 Constant = int | float | NDArray[Any] | np.generic
 
 #: The first opset whose ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
 
-#: The first opset whose Constant may have integers.
+#: The first opset whose Constant can have integers.
 _CONSTANTS_ARE_OF_ANY_TYPE = 9
 
 
 class Tape:
-    """The nodes that replace one norm layer, in order.
+    """The list of new nodes that replace one norm layer, in order.
 
     Args:
-        prefix: what the names of all new nodes and values begin with.
-        opset: version of the default domain.
-        taken: the names in use in the model; new ones are added.
+        prefix: prefix of the names of all new nodes and values.
+        opset: opset version of the default domain.
+        taken: the names that the model uses; new names are added to it.
     """
 
     def __init__(self, prefix: str, opset: int, taken: set[str]) -> None:
@@ -40,13 +40,13 @@ class Tape:
         self._memo: dict[Any, ir.Value] = {}
 
     def op(self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attrs: Any) -> ir.Value:
-        """Append a node with one output; an equal node that is there already is used again.
+        """Append a node with one output, and return the output. An equal node on the tape is reused.
 
         Args:
             op_type: name of the operator in the default domain.
-            inputs: its inputs.
+            inputs: inputs of the node.
             dtype: type of the output; that of the first input by default.
-            attrs: its attributes.
+            attrs: attributes of the node.
         """
         key = (op_type, *(id(value) for value in inputs), *sorted((k, repr(v)) for k, v in attrs.items()))
         if key not in self._memo:
@@ -54,7 +54,7 @@ class Tape:
         return self._memo[key]
 
     def constant(self, value: Constant, dtype: ir.DataType) -> ir.Value:
-        """A Constant node, valid in subgraphs and for every IR version, unlike an initializer."""
+        """Append a Constant node, which unlike an initializer is valid in subgraphs and every IR version."""
         if dtype == ir.DataType.INT64 and self._opset < _CONSTANTS_ARE_OF_ANY_TYPE:
             return self.op("Cast", self.constant(value, ir.DataType.FLOAT), dtype=dtype, to=int(dtype))
         array = np.asarray(value).astype(dtype.numpy())
@@ -66,7 +66,7 @@ class Tape:
         return self._memo[key]
 
     def reduce_mean(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
-        """``ReduceMean`` that keeps the axes, with size 1."""
+        """Append a ``ReduceMean`` that keeps the axes with size 1."""
         if self._opset < _AXES_ARE_AN_INPUT:
             return self.op("ReduceMean", x, axes=list(axes), keepdims=1)
         return self.op("ReduceMean", x, self.constant(np.array(axes), ir.DataType.INT64), keepdims=1)
@@ -93,9 +93,9 @@ class Tape:
 
 
 class Value:
-    """A value of a graph, with the operators of an array; each appends a node to the tape."""
+    """A value of a graph with the operators of an array; each operator appends a node to the tape."""
 
-    #: Let ``array + value`` come here, instead of to NumPy, which would take the array apart.
+    #: Makes ``array + value`` call this class. NumPy would add the value to each element of the array.
     __array_ufunc__ = None
 
     def __init__(self, tape: Tape, value: ir.Value, dtype: ir.DataType | None = None) -> None:
@@ -128,31 +128,31 @@ class Value:
         return self._op("Div", other, self)
 
     def mean(self, axes: int | tuple[int, ...], keepdims: bool = True) -> "Value":
-        """The mean over ``axes``, which stay with size 1."""
+        """Return the mean over ``axes``, which stay with size 1."""
         if not keepdims:
             raise ValueError("keepdims must be True")
         axes = (axes,) if isinstance(axes, int) else axes
         return Value(self.tape, self.tape.reduce_mean(self.value, axes), self.dtype)
 
     def global_average_pool(self) -> "Value":
-        """The mean over all axes but the first two, which stay with size 1."""
+        """Return the mean over all axes but the first two; the axes stay with size 1."""
         return self._op("GlobalAveragePool", self)
 
     def sqrt(self) -> "Value":
-        """The square root, element by element."""
+        """Return the square root of each element."""
         return self._op("Sqrt", self)
 
     def clamp_min_0(self) -> "Value":
-        """``max(x, 0)``; as Relu, because Max does not broadcast before opset 8."""
+        """Return ``max(x, 0)``, by the operator Relu because Max does not broadcast before opset 8."""
         return self._op("Relu", self)
 
     def reshape(self, shape: Sequence[int]) -> "Value":
-        """The same values in another shape; 0 keeps a size, -1 is what is left."""
+        """Return the values in another shape; 0 keeps a size, and -1 infers one."""
         target = self.tape.constant(np.array(shape), ir.DataType.INT64)
         return Value(self.tape, self.tape.op("Reshape", self.value, target), self.dtype)
 
     def cast(self, dtype: ir.DataType) -> "Value":
-        """The same values in another type; itself where it has that type."""
+        """Return the values in another type, or this value if it has that type."""
         if dtype == self.dtype:
             return self
         return Value(self.tape, self.tape.op("Cast", self.value, dtype=dtype, to=int(dtype)), dtype)

@@ -1,39 +1,39 @@
-"""Arrangements of the formula as ONNX nodes; ``docs/onnx-latency.md`` has the measurement that chose.
+"""Three arrangements of the formula as ONNX nodes; ``docs/onnx-latency.md`` has their measured latencies.
 
-Two arrangements are one and the same code, :func:`bnpatch.core.moments.mix` on the values of the graph, seen
-from different coordinates; the third is what is left of the second when alpha is a number:
+The first two are the same code, :func:`bnpatch.core.moments.mix` on values of the graph, applied to different
+inputs. The third simplifies the second for an alpha that is a number:
 
-- *direct*: on the input x, with the running moments (rm, rv) and eps.
-- *normalized*: on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
-  computes, with the running moments (0, rho), rho = rv / (rv + eps), and 1 - rho in the place of eps.
-- *fused*: on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
+- *direct* works on the input x, with the running moments (rm, rv) and eps.
+- *normalized* works on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
+  computes. Its running moments are (0, rho) with rho = rv / (rv + eps), and 1 - rho replaces eps.
+- *fused* works on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
 
-The first two agree because a mixture moves along with an affine map of everything in it: with
+The first two agree because an affine map of both distributions maps the mixture likewise: with
 k = 1 / sqrt(rv + eps) the mixture of u has the mean k * (mean - rm) and the variance k^2 * var, hence
 
     (u - mean_u) / sqrt(var_u + 1 - rho) = k * (x - mean) / sqrt(k^2 * var + k^2 * eps)
                                          = (x - mean) / sqrt(var + eps)
 
-Where the input comes from a convolution, every runtime folds that BatchNormalization into the weights,
-as it did with the original, so u is there at no cost, and its moments about the running mean lose no
-digits where ``E[x^2] - mean^2`` would. Elsewhere u would cost a pass over memory, and direct is faster.
+If the input comes from a convolution, every runtime folds that BatchNormalization into the weights, as it did
+with the original. Then u costs nothing, and its moments are taken about the running mean, so they lose no
+digits where ``E[x^2] - mean^2`` of x would. Elsewhere u would cost a pass over memory, and direct is faster.
 
-The *fused* form takes 8 operators on (N, C) where the normalized one takes 13, which small models feel.
-In the normalized coordinates, with the example's mean m and mean square q, ``mix`` and eps give
+The *fused* form takes 8 operators on (N, C), the normalized one 13, which matters for small models. In the
+normalized coordinates, with the example's mean m and mean square q, ``mix`` and eps give
 
     alpha (q - m^2) + (1 - alpha) rho + alpha (1 - alpha) m^2 + 1 - rho
         = alpha q - (alpha m)^2 + r,        r = ((1 - alpha) rv + eps) / (rv + eps)
 
-and with sqrt(alpha) in the scale of the BatchNormalization, alpha q is the mean square of u itself and
-(alpha m)^2 is alpha times its squared mean m_u:
+If sqrt(alpha) is the scale of the BatchNormalization, alpha q is the mean square of u itself and (alpha m)^2
+is alpha times its squared mean m_u:
 
     w = q_u - (alpha m_u) m_u + r,  s = (g / sqrt(alpha)) / sqrt(w),  y = u s + (b - (alpha m_u) s)
 
-Here a difference of squares is left, but q_u - alpha m_u^2 >= (1 - alpha) q_u, far above rounding as long
-as alpha is not near 1; there, the normalized form is taken.
+This has a difference of squares, but q_u - alpha m_u^2 >= (1 - alpha) q_u, which is far above rounding unless
+alpha is near 1. For such an alpha, the normalized form is used.
 
-With half-precision input both moments and the map are computed in float32 (squares overflow float16
-above 256), always directly: u could overflow where the running variance is tiny.
+For half-precision input, moments and affine map are computed in float32 (squares of values above 256 overflow
+float16), and always by the direct form, because u could overflow where the running variance is tiny.
 """
 
 from typing import Any, Literal
@@ -48,7 +48,7 @@ from bnpatch.onnx.match import NormLayer
 
 Form = Literal["direct", "normalized", "folded"]
 
-#: Up to here the fused form has at least four digits more than rounding takes.
+#: Up to this alpha, the fused form keeps four digits more than rounding needs.
 _LARGEST_FOLDED_ALPHA = 0.99
 
 #: Operators into which a runtime can fold a BatchNormalization that follows.
@@ -56,7 +56,7 @@ _FOLDING = ("Conv", "ConvTranspose", "Gemm")
 
 
 def best_form(norm_layer: NormLayer, running: Moments[Array], alpha: float | ir.Value) -> Form:
-    """The fastest form of those that are accurate at this norm layer."""
+    """Return the fastest of the forms that are accurate at this norm layer."""
     wide = norm_layer.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
     if not wide or not np.all(running.var + norm_layer.eps > 0):
         return "direct"
@@ -77,16 +77,16 @@ def append_norm(
     *,
     given: Moments[ir.Value] | None = None,
 ) -> ir.Value:
-    """Append what replaces a norm layer: normalization by the mixture of example and running moments.
+    """Append the nodes that normalize by the mixture of example and running moments (Eq. 3 of the paper).
 
     Args:
-        tape: takes the nodes.
-        norm_layer: where.
-        running: running mean and variance of shape (C,).
-        alpha: weight of the example, a number in [0, 1] or a scalar in the graph.
+        tape: gets the nodes.
+        norm_layer: the norm layer that the nodes replace.
+        running: running mean and variance, each of shape (C,).
+        alpha: weight of the example, a number in [0, 1] or a scalar of the graph.
         form: see the module; :func:`best_form` by default.
-        given: running mean and variance as float32 values of the graph, (C,), to normalize by in the place
-            of ``running``, which is then no more than what the coordinates are taken from.
+        given: running mean and variance as float32 values of the graph, each of shape (C,), that replace
+            ``running`` in the formula. The normalized form still uses ``running`` to compute u.
 
     Returns:
         The result, of the shape and type of the input of the norm layer.
@@ -120,13 +120,13 @@ def append_norm(
 def append_batch_norm(
     tape: Tape, norm_layer: NormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
 ) -> ir.Value:
-    """Append Batch Norm by other running moments: where they are constants, a node that runtimes fold.
+    """Append a BatchNormalization with other running moments. If they are constants, runtimes can fold it.
 
     Args:
-        tape: takes the node.
-        norm_layer: where.
-        running: running mean and variance of shape (C,).
-        given: float32 values of the graph to use in their place, for norm layers that pool no channels.
+        tape: gets the node.
+        norm_layer: the norm layer that the node replaces.
+        running: running mean and variance, each of shape (C,).
+        given: float32 values of the graph that replace ``running``, for norm layers that pool no channels.
     """
     running = _pooled_per_channel(running, norm_layer.channels_per_group)
     weight, bias = (
@@ -142,17 +142,17 @@ def append_batch_norm(
 
 
 def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moments[ir.Value]]:
-    """Append the norm as it is in training: by the moments of the whole batch, which are returned too.
+    """Append the norm as it is in training: it normalizes by the moments of the whole batch.
 
-    Group Norm stays Group Norm.
+    A Group Norm stays a Group Norm.
 
     Args:
-        tape: takes the nodes.
-        norm_layer: where.
+        tape: gets the nodes.
+        norm_layer: the norm layer that the nodes replace.
 
     Returns:
-        The result, and mean and biased variance of the batch per channel, (1, C, 1, ..., 1) in float32
-        or wider.
+        The result; and mean and biased variance of the batch per channel, (1, C, 1, ..., 1), in float32 or
+        wider.
     """
     compute = ir.DataType.DOUBLE if norm_layer.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
@@ -161,7 +161,7 @@ def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moment
     if norm_layer.identity == 1:
         ignored = Moments(
             np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
-        )  # by a weight of 0
+        )  # alpha = 1 gives the running moments the weight 0
         return append_norm(tape, norm_layer, ignored, 1.0, "direct"), found
     columns = (-1, *(1,) * (len(norm_layer.dims) - 2))
     weight, bias = (
@@ -173,9 +173,10 @@ def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moment
 
 
 def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
-    """Moments over some axes, which stay with size 1, in two passes.
+    """Append the moments over some axes, which stay with size 1, in two passes.
 
-    No digits are lost where the mean is large against the standard deviation; for what is measured once.
+    Two passes lose no digits if the mean is much larger than the standard deviation. They are slower than
+    :func:`example_moments`, so they serve for statistics, not in an exported model.
     """
     mean = x.mean(axes)
     centred = x - mean
@@ -208,7 +209,7 @@ def _weighted_norm(
     alpha: float | Value,
     form: Form,
 ) -> Value:
-    """Eq. 3 of the paper on graph values; running moments and eps per channel, alike within a group."""
+    """Append Eq. 3 of the paper; running moments and eps are per channel and equal within a group."""
     spatial = (1,) * (len(norm_layer.dims) - 2)
     example = example_moments(
         x, len(norm_layer.dims), blocked=form == "normalized" and _is_blocked(norm_layer)
@@ -231,7 +232,7 @@ def _weighted_norm(
         pooled = pool(Moments(means, variances), axes=1)
         means, variances = pooled.mean, pooled.var
     if isinstance(means, np.ndarray) and not means.any():
-        means = 0.0  # the plain number costs no nodes
+        means = 0.0  # a plain 0 needs no nodes
     moments = mix(alpha, example, Moments(means, variances))
     scale: Value = weights / (moments.var + epsilons).sqrt()
     shift: Value = biases - moments.mean * scale
@@ -241,16 +242,16 @@ def _weighted_norm(
 
 
 def example_moments(x: Value, rank: int, blocked: bool = False) -> Moments[Any]:
-    """Moments of each channel of each example, (N, C, *spatial) to (N, C, 1, ..., 1).
+    """Append the moments of each channel of each example, (N, C, *spatial) to (N, C, 1, ..., 1).
 
-    The variance is ``E[x^2] - mean^2``, clamped at 0: the relative error is about 1e-7 * (mean / std)^2
-    in float32. A same-shape product and a mean are faster than ReduceSumSquare in onnxruntime.
+    The variance is ``E[x^2] - mean^2``, clamped at 0. Its relative error is about 1e-7 * (mean / std)^2 in
+    float32. In onnxruntime a product and a mean are faster than ReduceSumSquare.
 
     Args:
         x: the values, (N, C, *spatial).
-        rank: number of dimensions.
-        blocked: ``x`` comes from a 2d convolution in float32, which onnxruntime's CPU provider leaves in
-            its blocked layout; GlobalAveragePool reads that, ReduceMean does not.
+        rank: number of dimensions of ``x``.
+        blocked: whether ``x`` comes from a 2d convolution in float32. onnxruntime's CPU provider leaves that
+            output in its blocked layout, which GlobalAveragePool can read and ReduceMean can't.
     """
     if rank == 2:
         return Moments(x, 0.0)
@@ -259,7 +260,7 @@ def example_moments(x: Value, rank: int, blocked: bool = False) -> Moments[Any]:
 
 
 def _means(x: Value, rank: int, blocked: bool) -> tuple[Value, Value]:
-    """Mean and mean square over the spatial axes, which stay with size 1."""
+    """Append mean and mean square over the spatial axes, which stay with size 1."""
     if blocked:
         return x.global_average_pool(), (x * x).global_average_pool()
     axes = tuple(range(2, rank))
@@ -267,19 +268,19 @@ def _means(x: Value, rank: int, blocked: bool) -> tuple[Value, Value]:
 
 
 def _is_blocked(norm_layer: NormLayer) -> bool:
-    """The blocked layout of onnxruntime is for 2d convolutions in float32."""
+    """Tell whether the input can be in onnxruntime's blocked layout, which 2d float32 convolutions have."""
     return norm_layer.dtype == ir.DataType.FLOAT and len(norm_layer.dims) == 4
 
 
 def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Moments[Array]:
-    """Pool over groups of consecutive channels, and hand each channel its group's moments."""
+    """Pool moments (C,) over groups of consecutive channels; each channel gets those of its group."""
     columns = Moments(*(v.reshape(-1, channels_per_group) for v in (running.mean, running.var)))
     pooled = pool(columns, axes=1)
     return Moments(*(np.repeat(v, channels_per_group) for v in (pooled.mean, pooled.var)))
 
 
 def _batch_norm(tape: Tape, norm_layer: NormLayer, running: Moments[Array], scale: float = 1.0) -> ir.Value:
-    """A BatchNormalization by the running moments alone: the site's own node, with bias 0."""
+    """Append a BatchNormalization by the running moments, like the norm layer's node, but with bias 0."""
     scales, zeros = (
         tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (scale, 0.0)
     )

@@ -1,13 +1,14 @@
-"""Convolutions that may have had a Batch Norm which was fused into them: find them, give it back.
+"""Find convolutions of an ONNX graph that a Batch Norm may have been fused into, and add it again.
 
-A fused Batch Norm leaves no trace but a bias, which the convolutions of most architectures with Batch
-Norm do not have of their own. So these are candidates, no more: what stands before a Softmax or at an
-output, or squeezes and excites, has a bias as well.
+A fused Batch Norm leaves only one trace, a bias: in most architectures with Batch Norm, convolutions have no
+bias of their own. The convolutions that are found are therefore only candidates. A convolution before a
+Softmax, at an output or in a squeeze-and-excite block has a bias, too.
 
-What the Batch Norm did to its input is gone, and need not be known: normalization does not change under
-an affine map of each channel. So the output y0 of such a convolution is taken as the output of a virtual
-Batch Norm with running moments (b, v), those of y0 over data like the training data, scale sqrt(v + eps)
-and shift b, which is the identity; for alpha > 0 it is the formula of the paper up to eps.
+The scale and shift of the Batch Norm are lost, but they are not needed, because normalization does not change
+under an affine map of each channel. The output y0 of such a convolution is treated as the output of a virtual
+Batch Norm. Its running moments (b, v) are those of y0 over data like the training data, its scale is
+sqrt(v + eps), and its shift is b. With alpha = 0 it is the identity; with alpha > 0 it is the formula of the
+paper up to eps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class FusedConv:
     """A convolution with a bias and no norm after it.
 
     Attributes:
-        name: dotted name of the torch module where the weight tells it, else the name of the node.
+        name: dotted name of the torch module if the name of the weight tells it, else the name of the node.
         node: the convolution.
         channels: C, the number of channels of its output.
         dims: dimensions of its output, (N, C, *spatial).
@@ -50,12 +51,11 @@ class FusedConv:
 
 
 def find_fused_convs(model: ir.Model) -> tuple[FusedConv, ...]:
-    """The candidates of a model, in the order of its nodes; looks only.
+    """Return the candidates of a model, in the order of its nodes. The model is not changed.
 
-    Convolutions whose output is known to have a single value per channel (the heart of squeeze and
-    excite, or a classifier written as a convolution) are none: no Batch Norm would have been there. Nor are
-    those that embed patches in a model with Layer Norm (a transformer; from opset 17 on, where it is an
-    operator).
+    Two kinds of convolution are left out, because they had no Batch Norm: those whose output is known to have
+    one value per channel (in squeeze-and-excite, or a classifier written as a convolution), and those that
+    embed patches in a model with Layer Norm (a transformer; from opset 17 on, which has that operator).
     """
     types = infer_types(model)
     candidates = []
@@ -77,32 +77,32 @@ def find_fused_convs(model: ir.Model) -> tuple[FusedConv, ...]:
 
 
 def observe(model: ir.Model, candidates: Sequence[FusedConv]) -> list[tuple[str, str]]:
-    """Add the moments of each candidate's output to the outputs of its model, see :func:`observe_values`."""
+    """Add the moments of each candidate's output as outputs of the model, see :func:`observe_values`."""
     return observe_values(model, [(c.node.outputs[0], len(c.dims)) for c in candidates])
 
 
 def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> list[tuple[str, str]]:
-    """Add the moments of values to the outputs of a model, in place.
+    """Add the moments of values as outputs of a model, in place.
 
     Args:
         model: the model.
-        values: of its main graph, (N, C, *spatial), each with its number of dimensions.
+        values: values (N, C, *spatial) of its main graph, each with its number of dimensions.
 
     Returns:
-        For each value the names of two outputs, mean and variance per example, (N, C, 1, ..., 1).
+        For each value the names of two outputs, its mean and variance per example, (N, C, 1, ..., 1).
     """
     names = []
     opset = model.opset_imports.get("", 0)
     for index, (output, rank) in enumerate(values):
         tape = Tape(f"bnpatch/observe/{index}", opset, set())
         value = Value(tape, output, output.dtype or ir.DataType.FLOAT).cast(ir.DataType.FLOAT)
-        if rank == 2:  # a single value per channel: no variance
+        if rank == 2:  # one value per channel has the variance 0
             parts = [Value(tape, tape.op("Identity", value.value), value.dtype), value - value]
         else:
             moments = centred_moments(value, tuple(range(2, rank)))
             parts = [moments.mean, moments.var]
         producer = output.producer()
-        if producer is None:  # an input of the graph
+        if producer is None:  # the value is an input of the graph
             model.graph.insert_before(model.graph[0], tape.nodes)
         else:
             model.graph.insert_after(producer, tape.nodes)
@@ -112,12 +112,12 @@ def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> l
 
 
 def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: float = 1e-5) -> None:
-    """Put a Batch Norm that is the identity after each of the convolutions named, in place.
+    """Put a Batch Norm that is the identity after each named convolution, in place.
 
     Args:
         model: the model.
-        moments: mean and variance, each of shape (C,), of the output of each convolution, by name.
-        eps: added to the variance; keeps channels that are constant from being divided by 0.
+        moments: by name of convolution, mean and variance of its output, each of shape (C,).
+        eps: added to the variance, so that a constant channel is not divided by 0.
     """
     for candidate in find_fused_convs(model) if moments else ():
         if candidate.name not in moments:
@@ -146,19 +146,19 @@ def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: fl
 
 def _graph_of(candidate: FusedConv) -> ir.Graph | ir.Function:
     graph = candidate.node.graph
-    assert graph is not None  # found in one
+    assert graph is not None  # find_fused_convs found the node in a graph
     return graph
 
 
 def _is_normalized(value: ir.Value) -> bool:
     users = [use.node for use in value.uses()]
-    # Group Norm as exporters write it is an Instance Norm of a Reshape.
+    # Exporters write Group Norm as a Reshape followed by an Instance Norm.
     users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
     return any(node.op_type in _NORMS for node in users)
 
 
 def _embeds_patches(node: ir.Node) -> bool:
-    """Does it take patches that do not overlap?"""
+    """Tell whether a convolution takes patches that do not overlap (kernel size = stride > 1)."""
     weight, strides = constant_of(node.inputs[1]), node.attributes.get("strides")
     if node.op_type != "Conv" or weight is None or strides is None:
         return False

@@ -1,9 +1,11 @@
-"""Recognise Group Norm as exporters write it for opsets that have no operator for it.
+"""Recognise Group Norm in graphs of an opset that has no operator for it.
+
+Both torch exporters write Group Norm as these nodes:
 
     Reshape to (N, G, -1) -> InstanceNormalization -> Reshape to the shape before -> Mul -> Add
 
-with a scale of ones and a bias of zeros at the Instance Norm. Both torch exporters write this; Mul and
-Add are missing where the layer has no learned scale and shift.
+The Instance Norm has a scale of ones and a bias of zeros. Mul and Add are missing if the layer has no learned
+scale and shift.
 """
 
 from dataclasses import dataclass
@@ -16,15 +18,15 @@ from bnpatch.onnx.inference import Array, Dims, constant_of
 
 @dataclass(frozen=True)
 class ExportedGroupNorm:
-    """The nodes of one Group Norm, in order, and its parameters.
+    """The nodes of one Group Norm and its parameters.
 
     Attributes:
-        nodes: the nodes from the first Reshape to the last node.
-        num_groups: G.
+        nodes: the nodes in order, from the first Reshape to the last node.
+        num_groups: G, the number of groups.
         eps: added to the variance.
         weight: learned scale of shape (C,).
         bias: learned shift of shape (C,).
-        parameters: the values that hold scale and shift.
+        parameters: the values of the graph that hold scale and shift.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -36,13 +38,14 @@ class ExportedGroupNorm:
 
 
 def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | None:
-    """The Group Norm that an InstanceNormalization node is the core of, or None.
+    """Return the Group Norm that an InstanceNormalization node is part of, or None.
 
-    None also where a value in between is used elsewhere, or the number of channels is not known.
+    The result is also None if a value inside the Group Norm is used elsewhere, or if the number of channels
+    is not known.
 
     Args:
-        node: the InstanceNormalization.
-        dims: dimensions of the input of the node before, as far as they are known.
+        node: the InstanceNormalization node.
+        dims: dimensions of the input of the Reshape before it, as far as they are known.
     """
     if len(node.inputs) != 3 or node.inputs[0] is None or len(node.outputs) != 1:
         return None
@@ -80,7 +83,7 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
 
 def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
     output = node.outputs[0]
-    # What a CastLike reads of its second operand is the type.
+    # A use as the second operand of CastLike does not count, because it reads only the type.
     uses = [use for use in output.uses() if not (use.node.op_type == "CastLike" and use.idx == 1)]
     if len(uses) != 1 or output.is_graph_output():
         return None
@@ -90,13 +93,16 @@ def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
 
 
 def _splits_into(shape: ir.Value | None, num_groups: int) -> bool:
-    """Is it the shape (N, G, -1), with N as a number or kept?"""
+    """Tell whether a value is the shape (N, G, -1); N may be a number, or 0 to keep the size."""
     sizes = constant_of(shape)
     return sizes is not None and sizes.shape == (3,) and sizes[1] == num_groups and sizes[2] != 0
 
 
 def _is_shape_of(shape: ir.Value | None, value: ir.Value | None) -> bool:
-    """Does a Reshape to it restore the shape of ``value``? A constant one is believed, as (N, C, ...)."""
+    """Tell whether a Reshape to ``shape`` restores the shape of ``value``.
+
+    A constant with more than two entries is assumed to be that shape, (N, C, ...).
+    """
     if shape is None or value is None:
         return False
     node = shape.producer()
@@ -117,6 +123,6 @@ def _other_operand(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _is_per_channel(constant: Array, rank: int) -> bool:
-    """Does it broadcast along the channels of an input of this rank, and along nothing else?"""
+    """Tell whether a constant has one value per channel when it broadcasts with an input of this rank."""
     sizes = (1,) * (rank - constant.ndim) + constant.shape
     return len(sizes) == rank > 2 and all(size == 1 for i, size in enumerate(sizes) if i != 1)

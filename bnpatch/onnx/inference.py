@@ -1,7 +1,9 @@
-"""What a value of a graph is, where that is known before the graph runs.
+"""Find out what is known of a graph's values before the graph runs: constants, names, types and shapes.
 
-Exporters hide parameters behind Identity, CastLike, Unsqueeze or Expand of what is constant; these are
-looked through, and nothing else is: a value that only ONNX knows how to compute counts as dynamic.
+:func:`constant_of` computes a value from constants. Exporters put operators such as Identity, CastLike,
+Unsqueeze or Expand between a parameter and its use, so it evaluates the few operators in ``_OPERATORS``; any
+other value counts as dynamic. :func:`names_of` returns the names of a value and of the values that it is a
+view of. :func:`infer_types` returns types and dimensions of all values.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,22 +17,24 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 Array = NDArray[Any]
 
-#: No parameter of a norm, and no shape, is larger; a damaged file may ask for any amount of memory.
+#: The most elements of a constant that is computed. No parameter of a norm and no shape is larger, but a
+#: damaged file may ask for any amount of memory.
 _MOST_ELEMENTS = 1 << 24
+#: The longest chain of operators that is followed.
 _DEEPEST = 32
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The value as an array, or None where it depends on the input of the model.
+    """Return a value as an array, or None if it depends on the input of the model.
 
-    An initializer counts as constant, also where it is listed among the inputs of the graph (as every
-    initializer had to be before IR version 4).
+    An initializer counts as constant even if the graph lists it as an input, which every graph had to do
+    before IR version 4.
     """
     return None if value is None else _evaluate(value, _DEEPEST)
 
 
 def names_of(value: ir.Value | None) -> list[str]:
-    """Names under which a value goes: its own, then those of what it is a mere copy or view of."""
+    """Return the names of a value: its own, then those of the values that it is a copy or a view of."""
     names: list[str] = []
     for _ in range(_DEEPEST):
         if value is None:
@@ -61,14 +65,14 @@ def _evaluate(value: ir.Value, depth: int) -> Array | None:
         return None
     inputs = [None if operand is None else _evaluate(operand, depth - 1) for operand in node.inputs]
     if node.op_type == "CastLike" and inputs and inputs[0] is not None:
-        return inputs[0]  # of what type does not matter here, and the second operand need not be constant
+        return inputs[0]  # the type does not matter here, and the second operand need not be constant
     operands = [operand for operand in inputs if operand is not None]
     if len(operands) < len(inputs):
         return None
     try:
         result = function(node, operands)
     except (ValueError, TypeError, IndexError, MemoryError, OverflowError, ArithmeticError):
-        return None  # an invalid node: what it computes is not known
+        return None  # the node is invalid
     return result if result.size <= _MOST_ELEMENTS else None
 
 
@@ -79,7 +83,7 @@ def _as_array(tensor: ir.TensorProtocol | None) -> Array | None:
 
 
 def _static_shape(node: ir.Node) -> Array | None:
-    """The part of a shape that a Shape node takes, where the graph says it in numbers."""
+    """Return the output of a Shape node, or None if the graph does not have it in numbers."""
     shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
     if shape is None:
         return None
@@ -133,27 +137,27 @@ _OPERATORS: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
     "Unsqueeze": _unsqueeze,
 }
 
-#: Dimensions of an array: a number where it is known, else a name, or None where there is none.
+#: Dimensions of a value: each is a number if it is known, else a name, else None.
 Dims = tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """What is known of a value; of no rank, ``()``, where its rank is not known."""
+    """Type and dimensions of a value, as far as they are known; ``dims`` is ``()`` for an unknown rank."""
 
     dtype: ir.DataType | None = None
     dims: Dims = ()
 
 
 def infer_types(model: ir.Model) -> dict[int, TensorType]:
-    """Type and dimensions by ``id`` of the value, in the graph and its subgraphs.
+    """Return type and dimensions by ``id`` of the value, for the graph and its subgraphs.
 
-    The model itself stays as it is: inference runs on a copy, whose values are in the same order.
+    Shape inference runs on a copy of the model, whose values are in the same order. The model is not changed.
     """
     copy = model.clone()
     copies = list(
         _values(copy.graph)
-    )  # listed before: when it fails, the pass leaves inputs of its own behind
+    )  # listed before the pass, because it leaves additional inputs behind if it fails
     ShapeInferencePass(check_type=False, strict_mode=False)(copy)
     types = {}
     for mine, inferred in zip(_values(model.graph), copies, strict=True):
@@ -178,5 +182,5 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def _dim(size: int | ir.SymbolicDim) -> int | str | None:
     if isinstance(size, int):
-        return size if size >= 0 else None  # -1 is written by tools that mean "any"
+        return size if size >= 0 else None  # some tools write -1 for "any"
     return size.value

@@ -1,15 +1,14 @@
-"""Read and write ONNX files, carefully.
+"""Read and write ONNX files.
 
-Reading: the path is made absolute first, because onnx-ir checks external data against the folder of
-the file, and with a bare file name it has none (CVE-2022-25882, CVE-2024-27318 and their successors
-are about data files outside that folder). Its checks stand; here they become one clear line.
+Reading is strict. onnx-ir checks that external data files lie in the folder of the model file
+(CVE-2022-25882, CVE-2024-27318 and later ones are about files outside it). It needs an absolute path for
+that, because a bare file name has no folder. This module turns its errors into messages of one line.
 
-Writing: into a temporary folder beside the target, then renamed. Nobody ever sees half a file.
+Writing is atomic: the file is written into a temporary folder beside the target and then renamed.
 """
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,24 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.io import temporary_folder
+from bnpatch.core.leftovers import without_temporary
 
 #: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
-EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # 64 MiB for everything that is no tensor
+EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything that is no tensor
 
-_OLDEST_OPSET = 7  # before it, operators broadcast by other rules
+_OLDEST_OPSET = 7  # in older opsets, operators broadcast by other rules
 _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
 _SMALL = 1024  # bytes; a tensor up to this size stays in the model file
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read a model and check it; tensors in external files are mapped into memory, not copied.
+    """Read a model and check it. Tensors in external files are mapped into memory, not copied.
 
     Calls of model-local functions that contain norms are inlined (:func:`inline_norms`).
 
     Raises:
-        BnpatchError: the file does not exist, is no valid ONNX model, needs an opset that is not
+        BnpatchError: the file does not exist, is not a valid ONNX model, needs an opset that is not
             supported, or its external data are missing, too short or outside its folder.
     """
     file = Path(os.path.abspath(path))
@@ -44,14 +45,14 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         _check_text(proto)
         model = ir.from_proto(proto)
         external = [tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
-    except Exception as error:  # whatever a damaged file makes the library trip over
+    except Exception as error:  # the library raises errors of many types for a damaged file
         raise _not_valid(file, error) from error
     _open_external_data(file, model, external)
-    try:  # by its path, the checker finds the external data
+    try:  # the checker finds external data only if it gets the path
         onnx.checker.check_model(str(file) if external else proto)
         for tensor in _tensors(model):
-            tensor.numpy()  # the checker does not see that there are fewer numbers than the shape says
-    except Exception as error:  # ValidationError, and what the checker itself trips over
+            tensor.numpy()  # raises if there are fewer numbers than the shape says; the checker does not
+    except Exception as error:  # ValidationError, and errors of other types in the checker itself
         raise _not_valid(file, error) from error
     return inline_norms(model)
 
@@ -65,7 +66,7 @@ def inline_norms(model: ir.Model) -> ir.Model:
     if not any(_contains_norm(function) for function in model.functions.values()):
         return model
     containing = {name for name, function in model.functions.items() if _contains_norm(function)}
-    while True:  # and those that call one that does
+    while True:  # add the functions that call one of these, until there are no more
         callers = {
             name
             for name, function in model.functions.items()
@@ -92,47 +93,48 @@ def save(
     *,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> Path:
-    """Write a model, whole or not at all.
+    """Write a model atomically.
 
-    Tensors go to ``<name>.data`` beside the file where they add up to more than the threshold.
+    If the tensors take more bytes than the threshold, they go to the file ``<name>.data`` beside the model.
 
     Args:
-        model: the model; it stays as it is.
-        path: where to; an existing file is replaced.
-        external_data_threshold: bytes of tensors that the file itself may hold.
+        model: the model; it is not changed.
+        path: the file to write; an existing file is replaced.
+        external_data_threshold: number of bytes of tensors that the file itself may hold.
 
     Returns:
         The absolute path of the file.
 
     Raises:
-        BnpatchError: the folder does not exist or cannot be written, or the model cannot.
+        BnpatchError: the folder does not exist or cannot be written, or the model cannot be serialized.
     """
     file = Path(os.path.abspath(path))
     data_name = f"{file.name}.data"
     external = sum(tensor.nbytes for tensor in _tensors(model)) > external_data_threshold
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
-            whole = Path(folder) / file.name
+        with temporary_folder(file.parent) as folder:
+            whole = folder / file.name
             if external:
                 ir.save(model, whole, format="protobuf", external_data=data_name, size_threshold_bytes=_SMALL)
             else:
                 _save_in_one_file(model, whole)
             if external:
-                os.replace(Path(folder) / data_name, file.parent / data_name)
+                os.replace(folder / data_name, file.parent / data_name)
             os.replace(whole, file)
     except OSError as error:
         raise BnpatchError(
-            f"{file} cannot be written: {error.strerror or error}", "choose another place"
+            f"{without_temporary(file)} cannot be written: {error.strerror or error}", "choose another place"
         ) from error
-    except Exception as error:  # a part of a damaged model that was read, but cannot be written
+    except Exception as error:  # a damaged model can have parts that can be read but not written
         raise BnpatchError(
-            f"{file} cannot be written: {first_line(error)}", "the original file is damaged: fetch it again"
+            f"{without_temporary(file)} cannot be written: {first_line(error)}",
+            "the original file is damaged: fetch it again",
         ) from error
     return file
 
 
 def _save_in_one_file(model: ir.Model, file: Path) -> None:
-    """Save with every tensor in the file, those too that lie in external files now."""
+    """Save a model with every tensor in the file, also tensors that are in external files now."""
     values = [v for graph in model.graphs() for v in graph.initializers.values()]
     external = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
     try:
@@ -156,7 +158,7 @@ def _read(file: Path) -> onnx.ModelProto:
         raise BnpatchError(f"{file} cannot be read: {error.strerror or error}", "check the path") from error
     except BnpatchError:
         raise
-    except Exception as error:  # google.protobuf's DecodeError, whichever protobuf is installed
+    except Exception as error:  # DecodeError of google.protobuf, whose class depends on the installation
         raise BnpatchError(
             f"{file} is not an ONNX model, or is truncated",
             "compare its size with the source and fetch it again",
@@ -181,7 +183,7 @@ def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
 
 
 def _check_text(message: Any) -> None:
-    """Raise ValueError where a name is not UTF-8: protobuf reads that, and then cannot write it."""
+    """Raise ValueError if a name is not UTF-8. Protobuf reads such a name, but can't write it."""
     for field, value in message.ListFields():
         values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
         if field.type == field.TYPE_MESSAGE:
@@ -196,7 +198,7 @@ def _not_valid(file: Path, error: Exception) -> BnpatchError:
 
 
 def _remedy(error: Exception) -> str:
-    if re.search(r"sym(bolic )?link|hard link", str(error)):  # a cache that links to its blobs, most likely
+    if re.search(r"sym(bolic )?link|hard link", str(error)):  # probably a cache that links to its files
         return "copy the model and its data as plain files into one folder (cp -L)"
     return "fetch or export it again"
 
@@ -221,13 +223,13 @@ def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTe
         if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > available:
             raise BnpatchError(f"{name} is too short", "fetch it again")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        for key, attribute in node.attributes.items():  # saving would leave these where they are
+        for key, attribute in node.attributes.items():  # saving would not copy these into the new file
             if isinstance(attribute.value, ir.ExternalTensor):
                 node.attributes[key] = ir.AttrTensor(key, ir.Tensor(attribute.value.numpy()))
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Every tensor: initializers and attributes, of the graph, its subgraphs and functions."""
+    """Yield every tensor: initializers and attributes of the graph, its subgraphs and functions."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:

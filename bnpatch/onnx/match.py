@@ -1,7 +1,7 @@
-"""Find the normalization layers of an ONNX graph: the norm layers, and those skipped with the reason.
+"""Find the normalization layers of an ONNX graph: the norm layers, and the skipped norms with reasons.
 
-A norm layer has the name that it has in torch: exporters keep a module's dotted name in the names of its
-parameters (``layer1.0.bn1.weight``).
+A norm layer gets the dotted name of its torch module, which exporters keep in the names of the parameters
+(``layer1.0.bn1.weight``).
 """
 
 import ast
@@ -16,33 +16,34 @@ from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.onnx.group_norm import find_exported_group_norm
 from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
 
-#: What the names of all nodes and values that a rewrite adds have in them.
+#: Part of the name of every node and value that a rewrite adds.
 MARK = "/bnpatch/"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LIBRARIES = ("torch.", "timm.", "torchvision.")  # whose classes with "norm" in their names are norms
 _PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
-_GROUP_NORM_PER_CHANNEL = 21  # the opset from which the scale has a value per channel, not per group
+_GROUP_NORM_PER_CHANNEL = 21  # from this opset on, the scale has one value per channel, not per group
 
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A place where a graph normalizes by moments that could take the example in.
+    """A Batch Norm or Group Norm in a graph.
 
     Attributes:
-        name: dotted name of the torch module where the parameters or the exporter's notes tell it, else the
+        name: dotted name of the torch module if the parameters or the exporter's metadata tell it, else the
             name of the node, else that of its output; unique in the model.
-        module: the name before it was made unique: the same at all norm layers of one torch module.
+        module: the name before it was made unique. A torch module that is called several times gives several
+            norm layers with the same value here.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
         dtype: type of the input.
         dims: dimensions of the input, (N, C, *spatial).
-        channels_per_group: consecutive channels whose moments are pooled; 1 is Batch Norm.
+        channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
         eps: added to the variance.
         weight: learned scale (gamma) of shape (C,).
         bias: learned shift (beta) of shape (C,).
-        running_mean: of shape (C,), or None where calibration has to find it.
-        running_var: likewise.
+        running_mean: running mean of shape (C,), or None if it has to be computed from data.
+        running_var: running variance of shape (C,), or None likewise.
     """
 
     name: str
@@ -65,14 +66,14 @@ class NormLayer:
 
     @property
     def input(self) -> ir.Value:
-        """What is normalized, (N, C, *spatial)."""
+        """The value that is normalized, (N, C, *spatial)."""
         value = self.nodes[0].inputs[0]
-        assert value is not None  # matched
+        assert value is not None  # _judge has read its type
         return value
 
     @property
     def output(self) -> ir.Value:
-        """What comes out, of the shape of the input."""
+        """The result, of the shape of the input."""
         return self.node.outputs[0]
 
     @property
@@ -87,25 +88,25 @@ class NormLayer:
 
     @property
     def needs_calibration(self) -> bool:
-        """There are no running moments: they have to be calibrated on data."""
+        """Whether the norm layer has no running moments, so that they have to be computed from data."""
         return self.running_mean is None
 
     @property
     def single_value(self) -> bool:
-        """An example has a single value per channel, hence no variance, as far as shapes tell.
+        """Whether an example is known to have one value per channel, and therefore no variance.
 
-        Unless channels are pooled by what the file has as Batch Norm.
+        It is False for a Batch Norm that pools channels, because the pooled values have a variance.
         """
         has_variance = self.channels_per_group > 1 and self.identity == 0
         return not has_variance and all(size == 1 for size in self.dims[2:])
 
 
 def inventory(model: ir.Model) -> Inventory[NormLayer]:
-    """List the norm layers of a model, and the normalization layers that are no norm layers, with reasons.
+    """List the norm layers of a model, and the skipped norms with reasons. The model is not changed.
 
-    Looks only: the model is not changed. Subgraphs (If, Loop, Scan) are searched; nodes in model-local
-    functions are listed as skipped, since one body serves many calls:
-    :func:`bnpatch.onnx.io.inline_norms` gives every call its own.
+    The function also searches subgraphs (If, Loop, Scan). It lists norms in model-local functions as skipped,
+    because all calls of such a function share one body; :func:`bnpatch.onnx.io.inline_norms` gives every call
+    its own.
     """
     types = infer_types(model)
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
@@ -159,7 +160,7 @@ def _judge(
 
 
 class _NoSiteError(Exception):
-    """Why a node is no norm layer."""
+    """A node is no norm layer; the message says why."""
 
 
 def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> NormLayer:
@@ -261,9 +262,9 @@ def _module_name(node: ir.Node, parameters: list[ir.Value | None]) -> str:
 
 
 def _scope(node: ir.Node) -> str:
-    """The norm module that the node comes from, or the call in the forward of another one.
+    """Return the name of the norm module that a node comes from, or of the call in another module's forward.
 
-    As torch's exporter noted it, from the model down to the call; empty where it did not.
+    The name is in the metadata that torch's exporter writes; it is empty if there are none.
     """
     try:
         scopes, classes = (

@@ -1,8 +1,8 @@
-"""Rewrite the norm layers of an ONNX graph so that the example itself weighs in, in place.
+"""Rewrite the norm layers of an ONNX graph, in place, so that they weight the example.
 
-Standard operators only. Opset, IR version, metadata, doc strings, the order of the other nodes, and
-the names, types and dimensions of inputs and outputs stay as they are; so does every norm layer that is at
-its identity, so that a runtime folds it as before.
+The rewrite uses standard operators only. It keeps the opset, the IR version, metadata, doc strings, the order
+of the other nodes, and the names, types and dimensions of inputs and outputs. It also keeps every norm layer
+that is at its identity, so that a runtime fuses it as before.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from bnpatch.onnx.formulas import append_batch_norm, append_norm
 from bnpatch.onnx.inference import Array
 from bnpatch.onnx.match import MARK, NormLayer, inventory
 
-#: Appends what replaces a norm layer, given its running moments and its alpha; see :func:`append_norm`.
+#: Appends the nodes that replace a norm layer; takes the arguments of :func:`append_norm`.
 Append = Callable[..., ir.Value]
 
 AlphaInputs = Literal["global", "per-site"]
@@ -31,14 +31,15 @@ _SINGLE_VALUE = "an example has one value per channel here, so it would mostly s
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a rewrite did.
+    """The result of a rewrite.
 
     Attributes:
         model: the model that was given.
         patched: names of the norm layers that were rewritten.
-        skipped_norms: every other normalization layer, and why.
-        alpha_inputs: by norm layer, the graph input that has its alpha; empty where alphas are constants.
-        running_inputs: by norm layer, the graph inputs that have its running mean and variance; likewise.
+        skipped_norms: every other normalization layer, and why it was skipped.
+        alpha_inputs: by name of norm layer, the graph input for its alpha; empty if alphas are constants.
+        running_inputs: by name of norm layer, the graph inputs for its running mean and variance; empty if
+            they are constants.
     """
 
     model: ir.Model = field(repr=False)
@@ -63,29 +64,32 @@ def rewrite(
 
     Args:
         model: the model.
-        alphas: weight of the example, in [0, 1], by name of norm layer. A module's name stands for all the
-            norm layers of the module. Norm layers that are not named are skipped.
-        running: running mean and variance, each of shape (C,), by name of norm layer: in the place of those
-            in the model, or where the model has none (Group Norm).
-        channels_per_group: consecutive channels whose moments are pooled, by name of module, where
-            that isn't what the model says: a Batch/Group Norm is stored as Batch Norm.
-        alpha_inputs: None writes the alphas into the graph as constants, and leaves norm layers at identity
-            as they are. ``"global"`` reads one alpha from a graph input, ``"per-site"`` one from an
-            input for each; the inputs are float32 scalars with ``alphas`` as defaults.
-        running_inputs: read the running moments from graph inputs, too, of shape (C,) in float32, with
-            those above as defaults. For a search, which changes them all the time.
-        include_1x1: rewrite also norm layers whose input is known to have a single value per example
-            and channel, which are skipped by default.
+        alphas: weight of the example, in [0, 1], by name of norm layer. The name of a module stands for all
+            norm layers of that module. Norm layers that are not named are skipped.
+        running: by name of norm layer, running mean and variance, each of shape (C,), that replace those in
+            the model or that the model lacks (Group Norm).
+        channels_per_group: by name of module, the number of consecutive channels whose moments are pooled,
+            for a Batch/Group Norm, which the model stores as Batch Norm.
+        alpha_inputs: None writes the alphas into the graph as constants, and keeps norm layers that are at
+            their identity. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for each
+            norm layer. The inputs are float32 scalars with ``alphas`` as defaults.
+        running_inputs: also add graph inputs for the running moments, float32 of shape (C,), with the
+            moments above as defaults. A search uses them, because it changes the moments often.
+        include_1x1: also rewrite norm layers whose input is known to have one value per example and channel,
+            which are skipped by default.
         append: appends the nodes that replace a norm layer.
+
+    Returns:
+        The model, and what was rewritten and skipped.
 
     Raises:
         BnpatchError: a name is no norm layer, or a norm layer has no running moments and none are given.
         InvalidAlphaError: an alpha is not in [0, 1].
-        ValueError: the alphas of a global input differ; running moments do
-            not fit.
+        ValueError: the alphas for a global input differ, or running moments have another shape or are not
+            finite.
     """
     found = _regrouped(inventory(model), channels_per_group or {})
-    by_norm = _alphas_by_site(alphas, found.norm_layers)
+    by_norm = _alphas_by_norm(alphas, found.norm_layers)
     if alpha_inputs == "global" and len(set(by_norm.values())) > 1:
         raise ValueError("one alpha input for all norm layers has one default, but the alphas differ")
     moments = {
@@ -97,7 +101,7 @@ def rewrite(
         norm_layer.name: _why_not(norm_layer, by_norm.get(norm_layer.name), alpha_inputs is None, include_1x1)
         for norm_layer in found.norm_layers
     }
-    moved = {  # Batch Norm without a weight for the example, but by other running moments
+    moved = {  # Batch Norm that does not weight the example, but gets other running moments
         norm_layer.name
         for norm_layer in found.norm_layers
         if reasons[norm_layer.name] in (_AT_IDENTITY, _SINGLE_VALUE)
@@ -113,8 +117,8 @@ def rewrite(
             "calibrate it on data, or leave it out",
         )
     taken = _names(model)
-    weighed = [norm_layer for norm_layer in chosen if norm_layer.name not in moved]
-    inputs = _add_alpha_inputs(model.graph, weighed, by_norm, alpha_inputs, taken)
+    weighted = [norm_layer for norm_layer in chosen if norm_layer.name not in moved]
+    inputs = _add_alpha_inputs(model.graph, weighted, by_norm, alpha_inputs, taken)
     running_names: dict[str, tuple[str, str]] = {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for norm_layer in chosen:
@@ -160,7 +164,7 @@ def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Invent
     return Inventory(tuple(norm_layers), found.skipped_norms)
 
 
-def _alphas_by_site(alphas: Mapping[str, float], norm_layers: tuple[NormLayer, ...]) -> dict[str, float]:
+def _alphas_by_norm(alphas: Mapping[str, float], norm_layers: tuple[NormLayer, ...]) -> dict[str, float]:
     known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module)}
     if unknown := [name for name in alphas if name not in known]:
         some = ", ".join(norm_layer.name for norm_layer in norm_layers[:5]) + (
@@ -238,7 +242,7 @@ def _add_running_inputs(
 
 
 def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[str]) -> ir.Value:
-    """A graph input that is an initializer too: its value is the default, and can be overridden."""
+    """Add a graph input that is also an initializer, whose value is the default of the input."""
     while name in taken:
         name += "_"
     taken.add(name)
@@ -265,11 +269,11 @@ def _names(model: ir.Model) -> set[str]:
 
 
 def _replace(norm_layer: NormLayer, tape: Tape, result: ir.Value) -> None:
-    """Put the nodes on the tape in the place of those of the norm layer; the output keeps its name."""
+    """Replace the nodes of a norm layer by those on the tape; the output keeps its name."""
     graph, output = norm_layer.node.graph, norm_layer.output
-    assert graph is not None  # matched
+    assert graph is not None  # the inventory found the node in a graph
     same = (node for node in tape.nodes if node.op_type == norm_layer.node.op_type == "BatchNormalization")
-    if heir := next(same, None):  # a name that tools may know stays with the operator that it was given to
+    if heir := next(same, None):  # a new node of the same operator keeps the name, which tools may refer to
         heir.name, heir.doc_string = norm_layer.node.name, norm_layer.node.doc_string
         heir.metadata_props.update(norm_layer.node.metadata_props)
     graph.insert_after(norm_layer.node, tape.nodes)
@@ -283,7 +287,10 @@ def _replace(norm_layer: NormLayer, tape: Tape, result: ir.Value) -> None:
 
 
 def _drop_unused(node: ir.Node) -> None:
-    """Remove a node whose outputs nobody reads, and what served it alone; inputs of a graph stay."""
+    """Remove a node if its outputs are unused, and then the nodes and initializers that only it used.
+
+    Inputs of a graph stay.
+    """
     graph = node.graph
     if graph is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
         return

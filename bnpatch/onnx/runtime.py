@@ -1,4 +1,4 @@
-"""What a graph takes and returns, and a session of onnxruntime that runs it."""
+"""Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
 import tempfile
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph takes and returns.
+    """The input and the output of a graph.
 
     Attributes:
         input: name of the image input.
-        dtype: NumPy type of the input; bytes are images that the graph normalizes itself.
-        channels_last: the input is (N, H, W, C).
-        size: (channels, height, width) of the input, None where the graph leaves it open.
+        dtype: NumPy type of the input; bytes mean that the graph normalizes images itself.
+        channels_last: whether the input is (N, H, W, C).
+        size: (channels, height, width) of the input, None for what the graph leaves open.
         batch: number of images that the graph takes at a time, None for any.
-        output: name of the output that is read.
-        is_probability: the output went through a Softmax; its logarithm serves as logits.
+        output: name of the output that bnpatch reads.
+        is_probability: whether the output comes from a Softmax; bnpatch then takes its logarithm as logits.
     """
 
     input: str
@@ -40,10 +40,14 @@ class Signature:
 
 
 def read_signature(model: ir.Model, output: str | None = None) -> Signature:
-    """Look at what a graph takes and returns.
+    """Read the signature of a graph.
+
+    Args:
+        model: the graph.
+        output: name of the output to read; the first output by default.
 
     Raises:
-        BnpatchError: it doesn't take one batch of images, or has no output of this name.
+        BnpatchError: the graph doesn't take one batch of images, or has no output of this name.
     """
     graph = model.graph
     inputs = [value for value in graph.inputs if not value.is_initializer()]
@@ -80,12 +84,12 @@ def read_signature(model: ir.Model, output: str | None = None) -> Signature:
 
 
 def open_session(model: ir.Model, device: torch.device, threads: int | None = None) -> Any:
-    """A session of onnxruntime for a graph of any size.
+    """Open a session of onnxruntime for a graph. The graph may be larger than 2 GB.
 
     Args:
         model: the graph.
         device: cpu or cuda.
-        threads: that share an operator on the CPU; None for all cores.
+        threads: number of threads that share an operator on the CPU; None for one per core.
 
     Raises:
         BnpatchError: onnxruntime refuses the graph, or has no provider for the device.
@@ -96,7 +100,7 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
     if provider not in onnxruntime.get_available_providers():
         raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well
+    options.log_severity_level = 3  # errors only; onnxruntime raises them as well
     options.intra_op_num_threads = threads or 0
     with tempfile.TemporaryDirectory() as folder:
         path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
@@ -111,7 +115,10 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
 
 
 def _with_open_dimensions(model: ir.Model) -> ir.Model:
-    """The model, its inputs open where tools wrote 0 or -1 for "any", which onnxruntime takes literally."""
+    """Return a copy of the model whose input sizes are open where they are 0 or negative.
+
+    Some tools write 0 or -1 for "any", but onnxruntime takes these numbers literally.
+    """
     model = model.clone()
     for value in model.graph.inputs:
         if value.shape is not None and any(isinstance(size, int) and size <= 0 for size in value.shape):
@@ -121,7 +128,7 @@ def _with_open_dimensions(model: ir.Model) -> ir.Model:
 
 
 def _is_probability(value: ir.Value) -> bool:
-    """Does a Softmax compute the value, perhaps before operators that only rearrange it?"""
+    """Tell whether the value comes from a Softmax, perhaps through operators that only rearrange it."""
     node = value.producer()
     while node is not None and node.op_type in _PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
         node = node.inputs[0].producer()

@@ -1,1 +1,1 @@
-"""What a search leaves behind, for people."""
+"""The files that a search writes for users: report, charts, tables, recipe and patched model."""

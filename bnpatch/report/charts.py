@@ -1,6 +1,6 @@
-"""The pictures of the report, as SVG: lines and marks get their colours from its style sheet.
+"""The charts of the report, as SVG; the report's style sheet has their colours.
 
-A chart is 360 units wide, which a phone shows nearly one to one, so that its text can be read there.
+A chart is 360 units wide, about as wide as a phone's screen, so that its text can be read there.
 """
 
 import math
@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 14, 36
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to pixels, linear after ``bend``."""
+    """Maps values to pixels, linearly after applying ``bend``."""
 
     low: float
     high: float
@@ -34,12 +34,12 @@ class _Axis:
 
 
 def curve_chart(curve: Curve, axis_label: str, weight: str) -> Markup:
-    """A metric against the weight of the example, with the band of 95% intervals.
+    """Draw a metric against the weight of the example, with a band of 95% intervals.
 
     Args:
-        curve: of a global search.
-        axis_label: what the weight is, for the axis.
-        weight: the same in a word, for marks.
+        curve: a curve of a global search.
+        axis_label: label of the horizontal axis.
+        weight: name of the weight, for marks.
     """
     points = curve.points
     finite = [end for p in points for end in (p.low, p.value, p.high) if math.isfinite(end)]
@@ -72,12 +72,12 @@ def curve_chart(curve: Curve, axis_label: str, weight: str) -> Markup:
 
 
 def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]], label: str) -> Markup:
-    """A bar per norm layer, from the input of the model to its output.
+    """Draw a bar per norm layer, from the input of the model to its output.
 
     Args:
-        weights: by name of norm layer, in the order of the model.
-        shapes: spatial shapes by name of norm layer, as far as known; where they change a stage begins.
-        label: what the weights are.
+        weights: weights by name of norm layer, in the order of the model.
+        shapes: known spatial shapes by name of norm layer; a stage begins where the shape changes.
+        label: name of the weights.
     """
     y, y_ticks = _vertical([0.0, max(weights.values())], includes_top=False)
     step = (WIDTH - _RIGHT - _LEFT) / len(weights)
@@ -92,7 +92,7 @@ def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]
             parts.append(tag("text", text, x=x + width / 2, y=_TOP - 4, class_="tick", text_anchor="middle"))
         left += count
     for index, (name, value) in enumerate(weights.items()):
-        top = min(y(value), bottom - 1)  # a bar of nothing still shows that there is a norm layer
+        top = min(y(value), bottom - 1)  # a weight of 0 still gets a visible bar
         bar = {"x": _LEFT + step * (index + 0.1), "y": top, "width": 0.8 * step, "height": bottom - top}
         text = f"{name}: {label} = {value:.3g}"
         parts.append(tag("rect", tag("title", text), **bar, class_="bar" if value else "bar pale"))
@@ -105,7 +105,7 @@ def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]
 
 
 def trade_off_chart(points: Sequence[Point], metric: Metric) -> Markup:
-    """Gain against time, with 95% intervals both ways; the front of what nothing else beats is joined."""
+    """Draw gain against time, with 95% intervals of both and a line along the Pareto front."""
     scale = 100 if metric.is_rate else 1
     spans = [(scale * p.interval.low, scale * p.interval.high) for p in points]
     y, y_ticks = _vertical([0.0, *(end for span in spans for end in span)])
@@ -142,11 +142,11 @@ def trade_off_chart(points: Sequence[Point], metric: Metric) -> Markup:
 
 
 def strip(estimate: Estimate, span: tuple[float, float]) -> Markup:
-    """An interval in a small row of its own; the numbers stand beside it.
+    """Draw an interval for one row of a table.
 
     Args:
-        estimate: what to draw.
-        span: ends of the axis, which is the same in all rows; 0 lies in it, and is marked.
+        estimate: the estimate to draw.
+        span: ends of the axis, which is the same in all rows; it includes 0, which is marked.
     """
     x = _Axis(*span, 4, 116)
     ends = [x(end) for end in (estimate.low, estimate.high)]
@@ -174,7 +174,7 @@ def _svg(title: str, description: str, *children: str) -> Markup:
 
 
 def _vertical(values: Sequence[float], includes_top: bool = True) -> tuple[_Axis, list[float]]:
-    """The axis of values upwards, and its ticks."""
+    """The vertical axis and its ticks."""
     ticks = _ticks(min(values), max(values), 5)
     high = ticks[-1] if includes_top else max(values) or 1.0
     ticks = [tick for tick in ticks if tick <= high]
@@ -182,7 +182,7 @@ def _vertical(values: Sequence[float], includes_top: bool = True) -> tuple[_Axis
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from below ``low`` to above ``high``, about so many."""
+    """Choose about ``count`` round numbers, from at most ``low`` to at least ``high``."""
     if not high > low:
         low, high = low - 0.5, high + 0.5
     raw = (high - low) / count
@@ -209,7 +209,7 @@ def _grid(x: _Axis, y: _Axis, x_ticks: Sequence[float], y_ticks: Sequence[float]
 
 
 def _mark(kind: str, x: float, y: float, text: str) -> Markup:
-    """Shapes differ besides the colours: a square is the identity, a diamond the best."""
+    """Draw a mark: a square for the identity, a diamond for the best, so that colour isn't needed."""
     d = (
         f"M{x - 5:.1f} {y - 5:.1f}h10v10h-10z"
         if kind == "identity"

@@ -1,4 +1,4 @@
-"""What a patch changes class by class."""
+"""Changes of recall and of mistakes, class by class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class ClassChange:
-    """The recall of a class: which part of its examples is answered rightly.
+    """Numbers of right answers for one class, from which its recall follows.
 
     Attributes:
         target: the class.
-        examples: of this class.
-        before: how many of them were right as the model was.
-        after: and are with the patch.
+        examples: number of examples of this class.
+        before: number of right answers of the baseline.
+        after: number of right answers with the patch.
     """
 
     target: int
@@ -26,13 +26,13 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class MistakeChange:
-    """How often examples of one class were taken for another one.
+    """Numbers of examples of one class that were classified as another.
 
     Attributes:
-        target: their class.
-        answer: what they were taken for.
-        before: how often, as the model was.
-        after: and with the patch.
+        target: the right class.
+        answer: the predicted class.
+        before: number of these mistakes of the baseline.
+        after: number of these mistakes with the patch.
     """
 
     target: int
@@ -42,7 +42,7 @@ class MistakeChange:
 
 
 def class_changes(classes: npt.NDArray[np.int64]) -> list[ClassChange]:
-    """Of all classes that there are examples of, in their order.
+    """Count right answers for all classes that have examples, in the order of classes.
 
     Args:
         classes: target, answer before and answer after of each example, (3, N).
@@ -56,11 +56,11 @@ def class_changes(classes: npt.NDArray[np.int64]) -> list[ClassChange]:
 
 
 def mistake_changes(classes: npt.NDArray[np.int64], most: int) -> list[MistakeChange]:
-    """The confusions that became rarer or more frequent, the largest change first; at most so many.
+    """Count the mistakes that became rarer or more frequent, the largest change first.
 
     Args:
         classes: see :func:`class_changes`.
-        most: of them.
+        most: maximum number of mistakes to return.
     """
     targets = classes[0]
     counts: dict[tuple[int, int], list[int]] = {}
@@ -74,6 +74,6 @@ def mistake_changes(classes: npt.NDArray[np.int64], most: int) -> list[MistakeCh
 
 
 def most_changed(changes: Sequence[ClassChange], most: int) -> list[ClassChange]:
-    """The classes whose recall changed by most examples, in the order of the classes; at most so many."""
+    """Keep at most ``most`` classes, those with the largest changes in right answers, in their order."""
     kept = sorted(changes, key=lambda c: (-abs(c.after - c.before), c.target))[:most]
     return sorted(kept, key=lambda c: c.target)

@@ -12,7 +12,7 @@ from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Z95, Metric
 from bnpatch.report.summary import weight_axis, weight_label
 from bnpatch.search.result import TuneResult
 
-#: Useful weights are small: the axis is the square root's.
+#: Ticks of the weight's axis, which has a square-root scale because useful weights are small.
 WEIGHT_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 
 _MARKS = {"identity": ("s", "#c0392b"), "best": ("D", "#1f7a4d")}
@@ -20,14 +20,14 @@ _MARKS = {"identity": ("s", "#c0392b"), "best": ("D", "#1f7a4d")}
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A weight with what it scores.
+    """A weight and its score.
 
     Attributes:
         weight: distance from the identity, in [0, 1].
         value: mean of the metric.
         low: lower end of the 95% interval of the change from the identity, added to the identity's value.
-        high: its upper end.
-        is_whole: all tuning examples were scored.
+        high: upper end of this interval, likewise.
+        is_whole: whether all tuning examples were scored.
     """
 
     weight: float
@@ -42,9 +42,9 @@ class Curve:
     """One metric of the tuning examples against the weight of the example.
 
     Attributes:
-        metric: what was scored.
-        points: by rising weight, each weight once; the first is the identity.
-        best: the point that the global search ended with, by the tuned metric.
+        metric: the metric.
+        points: points in the order of their weights, which are unique; the first is the identity.
+        best: the point that the global search found, which is the best by the tuned metric.
     """
 
     metric: Metric
@@ -53,22 +53,22 @@ class Curve:
 
     @property
     def identity(self) -> CurvePoint:
-        """The model as it was."""
+        """The point of the identity."""
         return self.points[0]
 
     def marked(self, weight: str) -> list[tuple[str, CurvePoint, str]]:
-        """What is marked: "identity" or "best", the point, and what to say of it."""
+        """Points to mark: "identity" or "best", the point, and its label."""
         marks = [("identity", self.identity, "identity")]
         if self.best is not self.identity:
             marks.append(("best", self.best, f"best, {weight} = {self.best.weight:.3g}"))
         return [(kind, point, f"{text}: {self.metric.format(point.value)}") for kind, point, text in marks]
 
 
-def race_curves(result: TuneResult) -> list[Curve]:
-    """The curves of the tuned metric, accuracy and cross-entropy, of those that were scored.
+def global_search_curves(result: TuneResult) -> list[Curve]:
+    """Make the curves of the tuned metric, accuracy and cross-entropy, as far as these were scored.
 
     Returns:
-        Nothing where the global search for one alpha was not begun.
+        The curves; an empty list where the global search for one alpha was not started.
     """
     candidate = next((candidate for candidate in result.candidates if candidate.name == "alpha"), None)
     trials = [trial for trial in result.trials if trial.candidate == "alpha"]
@@ -77,8 +77,8 @@ def race_curves(result: TuneResult) -> list[Curve]:
     most = max(trial.examples for trial in trials)
     # Of two trials with one weight the one with more examples is the better estimate.
     kept = {t.weight: t for t in sorted(trials, key=lambda trial: trial.examples) if t.weight is not None}
-    origin = result.candidates[0].setting.alphas
-    weight = max((abs(alpha - origin[name]) for name, alpha in candidate.setting.alphas.items()), default=0.0)
+    origin = result.candidates[0].weights.alphas
+    weight = max((abs(alpha - origin[name]) for name, alpha in candidate.weights.alphas.items()), default=0.0)
     metrics = [result.metric, *(m for m in (ACCURACY, CROSS_ENTROPY) if m.name != result.metric.name)]
     curves = []
     for metric in metrics:
@@ -100,8 +100,8 @@ def plot_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
     """Draw the curves of a search (as Fig. 1 of the paper), with 95% bands of the change from the identity.
 
     Args:
-        result: of a search.
-        path: where to write, by its suffix a PNG, SVG or PDF file.
+        result: the result of a search.
+        path: where to write; the suffix chooses PNG, SVG or PDF.
 
     Returns:
         Whether there was anything to draw.
@@ -111,7 +111,7 @@ def plot_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
     """
     from matplotlib.figure import Figure
 
-    curves = race_curves(result)
+    curves = global_search_curves(result)
     if not curves:
         return False
     label = weight_label(result)
@@ -143,7 +143,7 @@ def _draw(axis: Any, curve: Curve, weight: str) -> None:
     axis.plot(x, y, "-", color="#9aa5b1", linewidth=1.2, zorder=1)
     whole = np.array([point.is_whole for point in curve.points])
     for seen, colour, name in ((whole, "#3d4f63", None), (~whole, "#b3bdc7", "seen on fewer examples")):
-        if seen.any():  # a line without points has no extent, which upsets the layout
+        if seen.any():  # an empty line has no extent, which breaks the layout
             axis.plot(x[seen], y[seen], "o", color=colour, markersize=4, label=name, zorder=2, clip_on=False)
     for kind, point, text in curve.marked(weight):
         style, colour = _MARKS[kind]

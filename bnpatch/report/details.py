@@ -1,4 +1,4 @@
-"""What lies behind a finding, section by section of the report: costs, classes, and what was skipped."""
+"""Detailed sections of the report: gain against time, classes, and skipped norms."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -12,15 +12,15 @@ from bnpatch.report.summary import interval, points, title
 from bnpatch.search.latency_limit import Point, dominated, knee
 from bnpatch.search.result import TuneResult
 
-#: Rows of tables of classes and of confusions.
+#: Maximum number of rows in the tables of classes and of mistakes.
 MOST_CLASSES = 15
 
-#: Norms of one kind that are named; the others are counted.
+#: Number of norms of one kind that are named; the others are counted.
 _NAMED = 4
 
 
 def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
-    """What patches of some norm layers gain, and what they cost."""
+    """The chart and the table of gain against time, for patches of ever more norm layers."""
     best = knee(measured)
     rows = []
     for point, is_dominated in zip(measured, dominated(measured), strict=True):
@@ -48,7 +48,7 @@ def trade_off(measured: Sequence[Point], metric: Metric) -> Markup:
 
 
 def classes(result: TuneResult, names: Sequence[str] | None) -> Markup | None:
-    """What changes class by class; None where nothing is known of classes, or nothing changed."""
+    """The changes class by class; None where classes are unknown, or no answer changed."""
     known = result.verdict.classes
     if known is None or not result.verdict.changed:
         return None
@@ -93,7 +93,7 @@ def classes(result: TuneResult, names: Sequence[str] | None) -> Markup | None:
 
 
 def skipped_norms(norms: Sequence[SkippedNorm]) -> Markup:
-    """The normalization layers that are no norm layers, and why."""
+    """The normalization layers that can't be patched, and the reasons."""
     if not norms:
         return tag("p", "Nothing: every normalization layer of the model is a norm layer.")
     groups: dict[tuple[str, str], list[str]] = {}

@@ -1,37 +1,43 @@
-"""What remains of a search: the recipe, the patched model, the curves, the trials, and the report."""
+"""The files that a search writes: the recipe, the patched model, the curves, the trials, and the report."""
 
 import csv
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bnpatch.core.io import write_text
-from bnpatch.models.export import export_onnx
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
+from bnpatch.core.io import temporary_folder, write_text, writing_to
+from bnpatch.models.base import Model
 from bnpatch.report.curves import plot_curves
 from bnpatch.report.findings import Training
 from bnpatch.report.page import report_page
 from bnpatch.search.config import Trial
 from bnpatch.search.result import TuneResult
 
+#: What a search has found so far, while it lasts, and the trials so far. What an earlier search left in the
+#: folder stays whole beside them.
+RECIPE_SO_FAR, TRIALS_SO_FAR = "recipe.partial.json", "trials.partial.csv"
+
 _PARAMS = ("weight", "scale", "threshold")
 
 
 def write_results(
     result: TuneResult,
-    model: TorchModel | OnnxModel,
+    model: Model[Any],
     folder: str | os.PathLike[str],
     training: Training | None = None,
 ) -> list[Path]:
-    """Write all results of a search into a folder, each file atomically.
+    """Write all results of a search into a folder.
+
+    They get their names together when all are there, so that a folder never has files of two searches: what
+    an earlier one left stays until then. If one can't be written, the recipe is in ``recipe.partial.json``.
 
     Args:
-        result: of :func:`bnpatch.tune_alpha`.
-        model: the model that it was of; it is patched with the recipe.
-        folder: made if it isn't there.
-        training: what was done to the model before, for the report.
+        result: the result of :func:`bnpatch.tune_alpha`.
+        model: the model that was tuned; it is patched with the recipe.
+        folder: the folder; it is created if it doesn't exist.
+        training: results of training the model before the search, for the report.
 
     Returns:
         The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png`` where there was a
@@ -44,26 +50,29 @@ def write_results(
     recipe, curve, trials, report = (
         folder / name for name in ("recipe.json", "alpha-curve.png", "trials.csv", "report.html")
     )
-    result.recipe.save(recipe)
+    patched = folder / f"patched{model.suffix}"
+    result.recipe.save(folder / RECIPE_SO_FAR)
+    write_trials(result.trials, folder / TRIALS_SO_FAR)
     model.apply(result.recipe)
-    pickled = False
-    if isinstance(model, OnnxModel):
-        patched = folder / "patched.onnx"
-        export_onnx(model, patched)
-    else:
-        patched = folder / "patched.pt"
-        pickled = not model.save(patched, result.recipe)
-    curves = [curve] if plot_curves(result, curve) else []
-    write_trials(result.trials, trials)
-    write_text(report, report_page(result, model, recipe, patched, pickled, training))
+    with writing_to(folder), temporary_folder(folder) as made:
+        pickled = not model.save(made / patched.name, result.recipe)
+        curves = [curve] if plot_curves(result, made / curve.name) else []
+        page = report_page(result, model, recipe, patched, pickled, training)
+        write_text(made / report.name, page)
+        for path in made.iterdir():
+            path.replace(folder / path.name)
+        if not curves:
+            curve.unlink(missing_ok=True)  # it would be an earlier search's
+        (folder / TRIALS_SO_FAR).replace(trials)
+        (folder / RECIPE_SO_FAR).replace(recipe)
     return [recipe, patched, *curves, trials, report]
 
 
 def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
-    """Write one line per trial: what was tried, how many examples saw it, and how they scored with it.
+    """Write one line per trial: its parameters, the number of examples scored, and their mean scores.
 
-    The standard errors are those of the change from where the global search began, see
-    :class:`~bnpatch.search.config.Trial`, which also says what the parameters are.
+    The standard errors are those of the change from the starting point of the global search, see
+    :class:`~bnpatch.search.config.Trial`, which also documents the parameters.
     """
     text = io.StringIO()
     names = list(trials[0].scores) if trials else []

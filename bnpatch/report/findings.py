@@ -1,4 +1,4 @@
-"""What a search found, section by section of the report."""
+"""The main sections of the report: scores before and after, candidates, curves and weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.report.charts import curve_chart, depth_chart, strip
-from bnpatch.report.curves import Curve, race_curves
+from bnpatch.report.curves import Curve, global_search_curves
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import (
     distances,
@@ -21,7 +21,7 @@ from bnpatch.search.result import TuneResult
 
 
 def before_and_after(result: TuneResult) -> Markup:
-    """Every metric on the held-out examples, and the answers that flipped."""
+    """A table of all metrics on the held-out examples, and numbers of answers that changed."""
     verdict = result.verdict
     if is_identity(result) and not verdict.changed and not any(c.change.value for c in result.comparisons):
         rows = [_named(c.metric, _estimated(c.metric, c.before)) for c in verdict.all_comparisons]
@@ -57,11 +57,11 @@ def before_and_after(result: TuneResult) -> Markup:
 
 @dataclass(frozen=True)
 class Training:
-    """What a network was trained further with, where it was, before alpha was tuned.
+    """The results of fine-tuning a network before alpha was tuned.
 
     Attributes:
         comparisons: the fine-tuned and patched model against the checkpoint, on held-out examples.
-        contributions: of each technique its name, accuracy, change, cross-entropy and change, as cells.
+        contributions: name, accuracy, change, cross-entropy and change for each technique, as cells.
     """
 
     comparisons: Sequence[Comparison]
@@ -69,7 +69,7 @@ class Training:
 
 
 def trained(training: Training, examples: str) -> Markup:
-    """The fine-tuned model against the checkpoint."""
+    """A table of the fine-tuned model against the checkpoint."""
     return table(
         f"On {examples}. Small: 95% intervals; the change is paired, example by example.",
         ["metric", "checkpoint", "fine-tuned", "change"],
@@ -78,7 +78,7 @@ def trained(training: Training, examples: str) -> Markup:
 
 
 def contributions(training: Training) -> Markup | None:
-    """What each technique contributes alone, and all together, where that was asked for."""
+    """A table of what each technique contributes alone, and all together; None if not measured."""
     if not training.contributions:
         return None
     rows = [
@@ -111,8 +111,8 @@ def _estimated(metric: Metric, estimate: Estimate) -> Markup:
     return join([metric.format(estimate.value), tag("small", interval(metric, estimate, signed=False))])
 
 
-def ladder(result: TuneResult) -> Markup:
-    """Every candidate with its score on the selection examples."""
+def search(result: TuneResult) -> Markup:
+    """A table of the candidates with their scores on the selection examples."""
     metric = result.metric
     changes = [
         candidate.change
@@ -140,8 +140,8 @@ def ladder(result: TuneResult) -> Markup:
                 "metric or the cross-entropy, the best is chosen by the selection examples, a part of the "
                 "tuning examples set aside for that (of one weight for all, all of them settle the doubt). "
                 "Of candidates that a single answer tells apart it is the first whose cross-entropy is "
-                "within a standard error of the best. Having been chosen by these examples, a candidate looks "
-                "better on them than it is: the verdict comes from the held-out examples above.",
+                "within a standard error of the best. Having been chosen by these examples, a candidate "
+                "looks better on them than it is: the verdict comes from the held-out examples above.",
             ),
             table("On the selection examples. Small: 95% intervals.", head, rows, class_="ladder"),
         ]
@@ -149,8 +149,8 @@ def ladder(result: TuneResult) -> Markup:
 
 
 def curves(result: TuneResult) -> Markup | None:
-    """Every metric against one alpha for all norm layers; None where that was not tried."""
-    found = race_curves(result)
+    """Charts of the metrics against one alpha for all norm layers; None where that was not tried."""
+    found = global_search_curves(result)
     label = weight_label(result)
     if not found:
         return None
@@ -179,10 +179,10 @@ def _figure(curve: Curve, axis: str, label: str) -> Markup:
 
 
 def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
-    """The weights that are kept, from the input of the model to its output."""
+    """Charts and a table of the weights that are kept, from the input of the model to its output."""
     if is_identity(result):
         return tag("p", f"All {len(result.norm_layers)} norm layers stay as they were.")
-    label, lambdas = weight_label(result), dict(result.setting.lambdas)
+    label, lambdas = weight_label(result), dict(result.weights.lambdas)
     charts, texts = [], []
     for name, meaning, weights in (
         (label, weight_axis(result), distances(result)),
@@ -207,9 +207,9 @@ def depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
 
 
 def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Markup:
-    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.setting.alphas.items()}}
-    if any(result.setting.lambdas.values()):
-        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.setting.lambdas.items()}
+    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
+    if any(result.weights.lambdas.values()):
+        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
     if shapes:
         columns["feature map"] = {
             name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"

@@ -1,28 +1,30 @@
-"""HTML and SVG from Python: whatever is not markup already is escaped where it is put in."""
+"""Make HTML and SVG; text that is not markup yet is escaped when it is inserted."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
+
+from bnpatch.core.text import visible
 
 _VOID = {"br", "meta"}
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is markup already and must not be escaped."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: str | None, **attributes: str | float | None) -> Markup:
-    """An element.
+    """Make an element.
 
     Args:
-        name: of the element.
-        children: what is in it; None is left out.
+        name: name of the element.
+        children: content of the element; None is left out.
         attributes: ``class_`` is class, ``stroke_width`` is stroke-width; None is left out. Numbers have at
             most two decimals, which is enough for pixels.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(_value(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -32,22 +34,22 @@ def tag(name: str, /, *children: str | None, **attributes: str | float | None) -
 
 
 def join(parts: Iterable[str | None], separator: str = "") -> Markup:
-    """Parts one after another, escaped where they are not markup; None is left out."""
+    """Concatenate parts, escaped where they are not markup; None is left out."""
     return Markup(
-        escape(separator).join(
-            part if isinstance(part, Markup) else escape(part) for part in parts if part is not None
+        _escaped(separator).join(
+            part if isinstance(part, Markup) else _escaped(part) for part in parts if part is not None
         )
     )
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str) -> Markup:
-    """A table whose first column names the rows.
+    """Make a table whose first column has the names of the rows.
 
     Args:
-        caption: what it shows.
+        caption: caption of the table.
         columns: heads of the columns.
-        rows: cells, one per column.
-        attributes: of the table.
+        rows: cells of each row, one per column.
+        attributes: attributes of the table, as of :func:`tag`.
     """
     head = tag("tr", *(tag("th", column, scope="col") for column in columns))
     body = (
@@ -60,6 +62,11 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *
         tag("tbody", *body),
         **attributes,
     )
+
+
+def _escaped(text: str) -> str:
+    """Text as text: no markup, and nothing that acts on a terminal or on the order of what is beside it."""
+    return escape(visible(text, keep="\n"))
 
 
 def _value(value: str | float) -> str:

@@ -1,4 +1,4 @@
-"""The report: what a search found, on one page that needs nothing but itself."""
+"""The report of a search: one HTML page that needs no other files."""
 
 import hashlib
 import json
@@ -12,41 +12,40 @@ from typing import Any
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
+from bnpatch.models.base import Model
 from bnpatch.report import details, findings
 from bnpatch.report.markup import Markup, join, table, tag
 from bnpatch.report.summary import is_identity, scored_on, title, training_sentence, verdict_sentence
 from bnpatch.search.result import TuneResult
 
-#: Images that can't be read are named, so many of them.
+#: Number of unreadable images that are named; the others are counted.
 _NAMED = 5
 
 
 def report_page(
     result: TuneResult,
-    model: TorchModel | OnnxModel,
+    model: Model[Any],
     recipe: Path,
     patched: Path,
     pickled: bool = False,
     training: findings.Training | None = None,
 ) -> Markup:
-    """The report as HTML, self-contained: no scripts, and nothing is fetched.
+    """Make the report as self-contained HTML, without scripts or external files.
 
     Args:
-        result: of a search.
-        model: the model that it was of.
-        recipe: where the recipe was written.
-        patched: where the patched model was written.
-        pickled: it is a pickled module, which loads only where somebody says that they want it.
-        training: what was done to the model before.
+        result: the result of a search.
+        model: the model that was tuned.
+        recipe: path of the recipe.
+        patched: path of the patched model.
+        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+        training: results of training the model before the search.
     """
     measured = result.trade_off
     sections: list[tuple[str, Markup | None]] = [
         *(() if training is None else _training(training, result)),
         ("Before and after", findings.before_and_after(result)),
         ("Notes", _notes(result, model)),
-        ("The list of candidates", findings.ladder(result)),
+        ("The list of candidates", findings.search(result)),
         ("One weight for all", findings.curves(result)),
         ("The weights by depth", findings.depth(result, _shapes(model))),
         (
@@ -106,15 +105,15 @@ def _subtitle(result: TuneResult) -> str:
     )
 
 
-def _shapes(model: TorchModel | OnnxModel) -> Mapping[str, Sequence[int]]:
-    """Spatial shapes by name of norm layer; none where the model does not take a blank image."""
+def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
+    """Spatial shapes by name of norm layer; empty where the model does not take a blank image."""
     try:
         return {name: shape for name, shape in model.norm_shapes().items() if shape}
     except BnpatchError:
         return {}
 
 
-def _notes(result: TuneResult, model: TorchModel | OnnxModel) -> Markup | None:
+def _notes(result: TuneResult, model: Model[Any]) -> Markup | None:
     notes = [*result.notes, *model.notes]
     if result.interrupted:
         notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
@@ -125,9 +124,7 @@ def _notes(result: TuneResult, model: TorchModel | OnnxModel) -> Markup | None:
     return tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else None
 
 
-def _apply(
-    result: TuneResult, model: TorchModel | OnnxModel, recipe: Path, patched: Path, pickled: bool
-) -> Markup:
+def _apply(result: TuneResult, model: Model[Any], recipe: Path, patched: Path, pickled: bool) -> Markup:
     if is_identity(result):
         text = f"There is nothing to apply: {patched} computes what the model did before."
         return tag("p", text)
@@ -143,7 +140,7 @@ def _apply(
         "# model: the torch module that was tuned, as you build and load it\n"
         f"model = bnpatch.apply(model, {json.dumps(str(recipe))})  # in place"
     )
-    if isinstance(model, OnnxModel):
+    if model.runs_onnx:
         name = shlex.quote(f"{model.name}.onnx")
         export = f"bnpatch export {name} --recipe {quoted['recipe']} -o {quoted['patched']}"
         in_python = (
@@ -165,7 +162,7 @@ def _apply(
 
 
 def _provenance(recipe: Recipe) -> Markup:
-    """The command, the seed, versions and fingerprints."""
+    """A table of the seed, versions and fingerprints, and the command that repeats the search."""
     about: Mapping[str, Any] = recipe.provenance
     data = about.get("data") or {}
     norm_layers = json.dumps(

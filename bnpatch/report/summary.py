@@ -1,4 +1,4 @@
-"""What a search found, in words for people."""
+"""The result of a search in words, for users."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,13 +13,13 @@ _TITLES = {
 
 
 def verdict_sentence(result: TuneResult) -> str:
-    """One sentence that a user can act on."""
+    """Describe the verdict in one sentence that a user can act on."""
     tuned = result.comparisons[0]
     metric, change = tuned.metric, tuned.change
     where = f"on {scored_on(result)}"
     if len(result.candidates) == 1:
         return "Keep the model as it is: the search ended before anything else was tried."
-    # A model that came with weights may change, and for the better, by losing them.
+    # The identity is a change too, maybe a gain, for a model that had alphas before the search.
     same = not any(c.change.value for c in result.comparisons)
     if same and (is_identity(result) or result.chosen is result.candidates[0]):
         return (
@@ -51,7 +51,7 @@ def verdict_sentence(result: TuneResult) -> str:
 
 
 def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
-    """What further training did to a checkpoint, in one sentence that a user can act on."""
+    """Describe the effect of fine-tuning a checkpoint in one sentence that a user can act on."""
     tuned = next(c for c in comparisons if c.metric.name == metric.name)
     values = f"{title(metric)} {metric.format(tuned.before.value)} → {metric.format(tuned.after.value)}"
     by = f"{values}, {points(metric, tuned.change.value)}, {interval(metric, tuned.change)}"
@@ -62,7 +62,7 @@ def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
 
 
 def scored_on(result: TuneResult) -> str:
-    """What the verdict was given on."""
+    """Describe the examples that gave the verdict."""
     count = f"{result.num_held_out:,} examples"
     if result.num_parts > 1:
         return f"{count}, each left out of the search that it judged (cross-fitting)"
@@ -75,30 +75,30 @@ def title(metric: Metric) -> str:
 
 
 def points(metric: Metric, change: float, signed: bool = True) -> str:
-    """A change of a metric: of a rate in percentage points."""
+    """Format a change of a metric, in percentage points for a rate."""
     text = metric.format(change, signed=True)
     return f"{text if signed else text.lstrip('+-')}{' points' if metric.is_rate else ''}"
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = True) -> str:
-    """A 95% interval; of one value nothing is known about it."""
+    """Format a 95% interval, which is unknown if there is one value."""
     if not abs(estimate.high - estimate.low) < float("inf"):
         return "interval unknown"
     return f"{metric.format(estimate.low, signed)} to {metric.format(estimate.high, signed)}"
 
 
 def identities(result: TuneResult) -> Mapping[str, float]:
-    """The alpha by name of norm layer at which the model computes what it did before any patch."""
-    return result.candidates[0].setting.alphas
+    """The alphas, by name of norm layer, with which the model computes the same as before any patch."""
+    return result.candidates[0].weights.alphas
 
 
 def is_identity(result: TuneResult) -> bool:
     """Do the weights that are kept change nothing?"""
-    return result.setting.is_identity(identities(result))
+    return result.weights.is_identity(identities(result))
 
 
 def weight_label(result: TuneResult) -> str:
-    """What the distance of a site's alpha from its identity is called."""
+    """The name of the distance of a norm layer's alpha from its identity."""
     kinds = set(identities(result).values())
     if kinds == {1.0}:
         return "1 - alpha"
@@ -106,12 +106,12 @@ def weight_label(result: TuneResult) -> str:
 
 
 def weight_axis(result: TuneResult) -> str:
-    """What an axis of that distance says."""
+    """The label of an axis for that distance."""
     label = weight_label(result)
     meaning = {"alpha": "the weight of the example", "1 - alpha": "the weight of the running moments"}
     return f"{label}, {meaning[label]}" if label in meaning else label
 
 
 def distances(result: TuneResult) -> dict[str, float]:
-    """How far each norm layer is from its identity: alpha for Batch Norm, 1 - alpha for Group Norm."""
-    return {name: abs(result.setting.alphas[name] - origin) for name, origin in identities(result).items()}
+    """The distance of each norm layer from its identity: alpha for Batch Norm, 1 - alpha for Group Norm."""
+    return {name: abs(result.weights.alphas[name] - origin) for name, origin in identities(result).items()}

@@ -1,1 +1,1 @@
-"""The search: how weights are found and judged."""
+"""The search for weights, and the verdict on them."""

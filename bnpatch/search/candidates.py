@@ -1,14 +1,13 @@
-"""The list of candidates of a search: ever richer settings, of which the one that other examples support is
-kept.
-"""
+"""The candidates of a search, from one weight for all norm layers to one per layer, and which one is kept."""
 
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import METRICS, Metric, Values
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
-from bnpatch.models.torch_model import TorchModel
-from bnpatch.search.config import GLOBAL_RUNGS, Candidate, Plan, Trial, kept
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
 from bnpatch.search.coordinate_search import Coordinate, coordinate_search
 from bnpatch.search.global_search import GlobalSearchResult, Runner, global_search
 from bnpatch.search.gradient_search import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
@@ -29,89 +27,91 @@ from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
 
-#: Part of the tuning examples on which candidates are compared, and learning is stopped.
+if TYPE_CHECKING:
+    from bnpatch.models.torch_model import TorchModel
+
+#: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
 
-#: Where a global search for alpha begins, by its square root, which resolves the small values that are often
-#: useful: a search of few trials sees the range, one of more has no gap that a curve with two peaks could
-#: hide in.
+#: First points of a global search for alpha, as square roots, which resolve the small alphas that are often
+#: useful. A search of few trials covers the range with them; one of more trials leaves no gap wide enough to
+#: miss the second peak of a curve.
 FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
 
-#: Learning sees at most this many examples, which is as many as it takes; without gradients, this many, of
-#: which a glance at the last number is enough to see what is promising.
-_LEARNED_EXAMPLES, _WALKED_EXAMPLES, _GLANCED_EXAMPLES = 30_000, 500, 100
+#: Maximum numbers of examples. Learning by gradient needs no more than the first. Coordinate search scores
+#: the second, and ranks the values to try by the third, a subset of them.
+_LEARNED_EXAMPLES, _COORDINATE_EXAMPLES, _PREVIEW_EXAMPLES = 30_000, 500, 100
 
-# Of small images more are learned from at a time than a batch has: as many as eight large ones have values.
+# Learning takes small images in larger batches: up to as many input values as eight large images have.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
-# Fewer blocks are no global search: so many trials see all of them.
+# With fewer blocks than this, successive halving is pointless: this many trials are scored on all blocks.
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
-# An objective without labels has more than one valley, and global searches with one weight for all may end
-# beside the best. So both weights are looked for from further places: with these alphas at the first norm
-# layer and the last.
+# A label-free objective has several local minima, and a global search with one weight for all norm layers may
+# end near one that is not the best. So learning alpha and lambda per layer also starts from these alphas, at
+# the first norm layer and the last.
 _OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
 
-# Moments of a batch by which the layers below normalize are too noisy of fewer examples.
+# Statistics are re-estimated in batches of at least this size, because moments of smaller ones are noisy.
 _RETARGET_BATCH = 250
 
 
 class CandidateSearch:
-    """Climbs from the identity to one weight per layer, and keeps what the selection examples support.
+    """Finds candidates, the identity first, and keeps the one that the selection examples support.
 
-    The candidates: one alpha for all; with recalibration, one lambda, and that lambda with one alpha; one
-    alpha
-    per stage or layer, learned by gradient where the model has them, else found by turning one weight at a
-    time; with recalibration, both weights per stage or layer; at last the best of these refined by the metric
-    itself. Every candidate begins where a lower one ended, so that none is much worse; both weights without
-    labels begin at further places, too. Which one is kept is
-    decided on a part of the examples, the selection.
+    The candidates, in order: one alpha for all norm layers; with recalibration, one lambda, then one alpha
+    with that lambda; one alpha per stage or layer, learned by gradient where the model has gradients and
+    found by coordinate search where not; with recalibration, alpha and lambda per stage or layer; and the
+    best of these, refined by the metric itself. Each candidate starts from the result of an earlier one, so
+    that none is much worse. Without labels, alpha and lambda per layer have further starting points.
     """
 
     def __init__(
         self,
-        model: Patchable,
+        model: Model[Any],
         examples: Examples,
         tuning: Indices,
         judge: Judge,
         plan: Plan,
         *,
-        targets_from: tuple[Examples, Indices | None] | None = None,
+        statistics_from: tuple[Examples, Indices | None] | None = None,
         count: Callable[[str, int], None] = lambda label, examples: None,
         on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     ) -> None:
         self.model, self.examples, self.tuning, self.judge, self.plan = model, examples, tuning, judge, plan
-        self.targets_from = targets_from or (examples, tuning)
+        self.statistics_from = statistics_from or (examples, tuning)
         self._count, self._on_trial = count, on_trial
         self._identities = model.identities()
         self._started = time.monotonic()
         self.trials: list[Trial] = []
         self.interrupted = False
-        self.reached = 0  # candidates above the identity that were found
-        self.cut = False  # time was over: the last candidate may be less than it could have been
-        self.seen = 0.0  # examples, by what they cost
-        self.resumed = 0  # trials that the storage had already
-        self._best_score = -math.inf  # of all trials so far, more is better
+        self.reached = 0  # number of candidates found, without the identity
+        self.cut = False  # time ran out: the last candidate may be worse than it could have been
+        self.seen = 0.0  # number of examples scored, weighted by cost
+        self.resumed = 0  # number of trials that the storage already had
+        self._best_score = -math.inf  # of all trials so far; higher is better
         blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
-        self._board = ScoreCache(model, examples, judge, blocks, self._spend)
-        # A global search scores all blocks of the settings that matter: choosing between them costs nothing
-        # more. One weight for all does not fit itself to the examples: where nothing else is found, all of
-        # them choose.
+        self._cache = ScoreCache(model, examples, judge, blocks, self._spend)
+        self.base = model.state  # the state that weights apply to; lambda adds re-estimated statistics
+        # A global search scores its best settings on all blocks, so that selecting by them costs nothing
+        # more. One weight for all norm layers hardly overfits: where there are no other candidates, all
+        # tuning examples select.
         part = 1.0 if plan.granularity == "global" else SELECTION
         first = len(blocks) - max(1, round(part * len(blocks)))
-        self.selection = Selection(self._board, judge, range(first, len(blocks)))
+        self.selection = Selection(self._cache, judge, range(first, len(blocks)))
         self.fit = np.concatenate(blocks[:first] or blocks)
 
     @property
     def passes(self) -> float:
-        """How often the tuning examples were gone through, all in all."""
+        """The cost of the search so far, in passes over the tuning examples."""
         return self.seen / len(self.tuning)
 
     def expected(self) -> float:
-        """About how many examples :meth:`climb` will go through."""
+        """Estimate how many examples :meth:`find` will score."""
         names = [name for name, _ in self._ways({})[: self.plan.reach]]
-        races = sum(name in (*GLOBAL_RUNGS, "refined") for name in names)
-        learned = len(names) - races if isinstance(self.model, TorchModel) else 0
+        races = sum(name in (*GLOBAL_CANDIDATES, "refined") for name in names)
+        learned = len(names) - races if self.model.has_gradients else 0
         if learned > 1 and self.judge.set_size > 1:
             learned += len(_OTHER_STARTS)
         course = Course.of(len(self.fit), self.judge.set_size)
@@ -122,24 +122,22 @@ class CandidateSearch:
 
     @property
     def _budget(self) -> tuple[float, int | None]:
-        """Of a global search, in passes and in trials. A handful of sets is too few to global search over:
-        each sees all.
-        """
-        if len(self._board.blocks) < _LEAST_BLOCKS:
+        """Budget of a global search in passes and in trials; with few blocks, only trials limit it."""
+        if len(self._cache.blocks) < _LEAST_BLOCKS:
             return math.inf, self.plan.trials or _TRIALS_OF_FEW
         return self.plan.max_passes, self.plan.trials
 
-    def climb(self) -> list[Candidate]:
-        """Find the settings, and choose; the identity is the first of them.
+    def find(self) -> list[Candidate]:
+        """Find the candidates, the identity first, and mark the one that is kept.
 
         Raises:
-            KeyboardInterrupt: before anything was found.
+            KeyboardInterrupt: the user interrupted before any candidate was found.
         """
         identity = PatchWeights(dict(self._identities), dict.fromkeys(self._identities, 0.0))
         found = {"identity": identity}
         try:
             for name, find in self._ways(found)[: self.plan.reach]:
-                if self._hurry() or self.interrupted:
+                if self._out_of_time() or self.interrupted:
                     break
                 found[name] = find()
                 self.reached += 1
@@ -147,22 +145,22 @@ class CandidateSearch:
             if len(found) == 1:
                 raise
             self.interrupted = True
-        self.cut = self._hurry()
+        self.cut = self._out_of_time()
         return self.selection.choose(found)
 
     def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Callable[[], PatchWeights]]]:
-        """Name of each candidate, and how it is found from those below it."""
+        """Names of the candidates, each with the function that finds it from earlier ones."""
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
-        if plan.granularity == "auto" and not isinstance(self.model, TorchModel) and len(self.tuning) < 200:
-            per = None  # too few to tell which of many turns was a good one
+        if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
+            per = None  # too few examples to tell which of many changes helped
         ways: list[tuple[str, Callable[[], PatchWeights]]] = [
-            ("alpha", lambda: self._race("alpha", found["identity"]))
+            ("alpha", lambda: self._one_weight("alpha", found["identity"]))
         ]
         if plan.recalibrate:
             ways += [
-                ("lambda", lambda: self._race("lambda", found["identity"])),
-                ("lambda, alpha", lambda: self._race("alpha", found["lambda"], "lambda, alpha")),
+                ("lambda", lambda: self._one_weight("lambda", found["identity"])),
+                ("lambda, alpha", lambda: self._one_weight("alpha", found["lambda"], "lambda, alpha")),
             ]
         if per:
             ways.append((f"alpha per {per}", lambda: self._find(found["alpha"], per, False)))
@@ -171,64 +169,64 @@ class CandidateSearch:
                 (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True))
             )
         if per:
-            ways.append(("refined", lambda: self._refine(kept(self.selection.choose(found)).setting)))
+            ways.append(("refined", lambda: self._refine(kept(self.selection.choose(found)).weights)))
         return ways
 
     # One weight for all.
 
     def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
-        """All norm layers so far from their identity; Group Norm's is at alpha = 1."""
+        """Set one lambda for all norm layers, or alphas at one distance from the identity."""
         if kind == "lambda":
-            return PatchWeights(
-                start.alphas, {**start.lambdas, **dict.fromkeys(self.model.targets(), weight)}
-            )
+            return PatchWeights(start.alphas, {**start.lambdas, **dict.fromkeys(self.base.target, weight)})
         return PatchWeights({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
 
-    def _race(self, kind: Literal["alpha", "lambda"], start: PatchWeights, name: str = "") -> PatchWeights:
+    def _one_weight(
+        self, kind: Literal["alpha", "lambda"], start: PatchWeights, name: str = ""
+    ) -> PatchWeights:
         name = name or kind
         if kind == "lambda":
-            self._retarget()
+            self._re_estimate()
         key = "lambda" if kind == "lambda" else "sqrt_alpha"
         first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ROOTS
 
-        def setting(params: Mapping[str, float]) -> PatchWeights:
+        def weights(params: Mapping[str, float]) -> PatchWeights:
             value = params[key]
             return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
 
-        result = self._run_race(
+        result = self._global_search(
             name,
-            setting,
+            weights,
             {key: (0.0, 1.0)},
             {key: 0.0},
             [{key: v} for v in first],
             start if any(start.lambdas.values()) else None,
         )
-        return setting(result.best.params)
+        return weights(result.best.params)
 
-    def _run_race(
+    def _global_search(
         self,
         name: str,
-        setting: Callable[[Mapping[str, float]], PatchWeights],
+        weights: Callable[[Mapping[str, float]], PatchWeights],
         space: Mapping[str, tuple[float, float]],
         origin: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
         start: PatchWeights | None = None,
     ) -> GlobalSearchResult:
-        sizes = [len(block) for block in self._board.blocks]
+        sizes = [len(block) for block in self._cache.blocks]
         passes, trials = self._budget
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
-            return self._board.by_block(setting(params), blocks, name)
+            return self._cache.by_block(weights(params), blocks, name)
 
         def report(runner: Runner, standing: GlobalSearchResult) -> None:
-            trial = _as_trial(name, runner, standing.identity.means, sizes)
+            state = self.base.with_weights(weights(runner.params))
+            trial = replace(_as_trial(name, runner, standing.identity.means, sizes), state=state)
             self.trials.append(trial)
             metric = self.judge.metric
             score = metric.sign * trial.scores[metric.name]
             is_best = standing.best.number == runner.number and score > self._best_score
             if is_best:
                 self._best_score = score
-            self.model.set(setting(runner.params))  # it may have been scored long ago
             self._on_trial(trial, is_best)
 
         study = self._study(name if start is None else f"{name}.{_digest(start)}")
@@ -247,7 +245,7 @@ class CandidateSearch:
             seed=self.plan.seed,
             on_trial=report,
         )
-        # Also those that an earlier run finished.
+        # The result also has the trials that an earlier run of this study finished.
         self.trials = [t for t in self.trials if t.candidate != name]
         self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
@@ -257,24 +255,24 @@ class CandidateSearch:
 
     def _find(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
         by_name = self._groups(per)
-        movable = self.model.targets() if lambdas else {}
+        movable = self.base.target if lambdas else {}
         groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
         candidate = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
         study = self._study("alpha")
         if known := study.recall(candidate):
             return PatchWeights(*known)
         try:
-            found = self._from_places(self._learn, start, groups)
+            found = self._from_places(self._by_gradient, start, groups)
         except NoGradientError:
-            found = self._from_places(self._walk, start, groups)
-        if not (self.interrupted or self._hurry()):
+            found = self._from_places(self._by_coordinates, start, groups)
+        if not (self.interrupted or self._out_of_time()):
             study.remember(candidate, [dict(found.alphas), dict(found.lambdas)])
         return found
 
     def _from_places(
         self, find: Callable[[PatchWeights, Groups], PatchWeights], start: PatchWeights, groups: Groups
     ) -> PatchWeights:
-        """The best of what is found from one place; of both weights without labels, from several."""
+        """Find weights from ``start``; for alpha and lambda without labels, the best of several starts."""
         found = find(start, groups)
         if self.judge.set_size == 1 or not groups.lambdas:
             return found
@@ -282,7 +280,7 @@ class CandidateSearch:
         try:
             for weights in _OTHER_STARTS:
                 place = self._weighted(start, groups, weights)
-                if place in tried or self._hurry():
+                if place in tried or self._out_of_time():
                     continue
                 tried.append(place)
                 other = find(place, groups)
@@ -293,12 +291,12 @@ class CandidateSearch:
         return found
 
     def _weighted(self, start: PatchWeights, groups: Groups, weights: tuple[float, float]) -> PatchWeights:
-        """Alphas from the first of these weights to the last, by depth, and lambdas in the middle.
+        """Start with alphas that change linearly with depth between two weights, and with lambdas of 0.5.
 
-        Norm layers whose identity is not at 0 keep what they have: they see the example already.
+        Norm layers whose identity is not alpha = 0 keep their alpha: they use the example's moments already.
         """
         ramp = dict(zip(self._identities, np.linspace(*weights, len(self._identities)).tolist(), strict=True))
-        first: dict[str, str] = {}  # of each group
+        first: dict[str, str] = {}  # the first norm layer of each group
         for name, group in groups.alphas.items():
             first.setdefault(group, name)
         alphas = {n: ramp[first[group]] for n, group in groups.alphas.items() if self._identities[n] == 0}
@@ -306,8 +304,8 @@ class CandidateSearch:
             {**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)}
         )
 
-    def _learn(self, start: PatchWeights, groups: Groups) -> PatchWeights:
-        if not isinstance(self.model, TorchModel):
+    def _by_gradient(self, start: PatchWeights, groups: Groups) -> PatchWeights:
+        if not self.model.has_gradients:
             raise NoGradientError
         label = "learning a weight per layer"
         fit = self.fit[:_LEARNED_EXAMPLES]
@@ -317,26 +315,27 @@ class CandidateSearch:
         while True:
             try:
                 return learn(
-                    self.model,
+                    cast("TorchModel", self.model),
                     self.examples,
                     fit,
                     self.judge.loss,
-                    lambda: self.selection.cost(self.model.setting(), label),
+                    lambda weights: self.selection.cost(weights, label),
+                    base=self.base,
                     start=start,
                     groups=groups,
                     course=course,
                     batch_size=batch_size,
                     seed=self.plan.seed,
-                    stop=self._hurry,
+                    stop=self._out_of_time,
                     on_batch=lambda count: self._spend(label, count, STEP_COST),
                 )
-            except NotEnoughMemoryError:  # gradients take more than the global searches before
+            except NotEnoughMemoryError:  # gradients need more memory than scoring does
                 if batch_size == 1:
                     raise
             batch_size //= 2
 
-    def _walk(self, start: PatchWeights, groups: Groups) -> PatchWeights:
-        portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_WALKED_EXAMPLES]
+    def _by_coordinates(self, start: PatchWeights, groups: Groups) -> PatchWeights:
+        portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_COORDINATE_EXAMPLES]
         coordinates = []
         for kind, by_name in (("alpha", groups.alphas), ("lambda", groups.lambdas)):
             members: dict[str, list[str]] = {}
@@ -345,22 +344,22 @@ class CandidateSearch:
             coordinates += [Coordinate(kind, tuple(names)) for names in members.values()]
         guide = self.selection.guide
 
-        def scores(indices: Indices, setting: PatchWeights) -> Values | None:
-            return if_finite(partial(self._units, setting, indices, guide))
+        def scores(indices: Indices, weights: PatchWeights) -> Values | None:
+            return if_finite(partial(self._units, weights, indices, guide))
 
         return coordinate_search(
             partial(scores, portion),
             start,
             coordinates,
             higher_is_better=guide.higher_is_better,
-            glance=partial(scores, portion[: max(_GLANCED_EXAMPLES, self.judge.set_size)]),
-            stop=self._hurry,
+            preview=partial(scores, portion[: max(_PREVIEW_EXAMPLES, self.judge.set_size)]),
+            stop=self._out_of_time,
         )
 
     def _refine(self, start: PatchWeights) -> PatchWeights:
-        """What gradients can't see: the metric itself, and small weights that may as well be none."""
+        """Scale all alphas and drop small ones, by the metric itself: gradients can't do either."""
 
-        def setting(params: Mapping[str, float]) -> PatchWeights:
+        def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
                 away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
@@ -373,31 +372,29 @@ class CandidateSearch:
             for scale, threshold in ((1.0, 0.02), (1.0, 0.05), (0.7, 0.02), (1.4, 0.02))
         ]
         origin = {"scale": 1.0, "threshold": 0.0}
-        return setting(self._run_race("refined", setting, space, origin, first, start).best.params)
+        return weights(self._global_search("refined", weights, space, origin, first, start).best.params)
 
     def _groups(self, per: str) -> dict[str, str]:
-        """Which norm layers share a weight; those where an example has a single value stay at their
-        identity.
-        """
+        """Name the group of each norm layer; layers where an example has a single value are left out."""
         batch = next(self.examples.batches(1, self.tuning))
         shapes = self.model.norm_shapes(batch.x)
-        everywhere = self.model.include_1x1
-        weighed = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
+        everywhere = self.base.include_1x1
+        weighted = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
         if per == "layer":
-            return {name: name for name in weighed}
-        return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighed}
+            return {name: name for name in weighted}
+        return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
 
-    def _units(self, setting: PatchWeights, indices: Indices, metric: Metric) -> Values:
-        """Scores by example, or by set of examples."""
+    def _units(self, weights: PatchWeights, indices: Indices, metric: Metric) -> Values:
+        """Scores by a metric, one per example or one per set of examples."""
         label, sets = "turning one weight at a time", in_sets(indices, self.judge.set_size)
-        return np.concatenate([self._board.of(part, setting, label)[metric.name] for part in sets])
+        return np.concatenate([self._cache.of(part, weights, label)[metric.name] for part in sets])
 
     def _spend(self, label: str, examples: int, cost: float = 1.0) -> None:
         self.seen += cost * examples
         self._count(label, examples)
 
-    def _retarget(self) -> None:
-        examples, indices = self.targets_from
+    def _re_estimate(self) -> None:
+        examples, indices = self.statistics_from
 
         found = target_moments(
             self.model,
@@ -407,14 +404,14 @@ class CandidateSearch:
             seed=self.plan.seed,
             on_batch=partial(self._spend, "re-estimating moments"),
         )
-        self.model.retarget(found)
-        self._board.forget()
+        self.base = self.base.with_target(found)
+        self._cache.use(self.base)
 
     def _study(self, candidate: str) -> Study:
         higher = self.judge.metric.higher_is_better
         name = self.plan.study or "bnpatch"
-        # Scores are kept by place: of other examples, or of these in another order, they mean nothing.
-        order = np.concatenate(self._board.blocks).astype(np.int64)
+        # A study stores scores by position, so they are valid only for the same examples in the same order.
+        order = np.concatenate(self._cache.blocks).astype(np.int64)
         return open_study(
             self.plan.storage,
             name if candidate == "alpha" else f"{name}.{candidate.replace(', ', '+')}",
@@ -422,7 +419,7 @@ class CandidateSearch:
             fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": candidate},
         )
 
-    def _hurry(self) -> bool:
+    def _out_of_time(self) -> bool:
         return self.plan.timeout is not None and time.monotonic() - self._started >= self.plan.timeout
 
     def _left(self) -> float | None:
@@ -432,13 +429,14 @@ class CandidateSearch:
 
 
 def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
-    """What a global search knows of a trial, as it would be on all examples; ``whole`` is what it began with
-    there.
+    """Convert a trial of a global search, with its scores extrapolated to all examples.
+
+    ``whole`` has the scores on all examples of the setting that the global search started from.
     """
     changes = runner.changes
 
     def within(metric: str, value: float) -> float:
-        # Judged by few, it may lie beyond what a rate can be.
+        # A rate that is extrapolated from few examples may lie outside [0, 1].
         is_rate = metric in METRICS and METRICS[metric].is_rate
         return min(1.0, max(0.0, value)) if is_rate else value
 
@@ -453,14 +451,14 @@ def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes:
 
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
-    """Parameters of a global search as people think of them, see :class:`Trial`."""
+    """Parameters of a global search as :class:`Trial` documents them."""
     if "sqrt_alpha" in params:
         return {"weight": params["sqrt_alpha"] ** 2}
     return {"weight" if name == "lambda" else name: value for name, value in params.items()}
 
 
-def _digest(setting: PatchWeights) -> str:
-    return _hash(json.dumps([dict(setting.alphas), dict(setting.lambdas)], sort_keys=True).encode())
+def _digest(weights: PatchWeights) -> str:
+    return _hash(json.dumps([dict(weights.alphas), dict(weights.lambdas)], sort_keys=True).encode())
 
 
 def _hash(content: bytes) -> str:

@@ -1,36 +1,98 @@
-"""How far a search goes, and what it finds on the way: candidates, trials of the global searches for them."""
+"""Settings of a search, and the records of what it finds: candidates, and trials of its global searches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.data.corruptions import parse_kinds
 from bnpatch.evaluation.metrics import Estimate
 
 Granularity = Literal["auto", "global", "stage", "layer"]
 
-#: Rungs with one weight for all norm layers.
-GLOBAL_RUNGS = ("identity", "alpha", "lambda", "lambda, alpha")
+#: Candidates with one weight for all norm layers.
+GLOBAL_CANDIDATES = ("identity", "alpha", "lambda", "lambda, alpha")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The less common options of :func:`bnpatch.tune_alpha`.
+
+    The values are checked when an instance is made, before any model is loaded.
+
+    >>> SearchConfig(max_passes=2.0, holdout=0.3).holdout
+    0.3
+
+    Attributes:
+        recalibrate: also search for lambda, the weight of the statistics re-estimated on ``calib_data``; None
+            for True where the granularity is "auto".
+        trials: maximum number of trials in each global search.
+        max_passes: maximum number of passes over the tuning examples in each global search; 2 of them score
+            the identity and the best trial. It does not limit label-free metrics on fewer than a thousand
+            examples, where a dozen trials are scored on all of them.
+        holdout: fraction of the data that the search does not see, and that gives the verdict; None for half,
+            or, with few labelled examples, for cross-fitting: every part is held out once.
+        class_prior: frequencies of the classes, in the order of the outputs, for ``unlabeled`` and
+            ``information``.
+        augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.corruptions`.
+        max_overhead: maximum ratio of the patched model's measured latency, one image at a time, to the
+            baseline's; the norm layers that gain least for their time stay unpatched.
+        recover_folded: take convolutions that a Batch Norm was fused into as norm layers.
+        batch_size: examples per batch.
+        storage: where the trials are kept, so that a search that was killed can continue:
+            ``sqlite:///x.db`` or ``x.journal``; None for memory.
+        study: name of the study in the storage.
+    """
+
+    recalibrate: bool | None = None
+    trials: int | None = None
+    max_passes: float = 3.0
+    holdout: float | None = None
+    class_prior: str | Sequence[float] | None = None
+    augment: str | Sequence[str] | None = None
+    max_overhead: float | None = None
+    recover_folded: bool = False
+    batch_size: int = 64
+    storage: str | None = None
+    study: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.augment is not None:
+            parse_kinds(self.augment)
+        if self.trials is not None and self.trials < 1:
+            raise BnpatchError(f"{self.trials} trials find nothing", "set --trials to 1 or more")
+        if not self.max_passes > 0:
+            raise BnpatchError(f"{self.max_passes} passes find nothing", "set --max-passes to 1 or more")
+        if self.max_overhead is not None and not self.max_overhead >= 1:
+            raise BnpatchError(
+                f"{self.max_overhead:g} times the latency is not possible", "write --max-overhead 1.1"
+            )
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise BnpatchError(
+                f"a held-out part of {self.holdout} is not a fraction", "set --holdout between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How far to search.
+    """Settings of a search.
 
     Attributes:
         granularity: what has a weight of its own: the model, each stage (the norm layers of one resolution of
-            feature maps), or each layer; "auto" is layer where gradients make that affordable.
-        recalibrate: let lambda, the weight of re-estimated running moments, join alpha.
-        trials: at most so many weights in each global search.
-        max_passes: at most so many passes over the tuning examples in each global search. Where a label-free
-            metric finds them too few for a global search, a dozen trials are scored on all of them instead.
-        timeout: seconds after which nothing further is begun; the best so far still sees all examples.
-        reach: climb no further than so many candidates above the identity.
-        seed: of everything random.
-        batch_size: examples at a time.
-        storage: of the studies, see :func:`bnpatch.search.studies.open_study`.
-        study: their name.
-        fingerprint: what they are of.
+            feature maps), or each layer; "auto" is each layer, or the model if it has no gradients and there
+            are few examples.
+        recalibrate: also search for lambda, the weight of the re-estimated statistics.
+        trials: maximum number of trials in each global search.
+        max_passes: maximum number of passes over the tuning examples in each global search. A label-free
+            metric may leave too few blocks for successive halving; then a dozen trials are scored on all.
+        timeout: seconds after which nothing new is started; the best so far is still scored on all examples.
+        reach: maximum number of candidates to find, without the identity.
+        seed: seed of all random choices.
+        batch_size: examples per batch.
+        storage: where the studies are kept, see :func:`bnpatch.search.studies.open_study`.
+        study: name of the studies.
+        fingerprint: what the studies were made with; a study with another fingerprint is refused.
     """
 
     granularity: Granularity = "auto"
@@ -48,41 +110,42 @@ class Plan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that was found in one way.
+    """Weights that were found in one way.
 
     Attributes:
-        name: of the way.
-        setting: the weights.
-        mean: of the tuned metric over the selection examples.
-        change: of it from the identity, on the same examples.
-        chosen: this is the one that is kept.
+        name: how the weights were found.
+        weights: the weights.
+        mean: mean of the tuned metric over the selection examples.
+        change: difference of this mean from that of the identity, on the same examples.
+        chosen: whether this candidate is kept.
     """
 
     name: str
-    setting: PatchWeights
+    weights: PatchWeights
     mean: float
     change: Estimate
     chosen: bool = False
 
 
 def kept(candidates: Sequence[Candidate]) -> Candidate:
-    """The one that is chosen."""
+    """The chosen candidate."""
     return next(candidate for candidate in candidates if candidate.chosen)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was tried in a global search, and how the tuning examples scored with it.
+    """A point that a global search tried, and the scores of the tuning examples with it.
 
     Attributes:
-        candidate: the global search that it ran in.
-        number: within the global search; 0 is where that began.
+        candidate: name of the candidate that the global search is for.
+        number: number within the global search; 0 is its starting point.
         params: ``weight``, the distance of all norm layers from the identity: alpha for Batch Norm, 1 - alpha
-            for Group Norm; or lambda. In the global search that refines: ``scale``, by which all of these
-            distances are multiplied, and ``threshold``, below which they become none.
-        scores: by name of metric, the mean over the tuning examples, judged by those that were seen.
-        errors: standard errors of the change from where the global search began, likewise.
-        examples: how many were seen.
+            for Group Norm; or lambda. To refine a candidate: ``scale``, by which all of these distances are
+            multiplied, and ``threshold``, below which they are set to 0.
+        scores: mean over all tuning examples by name of metric, extrapolated from those that were scored.
+        errors: standard error of the change from the starting point, by name of metric.
+        examples: number of examples that were scored.
+        state: state of the model in this trial; None for a trial of an earlier run.
     """
 
     candidate: str
@@ -91,8 +154,9 @@ class Trial:
     scores: Mapping[str, float]
     errors: Mapping[str, float]
     examples: int
+    state: PatchState | None = field(default=None, compare=False, repr=False)
 
     @property
     def weight(self) -> float | None:
-        """Of all norm layers; None in the global search that refines, whose trials have none in common."""
+        """The weight of all norm layers; None where a candidate is refined, as its layers differ."""
         return self.params.get("weight")

@@ -1,11 +1,11 @@
-"""Several processes as one, started by ``torchrun`` or ``accelerate launch``: each scores its share.
+"""Share the scoring between several processes, started by ``torchrun`` or ``accelerate launch``.
 
-The first process searches. The others wait to be told which weights to score which examples with, so that
-every decision is taken once and the result is that of a single process. What is no mean over examples, the
-label-free objectives and learning by gradient, is computed by the first alone.
+The first process searches. It tells the others which examples to score with which weights, so that every
+decision is made once and the result is that of a single process. The first process alone computes what is
+not a mean over examples: label-free objectives, and learning by gradient.
 
-Ctrl-C is for the first process, too: it ends the search in peace, as that of a single process, and the others
-ignore it. torchrun passes it on, but kills what is still at work half a minute later.
+The first process alone handles Ctrl-C, as a single process does: it ends the search and judges what was
+found. torchrun passes Ctrl-C on, but kills processes that still run half a minute later.
 """
 
 import io
@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,21 +24,19 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchWeights, Statistics, as_arrays
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.evaluation.evaluate import NoExamplesError, OutputsNotFiniteError, Scores, evaluate
 from bnpatch.evaluation.metrics import Metric, Values
-from bnpatch.models.base import Patchable
-from bnpatch.models.torch_model import TorchModel
+from bnpatch.models.base import Model
 from bnpatch.search.objective import ByMetric
 
-# So long the others wait at most while the first works alone: longer than any search.
+# How long the other processes wait while the first works alone: longer than any search.
 _PATIENCE = timedelta(days=30)
 
 
 def is_first() -> bool:
-    """Is this the process that searches, prints and writes? With one process it is."""
+    """Is this the process that searches, prints and writes? A single process is."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -52,7 +50,7 @@ def start() -> "Processes | None":
 
 
 class Processes:
-    """What the processes say to each other, by way of accelerate."""
+    """Communication between the processes, by accelerate."""
 
     def __init__(self) -> None:
         try:
@@ -61,7 +59,7 @@ class Processes:
             raise BnpatchError(
                 "several processes need accelerate", "pip install 'bnpatch[distributed]', or start one"
             ) from error
-        # Where the user has set up the processes before, that is as it is, and so is its timeout.
+        # If the user has initialized the process group before, its timeout stays.
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.rank, self.count = int(state.process_index), int(state.num_processes)
         if self.count != int(os.environ["WORLD_SIZE"]):
@@ -71,13 +69,13 @@ class Processes:
             )
 
     def tell(self, message: Any) -> Any:
-        """What the first process says, in all of them."""
+        """Broadcast the message of the first process; all return it."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([message if self.rank == 0 else None])[0]
 
     def collect(self, part: Any) -> list[Any]:
-        """What each of them has, in the order of their ranks, in all of them."""
+        """Gather a part from each process; all return the parts in the order of ranks."""
         from accelerate.utils import gather_object
 
         return list(gather_object([part]))
@@ -85,74 +83,71 @@ class Processes:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the first process wants scored: by which judge, on which examples, with which weights."""
+    """A request of the first process: the judge, the examples and the weights to score."""
 
     judge: int
     indices: Indices
-    setting: PatchWeights
-    targets: Mapping[str, Moments[Any]] | None  # only where they are new
+    weights: PatchWeights
+    target: Statistics | None  # re-estimated statistics; None where they have not changed
 
 
 @dataclass(frozen=True)
 class _Done:
-    """There is no more work; the result, or None where the first process failed, pickled."""
+    """The end of the work, with the pickled result; a pickled None where the first process failed."""
 
     result: bytes
 
 
 class SharedJudge:
-    """A judge whose examples are scored by all processes; for the first of them."""
+    """The judge of the first process, which has all processes score the examples."""
 
     def __init__(self, judge: ByMetric, number: int, processes: Processes) -> None:
-        self._judge, self._number, self._processes = judge, number, processes
-        self._told: Mapping[str, Moments[Any]] | None = None
+        self._verdict, self._number, self._processes = judge, number, processes
+        self._told: Statistics | None = None
 
     @property
     def metric(self) -> Metric:
-        """What is tuned."""
-        return self._judge.metric
+        """The metric that is tuned."""
+        return self._verdict.metric
 
     @property
     def set_size(self) -> int:
-        """Every example has a score of its own."""
+        """1, because each example has its own score."""
         return 1
 
-    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+    def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`bnpatch.search.objective.Judge`."""
-        targets = dict(model.targets())
-        told = self._told or {}
-        news = None
-        if any(told.get(name) is not part for name, part in targets.items()):
-            news = {name: _on_cpu(part) for name, part in targets.items()}
-        self._told = targets
+        target, news = model.state.target, None
+        if target is not self._told:
+            self._told, news = target, {name: as_arrays(part) for name, part in target.items()}
         with _uninterrupted():
-            self._processes.tell(_Work(self._number, indices, model.setting(), news))
-            return _score(self._judge, model, examples, indices, self._processes)
+            self._processes.tell(_Work(self._number, indices, model.weights, news))
+            return _score(self._verdict, model, examples, indices, self._processes)
 
-    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Of the first process alone."""
-        return self._judge.loss(model, batches)
+    def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The loss, which the first process computes alone."""
+        return self._verdict.loss(model, batches)
 
 
 def serve(
     processes: Processes,
-    model: Patchable,
+    model: Model[Any],
     judges: Mapping[int, tuple[ByMetric, Examples]],
     metrics: Iterable[Metric],
 ) -> Any:
     """Score what the first process asks for, until it is done.
 
     Args:
-        processes: of which this is not the first.
-        model: the same as there.
-        judges: by number, a judge and the examples that it is asked about, the same as there.
-        metrics: those that the result may be of.
+        processes: the processes; this one is not the first.
+        model: the same model as in the first process.
+        judges: judges and their examples by number, the same as in the first process.
+        metrics: all metrics that the result may refer to.
 
     Returns:
         The result of the first process.
 
     Raises:
-        BnpatchError: that process failed, and says why.
+        BnpatchError: the first process failed; its own error has the reason.
     """
     with _uninterrupted(then=False):
         while True:
@@ -162,11 +157,10 @@ def serve(
                 if result is None:
                     raise BnpatchError("the first process failed", "see what it says")
                 return result
-            if message.targets is not None:
-                model.retarget(message.targets)
-            model.set(message.setting)
+            state = model.state if message.target is None else replace(model.state, target=message.target)
+            model.set_state(state.with_weights(message.weights))
             judge, examples = judges[message.judge]
-            with suppress(BnpatchError):  # the first process has it as well, and decides
+            with suppress(BnpatchError):  # the first process gets the same error, and decides
                 _score(judge, model, examples, message.indices, processes)
 
 
@@ -179,14 +173,14 @@ def dismiss(processes: Processes, result: Any) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Sends the name of a metric in its place: a user's function may be one that can't be pickled."""
+    """Pickles a metric by its name, because a user's function may not be picklable."""
 
     def persistent_id(self, thing: Any) -> str | None:
         return thing.name if isinstance(thing, Metric) else None
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the metrics of this process in the place of their names."""
+    """Replaces names of metrics by the metrics of this process."""
 
     def __init__(self, pickled: bytes, metrics: Iterable[Metric]) -> None:
         super().__init__(io.BytesIO(pickled))
@@ -198,12 +192,12 @@ class _Unpickler(pickle.Unpickler):
 
 @contextmanager
 def _uninterrupted(then: bool = True) -> Iterator[None]:
-    """Ctrl-C does nothing in here; what it does otherwise it does ``then``, when this is over, or never.
+    """Delay Ctrl-C until the end of the block, or ignore it if ``then`` is false.
 
-    Between processes that wait for each other nothing may be left undone.
+    An interrupt in the middle would leave other processes waiting for this one.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread is interrupted
+        yield  # only the main thread is interrupted
         return
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
@@ -215,18 +209,13 @@ def _uninterrupted(then: bool = True) -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _on_cpu(moments: Moments[Any]) -> Moments[Tensor]:
-    """To be sent: a tensor of a GPU would take memory of that very GPU in every process."""
-    return Moments(*(torch.as_tensor(part).cpu() for part in (moments.mean, moments.var)))
-
-
 def _score(
-    judge: ByMetric, model: Patchable, examples: Examples, indices: Indices, processes: Processes
+    judge: ByMetric, model: Model[Any], examples: Examples, indices: Indices, processes: Processes
 ) -> dict[str, Values]:
-    """This process scores its share, and all of them get all scores, in the order of ``indices``.
+    """Score this process's share of the examples; all processes return all scores, in the given order.
 
-    Where one fails, all do. The first raises its own error, if it has one; errors of others are told in
-    words, since not every error can be pickled.
+    If one process fails, all fail. The first process raises its own error, if it has one. Errors of others
+    are passed on as text, because not every error can be pickled.
     """
     mine: Any
     failure: BaseException | None = None
@@ -236,10 +225,10 @@ def _score(
     except NoExamplesError:
         mine = Scores(np.zeros(0, np.int64), {m.name: np.zeros(0) for m in judge.metrics})
     except OutputsNotFiniteError as error:
-        mine = error  # a search may take these weights for the worst, and go on
+        mine = error  # the search may rate these weights as the worst, and continue
     except BnpatchError as error:
         failure, mine = error, BnpatchError(error.problem, error.remedy)
-    except BaseException as error:  # the others must not wait for ever
+    except BaseException as error:  # the other processes must not wait forever
         failure = error
         said = f"{type(error).__name__}: {first_line(error)}"
         mine = BnpatchError(f"process {processes.rank} of {processes.count} failed: {said}")

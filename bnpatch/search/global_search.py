@@ -1,18 +1,17 @@
-"""A global search of parameters over blocks of examples, in which little is spent on what is bad.
+"""A global search for parameters by successive halving over blocks of examples, with a Gaussian process.
 
-The identity runs on all blocks first: it is what everything is compared with. Then trials climb a list of
-candidates. On
-the first rung given points are scored on a few blocks, which is enough to find the region. The best, and the
-next best that lies apart from it, go on to the second rung, four times as many blocks; there a Gaussian
-process proposes further points, as many as the budget takes. The best of this rung runs on all blocks, and
-wins if it is better than the identity on all of them.
+The identity is scored on all blocks first, because everything is compared with it. Then successive halving
+scores trials on its rungs. On the first rung given points are scored on a few blocks, which is enough to find
+the good region. The best point, and the next best that is not close to it, go on to the second rung, which
+has four times as many blocks. There a Gaussian process proposes further points until the budget is spent. The
+best trial of this rung is scored on all blocks, and is the result if it beats the identity there.
 
-Whatever is compared is compared on the same examples, with the identity's scores as a control variate, and a
-trial ends early as soon as another is better beyond doubt (Student's test of the paired differences, its
-level shared among all looks).
+Trials are always compared on the same examples, with the identity's scores as a control variate. A trial ends
+early as soon as another is significantly better (Student's t-test of the paired differences, with the level
+divided by the number of tests).
 
-The Gaussian process is Optuna's. It learns from trials that ended early, too: each is told at the score that
-it would have on all blocks if it differed there from the leader as much as on the blocks that both have.
+The Gaussian process is Optuna's. It also learns from trials that ended early, by extrapolated scores: on all
+blocks, a trial is assumed to differ from the leader as much as on the blocks that both have.
 """
 
 import time
@@ -34,7 +33,7 @@ from bnpatch.search.studies import StoredTrial, Study, as_stored
 
 EvaluateBlocks = Callable[[Mapping[str, float], range], Sequence[Mapping[str, Values]]]
 
-# How long to wait before looking again at what another process does.
+# Seconds between two looks at the trials of another process.
 _POLL_SECONDS = 0.2
 
 
@@ -43,13 +42,13 @@ class Runner:
     """A trial of a global search.
 
     Attributes:
-        number: in the order in which trials began; 0 is the identity.
-        params: by name of parameter.
-        blocks: how many leading blocks it was scored on.
+        number: number in the order in which trials began; 0 is the identity.
+        params: values by name of parameter.
+        blocks: number of leading blocks that the trial was scored on.
         state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs), or RUNNING where the
             global search was interrupted.
-        means: over the examples of these blocks, by name of metric.
-        changes: from the identity, as they would be on all examples, with standard errors, by name of metric.
+        means: means over the examples of these blocks, by name of metric.
+        changes: changes from the identity, extrapolated to all examples, by name of metric.
     """
 
     number: int
@@ -66,10 +65,10 @@ class GlobalSearchResult:
 
     Attributes:
         runners: all trials, the identity first.
-        identity: what all are compared with.
-        best: the best of those that were scored on all blocks.
-        passes: examples scored over examples there are, by whatever process, in all runs of this study.
-        interrupted: the user stopped the global search early.
+        identity: the trial that all others are compared with.
+        best: the best of the trials that were scored on all blocks.
+        passes: passes over the examples, of all processes and all runs of this study.
+        interrupted: whether the user stopped the global search early.
     """
 
     runners: list[Runner]
@@ -80,7 +79,7 @@ class GlobalSearchResult:
 
 
 def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
-    """Sizes of nearly equal blocks that suit a global search over so many examples."""
+    """Sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
     count = max(1, min(most, examples // smallest))
     return [len(part) for part in np.array_split(np.arange(examples), count)]
 
@@ -102,32 +101,31 @@ def global_search(
 ) -> GlobalSearchResult:
     """Find the parameters that score best, in few passes over the examples.
 
-    What the study has already is not scored again: run it with the same arguments to go on after an
-    interruption, or in several processes at once to share the work. With more than 18 passes every trial is
-    scored on all blocks, as in a plain search, which ``max_trials`` bounds.
+    Scores that the study already has are not computed again: call this with the same arguments to continue
+    after an interruption, or in several processes at once to share the work. With more than 18 passes every
+    trial is scored on all blocks, without halving, and ``max_trials`` should limit the search.
 
     Args:
         study: where the trials are kept; its direction is that of the metric.
-        evaluate_blocks: from parameters and numbers of blocks to the scores of the examples of each, by name
-            of metric, the same examples in the same order whatever the parameters; or to one score for a
-            block as a whole.
-        sizes: examples in each block; the blocks should look alike, as random parts do.
-        metric: what to global search for. The other metrics that ``evaluate_blocks`` returns are kept beside
-        it.
+        evaluate_blocks: takes parameters and numbers of blocks. It returns, for each block by name of metric,
+            the scores of its examples, which are the same in the same order whatever the parameters; or one
+            score for the block as a whole.
+        sizes: number of examples in each block; the blocks should be similar, as random parts are.
+        metric: the metric to tune. Other metrics that ``evaluate_blocks`` returns are stored, too.
         space: lowest and highest value by name of parameter.
-        identity: the parameters that change nothing; among equals what is nearest to them is best.
-        first: points that are tried before the sampler has anything to go by.
+        identity: the parameters that change nothing; of equally good points the nearest to them is the best.
+        first: points to try before the sampler proposes any.
         max_passes: budget of the whole study, in passes over all blocks. Below 2 only the identity is scored.
         max_trials: budget of the whole study in trials, the identity included.
-        timeout: seconds after which nothing more is begun; the best so far still runs on all blocks.
-        seed: of the sampler.
-        on_trial: called when a trial ended, with how the global search stands.
+        timeout: seconds after which no trial is started; the best so far is still scored on all blocks.
+        seed: seed of the sampler.
+        on_trial: called with each trial that ended, and with the result so far.
 
     Raises:
-        OutputsNotFiniteError: from ``evaluate_blocks``, for the identity.
-        KeyboardInterrupt: before the identity was scored on all blocks; later it ends the global search in
-        peace.
-        BnpatchError: nothing bounds the global search, or the tuned metric is not a finite number.
+        OutputsNotFiniteError: ``evaluate_blocks`` raised it for the identity.
+        KeyboardInterrupt: the user interrupted before the identity was scored on all blocks; after that, an
+            interrupt ends the search, and the result so far is returned.
+        BnpatchError: nothing limits the global search, or the tuned metric is not a finite number.
     """
     if max_trials is None and not np.isfinite(max_passes):
         raise BnpatchError("nothing bounds the search", "bound its passes or its trials")
@@ -167,7 +165,7 @@ def global_search(
 def _score(
     study: Study, standings: Standings, trial: StoredTrial, blocks: range, evaluate_blocks: EvaluateBlocks
 ) -> None:
-    """Score some blocks; a trial without finite outputs fails."""
+    """Score some blocks of a trial; the trial fails if outputs are not finite."""
     metric = standings.rules.metric.name
     try:
         scored = evaluate_blocks(trial.params, blocks)
@@ -194,10 +192,10 @@ def _end(study: Study, standings: Standings, trial: StoredTrial, state: TrialSta
 
 
 def _propose(standings: Standings, seed: int) -> dict[str, float]:
-    """Ask a Gaussian process, which is told what each trial would score on all blocks.
+    """Ask a Gaussian process for a point, after telling it the extrapolated score of each trial.
 
-    The process is made anew each time, seeded by how many trials there are, so that what it proposes follows
-    from the trials alone.
+    The process is made anew each time, with a seed that depends on the number of trials, so that its proposal
+    depends on the trials alone.
     """
     space: dict[str, BaseDistribution] = {
         name: FloatDistribution(low, high) for name, (low, high) in standings.rules.space.items()

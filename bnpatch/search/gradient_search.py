@@ -1,4 +1,4 @@
-"""Weights per norm layer by gradient: for torch models, where every weight can be told which way to go."""
+"""Learn one weight per norm layer by gradient descent, for torch models."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,33 +12,33 @@ from torch import Tensor
 
 from bnpatch.core.errors import NotEnoughMemoryError
 from bnpatch.core.moments import mix
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.norm import ExampleWeightedNorm
 
-#: A weight nearer to 0 or 1 than this has hardly a gradient on its logit: learning starts no nearer.
+#: Learning starts at least this far from 0 and 1, because nearer the gradient of the logit vanishes.
 _MARGIN = 0.01
 
-#: How often the weights are judged on the way, and after how many such looks without a gain learning ends.
+#: How often the weights are scored on other examples, and after how many scores without a gain learning ends.
 CHECKS, _PATIENCE = 10, 3
 
-# Steps see at most so many examples, or one set of those that a loss needs together; all of them together
-# about so many; and there are no more and no fewer steps than these.
+# Maximum number of examples per step, unless the loss needs a larger set; number of examples in all steps
+# together, roughly; maximum and minimum number of steps.
 _BATCH, _EXAMPLES, _MOST_STEPS, _LEAST_STEPS = 128, 12_800, 100, 40
-# The learning rate is such that a logit can go about half as far in all.
+# The learning rate times the number of steps. A logit can change by about half of this in all.
 _REACH = 20.0
 
-#: A step costs about as much as this many evaluations of its examples: 2.1 to 3.1 were measured.
+#: Cost of a step in evaluations of its examples; 2.1 to 3.1 were measured.
 STEP_COST = 3
 
 
 @dataclass(frozen=True)
 class Course:
-    """How far to learn.
+    """Length of the training of weights.
 
     Attributes:
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         batch_size: examples per step.
     """
 
@@ -47,30 +47,28 @@ class Course:
 
     @classmethod
     def of(cls, num_examples: int, set_size: int = 1) -> "Course":
-        """What is enough: few examples are seen in small steps, or each would be seen a hundred times.
+        """Choose a sufficient length; steps are small for few examples, to see each less often.
 
         Args:
-            num_examples: there are to learn from.
-            set_size: examples that a loss needs together.
+            num_examples: number of examples to learn from.
+            set_size: number of examples that the loss needs together.
         """
         size = max(set_size, min(_BATCH, max(16, num_examples // 4)))
         return cls(min(_MOST_STEPS, max(_LEAST_STEPS, _EXAMPLES // size)), min(size, num_examples))
 
     @property
     def num_examples(self) -> int:
-        """Seen at most, counted as often as they are."""
+        """Maximum number of examples that are seen, repetitions included."""
         return self.steps * self.batch_size
 
 
 class NoGradientError(Exception):
-    """The loss does not depend on the weights by way of anything that has a gradient."""
+    """The loss has no gradient with respect to the weights."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which norm layers are learned, and which of them share a weight: a name of group by name of norm
-    layer.
-    """
+    """The norm layers whose weights are learned: names of groups, which share a weight, by name of layer."""
 
     alphas: Mapping[str, str]
     lambdas: Mapping[str, str]
@@ -81,8 +79,9 @@ def learn(
     examples: Examples,
     indices: Indices,
     loss: Callable[[TorchModel, Sequence[Batch]], Iterator[Tensor]],
-    cost: Callable[[], float],
+    cost: Callable[[PatchWeights], float],
     *,
+    base: PatchState,
     start: PatchWeights,
     groups: Groups,
     course: Course,
@@ -92,37 +91,37 @@ def learn(
     stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> PatchWeights:
-    """Find weights by gradient descent: Adam on their logits, the model's own parameters held still.
+    """Find weights by gradient descent: Adam on their logits, with the model's own parameters frozen.
 
-    Every so often the weights are judged on other examples; those that were judged best are kept, ``start``
-    itself among them. Where nothing better was found for a while, that is the end.
+    At intervals the weights are scored on other examples. The best of these weights, or ``start`` if none is
+    better, are the result. Learning ends early when nothing better was found for a while.
 
     Args:
-        model: its weights are any of those tried when this returns.
-        examples: where the examples are.
-        indices: which of them to learn from.
-        loss: of the model, as it is, on the examples of a step: parts that add up, each computed when it is
-            asked for, so that no more than one is in memory.
-        cost: what the model's weights are judged by on other examples; less is better, infinity where the
-            outputs are not finite.
-        start: where to begin; norm layers that are not learned keep what it says.
-        groups: which weights to learn. Where lambdas are, the model has targets.
-        course: how far to go. Adam's learning rate falls to a tenth along a cosine.
-        batch_size: examples at a time, of those of a step; it changes the result by rounding only.
-        checks: how often the weights are judged.
-        seed: of the order of the examples.
-        stop: asked before each step whether to end.
+        model: the model; its weights are any of those tried when this returns.
+        examples: the examples.
+        indices: which examples to learn from.
+        loss: the loss of the model on the examples of a step, in parts that add up. Each part is computed
+            when it is asked for, so that only one is in memory.
+        cost: the cost of weights on other examples; lower is better, inf if outputs are not finite.
+        base: the state that the weights apply to.
+        start: the weights to start from; norm layers that are not learned keep them.
+        groups: which weights to learn. To learn lambdas, ``base`` must have re-estimated statistics.
+        course: length of the training. Adam's learning rate falls to a tenth along a cosine.
+        batch_size: examples per batch of a step; it changes the result by rounding only.
+        checks: how often the weights are scored.
+        seed: seed of the order of the examples.
+        stop: called before each step; learning ends if it returns true.
         on_batch: called with the number of examples of each step.
 
     Returns:
-        The best setting.
+        The best weights.
 
     Raises:
-        NoGradientError: the loss has none.
-        NotEnoughMemoryError: for the gradients of so many examples at a time.
+        NoGradientError: the loss has no gradient.
+        NotEnoughMemoryError: the gradients of one batch don't fit into memory.
     """
-    model.set(start)
-    best, lowest = start, cost()
+    best, lowest = start, cost(start)
+    model.set_state(base.with_weights(start))
     logits = {
         kind: {group: _logit(values.get(name, 0.0), model.device) for name, group in by_name.items()}
         for kind, by_name, values in (
@@ -153,13 +152,13 @@ def learn(
             if step % every == 0 or step == steps:
                 found = _setting(start, groups, logits)
                 if any(map(math.isnan, (*found.alphas.values(), *found.lambdas.values()))):
-                    break  # the loss was not finite: asked of each step, that would wait for the device
-                model.set(found)
+                    break  # the loss was not finite; a check at each step would wait for the device
                 idle += 1
-                if (judged := cost()) < lowest:
+                if (judged := cost(found)) < lowest:
                     best, lowest, idle = found, judged, 0
                 if idle == _PATIENCE:
                     break
+                model.set_state(base.with_weights(found))
     return best
 
 
@@ -169,14 +168,14 @@ def _add_gradients(
 ) -> None:
     """Add up the gradients of the parts of a loss."""
     while True:
-        set_learned()  # anew: going backward takes their graph along
+        set_learned()  # again for each part, because backward frees their graph
         part = next(parts, None)
         if part is None:
             return
         if not part.requires_grad:
             raise NoGradientError
         torch.autograd.backward(part, inputs=parameters)
-        del part  # the next is computed without it
+        del part  # free its memory before the next part is computed
 
 
 def _logit(weight: float, device: torch.device) -> Tensor:
@@ -207,7 +206,7 @@ def _setting(start: PatchWeights, groups: Groups, logits: Mapping[str, Mapping[s
 
 
 def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:
-    """Random portions; where fewer than one are left, all examples are shuffled anew."""
+    """Random batches of examples; where too few are left for one, all examples are shuffled again."""
     rng = np.random.default_rng(seed)
     size = min(course.batch_size, len(indices))
     order: Indices = rng.permutation(indices)
@@ -220,7 +219,7 @@ def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:
 
 @contextmanager
 def _held_still(model: TorchModel) -> Iterator[None]:
-    """No gradients for the model's own parameters: they cost time and memory, and nobody asks for them."""
+    """Freeze the model's own parameters, whose gradients would cost time and memory."""
     learned = [p for p in model.module.parameters() if p.requires_grad]
     for parameter in learned:
         parameter.requires_grad_(False)

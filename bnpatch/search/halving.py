@@ -1,7 +1,6 @@
-"""What a global search does next: a function of what its trials have scored so far, and of nothing else.
+"""Successive halving: the next step of a global search, as a function of its trials and their scores alone.
 
-So a global search that was killed goes on as if it had not been, and processes that share a study share the
-work.
+So a global search that was killed continues as if it had not been, and processes can share a study.
 """
 
 from collections.abc import Mapping
@@ -13,26 +12,26 @@ from optuna.trial import TrialState
 from bnpatch.search.standings import Rules, Standings, done
 from bnpatch.search.studies import StoredTrial
 
-#: Rungs of a global search: the part of the exploration's budget that one trial on it takes, and how many
-#: come up from the rung below. Given points begin on the first, what the sampler proposes on the last.
+#: Rungs of successive halving: the fraction of the exploration budget that one trial takes to reach it, and
+#: how many trials move up from the rung below. Given points begin on the first rung, proposals on the last.
 RUNGS: tuple[tuple[float, int], ...] = ((1 / 16, 0), (1 / 4, 2))
-# Fewer examples than these don't tell where the good region is.
+# A rung has at least this many examples, or a quarter of all: fewer don't show where the good region is.
 _LEAST = 24
-# A trial is dropped where another is better at this level, shared among the looks.
+# A trial is pruned if another is better at this significance level, divided by the number of tests.
 _LEVEL = 0.05
-# Fewer differences say nothing about their spread.
+# The test needs at least this many paired differences to estimate their variance.
 _FEWEST = 8
-# With fewer examples in a batch most of the time goes into everything but the examples.
+# Blocks are scored together up to this many examples, because smaller batches are inefficient.
 _BATCH = 64
-# How far apart trials must lie to show a slope, as part of the range.
+# Trials that move up must be at least this far apart, as a fraction of the range, to show a slope.
 _APART = 0.02
-# A sampler that proposes what was tried before, so often, has found what it can on a rung.
+# A rung takes no more proposals once the sampler has repeated earlier points this often.
 _REPEATS = 2
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score the next blocks of a trial: as many as make a batch that is worth its while."""
+    """Score the next blocks of a trial, as many as make an efficient batch."""
 
     trial: StoredTrial
     blocks: range
@@ -40,7 +39,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Begin:
-    """Begin a trial: with these parameters, or with what the sampler proposes."""
+    """Begin a trial with these parameters; with a proposal of the sampler if None."""
 
     rung: int
     params: Mapping[str, float] | None = None
@@ -48,7 +47,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class End:
-    """End a trial, as complete, or as dropped."""
+    """End a trial as complete, pruned or failed."""
 
     trial: StoredTrial
     state: TrialState
@@ -56,14 +55,14 @@ class End:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing can be done before another process has finished what it is at."""
+    """Wait for another process, whose scores are needed to decide the next step."""
 
 
 Step = Evaluate | Begin | End | Wait
 
 
 class Schedule:
-    """The rungs of a global search, and who is on them."""
+    """Decides the next step of a global search by successive halving."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -76,15 +75,15 @@ class Schedule:
 
     @property
     def racing(self) -> bool:
-        """Are trials cut short? Not where the budget takes all blocks on the first rung."""
+        """Are rungs smaller than all blocks? Not where the budget suffices for all on the first rung."""
         return self.targets[0] < len(self.ends)
 
     def next(self, standings: Standings, hurry: bool = False) -> Step | None:
-        """What to do now; None where the global search is over.
+        """The next step; None where the global search is over.
 
         Args:
             standings: all trials of the study.
-            hurry: begin nothing more; only finish the best.
+            hurry: begin no more trials; only finish the best.
         """
         free = [t for t in standings.trials if t.running and not t.busy]
         for trial in free:
@@ -104,7 +103,7 @@ class Schedule:
         return self._finish(standings)
 
     def _on_rung(self, rung: int, standings: Standings) -> Step | None:
-        """Bring the best of the rung below up to this one, then let others begin here."""
+        """Score the best trials of the rung below on this rung, then begin new trials on it."""
         target = self.targets[rung]
         racing = [t for t in standings.trials if t.running]
         if rung and self.targets[rung - 1] < target:
@@ -130,7 +129,7 @@ class Schedule:
         return self._begin(rung, standings) or (Wait() if waiting else None)
 
     def _kept(self, ranked: list[StoredTrial], count: int, standings: Standings) -> list[StoredTrial]:
-        """The best, and the next best that lie apart from it: close by they would not show a slope."""
+        """The best trials: the first, and the next that are not close to it and so show a slope."""
         kept = ranked[:1]
         apart = [t for t in ranked[1:] if standings.distance(t.params, kept[0].params) >= _APART]
         return (kept + apart)[:count]
@@ -152,7 +151,7 @@ class Schedule:
         return Begin(rung) if rung == len(RUNGS) - 1 and repeated < _REPEATS else None
 
     def _finish(self, standings: Standings) -> Step | None:
-        """Run the best of those that came furthest on all blocks, and end the others."""
+        """Score the best of the trials with most blocks on all blocks, and prune the others."""
         racing = [t for t in standings.trials if t.running]
         if not racing:
             return None
@@ -171,7 +170,7 @@ class Schedule:
         return self._onward(best)
 
     def _comes_too_late(self, trial: StoredTrial, standings: Standings) -> bool:
-        """Did another process bring its best home meanwhile, on the budget that this one would need?"""
+        """Has another process finished its best trial, so that the budget no longer allows this one?"""
         home = any(
             t is not standings.origin and t.state == TrialState.COMPLETE and done(t) == len(self.ends)
             for t in standings.trials
@@ -180,7 +179,7 @@ class Schedule:
         return home and standings.spent + rest > self.rules.max_passes * self.total
 
     def _hopeless(self, trial: StoredTrial, standings: Standings) -> bool:
-        """Is another trial better on the same examples, beyond doubt?"""
+        """Is another trial significantly better on the same examples?"""
         blocks = done(trial)
         rivals = [
             t for t in standings.trials if t is not trial and t.state != TrialState.FAIL and done(t) >= blocks
@@ -197,7 +196,7 @@ class Schedule:
         return bool(standings.sign * difference.value > bound)
 
     def _affords(self, cost: int, target: int, standings: Standings) -> bool:
-        """Is there budget for this, and for what the winner then still needs?"""
+        """Does the budget allow this cost, and after it the remaining blocks of the best trial?"""
         reserve = self.total - int(self.ends[target - 1])
         return standings.spent + cost + reserve <= self.rules.max_passes * self.total
 
@@ -205,12 +204,12 @@ class Schedule:
         return Wait() if trial.busy else self._evaluate(trial, len(self.ends))
 
     def _evaluate(self, trial: StoredTrial, target: int) -> Evaluate:
-        """The next blocks of a trial that has some to go to the target."""
+        """Evaluate the next blocks of a trial that has not reached the target."""
         first = done(trial)
         before = int(self.ends[first - 1]) if first else 0
         enough = int(np.searchsorted(self.ends, before + _BATCH)) + 1
         return Evaluate(trial, range(first, min(target, enough)))
 
     def _blocks_with(self, examples: float) -> int:
-        """How many leading blocks have that many examples; all where there are fewer."""
+        """The number of leading blocks that have ``examples`` examples; all blocks if there are fewer."""
         return min(len(self.ends), int(np.searchsorted(self.ends, examples - 0.5)) + 1)

@@ -1,4 +1,4 @@
-"""The verdict: what a patch does to examples that the search never saw."""
+"""The verdict: the effect of a patch on held-out examples, which the search never saw."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model
 from bnpatch.search.objective import Judge, in_sets
 
 
@@ -21,8 +20,8 @@ class Evidence:
     """Scores of the same examples in the same order, without and with a patch.
 
     Attributes:
-        before: by name of metric, of shape (N,), or one per set of examples.
-        after: likewise.
+        before: scores without the patch by name of metric, of shape (N,), or one per set of examples.
+        after: scores with the patch, likewise.
         targets: classes of the examples, of shape (N,); empty where they have none.
     """
 
@@ -32,7 +31,7 @@ class Evidence:
 
     @staticmethod
     def joined(parts: Sequence["Evidence"]) -> "Evidence":
-        """All examples of several parts: of the folds of a cross-fit."""
+        """Join the evidence of several parts, the folds of a cross-fit."""
 
         def join(which: str) -> dict[str, Values]:
             return {n: np.concatenate([getattr(p, which)[n] for p in parts]) for n in parts[0].before}
@@ -42,15 +41,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a patch does to held-out examples.
+    """The effect of a patch on held-out examples.
 
     Attributes:
-        comparisons: metric by metric; the first is what the verdict is about.
-        calibration: expected calibration error, where there are labels.
-        flips: answers that became right and wrong, where there are labels.
-        changed: number of examples whose answer is another one; None where answers are no classes.
+        comparisons: one comparison per metric; the first decides the verdict.
+        calibration: comparison of the expected calibration error, where there are labels.
+        flips: numbers of answers that became right and wrong, where there are labels.
+        changed: number of examples whose answer changed; None where answers are not classes.
         classes: target, answer before and answer after of each example, (3, N); None without labels.
-        num_examples: how many were judged.
+        num_examples: number of held-out examples, or of sets of them.
     """
 
     comparisons: list[Comparison]
@@ -61,16 +60,16 @@ class Verdict:
     num_examples: int = 0
 
     def __str__(self) -> str:
-        """Either gain, loss, or no significant change."""
+        """The verdict in words: gain, loss, or no significant change."""
         return self.comparisons[0].verdict
 
     @property
     def all_comparisons(self) -> list[Comparison]:
-        """Of the metrics and, where there are labels, of the calibration error."""
+        """Comparisons of the metrics and, where there are labels, of the calibration error."""
         return [*self.comparisons, *([] if self.calibration is None else [self.calibration])]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         content: dict[str, Any] = {c.metric.name: c.to_json() for c in self.comparisons}
         if self.calibration is not None:
             content["calibration-error"] = self.calibration.to_json()
@@ -82,55 +81,49 @@ class Verdict:
 
 
 def gather(
-    model: Patchable,
+    model: Model[Any],
     examples: Examples,
     judge: Judge,
-    before: PatchWeights,
-    after: PatchWeights,
+    before: PatchState,
+    after: PatchState,
     indices: Indices,
-    baseline_statistics: Mapping[str, Moments[Any]],
 ) -> Evidence:
-    """Score examples without and with a patch; the model has the weights of ``after`` when this returns.
+    """Score examples without and with a patch; this leaves the model in one of the two states.
 
     Args:
-        model: its target moments are those that ``after`` weighs.
-        examples: to judge by.
-        judge: what scores them.
-        before: the weights that the model came with.
-        after: those of the patch.
-        indices: of the examples.
-        baseline_statistics: the target moments that ``before`` weighs.
+        model: the model.
+        examples: the examples to judge by.
+        judge: scores the examples.
+        before: the state of the model before the search.
+        after: the state with the patch.
+        indices: which examples to use.
     """
     if judge.set_size > 1:
-        examples.readable(indices)  # or sets could be of other examples the second time
-    found = dict(model.targets())
-    model.retarget(baseline_statistics)
+        examples.readable(indices)  # else the sets could differ between the two states
     first = scores(model, examples, judge, before, indices)
-    model.retarget(found)
-    unchanged = before == after and not baseline_statistics
-    second = first if unchanged else scores(model, examples, judge, after, indices)
+    second = first if before.computes_like(after) else scores(model, examples, judge, after, indices)
     read = _readable(examples, judge, indices)
     labelled = examples.classes and examples.labelled[read].all()
     return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))
 
 
 def scores(
-    model: Patchable, examples: Examples, judge: Judge, setting: PatchWeights, indices: Indices
+    model: Model[Any], examples: Examples, judge: Judge, state: PatchState, indices: Indices
 ) -> dict[str, Values]:
-    """Scores of a setting by name of metric, of the examples that can be read or of sets of them.
+    """Scores with a patch, by name of metric, of the examples that can be read or of sets of them.
 
-    They are in an order that depends on the examples and the judge, not on the setting.
+    Their order depends on the examples and the judge, not on the patch.
     """
-    model.set(setting)
+    model.set_state(state)
     sets = in_sets(_readable(examples, judge, indices), judge.set_size)
     parts = [judge.scores(model, examples, part) for part in sets]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _readable(examples: Examples, judge: Judge, indices: Indices) -> Indices:
-    """The examples that can be read; in random order where sets of them are to look alike.
+    """The examples that can be read; in random order where sets of them are scored.
 
-    Folders are sorted by class: in their order each set would be of a class or two.
+    Folders are sorted by class, so that without shuffling each set would have one class or two.
     """
     readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
     if judge.set_size == 1:
@@ -139,11 +132,11 @@ def _readable(examples: Examples, judge: Judge, indices: Indices) -> Indices:
 
 
 def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
-    """Compare pair by pair.
+    """Compare the scores without and with the patch, paired by example.
 
     Args:
-        evidence: of all held-out examples.
-        metrics: what to compare; the first is what the verdict is about.
+        evidence: scores of all held-out examples.
+        metrics: metrics to compare; the first decides the verdict.
     """
     before, after = evidence.before, evidence.after
     comparisons = [paired(metric, before[metric.name], after[metric.name]) for metric in metrics]

@@ -1,4 +1,4 @@
-"""A search from end to end: the norm layers made, the list of candidates climbed, the verdict given."""
+"""A search from end to end: make norm layers, find candidates, judge the best on held-out examples."""
 
 import hashlib
 import json
@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.errors import BnpatchWarning
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
 from bnpatch.evaluation.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
-from bnpatch.models.base import Patchable
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
+from bnpatch.models.base import Model
 from bnpatch.search.candidates import CandidateSearch
-from bnpatch.search.config import GLOBAL_RUNGS, Candidate, Plan, Trial, kept
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
 from bnpatch.search.distributed import Processes, SharedJudge, dismiss, serve, start
 from bnpatch.search.held_out import Evidence, Verdict, conclude, gather, scores
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
@@ -31,57 +28,53 @@ from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 from bnpatch.search.robustness import without_harm
 
-#: How long latencies are measured where there is a limit on them.
+#: Seconds to measure latencies for, where there is a latency limit.
 LATENCY_SECONDS = 10.0
 
-# A verdict of fewer examples says little.
+# A verdict on fewer examples than this says little, and a note says so.
 _FEW = 30
 
 
 @dataclass
 class Job:
-    """A search: the norm layers made, the list of candidates climbed, the verdict given.
+    """A search from end to end.
 
-    In a cross-fit the list of candidates is climbed once more without each part of the examples, which then
-    judges what was found. These searches share the time that there is and climb as far as the first one did.
-    Where time is over or the user interrupts, the verdict is of the parts that were judged before, one at
-    least. Where the first search keeps the model as it is, that is what is judged. Two things are taken from
-    all examples once: running moments of norms that have none, and which norm layers a limit on latency
-    leaves out.
+    In a cross-fit, further searches each leave out one part of the examples, which then judges what was
+    found. These searches share the time that is left and find as many candidates as the first search did. If
+    time runs out or the user interrupts, the verdict comes from the parts judged so far, at least one. If the
+    first search keeps the baseline, the verdict is about the baseline. Two things are taken from all examples
+    once: running statistics of norms that have none, and which norm layers a latency limit leaves out.
     """
 
-    model: Patchable
+    model: Model[Any]
     goal: Goal
     examples: Examples
-    seen: Examples  # the same, or augmented: what the search goes by
+    seen: Examples  # the same, or augmented: what the search scores
     test_examples: Examples
     test_seen: Examples  # the same, or augmented likewise
     calib: Examples | None
-    parts: list[tuple[Indices, Indices]]  # of the examples to tune on, and of the test examples to judge by
+    parts: list[tuple[Indices, Indices]]  # to tune on (of examples), and to judge by (of test_examples)
     plan: Plan
     progress: Progress
     on_trial: Callable[[Trial, bool], None]
     max_overhead: float | None
     notes: list[str] = field(default_factory=list)
 
-    # What is known once it runs: who judges, what the model came with, and what was done so far.
+    # Set by run: the judges, and what was done so far.
     judge: Judge = field(init=False)
     final_judge: Judge = field(init=False)
     metrics: list[Metric] = field(init=False)
-    baseline_statistics: dict[str, Moments[Any]] = field(init=False)
     _alone: tuple[Judge, Judge] = field(init=False)  # the judges, before several processes share them
     _started: float = field(init=False)
-    _climbed_in: float = field(init=False)
-    _ladders: list[CandidateSearch] = field(default_factory=list, init=False)
+    _seconds_of_first: float = field(init=False)
+    _searches: list[CandidateSearch] = field(default_factory=list, init=False)
     _seen_clean: int = field(default=0, init=False)
     _interrupted: bool = field(default=False, init=False)
 
     def run(self, recover_folded: bool) -> TuneResult:
-        """Do it; the model is as before when this returns."""
+        """Run the search; the model has its former state again when this returns."""
         self._started = time.monotonic()
         with self.model.borrowed():
-            baseline_statistics = self.model.setting()
-            self.baseline_statistics = dict(self.model.targets())
             self.notes += make_norms(
                 self.model,
                 self.calib,
@@ -90,10 +83,7 @@ class Job:
                 batch_size=self.plan.batch_size,
                 recover_folded=recover_folded,
             )
-            before = PatchWeights(
-                {**self.model.identities(), **baseline_statistics.alphas},
-                {**self.model.setting().lambdas, **baseline_statistics.lambdas},
-            )
+            before = self.model.state
             if self.plan.storage:
                 self.plan = replace(self.plan, fingerprint=self._fingerprint())
             self.judge = self.goal.judge(self.model, self.seen, self._whole)
@@ -108,8 +98,8 @@ class Job:
         """All examples to tune on."""
         return self.parts[0][0] if len(self.parts) == 1 else np.arange(len(self.examples), dtype=np.int64)
 
-    def _search_together(self, before: PatchWeights, processes: Processes) -> TuneResult:
-        """The first process searches, the others score what it asks for; all return its result."""
+    def _search_together(self, before: PatchState, processes: Processes) -> TuneResult:
+        """Search in the first process; the others score what it asks for, and all return its result."""
         judges = {
             number: (judge, examples)
             for number, (judge, examples) in enumerate(
@@ -133,23 +123,20 @@ class Job:
         finally:
             dismiss(processes, result)
 
-    def _search(self, before: PatchWeights) -> TuneResult:
-        ladder = self._ladder(self._whole, self.plan)
-        candidates = self._climbed(ladder)
-        self._climbed_in = time.monotonic() - self._started
+    def _search(self, before: PatchState) -> TuneResult:
+        search = self._candidate_search(self._whole, self.plan)
+        candidates = self._found_by(search)
+        self._seconds_of_first = time.monotonic() - self._started
         points: list[Point] = []
         if self.max_overhead is not None:
-            thinned, points = self._thinned(kept(candidates), ladder)
+            thinned, points = self._thinned(kept(candidates), search)
             candidates = [*(replace(candidate, chosen=False) for candidate in candidates), thinned]
-        found = dict(self.model.targets())  # a cross-fit re-estimates moments without each part in turn
-        candidates, setting, verdict, num_parts = self._judge(before, candidates)
-        self.model.retarget(self.baseline_statistics if setting is before else found)
+        candidates, state, verdict, num_parts = self._verdict(before, candidates)
         if self.seen is not self.examples and len(self.parts) == 1:
-            self.notes.append(self._insured(before, setting))
-        self.model.set(setting)
-        recipe = self.model.recipe()
+            self.notes.append(self._robustness_note(before, state))
+        recipe = self.model.recipe(state)
         self.progress.finish()
-        if resumed := sum(climbed.resumed for climbed in self._ladders):
+        if resumed := sum(climbed.resumed for climbed in self._searches):
             self.notes.append(f"{resumed} trials were in the storage already")
         if verdict.num_examples < _FEW:
             self.notes.append(f"{verdict.num_examples} examples judged: so few say little")
@@ -164,11 +151,11 @@ class Job:
         return TuneResult(
             self.goal.metric,
             candidates,
-            ladder.trials,
+            search.trials,
             verdict,
-            setting,
-            list(setting.alphas),
-            (sum(climbed.seen for climbed in self._ladders) + self._seen_clean) / len(ladder.tuning),
+            state.weights,
+            list(state.weights.alphas),
+            (sum(climbed.seen for climbed in self._searches) + self._seen_clean) / len(search.tuning),
             len(set(self._whole.tolist()) - self.examples.skipped.keys()),
             num_parts,
             skipped,
@@ -178,10 +165,10 @@ class Job:
             recipe=recipe,
         )
 
-    def _climbed(self, ladder: CandidateSearch) -> list[Candidate]:
-        """The candidates. Robustness against shifts that the data does not show costs it nothing."""
-        candidates = ladder.climb()
-        if ladder.interrupted and ladder is self._ladders[0]:  # the verdict takes a while yet
+    def _found_by(self, search: CandidateSearch) -> list[Candidate]:
+        """Find the candidates; with augmentation, choose one that does no harm to the original images."""
+        candidates = search.find()
+        if search.interrupted and search is self._searches[0]:  # the verdict still takes a while
             self._interrupted = True
             warnings.warn(
                 "interrupted: what was found so far is judged now (interrupt again to end sooner)",
@@ -192,16 +179,16 @@ class Job:
             return candidates
         name = self.goal.metric.name
 
-        def clean(setting: PatchWeights) -> Values:
-            self.model.set(setting)
-            self._seen_clean += len(ladder.tuning)
-            return self._alone[0].scores(self.model, self.examples, ladder.tuning)[name]
+        def clean(weights: PatchWeights) -> Values:
+            self.model.set_state(search.base.with_weights(weights))
+            self._seen_clean += len(search.tuning)
+            return self._alone[0].scores(self.model, self.examples, search.tuning)[name]
 
         best = without_harm(
-            candidates, self.goal.metric, ladder.selection.scores, ladder.selection.gains, clean
+            candidates, self.goal.metric, search.selection.scores, search.selection.gains, clean
         )
         if best is None:
-            if ladder is self._ladders[0]:
+            if search is self._searches[0]:
                 self.notes.append(
                     "nothing was found that helps the shifted images and leaves those at hand unharmed"
                 )
@@ -209,12 +196,10 @@ class Job:
         others = [replace(candidate, chosen=False) for candidate in candidates if candidate.name != best.name]
         return [*others, best]
 
-    def _insured(self, before: PatchWeights, setting: PatchWeights) -> str:
-        """What a setting does to held-out examples that are shifted, in words."""
+    def _robustness_note(self, before: PatchState, state: PatchState) -> str:
+        """Describe what the state does to augmented held-out examples."""
         held_out = np.concatenate([held_out for _, held_out in self.parts])
-        seen = gather(
-            self.model, self.test_seen, self._alone[1], before, setting, held_out, self.baseline_statistics
-        )
+        seen = gather(self.model, self.test_seen, self._alone[1], before, state, held_out)
         metric = self.metrics[0]
         change = paired_difference(seen.before[metric.name], seen.after[metric.name])
         values = (metric.format(float(np.mean(v[metric.name]))) for v in (seen.before, seen.after))
@@ -224,18 +209,24 @@ class Job:
             f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
         )
 
-    def _judge(
-        self, before: PatchWeights, candidates: list[Candidate]
-    ) -> tuple[list[Candidate], PatchWeights, Verdict, int]:
-        """What held-out examples say of the chosen candidate, what is kept then, and how many parts judged
-        it.
+    def _verdict(
+        self, before: PatchState, candidates: list[Candidate]
+    ) -> tuple[list[Candidate], PatchState, Verdict, int]:
+        """Judge the chosen candidate on held-out examples.
+
+        Returns the candidates, the state that is kept, the verdict, and how many parts judged.
         """
         chosen = kept(candidates)
-        parts = self._evidence(before, chosen.setting)
+        base = self._searches[0].base
+        parts = self._evidence(before, chosen.weights)
         evidence = Evidence.joined(parts)
         verdict = conclude(evidence, self.metrics)
         identities = self.model.identities()
-        if len(parts) > 1 and before.is_identity(identities) and chosen.setting.is_identity(identities):
+        if (
+            len(parts) > 1
+            and before.weights.is_identity(identities)
+            and chosen.weights.is_identity(identities)
+        ):
             tuned = verdict.comparisons[0]
             if change := tuned.change.value:
                 self.notes.append(
@@ -252,67 +243,66 @@ class Job:
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
             return candidates, before, verdict, len(parts)
-        bound = self.max_overhead is not None or self.seen is not self.examples  # by more than the score
+        bound = self.max_overhead is not None or self.seen is not self.examples  # not by score alone
         if not bound and (lower := self._better_global(candidates, evidence)):
             self.notes.append(
                 f"{chosen.name} does worse than {lower.name} on held-out examples: not applied "
                 f"(their verdict on {lower.name}, which they chose, flatters it a little)"
             )
             candidates = [replace(candidate, chosen=candidate is lower) for candidate in candidates]
-            evidence = self._gathered(before, lower.setting, self.parts[0][1])
-            return candidates, lower.setting, conclude(evidence, self.metrics), 1
-        return candidates, chosen.setting, verdict, len(parts)
+            evidence = self._gathered(before, base.with_weights(lower.weights), self.parts[0][1])
+            return candidates, base.with_weights(lower.weights), conclude(evidence, self.metrics), 1
+        return candidates, base.with_weights(chosen.weights), verdict, len(parts)
 
-    def _thinned(self, chosen: Candidate, ladder: CandidateSearch) -> tuple[Candidate, list[Point]]:
-        """As many of the norm layers as the limit on latency allows."""
-        assert self.max_overhead is not None  # or nobody would ask
-        assert isinstance(self.model, (TorchModel, OnnxModel))  # what can be measured
+    def _thinned(self, chosen: Candidate, search: CandidateSearch) -> tuple[Candidate, list[Point]]:
+        """Keep as many norm layers patched as the latency limit allows."""
+        assert self.max_overhead is not None  # the caller has checked it
         seconds = LATENCY_SECONDS
         if self.plan.timeout is not None:
-            seconds = min(seconds, max(1.0, self._left() / (1 + self._to_come)))
+            seconds = min(seconds, max(1.0, self._left() / (1 + self._searches_left)))
         points = trade_off(
-            self.model, chosen.setting, ladder.selection.scores, self.goal.metric, seconds=seconds
+            self.model, chosen.weights, search.selection.scores, self.goal.metric, seconds=seconds
         )
         best = choose(points, self.max_overhead)
         self.notes.append(f"--max-overhead: {best.reason}")
         if suggestion := knee(points):
             norm_layers, ratio = suggestion.num_norms, suggestion.latency.ratio
             self.notes.append(f"the gain flattens beyond {norm_layers} norm layers, at {ratio:.2f}x the time")
-        setting = best.point.setting
-        after, before = ladder.selection.scores(setting), ladder.selection.scores(points[0].setting)
+        weights = best.point.weights
+        after, before = search.selection.scores(weights), search.selection.scores(points[0].weights)
         change = paired_difference(before, after)
         return Candidate(
-            f"at most {self.max_overhead:g}x", setting, float(np.mean(after)), change, True
+            f"at most {self.max_overhead:g}x", weights, float(np.mean(after)), change, True
         ), points
 
     def _left(self) -> float:
-        """Seconds, where there is a limit."""
-        assert self.plan.timeout is not None  # or nobody would ask
+        """Seconds left, where there is a time limit."""
+        assert self.plan.timeout is not None  # the callers have checked it
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
 
     @property
-    def _to_come(self) -> int:
-        """Ladders that are yet to be climbed."""
-        return (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._ladders)
+    def _searches_left(self) -> int:
+        """Number of searches that have not begun."""
+        return (1 if len(self.parts) == 1 else 1 + len(self.parts)) - len(self._searches)
 
-    def _ladder(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
-        """One to climb, in its share of the time or so many seconds."""
+    def _candidate_search(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
+        """Make a search, with its share of the time left or with ``at_least`` seconds."""
         if plan.timeout is not None:
-            plan = replace(plan, timeout=max(at_least, self._left() / self._to_come))
-        is_first = not self._ladders
-        ladder = CandidateSearch(
+            plan = replace(plan, timeout=max(at_least, self._left() / self._searches_left))
+        is_first = not self._searches
+        search = CandidateSearch(
             self.model,
             self.seen,
             self.seen.readable(tuning),
             self.judge,
             plan,
-            targets_from=None if self.calib is None else (self.calib, None),
+            statistics_from=None if self.calib is None else (self.calib, None),
             count=self.progress.count,
             on_trial=self._report if is_first else lambda trial, is_best: None,
         )
-        self.progress.expect(ladder.expected())
-        self._ladders.append(ladder)
-        return ladder
+        self.progress.expect(search.expected())
+        self._searches.append(search)
+        return search
 
     def _report(self, trial: Trial, is_best: bool) -> None:
         if (
@@ -324,10 +314,11 @@ class Job:
             warn_at_chance(trial.scores[ACCURACY.name], self.examples)
         self.on_trial(trial, is_best)
 
-    def _evidence(self, before: PatchWeights, chosen: PatchWeights) -> list[Evidence]:
-        """Of each part held out; in a cross-fit, on what the same search finds without it."""
+    def _evidence(self, before: PatchState, chosen: PatchWeights) -> list[Evidence]:
+        """Evidence from each held-out part; in a cross-fit, about what a search without it finds."""
         if len(self.parts) == 1:
-            return [self._gathered(before, chosen, self.parts[0][1])]
+            after = self._searches[0].base.with_weights(chosen)
+            return [self._gathered(before, after, self.parts[0][1])]
         judged: list[Evidence] = []
         for fold in range(len(self.parts)):
             try:
@@ -340,57 +331,65 @@ class Job:
             if evidence is None:
                 break
             judged.append(evidence)
-        turns = f"{len(judged)} of {len(self.parts)} parts took turns in being held out (cross-fitting)"
-        note = f"few examples: {turns}"
+        moves = f"{len(judged)} of {len(self.parts)} parts took turns in being held out (cross-fitting)"
+        note = f"few examples: {moves}"
         if len(judged) < len(self.parts):
             note += ", then the search was interrupted" if self._interrupted else ", then time was over"
         self.notes.append(note)
         return judged
 
-    def _judged_by(self, fold: int, before: PatchWeights, chosen: PatchWeights) -> Evidence | None:
-        """What a part says of what is found without it; None where time was over before that was as much.
+    def _judged_by(self, fold: int, before: PatchState, chosen: PatchWeights) -> Evidence | None:
+        """Search without one part, and judge by that part; None if time ran out before the search was done.
 
         Raises:
-            KeyboardInterrupt: what was found is not what the search would have.
+            KeyboardInterrupt: the user interrupted the search, so that its result is incomplete.
         """
         tuning, held_out = self.parts[fold]
-        whole = self._ladders[0]
+        whole = self._searches[0]
         plan = replace(self.plan, study=f"{self.plan.study or 'bnpatch'}.fold{fold}", reach=whole.reached)
-        # Without a part there is no verdict: the first has time enough for what was done before.
-        ladder = self._ladder(tuning, plan, at_least=2 * self._climbed_in if fold == 0 else 0.0)
-        setting = kept(self._climbed(ladder)).setting
-        if ladder.interrupted:
+        # A verdict needs one part, so the first has time enough to repeat the search on all examples.
+        search = self._candidate_search(
+            tuning, plan, at_least=2 * self._seconds_of_first if fold == 0 else 0.0
+        )
+        weights = kept(self._found_by(search)).weights
+        if search.interrupted:
             raise KeyboardInterrupt
-        cut_shorter = ladder.cut and not (whole.cut and ladder.passes >= whole.passes)
-        if fold > 0 and (ladder.reached < whole.reached or cut_shorter):
+        cut_shorter = search.cut and not (whole.cut and search.passes >= whole.passes)
+        if fold > 0 and (search.reached < whole.reached or cut_shorter):
             return None
         if self.max_overhead is not None:
-            setting = _thinned_like(chosen, setting, self.model.identities())
-        return self._gathered(before, setting, held_out)
+            weights = _thinned_like(chosen, weights, self.model.identities())
+        return self._gathered(before, search.base.with_weights(weights), held_out)
 
-    def _gathered(self, before: PatchWeights, setting: PatchWeights, held_out: Indices) -> Evidence:
+    def _gathered(self, before: PatchState, after: PatchState, held_out: Indices) -> Evidence:
         self.progress.expect(2 * len(held_out))
         evidence = gather(
             self.model,
             self.test_examples,
             self.final_judge,
             before,
-            setting,
+            after,
             held_out,
-            self.baseline_statistics,
         )
         self.progress.count("verdict on held-out examples", 2 * len(held_out))
         return evidence
 
     def _better_global(self, candidates: list[Candidate], evidence: Evidence) -> Candidate | None:
-        """One weight for all, if it does better on the held-out examples than the richer setting chosen."""
-        lower = [candidate for candidate in candidates if candidate.name in GLOBAL_RUNGS]
+        """The best candidate with one weight for all, if it beats the chosen one on held-out examples."""
+        lower = [candidate for candidate in candidates if candidate.name in GLOBAL_CANDIDATES]
         if kept(candidates) in lower or len(self.parts) > 1:
             return None
         best = max(lower, key=lambda candidate: self.goal.metric.sign * candidate.mean)
         metric, held_out = self.metrics[0], self.parts[0][1]
         of_best = if_finite(
-            partial(scores, self.model, self.test_examples, self.final_judge, best.setting, held_out)
+            partial(
+                scores,
+                self.model,
+                self.test_examples,
+                self.final_judge,
+                self._searches[0].base.with_weights(best.weights),
+                held_out,
+            )
         )
         if of_best is None:
             return None
@@ -398,14 +397,14 @@ class Job:
         return best if metric.sign * change.value < 0 and change.excludes_zero else None
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What a study is of: with another model, other data or another metric its trials mean nothing."""
+        """What a study was made with: its trials are invalid for another model, other data or metrics."""
         norm_layers = json.dumps(self.model.fingerprints(), sort_keys=True)
         return {
             "model": hashlib.sha256(norm_layers.encode()).hexdigest()[:16],
             "preprocessing": None if self.examples.as_they_are else self.model.preprocessing.to_json(),
             "data": self.seen.fingerprint(),
             "calibration data": None if self.calib is None else self.calib.fingerprint(),
-            "weigh single values": self.model.include_1x1,
+            "weigh single values": self.model.state.include_1x1,
             "metric": self.goal.metric.name,
             "class prior": str(self.goal.prior),
             "seed": self.plan.seed,
@@ -413,10 +412,10 @@ class Job:
 
 
 def _thinned_like(
-    chosen: PatchWeights, setting: PatchWeights, identities: Mapping[str, float]
+    chosen: PatchWeights, weights: PatchWeights, identities: Mapping[str, float]
 ) -> PatchWeights:
-    """Leave at their identity the norm layers that were not worth their time."""
+    """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
     return PatchWeights(
-        {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in setting.alphas.items()},
-        setting.lambdas,
+        {n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in weights.alphas.items()},
+        weights.lambdas,
     )

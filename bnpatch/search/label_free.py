@@ -1,13 +1,12 @@
-"""What a setting is judged by where there are no labels: the predictions and the moments alone.
+"""Objectives without labels, which score weights by the predictions and the moments alone.
 
-Unlike the metrics of labelled examples these are functions of a set of examples, not means over them. Each
-is a scalar of which less is better, and has gradients.
+Unlike the metrics of labelled examples, these are functions of a set of examples, not means over them. Each
+is a scalar with gradients, and lower is better.
 
-What they can't see: none of them knows the classes. *Self-labelling* and *information maximisation* want
-predictions that are certain, and all classes equally often (or as often as ``prior`` says): on data with
-other proportions they are wrong by that much. *Entropy* wants certainty alone, which a network under a
-strong shift has when it takes everything for one class. *Alignment* and *EvalNorm* never look at the
-predictions.
+None of them knows the true classes. *Self-labelling* and *information maximisation* favour certain
+predictions with all classes equally frequent (or as ``prior`` says); on data with other proportions this
+biases them. *Entropy* favours certainty alone, which a network under a strong shift also reaches by
+predicting one class for everything. *Alignment* and *EvalNorm* do not use the predictions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,24 +19,24 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments, mix, pool
 
-# Temperature and iterations of self-labels: those that weights are judged by are balanced but for a few
-# percent; those to learn from are harder, and balanced halfway, which leads out of more dead ends (see
+# Temperature and iterations of self-labels. Labels to score weights by are balanced to a few percent. Labels
+# to learn from are harder and only partly balanced, which avoids more bad local minima (see
 # docs/decisions/0009 for both).
 _JUDGED, _LEARNED = (0.3, 100), (0.1, 30)
 
-# Of the alignment, which says less than the predictions do.
+# Weight of the alignment, which is less informative than the predictions.
 _ALIGNMENT = 0.3
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model did with a batch.
+    """The outputs and moments of a model for a set of examples.
 
     Attributes:
-        logits: (N, K).
-        moments: of each example at the input of each norm layer, (N, C), by name.
+        logits: outputs, (N, K).
+        moments: moments of each example at the input of each norm layer, (N, C), by name of norm layer.
         alphas: the weight of the example by name of norm layer; a number or a 0-dim tensor.
-        running: running mean and variance (C,) in use, by name of norm layer, where not those of the
+        running: running statistics (C,) in use, by name of norm layer, where they are not those of the
             checkpoint.
     """
 
@@ -57,26 +56,26 @@ def entropy(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
 
 
 def self_labels(log_p: Tensor, prior: Tensor | None, temperature: float, iterations: int) -> Tensor:
-    """Labels that agree with the predictions, though the classes occur as often as they should.
+    """Make soft labels that agree with the predictions, with the class frequencies of the prior.
 
-    The plan of optimal transport from examples to classes, at the cost of the negative log-probabilities and
-    with a little entropy, by iterations of Sinkhorn and Knopp (Asano et al. 2020, "Self-labelling via
-    simultaneous clustering and representation learning"; Cuturi 2013). Of examples that a network takes for
-    one class, all with certainty, those keep it that it is surest of; the others get what comes next.
+    The labels are the optimal transport plan from examples to classes, with negative log-probabilities as
+    costs and entropy regularisation, by Sinkhorn-Knopp iterations (Asano et al. 2020, "Self-labelling via
+    simultaneous clustering and representation learning"; Cuturi 2013). If a network predicts one class for
+    too many examples, the most certain of them keep it, and the others get their next best class.
 
     Args:
         log_p: logarithms of the predicted probabilities, (N, K).
-        prior: how often the classes occur, (K,); None for equally often.
-        temperature: weight of the entropy, in nats; little makes hard labels.
-        iterations: with few of them, classes that nobody predicts get less than their share.
+        prior: frequencies of the classes, (K,); None for equal frequencies.
+        temperature: weight of the entropy, in nats; a low one makes hard labels.
+        iterations: number of iterations; with few, classes that are never predicted get too small a share.
 
     Returns:
         Probabilities (N, K), without gradient.
     """
     count, num_classes = log_p.shape
     with torch.no_grad():
-        log_p = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # which Apple's GPUs lack
-        # Relative to the best of each example, and no further from it than exp() can tell.
+        log_p = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # MPS has no float64
+        # Relative to the best class of each example, and clamped so that exp() does not underflow.
         scaled = (log_p - log_p.amax(1, keepdim=True)) / temperature
         kernel = scaled.clamp_min(-600).exp()
         share = kernel.new_full((num_classes,), 1 / num_classes) if prior is None else prior.to(kernel)
@@ -103,8 +102,8 @@ def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -
     prediction, up to a constant (information maximisation).
 
     Args:
-        seen: what the model did.
-        prior: how often the classes occur, (K,); None for equally often.
+        seen: outputs of the model.
+        prior: frequencies of the classes, (K,); None for equal frequencies.
         balance: weight of the divergence.
     """
     log_p = seen.logits.float().log_softmax(1)
@@ -115,10 +114,10 @@ def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -
 
 
 def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
-    """How far the inputs of the norms are from what the running moments of the checkpoint describe.
+    """Distance of the moments at the inputs of norm layers from the running statistics of the checkpoint.
 
-    The mean over channels and norm layers of KL(N(m, v) || N(rm, rv)) in nats, with the moments (m, v) pooled
-    over the batch. The first norm layer is left out: what reaches it is the same whatever the weights.
+    This is the mean over channels and norm layers of KL(N(m, v) || N(rm, rv)) in nats, with moments (m, v)
+    pooled over the batch. The first norm layer is left out, because its input does not depend on the weights.
     """
     parts = []
     for name in list(seen.moments)[1:]:
@@ -131,39 +130,39 @@ def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
 
 
 def unlabeled(prior: Tensor | None = None) -> Objective:
-    """Self-labelling plus alignment: what tells most without labels, of 25 examples of each class or more.
+    """Self-labelling plus alignment: the best objective without labels, for 25 examples per class or more.
 
-    Of fewer a set holds one class twice as often as another by chance, and each label that is forced on an
-    example then costs the more the surer the network is: better networks would be judged as worse.
+    A set with fewer examples may have one class twice as often as another by chance. Each label that is then
+    forced on an example costs more the more certain the network is, so that better networks score worse.
 
     Args:
-        prior: how often the classes occur, (K,); None for equally often.
+        prior: frequencies of the classes, (K,); None for equal frequencies.
     """
     return lambda seen, norm_layers: self_labelling(seen, prior) + _ALIGNMENT * alignment(seen, norm_layers)
 
 
 def unlabeled_step(prior: Tensor | None = None) -> Objective:
-    """What to go down by gradient for :func:`unlabeled`."""
+    """The loss for learning by gradient that belongs to :func:`unlabeled`."""
     return lambda seen, norm_layers: (
         self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, norm_layers)
     )
 
 
 def infomax(prior: Tensor | None = None) -> Objective:
-    """Information maximisation plus alignment; ``prior`` as of :func:`unlabeled`.
+    """Information maximisation plus alignment; ``prior`` is that of :func:`unlabeled`.
 
-    Classes in proportion count three times as much as certainty. Where images are shifted in different
-    ways, a network is certain of many that it takes for one and the same class.
+    The class frequencies count three times as much as certainty, because a network may predict one class
+    with certainty for many images that are shifted in different ways.
     """
     return lambda seen, norm_layers: information(seen, prior, balance=3.0) + alignment(seen, norm_layers)
 
 
 def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
-    """How far each norm's output is from what it would be in training (after Singh & Shrivastava 2019).
+    """Distance of each norm's output from its output in training (after Singh & Shrivastava 2019).
 
-    The mean over norm layers of the squared difference of the output at inference, by the mixture of moments,
-    and the output by the moments of the batch, over all values, in units of gamma^2. Both are affine maps of
-    the input x, so that the moments (m, v) of an example's x are enough:
+    This is the mean over norm layers of the mean squared difference between the output by the mixture of
+    moments, as in inference, and the output by the moments of the batch, in units of gamma^2. Both are affine
+    maps of the input x, so that the moments (m, v) of an example's x suffice:
     ``E[(a x + b)^2] = a^2 v + (a m + b)^2``.
     """
     parts = []
@@ -181,7 +180,7 @@ def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | 
     """A class prior (K,), scaled to sum to 1, from numbers or from text with commas between them.
 
     Raises:
-        BnpatchError: there are not K numbers, or they are no proportions.
+        BnpatchError: there are not K numbers, or they are not proportions.
     """
     if prior is None:
         return None

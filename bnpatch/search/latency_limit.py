@@ -1,37 +1,37 @@
-"""What a patch gains against what it costs: nested settings to measure, and which of them to take."""
+"""The trade-off of gain and latency: patches of ever more norm layers, and which of them to choose."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Z95, Estimate, Metric, Values, paired_difference
+from bnpatch.models.base import Model
 from bnpatch.models.latency import Latency, measure, norm_costs
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
 
-#: Settings of a family with norm layers; half a dozen to ten show where a curve bends.
+#: Number of patches to measure, at most; six to ten show where the trade-off curve bends.
 _FAMILY = 8
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting with what it gains and what it costs.
+    """Weights with their gain and their latency.
 
     Attributes:
-        setting: weights by name of norm layer.
-        num_norms: number of norm layers that weigh examples.
-        gain: mean over examples of the improvement over the original, in units of the metric; more is
+        weights: the weights.
+        num_norms: number of norm layers that are patched.
+        gain: mean over examples of the improvement over the baseline, in units of the metric; higher is
             better whatever the metric.
-        standard_error: of the gain.
-        latency: measured in turns with the original.
+        standard_error: standard error of the gain.
+        latency: latency, measured alternately with the baseline.
     """
 
-    setting: PatchWeights
+    weights: PatchWeights
     num_norms: int
     gain: float
     standard_error: float
@@ -46,21 +46,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """The point that was chosen, and why, in words for people."""
+    """The point that was chosen, and the reason, as text for users."""
 
     point: Point
     reason: str
 
 
 def nested_norms(importance: Mapping[str, float]) -> list[frozenset[str]]:
-    """A nested family of norm layers, from none to all.
+    """Nested sets of norm layers, from none to all.
 
-    Each member keeps the norm layers that matter most and adds some to those of the one before. Their numbers
-    grow geometrically: the first few norm layers change most, per norm layer.
+    Each set has the most important norm layers: those of the set before, and some more. The sizes grow
+    geometrically, because the first few norm layers gain most per norm layer.
 
     Args:
-        importance: by name of norm layer, how much it matters for the time that it takes: what it gains over
-            its share of :func:`bnpatch.models.latency.norm_costs`. Ties go by the order.
+        importance: gain per cost by name of norm layer, with costs from
+            :func:`bnpatch.models.latency.norm_costs`. Ties are kept in this order.
 
     Returns:
         At most nine sets of names.
@@ -71,7 +71,7 @@ def nested_norms(importance: Mapping[str, float]) -> list[frozenset[str]]:
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:
-    """For each point: is there another that costs no more and gains no less, and is better in one of both?"""
+    """For each point: does another cost no more and gain no less, and is it strictly better in one?"""
 
     def beats(a: Point, b: Point) -> bool:
         no_worse = a.latency.ratio <= b.latency.ratio and a.gain >= b.gain
@@ -81,19 +81,19 @@ def dominated(points: Sequence[Point]) -> list[bool]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one dominates, the cheapest first."""
+    """The points that no other point dominates, the cheapest first."""
     marks = dominated(points)
     front = [point for point, mark in zip(points, marks, strict=True) if not mark]
     return sorted(front, key=lambda point: point.latency.ratio)
 
 
 def choose(points: Sequence[Point], max_overhead: float) -> Choice:
-    """The point with the largest gain among those that are cheap enough; the original where none gains.
+    """Choose the point with the largest gain within the latency limit; the baseline where none gains.
 
     Args:
-        points: the original, of gain 0, first.
-        max_overhead: largest ratio to the time of the original, 1 or more, e.g. 1.1. It is compared with the
-            median ratio: the interval of a noisy measurement may reach beyond it.
+        points: the points, with the baseline, of gain 0, first.
+        max_overhead: maximum ratio to the latency of the baseline, 1 or more, e.g. 1.1. It is compared with
+            the median ratio, so that the interval of a noisy measurement may exceed it.
     """
     original, *patched = points
     if not patched:
@@ -119,10 +119,10 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
 
 
 def knee(points: Sequence[Point]) -> Point | None:
-    """The point beyond which more time gains little: a suggestion where nobody has set a limit.
+    """The point beyond which more latency gains little, as a suggestion to the user.
 
-    It is the point of the Pareto front that lies farthest above the chord from its first to its last
-    point, both axes scaled to [0, 1] (the kneedle criterion of Satopaa et al. 2011).
+    It is the point of the Pareto front that lies farthest above the chord from the first point to the last,
+    with both axes scaled to [0, 1] (the kneedle criterion of Satopaa et al. 2011).
 
     Returns:
         The point; None where no point of the front lies above the chord, as on a front of two points.
@@ -136,7 +136,7 @@ def knee(points: Sequence[Point]) -> Point | None:
     )
     above = (gains - gains[0]) / (gains[-1] - gains[0]) - (costs - costs[0]) / (costs[-1] - costs[0])
     best = int(above.argmax())
-    return front[best] if above[best] > 1e-9 else None  # rounding on a straight front is no knee
+    return front[best] if above[best] > 1e-9 else None  # ignores rounding on a straight front
 
 
 def _interval(point: Point) -> str:
@@ -144,35 +144,35 @@ def _interval(point: Point) -> str:
 
 
 def trade_off(
-    model: TorchModel | OnnxModel,
-    setting: PatchWeights,
+    model: Model[Any],
+    weights: PatchWeights,
     scores: Callable[[PatchWeights], Values],
     metric: Metric,
     *,
     seconds: float,
 ) -> list[Point]:
-    """Measure gain and latency of ever more of the norm layers of a setting, the important ones first.
+    """Measure gain and latency of the weights on ever more of the norm layers, the most important first.
 
-    A norm layer is important if the score suffers where it alone goes back to its identity, for the time that
-    it is expected to take. Lambdas cost nothing and stay as they are in all but the first point.
+    The importance of a norm layer is the loss in score when it alone is set to its identity, divided by its
+    expected cost. Lambdas cost nothing, and all points but the first have them unchanged.
 
     Args:
-        model: left with any weights.
-        setting: what to thin out.
-        scores: of a setting, one per example, always of the same ones.
-        metric: that these are of.
-        seconds: to measure latencies for, one image at a time.
+        model: the model; its weights are any of those measured when this returns.
+        weights: the weights to start from.
+        scores: scores of weights, one per example, always of the same ones.
+        metric: metric of these scores.
+        seconds: seconds to measure latencies for, with one image at a time.
 
     Returns:
-        The points, that of the original first.
+        The points, the baseline first.
     """
     identities, sign = model.identities(), metric.sign
     identity = PatchWeights(identities, dict.fromkeys(identities, 0.0))
-    weighed = [name for name, alpha in setting.alphas.items() if alpha != identities[name]]
-    whole, costs = scores(setting), norm_costs(model)
+    weighted = [name for name, alpha in weights.alphas.items() if alpha != identities[name]]
+    whole, costs = scores(weights), norm_costs(model)
 
     def without(name: str) -> PatchWeights:
-        return replace(setting, alphas={**setting.alphas, name: identities[name]})
+        return replace(weights, alphas={**weights.alphas, name: identities[name]})
 
     def lost(name: str) -> float:
         rest = if_finite(lambda: scores(without(name)))
@@ -180,9 +180,9 @@ def trade_off(
 
     family = [
         replace(
-            setting, alphas={n: a if n in norm_layers else identities[n] for n, a in setting.alphas.items()}
+            weights, alphas={n: a if n in norm_layers else identities[n] for n, a in weights.alphas.items()}
         )
-        for norm_layers in nested_norms({name: lost(name) / costs[name] for name in weighed})
+        for norm_layers in nested_norms({name: lost(name) / costs[name] for name in weighted})
     ]
     scored = [(member, if_finite(partial(scores, member))) for member in family if member != identity]
     usable = [(member, after) for member, after in scored if after is not None]

@@ -1,13 +1,15 @@
-"""What a search needs before it begins: norm layers that have running moments."""
+"""Preparation of a search: give running statistics to norms that have none."""
+
+from typing import Any
 
 from bnpatch.data.dataset import Examples, Indices
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model
 from bnpatch.models.running_stats import calibrate
 from bnpatch.models.running_stats import recover_folded as recover
 
 
 def make_norms(
-    model: Patchable,
+    model: Model[Any],
     calib: Examples | None,
     examples: Examples,
     tuning: Indices,
@@ -15,18 +17,18 @@ def make_norms(
     batch_size: int,
     recover_folded: bool,
 ) -> list[str]:
-    """Take running moments from data where a model has none.
+    """Measure running statistics on data for norms that have none, which makes norm layers of them.
 
     Args:
-        model: norms without running moments become norm layers.
-        calib: where the moments are from; None for the examples to tune on.
-        examples: where those are.
-        tuning: which they are.
-        batch_size: examples at a time.
-        recover_folded: take convolutions that a Batch Norm was fused into as norm layers, too.
+        model: the model, which is changed.
+        calib: examples to measure on; None for the tuning examples.
+        examples: the examples to tune on and others.
+        tuning: indices of the tuning examples.
+        batch_size: examples per batch.
+        recover_folded: also make norm layers of convolutions that a Batch Norm was fused into.
 
     Returns:
-        What the user should know of it, as notes.
+        Notes for the user.
     """
     notes = []
     images, indices = (examples, tuning) if calib is None else (calib, None)

@@ -1,4 +1,4 @@
-"""What a search goes by: a metric of labelled examples, or an objective that needs no labels."""
+"""What a search optimizes: a metric of labelled examples, or an objective that needs no labels."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,69 +27,68 @@ from bnpatch.evaluation.metrics import (
     no_scores,
     score,
 )
-from bnpatch.models.base import Patchable
-from bnpatch.models.torch_model import TorchModel
+from bnpatch.models.base import Model
 from bnpatch.search import label_free
 from bnpatch.search.label_free import Objective, Seen
 
-#: The label-free objectives are functions of a set: so many examples at a time, and so many per class.
+#: Label-free objectives score a set of examples, of at least this many, and of this many per class.
 SET_SIZE, _PER_CLASS = 250, 2
 
-#: An interval of fewer means of sets says next to nothing.
+#: An interval from the scores of fewer sets than this says next to nothing.
 FEW_SETS = 8
-# Then all examples are taken for one set, of so many groups.
+# With fewer sets, all examples make one set of this many groups.
 _GROUPS = 20
 
-# What a model returns for a batch, and the moments at its norms.
+# Logits of a batch, and the moments of its examples at the norm layers.
 _Part = tuple[Tensor, Mapping[str, Moments[Tensor]]]
 
 
 def in_sets(indices: Indices, size: int) -> list[Indices]:
-    """Split examples into what is scored together: all of them where each has a score of its own."""
+    """Split examples into sets that are scored together; one set where each example has its own score."""
     return [indices] if size == 1 else np.array_split(indices, max(1, len(indices) // size))
 
 
 class Judge(Protocol):
-    """Scores the weights that a model has, by which a search compares them."""
+    """Scores a model with its present weights; a search compares weights by these scores."""
 
     @property
     def metric(self) -> Metric:
-        """What is tuned."""
+        """The metric that is tuned."""
 
     @property
     def set_size(self) -> int:
-        """Examples that are scored together; 1 where each has a score of its own."""
+        """Number of examples that are scored together; 1 where each has its own score."""
 
-    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
-        """Scores by name of metric, one per example, or one for all of them where the metric is of sets.
+    def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
+        """Scores by name of metric: one per example, or one for all of them where the metric scores sets.
 
         Raises:
             OutputsNotFiniteError: an output is infinite or not a number.
         """
 
-    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """What to go down by gradient, of all batches together, in parts that add up.
+    def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The loss of all batches together, in parts that add up.
 
-        A part is computed when it is asked for, and no more than one batch's activations are in memory. It
-        is a tensor without gradient where there is none.
+        Each part is computed when it is asked for, so that only one batch's activations are in memory. A part
+        that does not depend on the weights has no gradient.
         """
 
 
 @dataclass(frozen=True)
 class ByMetric:
-    """Judges by a mean over labelled examples."""
+    """Scores labelled examples one by one; their mean is compared."""
 
     metric: Metric
     metrics: Sequence[Metric]
     batch_size: int = 64
     set_size: int = 1
 
-    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
+    def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`Judge`."""
         return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
 
-    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Cross-entropy for classes, whatever is counted of them; else the metric, if it has a gradient."""
+    def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The cross-entropy for classes, whatever the metric is; else the metric, if it has a gradient."""
         count = sum(len(batch.indices) for batch in batches)
         for batch in batches:
             targets = batch.targets.to(model.device, non_blocking=True)
@@ -103,20 +102,20 @@ class ByMetric:
 
 @dataclass(frozen=True)
 class ByObjective:
-    """Judges by what the predictions and the moments of a set of examples are like, without labels.
+    """Scores a set of examples without labels, by their predictions and moments.
 
     Attributes:
-        metric: name and direction; it can't score single examples.
+        metric: name and direction of the objective; it can't score single examples.
         objective: see :mod:`bnpatch.search.label_free`.
-        step: what to go down by gradient for it.
-        norm_layers: what the objective needs to know of them.
-        metrics: scored beside it, where there are labels.
-        num_classes: K.
-        batch_size: examples at a time.
-        groups: with more than one, all examples make one set, whose values say how sure the objective is: as
-            many as there are groups, made by leaving out each in turn. Their mean is the objective itself,
-            and they vary as pseudovalues of the jackknife, whose mean would take away what grows with the
-            set, many times over. Groups are of examples that follow each other, in random order.
+        step: the loss for learning by gradient.
+        norm_layers: what the objective needs to know of the norm layers.
+        metrics: further metrics, which score each example.
+        num_classes: number of classes, K.
+        batch_size: examples per batch.
+        groups: with more than one, all examples make one set, and the scores are one value per group, made by
+            leaving that group out. They vary like the pseudovalues of the jackknife, and so give an interval,
+            but their mean is the objective itself: the mean of pseudovalues would overcorrect, many times
+            over, what grows with the set. A group has consecutive examples, which are in random order.
     """
 
     metric: Metric
@@ -130,18 +129,18 @@ class ByObjective:
 
     @property
     def set_size(self) -> int:
-        """Examples that are judged together: enough for a mean prediction that means something."""
+        """Number of examples that are scored together: enough for a meaningful mean prediction."""
         return sys.maxsize if self.groups > 1 else max(SET_SIZE, _PER_CLASS * self.num_classes)
 
     def sure_of(self, count: int) -> "ByObjective":
-        """The same with values that make an interval, for so many examples: many sets, or one of groups."""
+        """The same judge, with scores that give an interval for ``count`` examples: of sets or of groups."""
         if count >= FEW_SETS * self.set_size or count < 2:
             return self
         groups = min(_GROUPS, count)
         return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
 
-    def scores(self, model: Patchable, examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`Judge`: the objective once, and what labels there are of each example."""
+    def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
+        """See :class:`Judge`: the objective of the set, once or per group, and other metrics per example."""
         parts: list[_Part] = []
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
         with model.evaluating():
@@ -167,14 +166,14 @@ class ByObjective:
         values = {name: torch.cat(some).cpu().double().numpy() for name, some in by_example.items()}
         return {self.metric.name: found, **values}
 
-    def _of(self, model: Patchable, parts: Sequence["_Part"]) -> float:
+    def _of(self, model: Model[Any], parts: Sequence["_Part"]) -> float:
         return float(self.objective(_as_one(model, parts), self.norm_layers))
 
-    def loss(self, model: TorchModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Of all batches as one set, in one part."""
+    def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The loss of all batches as one set, in one part."""
         if len(batches) == 1:
             parts = [model.observe(batches[0].x, gradients=True)]
-        else:  # for the gradient each is run once more: not all activations fit into memory
+        else:  # the backward pass runs each again: not all activations fit into memory
             parts = [
                 checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
                 for batch in batches
@@ -182,31 +181,24 @@ class ByObjective:
         yield self.step(_as_one(model, parts), self.norm_layers)
 
 
-def _as_one(model: Patchable, parts: Sequence[_Part]) -> Seen:
+def _as_one(model: Model[Any], parts: Sequence[_Part]) -> Seen:
     moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
     return _seen(model, torch.cat([logits for logits, _ in parts]), moments)
 
 
-def _seen(model: Patchable, logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
-    alphas: Mapping[str, Any] = model.alphas()
+def _seen(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
     running = {
         name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
-        for name, m in model.running().items()
+        for name, m in model.statistics_in_use().items()
     }
-    if isinstance(model, TorchModel):  # with their gradients
-        alphas = {
-            norm_layer.name: norm_layer.module.alpha
-            for norm_layer in model.inventory().norm_layers
-            if norm_layer.is_patched
-        }
-    return Seen(logits, moments, alphas, running)
+    return Seen(logits, moments, model.alphas_in_use(), running)
 
 
 def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
     return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))
 
 
-#: Metrics that need no labels, and what each can't see.
+#: Metrics that need no labels, and the weakness of each.
 LABEL_FREE = {
     "unlabeled": "it presumes that all classes are equally frequent, or as --class-prior says",
     "information": "it presumes that all classes are equally frequent, or as --class-prior says",
@@ -215,21 +207,21 @@ LABEL_FREE = {
     "evalnorm": "it makes inference like training, batch by batch, whether or not that helps",
 }
 
-#: Labels are made of predictions where there are so many sets of examples, each of so many per class; else
-#: information is maximised, see :func:`bnpatch.search.label_free.unlabeled`.
+#: "unlabeled" is self-labelling where there are this many sets, with this many examples per class in each;
+#: otherwise it is information maximisation, see :func:`bnpatch.search.label_free.unlabeled`.
 SELF_LABELLED_SETS, _LABELS_PER_CLASS = 4, 25
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is tuned for.
+    """What is tuned.
 
     Attributes:
-        metric: name and direction; of label-free objectives, which no example has a score of, no more.
-        needs_labels: it compares outputs with targets.
-        classes: these targets are classes.
-        prior: how often the classes occur, for label-free objectives.
-        batch_size: examples at a time.
+        metric: the tuned metric; for a label-free objective just its name and direction.
+        needs_labels: whether the metric compares outputs with targets.
+        classes: whether the targets are classes.
+        prior: frequencies of the classes, for label-free objectives.
+        batch_size: examples per batch.
     """
 
     metric: Metric
@@ -242,7 +234,7 @@ class Goal:
     def of(
         cls, metric: str | Metric | ScoreFunction, prior: str | Sequence[float] | None, batch_size: int
     ) -> "Goal":
-        """By the metric's name, or of a function; BnpatchError where it doesn't go with a class prior."""
+        """Make a goal from a metric, its name or a function; BnpatchError if it can't use a class prior."""
         if isinstance(metric, str) and metric in LABEL_FREE:
             return cls(Metric(metric, no_scores, higher_is_better=False), False, True, prior, batch_size)
         if prior is not None:
@@ -250,8 +242,8 @@ class Goal:
         tuned = as_metric(metric, also=LABEL_FREE)
         return cls(tuned, True, tuned.of_classes, None, batch_size)
 
-    def judge(self, model: Patchable, examples: Examples, indices: Indices) -> Judge:
-        """What the search goes by, on examples of which these will be seen."""
+    def judge(self, model: Model[Any], examples: Examples, indices: Indices) -> Judge:
+        """The judge for the search, which will score the examples ``indices``."""
         if self.needs_labels:
             beside = STANDARD_METRICS if self.classes else ()
             metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
@@ -275,7 +267,7 @@ class Goal:
         return ByObjective(self.metric, objective, step, model.facts(), beside, num_outputs, self.batch_size)
 
     def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
-        """What gives the verdict on these examples, by labels where there are, and the metrics compared."""
+        """The judge for held-out examples, by labels where there are any, and the metrics to compare."""
         answers = (CONFIDENCE, PREDICTION)
         if not self.classes:
             return judge, [self.metric]

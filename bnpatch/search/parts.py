@@ -1,24 +1,24 @@
-"""Which examples a search may see, and which are held out to judge it."""
+"""Split examples into those that a search may see and those that are held out to judge it."""
 
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.dataset import Examples, Indices, folds, split
 
-#: With fewer labelled examples than this, holding half of them out leaves too few for either purpose.
+#: With fewer labelled examples than this, a split in halves leaves too few to tune on and to judge by.
 SCARCE = 150
 
-#: Parts that take turns in being held out where examples are scarce.
+#: Number of parts of a cross-fit, each of which is held out once.
 _FOLDS = 5
 
 
 def parts_of(
     examples: Examples, test: Examples | None, holdout: float | None, seed: int, needs_labels: bool
 ) -> list[tuple[Indices, Indices]]:
-    """Which examples to tune on and which to judge by; several such pairs for a cross-fit.
+    """Choose the examples to tune on and those to judge by; a cross-fit has several such pairs.
 
     Raises:
-        BnpatchError: they are too few, or of one class.
+        BnpatchError: the examples are too few, or of one class.
     """
     if needs_labels and examples.classes and len(np.unique(examples.targets)) < 2:
         raise BnpatchError(

@@ -1,4 +1,4 @@
-"""What a search found."""
+"""The result of a search."""
 
 from dataclasses import dataclass, field
 
@@ -12,26 +12,25 @@ from bnpatch.search.latency_limit import Point
 
 @dataclass(repr=False)
 class TuneResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        metric: what was tuned.
-        candidates: the list of candidates of the search, the identity first, each with its score on the
-            selection examples; one of them is chosen.
-        trials: weights for all norm layers that were tried, with their scores on the tuning examples.
-        verdict: on held-out examples.
-        setting: the weights that are kept: those of the chosen candidate, or those that the model had before
-            where the verdict is a loss.
+        metric: the tuned metric.
+        candidates: the candidates, the identity first, with their scores on the selection examples; one of
+            them is chosen.
+        trials: trials of the global searches, with their scores on the tuning examples.
+        verdict: the verdict on held-out examples.
+        weights: the weights that are kept: those of the chosen candidate, or those of the baseline where the
+            verdict is a loss.
         norm_layers: names of the norm layers, in the order of the model.
-        passes: how often the tuning examples were gone through before the verdict, a cross-fit's searches
-            included; learning counts threefold.
-        num_tuning: examples that the search saw, without the unreadable.
-        num_parts: parts that took turns in being held out and judged what was found without them, where
-            examples are few; else 1.
-        skipped: examples that can't be read, by name, and why.
-        notes: what a person should know about the result.
-        interrupted: the user stopped the search early.
-        trade_off: gain against latency of ever more norm layers, where a limit was set; the original first.
+        passes: passes over the tuning examples before the verdict, with all searches of a cross-fit;
+            learning counts three times.
+        num_tuning: number of examples that the search saw, without unreadable ones.
+        num_parts: number of parts of a cross-fit that judged; 1 without cross-fitting.
+        skipped: reasons by name of example that can't be read.
+        notes: notes for the user.
+        interrupted: whether the user stopped the search early.
+        trade_off: gain and latency of ever more norm layers, the baseline first, if there was a limit.
         seconds: wall time.
         recipe: the weights and their provenance, to keep and to apply.
     """
@@ -40,7 +39,7 @@ class TuneResult:
     candidates: list[Candidate]
     trials: list[Trial]
     verdict: Verdict
-    setting: PatchWeights
+    weights: PatchWeights
     norm_layers: list[str]
     passes: float
     num_tuning: int
@@ -57,21 +56,21 @@ class TuneResult:
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate that the selection examples support."""
+        """The candidate that was chosen."""
         return kept(self.candidates)
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """Held-out examples, metric by metric."""
+        """Comparisons on the held-out examples, one per metric."""
         return self.verdict.comparisons
 
     @property
     def num_held_out(self) -> int:
-        """Examples that gave the verdict."""
+        """The number of held-out examples that gave the verdict."""
         return self.verdict.num_examples
 
     @property
     def alpha(self) -> float | None:
-        """The one alpha of all norm layers; None where they differ."""
-        values = set(self.setting.alphas.values())
+        """The alpha that all norm layers share; None where they differ."""
+        values = set(self.weights.alphas.values())
         return values.pop() if len(values) == 1 else None

@@ -1,9 +1,8 @@
-"""How much robustness costs nothing: a patch tuned on shifted views of the data, thinned until it is
-harmless.
+"""Weaken a patch that was tuned on augmented examples until it does no harm to the original ones.
 
-What helps shifted images may cost some accuracy on those at hand. Halfway between the identity and such a
-patch most of the help is left and next to none of the cost, so that all candidates and some points on the way
-to each are candidates.
+Weights that help augmented images may cost some accuracy on the original images. Halfway between the identity
+and such weights, most of the gain remains and hardly any of the cost. So all candidates, and some points
+between the identity and each, are considered.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Metric, Values, paired_difference
 from bnpatch.search.config import Candidate
 
-#: How far from the identity toward a candidate.
+#: Points to consider, as fractions of the way from the identity to a candidate.
 PARTS = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -27,42 +26,42 @@ def without_harm(
     gains: Callable[[PatchWeights, PatchWeights], bool],
     clean: Callable[[PatchWeights], Values],
 ) -> Candidate | None:
-    """The best that is found on the way to any candidate without harm to clean examples.
+    """Choose the best weights between the identity and any candidate that do not harm clean examples.
 
     Args:
-        candidates: of a list of candidates climbed on shifted views, the identity first.
-        metric: that the scores are of.
-        shifted: scores of a setting on shifted views of selection examples, always the same.
-        gains: whether the second of two settings is better beyond doubt on these views.
-        clean: scores on clean examples, always the same.
+        candidates: candidates that were found on augmented examples, the identity first.
+        metric: metric of the scores.
+        shifted: scores of weights on augmented selection examples, always the same ones.
+        gains: whether the second of two weights is significantly better on these examples.
+        clean: scores of weights on clean examples, always the same ones.
 
     Returns:
-        The setting that does best on shifted views, of those that are better than the identity there beyond
-        doubt, and no worse on clean examples; None where there is none.
+        The weights with the best mean on augmented examples, of those that are significantly better there
+        than the identity and no worse than it on clean examples; None where there are none.
     """
-    identity = candidates[0].setting
+    identity = candidates[0].weights
     before = shifted(identity)
     found = []
     for candidate in candidates[1:]:
         for part in PARTS:
-            setting = toward(identity, candidate.setting, part)
-            after = if_finite(partial(shifted, setting))
+            weights = toward(identity, candidate.weights, part)
+            after = if_finite(partial(shifted, weights))
             if after is None:
                 continue
             change = paired_difference(before, after)
-            if metric.sign * change.value > 0 and gains(identity, setting):
+            if metric.sign * change.value > 0 and gains(identity, weights):
                 name = candidate.name if part == 1 else f"{candidate.name} x {part:g}"
-                found.append(Candidate(name, setting, float(np.mean(after)), change, True))
+                found.append(Candidate(name, weights, float(np.mean(after)), change, True))
     unharmed = metric.sign * float(np.mean(clean(identity)))
     for candidate in sorted(found, key=lambda candidate: -metric.sign * candidate.mean):
-        scores = if_finite(partial(clean, candidate.setting))
+        scores = if_finite(partial(clean, candidate.weights))
         if scores is not None and metric.sign * float(np.mean(scores)) >= unharmed:
             return candidate
     return None
 
 
 def toward(start: PatchWeights, end: PatchWeights, part: float) -> PatchWeights:
-    """A setting between two, part of the way."""
+    """Interpolate between two weights: ``part`` is 0 for ``start`` and 1 for ``end``."""
 
     def between(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
         return {name: a.get(name, 0.0) + part * (weight - a.get(name, 0.0)) for name, weight in b.items()}

@@ -1,4 +1,4 @@
-"""What settings scored on the tuning examples, block by block, so that no block is scored twice."""
+"""A cache of scores on the tuning examples, block by block, so that no block is scored twice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import Values
-from bnpatch.models.base import Patchable
+from bnpatch.models.base import Model
 from bnpatch.search.global_search import block_sizes
 from bnpatch.search.objective import Judge, in_sets
 
 
 def blocks_of(order: Indices, set_size: int) -> list[Indices]:
-    """Split examples into blocks: of sets that are scored together, or as suits a global search.
+    """Split examples into blocks: sets that are scored together, or blocks that suit a global search.
 
-    There are two at least where there are two examples: some to learn from, and others to choose by.
+    Two examples or more make at least two blocks: one to learn from, and one to select by.
     """
     if set_size == 1:
         ends = np.cumsum(block_sizes(len(order)))[:-1]
@@ -28,69 +28,71 @@ def blocks_of(order: Indices, set_size: int) -> list[Indices]:
 
 
 class ScoreCache:
-    """Scores of settings on blocks of examples, remembered as long as the model's targets are the same."""
+    """Keeps the scores of weights on blocks of examples while the re-estimated statistics stay the same."""
 
     def __init__(
         self,
-        model: Patchable,
+        model: Model[Any],
         examples: Examples,
         judge: Judge,
         blocks: Sequence[Indices],
         count: Callable[[str, int], None],
     ) -> None:
-        """Begin with nothing scored.
+        """Start with an empty cache.
 
         Args:
-            model: gets the weights of each setting that is scored.
-            examples: where the examples are.
-            judge: what scores them.
-            blocks: which of them; all can be read.
-            count: called with what it was for and the number of examples that were scored.
+            model: the model that is set to the weights and scored; they apply to the state that it has now.
+            examples: the examples.
+            judge: scores the examples.
+            blocks: indices of the examples in each block; all of these can be read.
+            count: called with a label and the number of examples that were scored.
         """
-        self._model, self._examples, self._judge, self._count = model, examples, judge, count
+        self._model, self._examples, self._verdict, self._count = model, examples, judge, count
         self.blocks = blocks
         self._known: dict[tuple[Any, int], dict[str, Values]] = {}
+        self._base = model.state
 
-    def forget(self) -> None:
-        """The model has other targets: lambdas mean something else now."""
+    def use(self, base: PatchState) -> None:
+        """Apply weights to another state from now on, and forget the scores that depend on its statistics."""
+        self._base = base
         self._known = {key: scores for key, scores in self._known.items() if not any(key[0][1])}
 
-    def on(self, blocks: range, setting: PatchWeights, label: str, metric: str) -> Values:
-        """Scores of the examples of some blocks, or of these blocks as sets, by a metric.
-
-        Raises:
-            OutputsNotFiniteError: the model returns infinities or NaN for one.
-        """
-        return np.concatenate([scores[metric] for scores in self.by_block(setting, blocks, label)])
-
-    def by_block(self, setting: PatchWeights, blocks: range, label: str) -> list[dict[str, Values]]:
-        """Scores by name of metric, of each block.
+    def on(self, blocks: range, weights: PatchWeights, label: str, metric: str) -> Values:
+        """Scores of some blocks by one metric: one per example, or one per block where blocks are sets.
 
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
         """
-        key = tuple(setting.alphas.values()), tuple(setting.lambdas.values())
+        return np.concatenate([scores[metric] for scores in self.by_block(weights, blocks, label)])
+
+    def by_block(self, weights: PatchWeights, blocks: range, label: str) -> list[dict[str, Values]]:
+        """Scores of each block by name of metric.
+
+        Raises:
+            OutputsNotFiniteError: the model returns infinities or NaN for an example.
+        """
+        key = tuple(weights.alphas.values()), tuple(weights.lambdas.values())
         missing = [block for block in blocks if (key, block) not in self._known]
-        if missing and self._judge.set_size == 1:  # together, as small batches take long
-            scores = self.of(np.concatenate([self.blocks[block] for block in missing]), setting, label)
+        if missing and self._verdict.set_size == 1:  # in one go, because small batches are slow
+            scores = self.of(np.concatenate([self.blocks[block] for block in missing]), weights, label)
             ends = np.cumsum([len(self.blocks[block]) for block in missing])[:-1]
             parts = {name: np.split(values, ends) for name, values in scores.items()}
             for index, block in enumerate(missing):
                 self._known[key, block] = {name: split[index] for name, split in parts.items()}
         else:
             for block in missing:
-                self._known[key, block] = self.of(self.blocks[block], setting, label)
+                self._known[key, block] = self.of(self.blocks[block], weights, label)
         return [self._known[key, block] for block in blocks]
 
-    def of(self, indices: Indices, setting: PatchWeights, label: str) -> dict[str, Values]:
-        """Scores of examples by name of metric, not remembered.
+    def of(self, indices: Indices, weights: PatchWeights, label: str) -> dict[str, Values]:
+        """Scores of examples by name of metric, without the cache.
 
         Raises:
-            OutputsNotFiniteError: the model returns infinities or NaN for one.
-            BnpatchError: one of them can't be read any more: nothing else could be compared with the rest.
+            OutputsNotFiniteError: the model returns infinities or NaN for an example.
+            BnpatchError: an example can't be read any more, so that its scores can't be compared.
         """
-        self._model.set(setting)
-        scores = self._judge.scores(self._model, self._examples, indices)
+        self._model.set_state(self._base.with_weights(weights))
+        scores = self._verdict.scores(self._model, self._examples, indices)
         lost = next((int(index) for index in indices if int(index) in self._examples.skipped), None)
         if lost is not None:
             raise BnpatchError(

@@ -1,6 +1,4 @@
-"""Which of the settings that a list of candidates finds is kept: what examples support that it did not learn
-from.
-"""
+"""Selection of the candidate that is kept, by examples that its weights were not learned from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,92 +10,92 @@ import numpy as np
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
-from bnpatch.search.config import GLOBAL_RUNGS, Candidate
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate
 from bnpatch.search.objective import FEW_SETS, Judge
 from bnpatch.search.score_cache import ScoreCache
 
 
 class Selection:
-    """Chooses between settings on selection examples: some blocks of those that there are to tune on.
+    """Chooses between candidates on the selection examples, which are some blocks of the tuning examples.
 
-    Nothing was learned from them by gradient, though learning was stopped by them. Does any setting with a
-    better mean beat the identity beyond doubt? The cross-entropy may say so in place of a rate, which few
-    examples tell little about. One weight for all norm layers can hardly fit itself to the examples that it
-    was raced on, so that its doubt is settled by all tuning examples. If so, the best mean wins; of rates
-    that a single answer tells apart, the lowest candidate whose cross-entropy is within a standard error of
-    the best. Being chosen flatters a setting a little; the verdict is of other examples.
+    No weights were learned from these by gradient, though they decide when learning stops. The identity is
+    kept unless a candidate with a better mean is significantly better. For a rate the cross-entropy may show
+    that instead, because a rate says little on few examples. One weight for all norm layers hardly overfits,
+    so it is tested on all tuning examples. If a candidate passes, the best mean is chosen; among rates within
+    one answer of the best, the first candidate whose cross-entropy is within a standard error of the best.
+    Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
 
     def __init__(self, board: ScoreCache, judge: Judge, blocks: range) -> None:
-        """Choose by some blocks.
+        """Select by some blocks.
 
         Args:
-            board: scores settings on all tuning examples, block by block.
-            judge: whose metric is tuned.
-            blocks: numbers of those that select.
+            board: scores weights on all tuning examples, block by block.
+            judge: has the tuned metric.
+            blocks: numbers of the blocks to select by.
         """
-        self._board, self._judge, self._blocks = board, judge, blocks
+        self._cache, self._verdict, self._blocks = board, judge, blocks
 
     @property
     def guide(self) -> Metric:
-        """What single steps go by: of classes the cross-entropy, whatever is counted of them in the end.
+        """The metric that compares small steps: the cross-entropy for classes, whatever metric is tuned.
 
-        A rate changes by leaps; a few hundred examples can't tell by it whether a small step was a good one.
+        A rate is discrete: on a few hundred examples it can't tell whether a small step was an improvement.
         """
-        metric = self._judge.metric
+        metric = self._verdict.metric
         return CROSS_ENTROPY if metric.of_classes else metric
 
-    def scores(self, setting: PatchWeights) -> Values:
+    def scores(self, weights: PatchWeights) -> Values:
         """Scores of the selection examples, or of sets of them, by the tuned metric.
 
         Raises:
-            OutputsNotFiniteError: the model returns infinities or NaN for one.
+            OutputsNotFiniteError: the model returns infinities or NaN for an example.
         """
-        return self._on(self._blocks, setting, self._judge.metric)
+        return self._on(self._blocks, weights, self._verdict.metric)
 
-    def cost(self, setting: PatchWeights, label: str) -> float:
-        """What a step of learning is judged by; less is better, infinity where outputs are not finite."""
-        scores = if_finite(partial(self._on, self._blocks, setting, self.guide, label))
+    def cost(self, weights: PatchWeights, label: str) -> float:
+        """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite."""
+        scores = if_finite(partial(self._on, self._blocks, weights, self.guide, label))
         return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))
 
-    def gains(self, identity: PatchWeights, setting: PatchWeights) -> bool:
-        """Is a setting better beyond doubt than the identity, by the metric or its guide?"""
-        return self._gains(self._blocks, identity, setting)
+    def gains(self, identity: PatchWeights, weights: PatchWeights) -> bool:
+        """Are weights significantly better than the identity, by the metric or its guide?"""
+        return self._gains(self._blocks, identity, weights)
 
     def choose(self, found: Mapping[str, PatchWeights]) -> list[Candidate]:
-        """All settings with their scores, and one of them chosen.
+        """Score all candidates, and mark one as chosen.
 
         Args:
-            found: the identity and what else there is, from the lowest candidate to the highest, by name.
-                Settings whose outputs are not finite are left out.
+            found: weights by name of candidate, in the order in which they were found, the identity first.
+                Candidates whose outputs are not finite are left out.
 
         Raises:
-            OutputsNotFiniteError: by the identity.
+            OutputsNotFiniteError: the outputs of the identity are not finite.
         """
-        identity, sign = found["identity"], self._judge.metric.sign
+        identity, sign = found["identity"], self._verdict.metric.sign
         before = self.scores(identity)
         candidates, better, supported = [], [], False
-        for name, setting in found.items():
-            after = if_finite(partial(self.scores, setting))
+        for name, weights in found.items():
+            after = if_finite(partial(self.scores, weights))
             if after is None:
                 continue
             change = paired_difference(before, after)
-            candidates.append(candidate := Candidate(name, setting, float(np.mean(after)), change))
+            candidates.append(candidate := Candidate(name, weights, float(np.mean(after)), change))
             if sign * change.value > 0:
                 better.append(candidate)
-                # One weight for all hardly fits itself to the examples: all may say so.
-                blocks = range(len(self._board.blocks)) if name in GLOBAL_RUNGS else self._blocks
-                supported = supported or self._gains(blocks, identity, setting)
+                # One weight for all norm layers hardly overfits, so all blocks test it.
+                blocks = range(len(self._cache.blocks)) if name in GLOBAL_CANDIDATES else self._blocks
+                supported = supported or self._gains(blocks, identity, weights)
         best = self._best_of(better, len(before)) if supported else candidates[0]
         return [replace(candidate, chosen=candidate is best) for candidate in candidates]
 
     def _best_of(self, candidates: Sequence[Candidate], num_examples: int) -> Candidate:
-        """The best mean; of rates that a single answer tells apart, by the cross-entropy.
+        """The candidate with the best mean; among rates within one answer of it, by the cross-entropy.
 
-        By that the lowest candidate within a standard error of the best, as weights that cost latency should
-        be worth it (the rule of one standard error of Breiman et al., "Classification and Regression Trees").
+        By that, the first candidate within a standard error of the best is taken, because later ones cost
+        latency (the one-standard-error rule of Breiman et al., "Classification and Regression Trees").
         """
-        metric, guide = self._judge.metric, self.guide
+        metric, guide = self._verdict.metric, self.guide
         lead = max(metric.sign * candidate.mean for candidate in candidates)
         answer = 0.0 if guide is metric else 1 / num_examples
         equals = [
@@ -105,7 +103,7 @@ class Selection:
             for candidate in candidates
             if metric.sign * candidate.mean >= lead - answer * (1 + 1e-9)
         ]
-        scores = [self._on(self._blocks, candidate.setting, guide) for candidate in equals]
+        scores = [self._on(self._blocks, candidate.weights, guide) for candidate in equals]
         best = max(scores, key=lambda values: guide.sign * float(np.mean(values)))
         behind = (paired_difference(values, best) for values in scores)
         return next(
@@ -114,20 +112,20 @@ class Selection:
             if guide.sign * change.value <= change.reach / Z95
         )
 
-    def _gains(self, blocks: range, identity: PatchWeights, setting: PatchWeights) -> bool:
-        metrics = {metric.name: metric for metric in (self._judge.metric, self.guide)}
-        return any(self._is_better(blocks, identity, setting, metric) for metric in metrics.values())
+    def _gains(self, blocks: range, identity: PatchWeights, weights: PatchWeights) -> bool:
+        metrics = {metric.name: metric for metric in (self._verdict.metric, self.guide)}
+        return any(self._is_better(blocks, identity, weights, metric) for metric in metrics.values())
 
     def _is_better(
-        self, blocks: range, identity: PatchWeights, setting: PatchWeights, metric: Metric
+        self, blocks: range, identity: PatchWeights, weights: PatchWeights, metric: Metric
     ) -> bool:
-        before, after = (if_finite(partial(self._on, blocks, s, metric)) for s in (identity, setting))
+        before, after = (if_finite(partial(self._on, blocks, s, metric)) for s in (identity, weights))
         if before is None or after is None:
             return False
         change = paired_difference(before, after)
-        # A few sets leave nothing but their mean to go by.
-        settled = change.excludes_zero or (self._judge.set_size > 1 and len(after) < FEW_SETS)
+        # With few sets there is no useful interval, so the mean decides.
+        settled = change.excludes_zero or (self._verdict.set_size > 1 and len(after) < FEW_SETS)
         return settled and metric.sign * change.value > 0
 
-    def _on(self, blocks: range, setting: PatchWeights, metric: Metric, label: str = "choosing") -> Values:
-        return self._board.on(blocks, setting, label, metric.name)
+    def _on(self, blocks: range, weights: PatchWeights, metric: Metric, label: str = "choosing") -> Values:
+        return self._cache.on(blocks, weights, label, metric.name)

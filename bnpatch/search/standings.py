@@ -1,4 +1,4 @@
-"""How the trials of a global search compare, judged by the examples that they were scored on so far."""
+"""Comparison of the trials of a global search, by the examples that they were scored on so far."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ from optuna.trial import TrialState
 from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.search.studies import StoredTrial
 
-# A regression on few examples is unsure: its slope is shrunk as if so many more had shown none.
+# The slope of a regression on few examples is uncertain: it is shrunk as if so many more had shown none.
 _PRIOR_UNITS = 20
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is raced for, and within which bounds.
+    """Parameters, budget and metric of a global search.
 
     Attributes:
-        sizes: examples in each block.
+        sizes: number of examples in each block.
         metric: the tuned one.
         space: lowest and highest value by name of parameter.
         identity: the parameters that change nothing.
@@ -39,7 +39,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference, its standard error, and how many pairs it is from."""
+    """A mean paired difference, its standard error, and the number of pairs."""
 
     value: float
     stderr: float
@@ -48,7 +48,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Standings:
-    """The trials of a study, and what can be said about them."""
+    """The trials of a study, with estimates and comparisons of their scores."""
 
     rules: Rules
     trials: Sequence[StoredTrial]
@@ -60,36 +60,36 @@ class Standings:
 
     @property
     def spent(self) -> int:
-        """Examples that were scored, by whatever process."""
+        """Number of examples that all processes have scored."""
         return sum(self.rules.sizes[block] for trial in self.trials for block in trial.blocks)
 
     def mean(self, trial: StoredTrial, metric: str | None = None, blocks: int | None = None) -> float:
-        """The mean of a metric over the examples of the leading blocks, by default of all that it has."""
+        """The mean of a metric over the leading blocks; by default over all blocks of the trial."""
         values, weights = self._units(trial, done(trial) if blocks is None else blocks, metric)
         return float(np.average(values, weights=weights))
 
     def difference(self, trial: StoredTrial, other: StoredTrial) -> Difference:
-        """How much more a trial scored than another, on the leading blocks that both have."""
+        """The difference of a trial from another, on the leading blocks that both have."""
         blocks = min(done(trial), done(other))
         (a, weights), (b, _) = self._units(trial, blocks), self._units(other, blocks)
         return Difference(float(np.average(a - b, weights=weights)), _error(a - b, weights), len(a))
 
     def estimate(self, trial: StoredTrial, blocks: int) -> float:
-        """What a trial would score on all blocks, judged by the leading ones."""
+        """Estimate the score of a trial on all blocks from its leading ones."""
         if self.origin is None or done(self.origin) < len(self.rules.sizes):
             return self.mean(trial, blocks=blocks)
         return self.mean(self.origin) + self.change(trial, blocks).value
 
     def change(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> Difference:
-        """How much more a trial would score than the identity on all blocks, judged by the leading ones.
+        """Estimate the change from the identity to a trial on all blocks from its leading ones.
 
-        The identity is a control variate: its scores are known on all blocks, so that it is known whether the
-        leading ones are easier than the others, and a regression tells what that means for the trial.
+        The identity is a control variate: its scores on all blocks show whether the leading blocks are easier
+        than the others, and a regression corrects the trial's change for that.
 
         Args:
-            trial: of which the leading blocks were scored; the identity was scored on all blocks.
-            blocks: how many of them to go by; by default all that it has.
-            metric: by default the tuned one.
+            trial: a trial with scores on leading blocks; the identity must have scores on all blocks.
+            blocks: number of leading blocks to use; by default all that the trial has.
+            metric: name of the metric; by default the tuned one.
         """
         assert self.origin is not None
         blocks = done(trial) if blocks is None else blocks
@@ -106,14 +106,14 @@ class Standings:
         slope = covariance / variance * len(base) / (len(base) + _PRIOR_UNITS) if variance > 0 else 0.0
         easier = float(np.average(whole, weights=all_weights)) - here
         value = float(np.average(change, weights=weights)) + slope * easier
-        rest = _error(change - slope * base, weights)  # what the regression does not explain
+        rest = _error(change - slope * base, weights)  # the residual of the regression
         return Difference(value, math.hypot(rest, slope * _error(whole, all_weights)), len(base))
 
     def extrapolated(self) -> dict[int, float]:
-        """What trials would score on all blocks, by number.
+        """Scores of the trials extrapolated to all blocks, by number.
 
-        A trial with fewer blocks than the leader is taken to differ from it on the others as it does on its
-        own. One that failed counts as the worst.
+        A trial with fewer blocks than the leader is assumed to differ from it on the missing blocks as it
+        does on those that it has. A failed trial gets the worst score of all.
         """
         scored = [t for t in self.trials if done(t) and t.state != TrialState.FAIL]
         candidates = [t for t in scored if t is not self.origin] or scored
@@ -133,24 +133,24 @@ class Standings:
 
     @property
     def sign(self) -> float:
-        """1 where less is better, otherwise -1."""
+        """1 where lower is better, otherwise -1."""
         return -1.0 if self.rules.metric.higher_is_better else 1.0
 
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
-        """Smaller is better: by the estimate; among equals the nearest to the identity, then the oldest."""
+        """A sort key, best first: the estimate, then the distance from the identity, then the number."""
         away = self.distance(trial.params, self.rules.identity)
         return self.sign * self.estimate(trial, blocks), away, trial.number
 
     def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
-        """How far parameters are from others, each as a part of its range."""
+        """The sum of the distances of the parameters, each as a fraction of its range."""
         return sum(
             abs(params[name] - others[name]) / (high - low) for name, (low, high) in self.rules.space.items()
         )
 
     def is_twin(self, trial: StoredTrial) -> bool:
-        """Did an older trial begin with the same parameters?
+        """Does an older trial have the same parameters?
 
-        That happens where two processes begin at the same moment, or where the sampler repeats itself.
+        That happens when two processes begin trials at the same moment, or when the sampler repeats a point.
         """
         return any(
             t.number < trial.number and t.params == trial.params and t.state != TrialState.FAIL
@@ -158,7 +158,7 @@ class Standings:
         )
 
     def _units(self, trial: StoredTrial, blocks: int, metric: str | None = None) -> tuple[Values, Values]:
-        """Scores of the leading blocks, and their weights: a block weighs as much as it has examples."""
+        """Scores of the leading blocks, and their weights: each block is weighted by its examples."""
         values = [trial.blocks[block][metric or self.rules.metric.name] for block in range(blocks)]
         weights = [
             np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.rules.sizes, strict=False)
@@ -177,7 +177,7 @@ def _error(values: Values, weights: Values) -> float:
 
 
 def done(trial: StoredTrial) -> int:
-    """How many leading blocks a trial has."""
+    """The number of leading blocks that a trial was scored on."""
     count = 0
     while count in trial.blocks:
         count += 1

@@ -1,4 +1,4 @@
-"""Where Optuna's studies live: databases and journals, opened carefully."""
+"""Storages of Optuna's studies: open databases and journals, and repair damaged journals."""
 
 import json
 import os
@@ -14,25 +14,26 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
 from bnpatch.core.errors import BnpatchError, first_line, root_cause
+from bnpatch.core.text import masked
 
-# How every line of a journal begins.
+# Every line of a journal begins with this.
 _RECORD = b'{"op_code":'
-# The lock is held for one short write; whoever holds it longer was killed. Optuna's own default is 30.
+# The lock is held for one short write, so a process that holds it longer was killed. Optuna's default is 30.
 _GRACE_SECONDS = 5
 _DAMAGE = (OSError, ValueError, KeyError, AssertionError)
-# Making links needs a privilege on Windows.
+# Symbolic links need a privilege on Windows.
 _Lock: Any = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock
 
 
 def connect(storage: str) -> BaseStorage:
-    """Open a database or a journal, which is made if it isn't there.
+    """Open a database or a journal; create it if it doesn't exist.
 
     Args:
-        storage: a database as SQLAlchemy names it (``sqlite:///x.db``), or a journal: ``x.journal``,
-            ``x.log``, ``journal:///absolute/path``.
+        storage: a database as an SQLAlchemy URL (``sqlite:///x.db``), or a journal: ``x.journal``, ``x.log``,
+            ``journal:///absolute/path``.
 
     Raises:
-        BnpatchError: it names no storage. What is wrong with the storage itself, see :func:`usable`.
+        BnpatchError: the text names no storage. :func:`usable` handles errors of the storage itself.
     """
     if storage.startswith("journal://"):
         return _journal(Path(storage.removeprefix("journal://")))
@@ -41,14 +42,14 @@ def connect(storage: str) -> BaseStorage:
     if storage.endswith((".journal", ".log")):
         return _journal(Path(storage))
     raise BnpatchError(
-        f"{storage!r} names no storage for a study",
+        f"{masked(storage)!r} names no storage for a study",
         "give a database such as sqlite:///study.db, or a journal such as study.journal",
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna from announcing on stderr what is no news to the user."""
+    """Silence Optuna's messages on stderr, which don't help the user."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -59,19 +60,20 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def usable(storage: str) -> Iterator[None]:
-    """Turn what databases and files say about themselves into an error that names the storage."""
+    """Turn errors of databases and files into an error that names the storage."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except _DAMAGE as error:
         raise BnpatchError(
-            f"cannot use {storage} for a study: {_reason(error)}", "choose another storage"
+            f"cannot use {masked(storage)} for a study: {masked(storage, _reason(error))}",
+            "choose another storage",
         ) from error
     except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
-        # Optuna wraps what the database said, and SQLAlchemy what the driver said.
+        # Optuna wraps the error of the database, and SQLAlchemy that of the driver.
         raise BnpatchError(
-            f"cannot use {storage} for a study: {_reason(error)}",
+            f"cannot use {masked(storage)} for a study: {masked(storage, _reason(error))}",
             "give a database that can be written, or one that isn't there yet",
         ) from error
 
@@ -90,7 +92,7 @@ def _database(url: str) -> BaseStorage:
         try:
             return get_storage(RDBStorage(url, engine_kwargs=options))
         except Exception as error:
-            # Of two processes that make the tables at the same time, one finds that they are there by now.
+            # If two processes create the tables at the same time, one of them gets these errors.
             if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
                 raise
             time.sleep(0.2)
@@ -101,17 +103,16 @@ def _journal(path: Path) -> BaseStorage:
     lock = _RepairingLock(path)
     if path.exists():
         _check_is_journal(path)
-        lock.acquire()  # mends its end
+        lock.acquire()  # repairs the end of the journal
         lock.release()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 class _RepairingLock(_Lock):  # type: ignore[misc]
-    """Optuna's lock of a journal, which removes a torn last line whenever it is taken.
+    """Optuna's lock of a journal, which removes an incomplete last line whenever it is acquired.
 
-    Whoever holds the lock is the only writer, so that a last line without an end was left by a dead process
-    or a full disk. Optuna would write the next record on to it, and could not read the journal
-    any more.
+    The holder of the lock is the only writer, so an incomplete last line was left by a dead process or a full
+    disk. Optuna would append the next record to that line, and could then not read the journal any more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +120,7 @@ class _RepairingLock(_Lock):  # type: ignore[misc]
         self.path = path
 
     def acquire(self) -> bool:
-        """Wait for the lock, then mend the journal."""
+        """Wait for the lock, then repair the journal."""
         acquired: bool = super().acquire()
         try:
             _repair(self.path)
@@ -130,7 +131,7 @@ class _RepairingLock(_Lock):  # type: ignore[misc]
 
 
 def _repair(path: Path) -> None:
-    """Cut off a last line that has no end."""
+    """Remove a last line that has no line end."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end == 0 or _last_byte(file) == b"\n":
@@ -146,10 +147,10 @@ def _last_byte(file: IO[bytes]) -> bytes:
 
 
 def _check_is_journal(path: Path) -> None:
-    """Every whole line is a record, and what follows the last of them the beginning of one.
+    """Check that every line is a record, and an incomplete last line the beginning of one.
 
     Raises:
-        ValueError: one isn't.
+        ValueError: a line is not a record.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -1,12 +1,12 @@
-"""Optuna studies that survive what happens to processes and files.
+"""Optuna studies that can be continued after a process was killed, and shared by several processes.
 
-A study lives in memory, in a database or in a journal. Every change to it is one write, made as soon as there
-is something worth keeping: a trial appears with its parameters, each finished block of examples adds its
-scores. So a process may be killed at any moment, and the next one finds all that was finished.
+A study is in memory, in a database or in a journal. Every change is one write, made at once: a new trial with
+its parameters, or the scores of a finished block of examples. So a process may be killed at any moment, and
+the next one finds everything that was finished.
 
-**Who works on a trial.** A trial that is being worked on has an owner: host, process and the start of that
-process. An owner on this host is alive while that very process is; an owner elsewhere is taken for alive for
-``STALE_SECONDS`` after its last block. A running trial whose owner is not alive may be continued by anybody.
+**Owners of trials.** A trial that a process works on has an owner: host, process number and start time of the
+process. An owner on this host is alive while that process is; an owner on another host counts as alive for
+``STALE_SECONDS`` after its last block. Any process may continue a running trial whose owner is not alive.
 """
 
 import base64
@@ -34,7 +34,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.metrics import Values
 from bnpatch.search.storages import connect, quiet, usable
 
-#: How long an owner on another host is taken for alive after it last wrote.
+#: Seconds for which an owner on another host counts as alive after its last write.
 STALE_SECONDS = 600.0
 
 BlockScores = Mapping[str, Values]
@@ -47,16 +47,16 @@ _KEPT = "bnpatch:kept:"
 
 @dataclass(frozen=True)
 class StoredTrial:
-    """A trial as the study has it.
+    """A trial as it is stored in the study.
 
     Attributes:
-        number: in the order in which trials began.
-        params: by name of parameter.
-        rung: of the global search, on which it began.
-        blocks: the finished blocks' scores by name of metric, by number of block.
-        state: Optuna's.
-        owner: who works on it; "" where nobody does.
-        seen: when the owner last wrote, in seconds since 1970.
+        number: number in the order in which trials began.
+        params: values by name of parameter.
+        rung: rung of successive halving on which the trial began.
+        blocks: scores by name of metric, by number of finished block.
+        state: Optuna's state of the trial.
+        owner: the process that works on the trial; "" where none does.
+        seen: time of the owner's last write, in seconds since 1970.
     """
 
     number: int
@@ -69,21 +69,21 @@ class StoredTrial:
 
     @property
     def running(self) -> bool:
-        """Is it neither complete nor dropped nor failed?"""
+        """Is the trial neither complete nor pruned nor failed?"""
         return self.state == TrialState.RUNNING
 
     @property
     def busy(self) -> bool:
-        """Is another process, which lives, at work on it?"""
+        """Does another process, which is alive, work on the trial?"""
         return self.running and self.owner not in ("", this_process()) and _alive(self.owner, self.seen)
 
 
 class Study:
-    """An Optuna study of blockwise trials; :func:`open_study` makes it.
+    """An Optuna study whose trials are scored block by block; :func:`open_study` makes it.
 
     Attributes:
-        storage: Optuna's, to open the same study with other tools.
-        name: of the study.
+        storage: Optuna's storage, to open the same study with other tools.
+        name: name of the study.
     """
 
     def __init__(self, storage: BaseStorage, study_id: int, name: str) -> None:
@@ -102,7 +102,7 @@ class Study:
         return [self._stored(trial) for trial in frozen if _RUNG in trial.user_attrs]
 
     def add(self, params: Mapping[str, float], space: Mapping[str, tuple[float, float]], rung: int) -> None:
-        """Begin a trial, owned by this process; it is there as a whole, or not at all."""
+        """Add a running trial, owned by this process, in one atomic write."""
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -113,20 +113,20 @@ class Study:
         self.storage.create_new_trial(self._id, template)
 
     def claim(self, trial: StoredTrial) -> None:
-        """Make this process the owner of a trial that nobody works on."""
+        """Make this process the owner of a trial that has no live owner."""
         if trial.owner != this_process():
             with _unless_ended():
                 self._set(trial.number, _OWNER, [this_process(), time.time()])
 
     def release(self) -> None:
-        """Give up every running trial of this process, for others to continue."""
+        """Give up ownership of this process's running trials, so that others may continue them."""
         for trial in self.trials():
             if trial.running and trial.owner == this_process():
                 with _unless_ended():
                     self._set(trial.number, _OWNER, ["", time.time()])
 
     def record(self, number: int, block: int, scores: BlockScores, value: float) -> None:
-        """Keep the scores of a finished block, and the mean over the blocks so far as intermediate value."""
+        """Store the scores of a finished block, and the mean over blocks so far as intermediate value."""
         packed = {name: _pack(values) for name, values in scores.items()}
         with _unless_ended():
             self.storage.set_trial_intermediate_value(self._trial_id(number), block, value)
@@ -139,7 +139,7 @@ class Study:
         value: float | None = None,
         notes: Mapping[str, float] | None = None,
     ) -> None:
-        """End a trial; ``notes`` become user attributes, for people to look at."""
+        """End a trial; ``notes`` become user attributes, which other tools show."""
         with _unless_ended():
             for name, note in (notes or {}).items():
                 self._set(number, name, note)
@@ -147,20 +147,20 @@ class Study:
             self.storage.set_trial_state_values(self._trial_id(number), state, values)
 
     def remember(self, key: str, value: Any) -> None:
-        """Keep a plain value with the study."""
+        """Store a plain value with the study."""
         self.storage.set_study_user_attr(self._id, f"{_KEPT}{key}", value)
 
     def recall(self, key: str) -> Any:
-        """What was kept under a key; None if nothing was."""
+        """The value that was stored under a key; None if there is none."""
         return self.storage.get_study_user_attrs(self._id).get(f"{_KEPT}{key}")
 
     def check(self, direction: str, fingerprint: Mapping[str, Any]) -> None:
-        """Write the fingerprint into a study that is new, compare it with that of one that is not.
+        """Write the fingerprint into a new study; compare it with the fingerprint of an existing one.
 
-        Trials that are running without parameters of ours were left by other tools and end as failed.
+        Running trials that bnpatch did not make were left by other tools, and are ended as failed.
 
         Raises:
-            BnpatchError: it is a study of something else.
+            BnpatchError: the study has another fingerprint or direction, or trials of other tools.
         """
         wanted = json.loads(json.dumps(fingerprint))
         if self.direction != StudyDirection[direction.upper()]:
@@ -175,7 +175,7 @@ class Study:
             if wanted.get(key) != found.get(key):
                 raise self._other(f"was made with another {key} ({_brief(found.get(key))}, "
                                   f"now {_brief(wanted.get(key))})")  # fmt: skip
-        # A write, so that a storage that can only be read is refused before any work is done.
+        # This write fails on a read-only storage before any work is done.
         self.storage.set_study_user_attr(self._id, _OPENED, datetime.now().isoformat())
         for trial in self.storage.get_all_trials(self._id, deepcopy=False):
             if trial.state == TrialState.RUNNING and _RUNG not in trial.user_attrs:
@@ -218,15 +218,15 @@ def open_study(
     """Open a study, or create it.
 
     Args:
-        storage: where it lives: None for memory; a database as SQLAlchemy names it, ``sqlite:///x.db`` for
-            one; a journal ``x.journal``, ``x.log`` or ``journal:///absolute/path``.
-        name: of the study, several of which may share a storage.
+        storage: None for memory; a database as an SQLAlchemy URL, such as ``sqlite:///x.db``; or a journal
+            ``x.journal``, ``x.log`` or ``journal:///absolute/path``.
+        name: name of the study; several studies may share a storage.
         direction: minimize or maximize.
-        fingerprint: what the study is of, as plain values by name: model, data, metric, range. A study
+        fingerprint: what the scores depend on, as plain values by name: model, data, metric, range. A study
             whose fingerprint differs is refused.
 
     Raises:
-        BnpatchError: the storage can't be used, or the study is one of something else.
+        BnpatchError: the storage can't be used, or the study has another fingerprint.
     """
     name = name or "bnpatch"
     with usable(storage or "memory"), quiet():
@@ -238,17 +238,17 @@ def open_study(
 
 
 def _unless_ended() -> AbstractContextManager[None]:
-    """Another process may have ended a trial, taking its owner for dead: then that one's word stands."""
+    """Ignore writes to a trial that another process has ended because it took the owner for dead."""
     return suppress(optuna.exceptions.UpdateFinishedTrialError)
 
 
 def as_stored(values: Values) -> Values:
-    """Round scores to what a study keeps of them, so that they don't change when they are read again."""
+    """Round scores to the precision of a study, so that they are the same when they are read again."""
     return values.astype(np.float32).astype(np.float64)
 
 
 def this_process() -> str:
-    """The owner of what this process does."""
+    """The name of this process as an owner of trials."""
     return _named(os.getpid())
 
 
@@ -262,18 +262,18 @@ def _alive(owner: str, seen: float) -> bool:
     if host != socket.gethostname() or os.name != "posix":
         return time.time() - seen < STALE_SECONDS
     try:
-        os.kill(int(pid), 0)  # signal 0 only asks
+        os.kill(int(pid), 0)  # signal 0 only tests whether it exists
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # the process of another user
     return _start(int(pid)) == start
 
 
 def _start(pid: int) -> str:
-    """When a process started, since numbers of processes are used again; "" where the system doesn't say."""
+    """The start time of a process, because process numbers are reused; "" where it is unknown."""
     try:
-        # The name in parentheses may contain anything; the start is the 22nd field, the 20th after it.
+        # The name in parentheses may contain anything; the start time is the 20th field after it.
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

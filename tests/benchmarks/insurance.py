@@ -13,7 +13,7 @@ import bnpatch
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY
 from tests.benchmarks import fashion_mnist
-from tests.benchmarks.ladder import HELD_OUT, TUNING, VALUES, shifted, trained
+from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
 
 KINDS = ("none", "contrast x 0.4", "brightness x 0.35", "noise 0.25", "mixed")
 

@@ -24,7 +24,7 @@ SEARCHES = {
     "one alpha": {"granularity": "global", "recalibrate": False},
     "alpha per layer": {"recalibrate": False},
     "ladder": {},
-    "list of candidates, no labels": {"metric": "unlabeled"},
+    "ladder, no labels": {"metric": "unlabeled"},
 }
 
 

@@ -84,7 +84,7 @@ def plain(scorer, metric):
     return study.best_params["sqrt_alpha"]
 
 
-def raced(blocks_of, sizes, metric):
+def found_globally(blocks_of, sizes, metric):
     result = global_search(
         open_study(direction="maximize" if metric.higher_is_better else "minimize"),
         blocks_of,
@@ -109,7 +109,7 @@ def in_another_order(curve, sizes, metric, seed):
         split = {name: np.split(values, ends) for name, values in at(params["sqrt_alpha"]).items()}
         return [{name: values[block] for name, values in split.items()} for block in blocks]
 
-    return at(raced(blocks_of, sizes, metric))[metric.name], order
+    return at(found_globally(blocks_of, sizes, metric))[metric.name], order
 
 
 class Regret:
@@ -161,7 +161,7 @@ def compare(name, scorer):
         found = (in_another_order(curve, scorer.sizes, metric, seed) for seed in range(ORDERS))
         landed = sum(Regret(metric, values, best[order]).lands for values, order in found)
         loop_root, _, loop_seconds = scorer.timed(partial(plain, scorer, metric))
-        root, passes, seconds = scorer.timed(partial(raced, scorer.blocks_of, scorer.sizes, metric))
+        root, passes, seconds = scorer.timed(partial(found_globally, scorer.blocks_of, scorer.sizes, metric))
         regrets = [Regret(metric, scorer(r, scorer.order)[metric.name], best) for r in (root, loop_root)]
         row = [
             name,

@@ -16,7 +16,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.search.latency_limit import knee
 from tests.benchmarks import fashion_mnist
-from tests.benchmarks.ladder import HELD_OUT, TUNING, VALUES, shifted, trained
+from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
 
 LIMITS = (1.05, 1.15, 1.3)
 
@@ -40,7 +40,7 @@ def rows(name, model, x, y, journal):
                 cells = f"{ratio.ratio:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
                 print(f"| {name} | {point.num_norms}{mark} | {gain} | {cells} |", flush=True)
         accuracy = result.comparisons[0]
-        kept = sum(alpha > 0 for alpha in result.setting.alphas.values())
+        kept = sum(alpha > 0 for alpha in result.weights.alphas.values())
         yield (
             f"| {name} | {limit:.2f}x | {kept} of {len(result.norm_layers)} | "
             f"{100 * accuracy.before.value:.1f} → {100 * accuracy.after.value:.1f} |"

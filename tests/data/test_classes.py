@@ -1,3 +1,6 @@
+import os
+import unicodedata
+
 import pytest
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
@@ -53,11 +56,117 @@ def test_a_given_map_must_fit():
         targets(["a"], 3, ("a", "b"), sure=True)
 
 
-@pytest.mark.parametrize(("text", "names"), [("a\nb\n\n", ("a", "b")), ("b 1\na 0\n", ("a", "b"))])
-def test_reads_class_maps(tmp_path, text, names):
+NAMES = ("golden retriever", "tench, Tinca tinca", "Bärin")
+TEXTS = {
+    "lines": "golden retriever\ntench, Tinca tinca\nBärin\n\n",
+    "name, tab, index": "Bärin\t2\ngolden retriever\t0\ntench, Tinca tinca\t1",
+    "index, tab, name": "2\tBärin\n0\tgolden retriever\n1\ttench, Tinca tinca",
+    "name index": "Bärin 2\ngolden retriever 0\ntench, Tinca tinca 1",
+    "index name": "2 Bärin\n0 golden retriever\n1 tench, Tinca tinca",
+    "csv": 'Bärin,2\ngolden retriever,0\n"tench, Tinca tinca",1',
+    "csv without quotes": "Bärin,2\ngolden retriever,0\ntench, Tinca tinca,1",
+    "csv with a header": 'name,index\nBärin,2\ngolden retriever,0\n"tench, Tinca tinca",1',
+    "index first in csv": 'index,name\n2,Bärin\n0,golden retriever\n1,"tench, Tinca tinca"',
+    "semicolons": "Bärin;2\ngolden retriever; 0\ntench, Tinca tinca;1",
+    "a list": '["golden retriever", "tench, Tinca tinca", "Bärin"]',
+    "names in json": '{"Bärin": 2, "golden retriever": 0, "tench, Tinca tinca": 1}',
+    "indices in json": '{"2": "Bärin", "0": "golden retriever", "1": "tench, Tinca tinca"}',
+    "indices as text": '{"Bärin": "2", "golden retriever": "0", "tench, Tinca tinca": "1"}',
+    "as of ImageNet": '{"2": ["Bärin", "x"], "0": ["golden retriever"], "1": ["tench, Tinca tinca", "y"]}',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_reads_class_maps(tmp_path, kind, form, encoding):
     path = tmp_path / "map.txt"
-    path.write_text(text)
-    assert read_class_map(path) == names
+    path.write_bytes(unicodedata.normalize(form, TEXTS[kind]).replace("\n", "\r\n").encode(encoding))
+    assert read_class_map(path) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a\nb\n\n", ("a", "b")),
+        ("b 1\na 0\n", ("a", "b")),
+        ("1 0\n2 1\n3 2\n", ("1", "2", "3")),
+        ('{"1": 0, "2": 1}', ("1", "2")),
+        ("class 0\nclass 1\n", ("class 0", "class 1")),
+        ("room 7\nroom 5\n", ("room 7", "room 5")),
+        ("n01440764 tench\nn01443537 goldfish, fish\n", ("n01440764", "n01443537")),
+        ("7\n5\n", ("7", "5")),
+        ("[a]\n{b}\n", ("[a]", "{b}")),
+    ],
+)
+def test_reads_class_maps_of_odd_names(tmp_path, text, names):
+    (tmp_path / "map.txt").write_text(text)
+    assert read_class_map(tmp_path / "map.txt") == names
+
+
+@pytest.mark.parametrize("folders", ["NFC", "NFD"])
+@pytest.mark.parametrize("classes", ["NFC", "NFD"])
+@pytest.mark.parametrize("sure", [True, False])
+def test_accents_are_the_same_composed_and_decomposed(folders, classes, sure):
+    names = [unicodedata.normalize(folders, name) for name in ("Bär", "Öl", "Éclair")]
+    known = [unicodedata.normalize(classes, name) for name in ("Öl", "Éclair", "Bär")]
+    assert targets(names, 3, known, sure=sure) == dict(zip(names, (2, 0, 1), strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_folders_that_count_from_one_are_said_to_be_taken_from_zero(width):
+    folders = [str(i).zfill(width) for i in range(1, 6)]
+    with pytest.warns(BnpatchWarning, match=r"not 0 to 4; in natural order, '0*1' is output 0") as said:
+        found = targets(folders, 5)
+    assert len(said) == 1
+    assert "--class-map FILE says otherwise" in str(said[0].message)
+    assert found == {name: index for index, name in enumerate(folders)}
+
+
+def test_folders_with_gaps_are_said_to_be_taken_in_order():
+    with pytest.warns(BnpatchWarning, match="not 0 to 2; .*'4' is output 0, '7' is output 1, '9' is"):
+        assert targets(["7", "4", "9"], 3) == {"4": 0, "7": 1, "9": 2}
+
+
+def test_a_few_numbers_without_a_zero_are_said_to_be_indices():
+    with pytest.warns(
+        BnpatchWarning, match="without a 0: '1' is taken for output 1, where .* from 0"
+    ) as said:
+        assert targets(["1", "2"], 10) == {"1": 1, "2": 2}
+    assert len(said) == 1
+
+
+def test_the_indices_as_names_need_no_word():
+    assert targets([str(i) for i in range(5)], 5) == {str(i): i for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 1\n1 2\n2 0\n", "not clear which numbers of .*map.txt are the indices"),
+        ("a 1\nb 2\n", "indices of .* are not 0 to 1; number every output once, from 0"),
+        ('{"a": 0, "b": 0}', "indices of .* are not 0 to 1"),
+        ('{"a": "x", "b": "y"}', "not a class map; give a list of names"),
+        ('{"a": null}', "not a class map; give a list of names"),
+        ("[[1, 2]]", "not a class map; give a list of names"),
+        ('["a", "a"]', "'a' comes twice"),
+        ("a\n" * 1_000_000, "more than 200,000 classes"),
+        ("[" + "1," * 1_000_000 + "1]", "more than 200,000 classes"),
+        (b"\0" * 40_000_000, "has 40 MB, too much for a class map"),
+        (b"\x89PNG\xff", "cannot read the class map"),
+    ],
+)
+def test_says_what_is_wrong_with_a_class_map(tmp_path, text, message):
+    (tmp_path / "map.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BnpatchError, match=message) as error:
+        read_class_map(tmp_path / "map.txt")
+    assert "map.txt" in str(error.value)
+
+
+def test_a_pipe_is_no_class_map(tmp_path):
+    os.mkfifo(tmp_path / "map.txt")
+    with pytest.raises(BnpatchError, match=r"cannot read the class map .*: not a regular file"):
+        read_class_map(tmp_path / "map.txt")
 
 
 @pytest.mark.parametrize("text", ["", "a\na\n", "a 0\nb 2\n"])

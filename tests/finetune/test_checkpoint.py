@@ -43,6 +43,7 @@ def test_a_checkpoint_remembers_the_groups(trained, tmp_path):
     torch.testing.assert_close(plain(x), trained.predict(x))  # at alpha = 0 it is Batch Norm for everybody
 
 
+@pytest.mark.slow
 def test_an_export_computes_the_same_and_leaves_the_model_alone(trained, tmp_path):
     result = bnpatch.export_onnx(trained, tmp_path / "model.onnx")
     assert len(result.patched) > 10
@@ -56,8 +57,8 @@ def test_an_export_computes_the_same_and_leaves_the_model_alone(trained, tmp_pat
 def test_a_checkpoint_remembers_re_estimated_moments(trained, tmp_path):
     x = torch.rand(3, 3, 32, 32)
     before = trained.predict(x)
-    trained.retarget(trained.moments_by_batch(3 * torch.randn(8, 3, 32, 32) + 1))
-    trained.set(PatchWeights(lambdas=dict.fromkeys(trained.alphas(), 0.5)))
+    trained.set_target(trained.moments_by_batch(3 * torch.randn(8, 3, 32, 32) + 1))
+    trained.set_weights(PatchWeights(lambdas=dict.fromkeys(trained.alphas(), 0.5)))
     expected = trained.predict(x)
     assert not torch.allclose(expected, before, rtol=0.01)
     trained.save(tmp_path / "model.pt", trained.recipe())
@@ -76,7 +77,7 @@ def small():
     )
     convert_norms(net, NormSpec.batch_group(4)).train()(torch.randn(16, 3, 6, 6) + 1)
     model = bnpatch.load(net.eval(), preprocessing={"img_size": 6})
-    model.retarget(model.moments_by_batch(3 * torch.randn(16, 3, 6, 6)))
+    model.set_target(model.moments_by_batch(3 * torch.randn(16, 3, 6, 6)))
     return model
 
 
@@ -86,7 +87,7 @@ def both(alpha, weight):
 
 @pytest.mark.parametrize(("alpha", "weight"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
 def test_a_file_pools_what_the_model_pools(small, tmp_path, alpha, weight):
-    small.set(both(alpha, weight))
+    small.set_weights(both(alpha, weight))
     result = bnpatch.export_onnx(small, tmp_path / "model.onnx")  # compares
     assert result.patched == ("1", "4")
 
@@ -94,11 +95,11 @@ def test_a_file_pools_what_the_model_pools(small, tmp_path, alpha, weight):
 def test_an_onnx_file_refuses_a_recipe_that_pools_channels(small, tmp_path):
     bnpatch.export_onnx(small, tmp_path / "model.onnx")
     file = bnpatch.load(tmp_path / "model.onnx")
-    for setting in (both(0.3, 0.0), both(0.0, 0.5)):
-        small.set(setting)
+    for weights in (both(0.3, 0.0), both(0.0, 0.5)):
+        small.set_weights(weights)
         with pytest.raises(BnpatchError, match="pools channels at '1'"):
             file.apply(small.recipe())
-    small.set(both(0.0, 0.0))
+    small.set_weights(both(0.0, 0.0))
     file.apply(small.recipe())  # Batch Norm for everybody
 
 
@@ -109,7 +110,7 @@ def test_group_norm_keeps_its_groups_without_a_word_in_the_recipe():
         return bnpatch.load(net, preprocessing={"img_size": 3})
 
     model, x = fresh(), torch.randn(4, 3, 3, 3)
-    model.calibrate({"1": Moments(torch.zeros(8), torch.ones(8))})
+    model.set_running({"1": Moments(torch.zeros(8), torch.ones(8))})
     model.set_alphas(0.4)
     content = model.recipe().to_json()
     assert "channels_per_group" not in content["sites"][0]

@@ -290,9 +290,9 @@ def test_contributions_come_one_by_one(residual):
     decay = NormDecay(0.01)
     settings = FineTuneSettings(batch_size=32, spec=NormSpec.ghost(4), norm_decay=decay)
     found = variants(residual, settings)
-    techniques = [(s.spec, s.norm_decay, tuned) for s, tuned in found.values()]
+    trained = [(s.spec, s.norm_decay, tuned) for s, tuned in found.values()]
     plain, pooled = NormSpec.batch(), NormSpec.batch_group(techniques.CHANNELS_PER_GROUP)
-    assert techniques == [
+    assert trained == [
         (plain, None, False),
         (plain, None, True),
         (NormSpec.ghost(4), None, False),

@@ -330,12 +330,12 @@ def test_all_examples_must_have_a_class(opened, digits):
 
 def test_weights_that_were_tuned_before_are_dropped(opened):
     model = fresh(opened[0])
-    model.retarget(model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size)))
+    model.set_target(model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size)))
     names = list(model.alphas())
-    model.set(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
+    model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
     train(model, *opened[1:], replace(SETTINGS, epochs=1))
-    assert model.setting() == PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
-    assert not model.running()
+    assert model.weights == PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
+    assert not model.statistics_in_use()
     assert_same(weights(model), weights(run(opened, replace(SETTINGS, epochs=1))[0]))
 
 

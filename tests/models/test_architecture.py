@@ -82,7 +82,7 @@ def test_a_wrong_hint_is_overruled_by_the_tensors():
 
 
 def test_what_fits_nothing_is_refused():
-    with pytest.raises(BnpatchError, match=r"model\.pt fit no architecture .* --arch"):
+    with pytest.raises(BnpatchError, match=r"model\.pt fit no architecture .* bnpatch\.tune_alpha"):
         identify({"w": torch.zeros(1)}, None, "model.pt")
     with pytest.raises(BnpatchError, match="has no weights"):
         identify({})

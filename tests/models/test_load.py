@@ -224,7 +224,7 @@ def test_apply_checks_that_the_recipe_is_for_this_model(tmp_path):
     model = settle(timm.create_model("test_resnet"))
     patched = bnpatch.load(model)
     patched.set_alphas(0.2)
-    patched.recipe({"seed": 0}).save(tmp_path / "recipe.json")
+    patched.recipe(provenance={"seed": 0}).save(tmp_path / "recipe.json")
     twin = settle(timm.create_model("test_resnet"))
     twin.load_state_dict(model.state_dict())
     assert bnpatch.apply(twin, tmp_path / "recipe.json") is twin
@@ -251,9 +251,11 @@ def test_borrowing_gives_back(checkpoint):
     assert [type(m) for m in loaded.module.modules()] == types
     assert all(m.training for m in loaded.module.modules())
     name = loaded.inventory().norm_layers[2].name
-    loaded.module = bnpatch.patch(loaded.module, 0.1, where=lambda norm_layer: norm_layer.name == name)
+    module = bnpatch.patch(loaded.module, 0.1, where=lambda norm_layer: norm_layer.name == name)
+    loaded = bnpatch.load(module)
     with loaded.borrowed():
         loaded.set_alphas(0.3)
+    assert {n.name: n.alpha for n in loaded.inventory().norm_layers if n.is_patched} == {name: 0.1}
     assert {n: a for n, a in loaded.alphas().items() if a} == {name: 0.1}
 
 

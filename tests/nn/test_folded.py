@@ -114,8 +114,8 @@ def test_copies_types_and_training(clone):
 def test_the_recipe_makes_it_again_and_fits_the_export(tmp_path):
     model = recovered(fused()[1])
     examples = bnpatch.open_examples((0.5 * X, DATA[1]), model)
-    model.retarget(target_moments(model, examples))
-    model.set(
+    model.set_target(target_moments(model, examples))
+    model.set_weights(
         PatchWeights({"conv1.folded": 0.2, "conv2.folded": 0.0}, {"conv1.folded": 0.0, "conv2.folded": 0.6})
     )
     expected = model.predict(X)
@@ -158,7 +158,7 @@ def test_nothing_to_recover_is_said():
     with pytest.raises(BnpatchError, match="no convolution that a Batch Norm may have been fused into"):
         recover_folded(model, bnpatch.open_examples(DATA, model))
     with pytest.raises(BnpatchError, match=r"no norm 'squeez\.folded'"):
-        model.calibrate({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
+        model.set_running({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
 
 
 def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):

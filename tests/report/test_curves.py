@@ -7,7 +7,7 @@ from PIL import Image
 
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
-from bnpatch.report.curves import plot_curves, race_curves
+from bnpatch.report.curves import global_search_curves, plot_curves
 from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
 from bnpatch.search.config import Candidate, Trial
 from bnpatch.search.held_out import Verdict
@@ -45,7 +45,7 @@ TRIALS = [
 
 
 def test_a_curve_has_each_weight_once():
-    accuracy, entropy = race_curves(result(trials=TRIALS))
+    accuracy, entropy = global_search_curves(result(trials=TRIALS))
     assert (accuracy.metric, entropy.metric) == (ACCURACY, CROSS_ENTROPY)
     assert [point.weight for point in accuracy.points] == [0.0, 0.01, 0.25, 1.0]
     assert [point.is_whole for point in accuracy.points] == [True, True, True, False]
@@ -58,14 +58,14 @@ def test_a_curve_has_each_weight_once():
 
 
 def test_intervals_of_rates_stay_between_0_and_1():
-    points = {point.weight: point for point in race_curves(result(trials=TRIALS))[0].points}
+    points = {point.weight: point for point in global_search_curves(result(trials=TRIALS))[0].points}
     assert (points[0.25].low, points[0.25].high) == pytest.approx((0.6 - 0.0196, 0.6 + 0.0196))
     assert points[0.01].high == 1.0
     assert (points[0.0].low, points[0.0].high) == (0.5, 0.5)
 
 
 def test_the_tuned_metric_comes_first():
-    assert [c.metric.name for c in race_curves(result(metric=CROSS_ENTROPY, trials=TRIALS))] == [
+    assert [c.metric.name for c in global_search_curves(result(metric=CROSS_ENTROPY, trials=TRIALS))] == [
         "cross-entropy",
         "accuracy",
     ]
@@ -83,10 +83,10 @@ def test_weights_are_distances_from_the_identity(origins, label):
     found = result(origins=origins, trials=TRIALS)
     assert weight_axis(found) == label
     assert distances(found) == {"a": 0.25, "b": 0.25}
-    assert race_curves(found)[0].best.weight == 0.25
+    assert global_search_curves(found)[0].best.weight == 0.25
     assert not is_identity(found)
-    assert is_identity(replace(found, setting=found.candidates[0].setting))
-    assert not is_identity(replace(found, setting=PatchWeights(origins, {"a": 0.5, "b": 0.0})))
+    assert is_identity(replace(found, weights=found.candidates[0].weights))
+    assert not is_identity(replace(found, weights=PatchWeights(origins, {"a": 0.5, "b": 0.0})))
 
 
 @pytest.mark.parametrize("trials", [TRIALS, TRIALS[::2]], ids=["some partial", "all whole"])

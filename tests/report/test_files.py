@@ -11,7 +11,7 @@ from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.latency import Latency
-from bnpatch.report.curves import race_curves
+from bnpatch.report.curves import global_search_curves
 from bnpatch.report.files import write_results, write_trials
 from bnpatch.search.latency_limit import Point
 from tests.report.html_page import Page
@@ -72,7 +72,7 @@ def test_files(tuned, model, foggy, tmp_path):
         "report.html",
     ]
     assert {file.name for file in (tmp_path / "new" / "out").iterdir()} == {file.name for file in files}
-    assert Recipe.load(files[0]).setting == tuned.setting
+    assert Recipe.load(files[0]).state.weights == tuned.weights
     x = torch.from_numpy(foggy[0][:8])[:, None]
     torch.testing.assert_close(
         bnpatch.load(files[1]).module.eval()(_inputs(x)), model.module.eval()(_inputs(x))
@@ -137,9 +137,9 @@ def test_weights_and_where_they_come_from(tuned, written):
     page = written(tuned)
     rows = {row[0]: row for table in page.tables if table[0][0] == "norm layer" for row in table[1:]}
     assert list(rows) == tuned.norm_layers
-    for name, alpha in tuned.setting.alphas.items():
+    for name, alpha in tuned.weights.alphas.items():
         assert float(rows[name][1]) == pytest.approx(alpha, rel=1e-3)
-        assert float(rows[name][2]) == pytest.approx(tuned.setting.lambdas[name], abs=5e-3)
+        assert float(rows[name][2]) == pytest.approx(tuned.weights.lambdas[name], abs=5e-3)
         assert rows[name][3].split("x")[0] in ("16", "8", "4", "2", "1")
     about = tuned.recipe.provenance
     assert page.row("data fingerprint")[1] == about["data"]["fingerprint"]
@@ -227,11 +227,11 @@ def test_a_loss_is_not_kept(tuned, written):
         )
         for c in tuned.comparisons
     ]
-    setting = tuned.candidates[0].setting
+    weights = tuned.candidates[0].weights
     result = replace(
         tuned,
         verdict=replace(tuned.verdict, comparisons=comparisons),
-        setting=setting,
+        weights=weights,
         recipe=Recipe(
             tuple(replace(s, alpha=0.0, lambda_=0.0, target=None) for s in tuned.recipe.norm_layers)
         ),
@@ -277,7 +277,7 @@ def test_a_metric_of_ones_own_knows_no_classes(model, foggy, written):
     assert "margin" in page.text
     assert not {"Classes", "accuracy"} & {*page.headings, *(row[0] for table in page.tables for row in table)}
     assert page.row("preprocessing")[1] == "none: inputs were given as they are"
-    assert [curve.metric.name for curve in race_curves(result)] == ["margin"]
+    assert [curve.metric.name for curve in global_search_curves(result)] == ["margin"]
 
 
 def test_without_labels(model, foggy, written):
@@ -317,6 +317,7 @@ def test_a_search_without_trials_has_no_curve(model, foggy, tmp_path):
     assert "One weight for all" not in page.headings
 
 
+@pytest.mark.slow
 def test_an_onnx_model(exported, foggy, tmp_path):
     model = bnpatch.load(exported, preprocessing={"mean": (0.5,), "std": (0.5,)})
     result = bnpatch.tune_alpha(model, some(foggy, 200), granularity="global", trials=2)
@@ -340,16 +341,16 @@ def test_a_model_that_takes_no_blank_image_has_no_stages(tuned, model, written, 
     def refuse(self, example=None):
         raise bnpatch.BnpatchError("no")
 
-    monkeypatch.setattr(type(model), "site_shapes", refuse)
+    monkeypatch.setattr(type(model), "norm_shapes", refuse)
     page = written(tuned)
     assert "feature map" not in next(table[0] for table in page.tables if table[0][0] == "norm layer")
 
 
 def test_gain_against_time(tuned, written):
     def point(norm_layers, gain, ratio):
-        setting = PatchWeights(dict.fromkeys([f"s{index}" for index in range(norm_layers)], 0.1))
+        weights = PatchWeights(dict.fromkeys([f"s{index}" for index in range(norm_layers)], 0.1))
         return Point(
-            setting, norm_layers, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
+            weights, norm_layers, gain, 0.01, Latency(0.01 * ratio, ratio, 0.98 * ratio, 1.03 * ratio, 8, 9)
         )
 
     result = replace(tuned)

@@ -114,20 +114,20 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny,
 
 def recorded(monkeypatch):
     """The candidates of each list of candidates, in the order in which they are climbed."""
-    climb, climbed = CandidateSearch.climb, []
+    find, climbed = CandidateSearch.find, []
 
     def record(self):
-        climbed.append(candidates := climb(self))
+        climbed.append(candidates := find(self))
         return candidates
 
-    monkeypatch.setattr(CandidateSearch, "climb", record)
+    monkeypatch.setattr(CandidateSearch, "find", record)
     return climbed
 
 
-@pytest.mark.parametrize("where", ["climb", "gather"])
+@pytest.mark.parametrize("where", ["find", "gather"])
 def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(tiny, dim, monkeypatch, where):
-    calls, owner = [], CandidateSearch if where == "climb" else job
-    original, last = getattr(owner, where), 4 if where == "climb" else 3
+    calls, owner = [], CandidateSearch if where == "find" else job
+    original, last = getattr(owner, where), 4 if where == "find" else 3
 
     def interrupt(*args):
         calls.append(args)
@@ -165,9 +165,9 @@ def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
     clock, given = Clock(monkeypatch), []
 
     class Timed(CandidateSearch):
-        def climb(self):
+        def find(self):
             given.append(self.plan.timeout)
-            candidates = super().climb()
+            candidates = super().find()
             clock.now += 10.0
             return candidates
 
@@ -185,8 +185,8 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
         return measured(*args, **kwargs)
 
     class Timed(CandidateSearch):
-        def climb(self):
-            candidates = super().climb()
+        def find(self):
+            candidates = super().find()
             clock.now += 5.0
             return candidates
 
@@ -205,9 +205,9 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
     clock, scores, climbing = Clock(monkeypatch), ByMetric.scores, []
 
     class Watched(CandidateSearch):
-        def climb(self):
+        def find(self):
             climbing.append(0)
-            return super().climb()
+            return super().find()
 
     def timed(self, model, examples, indices):
         climbing[-1] += 1
@@ -226,16 +226,16 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
 
 def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(tiny, dim, monkeypatch):
     """What is found without one of the parts is not what is kept."""
-    climb, climbed = CandidateSearch.climb, []
+    find, climbed = CandidateSearch.find, []
 
     def then(self):
-        candidates = climb(self)
+        candidates = find(self)
         climbed.append(self)
         if len(climbed) > 1:
             return candidates
         return [replace(candidate, chosen=number == 0) for number, candidate in enumerate(candidates)]
 
-    monkeypatch.setattr(CandidateSearch, "climb", then)
+    monkeypatch.setattr(CandidateSearch, "find", then)
     result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", granularity="global", trials=3)
     assert result.alpha == 0
     assert str(result.verdict) == result.recipe.provenance["verdict"] == "no significant change"
@@ -255,7 +255,7 @@ def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(ti
     monkeypatch.setattr(job, "gather", then)
     overflowing(tiny, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
-    assert len(set(result.setting.alphas.values())) > 1
+    assert len(set(result.weights.alphas.values())) > 1
     assert str(result.verdict) == "gain"
 
 
@@ -273,7 +273,7 @@ def overflowing(model, monkeypatch, where):
 def test_learned_weights_that_overflow_are_not_kept(tiny, dim, monkeypatch):
     overflowing(tiny, monkeypatch, lambda alphas: len(set(alphas.values())) > 1)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
-    assert len(set(result.setting.alphas.values())) == 1
+    assert len(set(result.weights.alphas.values())) == 1
     assert str(result.verdict) == "gain"
 
 
@@ -283,7 +283,7 @@ def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
         ByMetric, "loss", lambda self, *args: (part * float("nan") for part in loss(self, *args))
     )
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
-    assert len(set(result.setting.alphas.values())) == 1
+    assert len(set(result.weights.alphas.values())) == 1
     assert str(result.verdict) == "gain"
 
 
@@ -293,18 +293,18 @@ def test_turns_that_overflow_are_not_taken(tiny_onnx, dim, monkeypatch):
     run = {"metric": "cross-entropy", "granularity": "layer"}
     free = bnpatch.tune_alpha(model, dim, **run)
     start, end = (
-        next(candidate.setting.alphas for candidate in free.candidates if candidate.name == name)
+        next(candidate.weights.alphas for candidate in free.candidates if candidate.name == name)
         for name in ("alpha", "alpha per layer")
     )
     norm_layer = next(name for name in end if end[name] != start[name])
     overflowing(model, monkeypatch, lambda alphas: alphas[norm_layer] == end[norm_layer])
     result = bnpatch.tune_alpha(model, dim, **run)
-    assert result.setting.alphas[norm_layer] != end[norm_layer]
+    assert result.weights.alphas[norm_layer] != end[norm_layer]
     assert str(result.verdict) == "gain"
 
 
 def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
-    scores, climb, climbed = ByMetric.scores, CandidateSearch.climb, []
+    scores, find, climbed = ByMetric.scores, CandidateSearch.find, []
 
     def overflow(self, model, examples, indices):
         if climbed and max(tiny.alphas().values()) > 0:
@@ -312,12 +312,12 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
         return scores(self, model, examples, indices)
 
     def then(self):
-        candidates = climb(self)
+        candidates = find(self)
         climbed.append(True)
         return candidates
 
     monkeypatch.setattr(ByMetric, "scores", overflow)
-    monkeypatch.setattr(CandidateSearch, "climb", then)
+    monkeypatch.setattr(CandidateSearch, "find", then)
     result = bnpatch.tune_alpha(
         tiny, plain, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
     )

@@ -21,27 +21,27 @@ def candidates(*alphas):
 def search(help_, harm, *alphas, metric=CROSS_ENTROPY):
     sign = -1 if metric.higher_is_better else 1
 
-    def shifted(setting):
-        return 1 + sign * (NOISE - help_(setting.alphas["a"]))
+    def shifted(weights):
+        return 1 + sign * (NOISE - help_(weights.alphas["a"]))
 
     return without_harm(
         candidates(*alphas),
         metric,
         shifted,
         lambda *settings: paired_difference(*map(shifted, settings)).excludes_zero,
-        lambda setting: 1 + sign * (NOISE + harm(setting.alphas["a"])),
+        lambda weights: 1 + sign * (NOISE + harm(weights.alphas["a"])),
     )
 
 
 @pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
 def test_takes_as_much_as_costs_nothing(metric):
     found = search(lambda a: a, lambda a: max(0.0, a - 0.5), 0.4, 0.8, metric=metric)
-    assert found.setting == PatchWeights({"a": 0.4}, {"a": 0.2})
+    assert found.weights == PatchWeights({"a": 0.4}, {"a": 0.2})
     assert found.chosen
     assert found.mean == pytest.approx(1.4 if metric.higher_is_better else 0.6, abs=0.01)
     found = search(lambda a: a, lambda a: max(0.0, a - 0.7), 0.4, 0.8, metric=metric)
     assert found.name == "alpha 0.8 x 0.75"
-    assert found.setting.alphas["a"] == pytest.approx(0.6)
+    assert found.weights.alphas["a"] == pytest.approx(0.6)
 
 
 def test_takes_all_where_that_costs_nothing():
@@ -60,9 +60,9 @@ def test_a_help_that_may_be_chance_is_none(sure):
     found = without_harm(
         candidates(0.4),
         CROSS_ENTROPY,
-        lambda setting: np.ones(200) - setting.alphas["a"],
+        lambda weights: np.ones(200) - weights.alphas["a"],
         lambda *settings: sure,
-        lambda setting: np.ones(200),
+        lambda weights: np.ones(200),
     )
     assert (found is not None) == sure
 

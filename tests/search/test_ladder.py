@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.search import candidates
 from bnpatch.search.candidates import CandidateSearch, _as_trial
 from bnpatch.search.global_search import Runner
@@ -25,7 +25,7 @@ def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
     def look(trial, is_best):
         seen.append((trial, is_best))
         if trial.candidate == "alpha":
-            assert set(tiny.alphas().values()) == {trial.weight}
+            assert set(trial.state.weights.alphas.values()) == {trial.weight}
 
     bnpatch.tune_alpha(tiny, few, metric="cross-entropy", trials=4, on_trial=look)
     assert sum(trial.candidate == "alpha" and trial.number == 0 for trial, _ in seen) == 1  # of no cross-fit
@@ -82,7 +82,7 @@ def test_learning_makes_do_with_the_memory_there_is(tiny, dim, monkeypatch, wher
     monkeypatch.setattr(torch.autograd, "backward", limited_backward)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer")
     learned = next(candidate for candidate in result.candidates if candidate.name == "alpha per layer")
-    assert len(set(learned.setting.alphas.values())) == 3
+    assert len(set(learned.weights.alphas.values())) == 3
     tried = [size for size in sizes if size]
     assert max(tried) > 40
     assert 20 < max(tried[-20:]) <= 40
@@ -97,10 +97,11 @@ def test_an_image_that_is_lost_on_the_way_is_named():
             return {"accuracy": np.ones(len(indices) - 1)}
 
     examples = SimpleNamespace(skipped={}, source=SimpleNamespace(name=lambda index: f"{index}.png"))
-    model, setting = SimpleNamespace(set=lambda setting: None), SimpleNamespace(alphas={}, lambdas={})
+    model = SimpleNamespace(state=PatchState(), set_state=lambda state: None)
+    weights = PatchWeights()
     board = ScoreCache(model, examples, Lost(), [np.arange(5), np.arange(5, 10)], lambda label, count: None)
     with pytest.raises(BnpatchError, match=r"7\.png can't be read any more: no such file"):
-        board.on(range(2), setting, "", "accuracy")
+        board.on(range(2), weights, "", "accuracy")
 
 
 def test_other_targets_change_the_scores_of_lambdas_alone():
@@ -112,16 +113,16 @@ def test_other_targets_change_the_scores_of_lambdas_alone():
             return {"score": np.full(len(indices), float(self.asked))}
 
     judge, examples = Counts(), SimpleNamespace(skipped={})
-    model = SimpleNamespace(set=lambda setting: None)
+    model = SimpleNamespace(state=PatchState(), set_state=lambda state: None)
     board = ScoreCache(model, examples, judge, [np.arange(5)], lambda label, count: None)
-    plain, weighed = PatchWeights({"a": 0.5}, {"a": 0.0}), PatchWeights({"a": 0.5}, {"a": 0.5})
+    plain, weighted = PatchWeights({"a": 0.5}, {"a": 0.0}), PatchWeights({"a": 0.5}, {"a": 0.5})
 
-    def seen(setting):
-        return board.on(range(1), setting, "", "score")[0]
+    def seen(weights):
+        return board.on(range(1), weights, "", "score")[0]
 
-    assert [seen(plain), seen(weighed), seen(plain), seen(weighed)] == [1, 2, 1, 2]
-    board.forget()
-    assert [seen(plain), seen(weighed)] == [1, 3]
+    assert [seen(plain), seen(weighted), seen(plain), seen(weighted)] == [1, 2, 1, 2]
+    board.use(PatchState())
+    assert [seen(plain), seen(weighted)] == [1, 3]
 
 
 def test_what_few_examples_say_of_a_rate_is_still_a_rate():
@@ -137,11 +138,11 @@ class Learner(CandidateSearch):
 
     def __init__(self, outcomes, identities, set_size=250, hurry=False):
         self.judge = SimpleNamespace(set_size=set_size)
-        self.selection = SimpleNamespace(cost=lambda setting, label: setting.alphas["b"])
+        self.selection = SimpleNamespace(cost=lambda weights, label: weights.alphas["b"])
         self.interrupted, self.outcomes, self.starts = False, iter(outcomes), []
-        self._identities, self._hurry = identities, lambda: hurry
+        self._identities, self._out_of_time = identities, lambda: hurry
 
-    def _learn(self, start, groups):
+    def _by_gradient(self, start, groups):
         self.starts.append(start)
         outcome = next(self.outcomes)
         if outcome is None:
@@ -163,14 +164,14 @@ def test_without_labels_learning_begins_at_several_places(two_more_places):
     """And the valley that is lowest by the selection examples is kept."""
     groups = Groups({"a": "a", "b": "b", "gn": "gn"}, LAMBDAS)
     learner = Learner([0.3, 0.1, 0.2], IDENTITIES)
-    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.1
-    raced, flat, falling = learner.starts
-    assert raced == RACED
+    assert learner._from_places(learner._by_gradient, RACED, groups).alphas["b"] == 0.1
+    found_globally, flat, falling = learner.starts
+    assert found_globally == RACED
     assert flat == PatchWeights({"a": 0.1, "b": 0.1, "gn": 1.0, "c": 0.4}, {"a": 0.5, "b": 0.5})
     assert falling.alphas == pytest.approx({"a": 0.8, "b": 0.6, "gn": 1.0, "c": 0.4})
     stages = Groups({"a": "s", "b": "s", "c": "s"}, LAMBDAS)
     learner = Learner([0.3, 0.3, 0.3], IDENTITIES)
-    learner._from_places(learner._learn, RACED, stages)
+    learner._from_places(learner._by_gradient, RACED, stages)
     assert {name: learner.starts[2].alphas[name] for name in "abc"} == dict.fromkeys("abc", 0.8)
 
 
@@ -181,20 +182,20 @@ def test_one_place_is_enough_with_labels_for_alphas_alone_and_where_all_are_the_
         (Learner([0.3], IDENTITIES), Groups(groups.alphas, {})),
         (Learner([0.3], IDENTITIES, hurry=True), groups),
     ):
-        assert learner._from_places(learner._learn, RACED, some).alphas["b"] == 0.3
+        assert learner._from_places(learner._by_gradient, RACED, some).alphas["b"] == 0.3
         assert len(learner.starts) == 1
     learner = Learner([0.3, 0.2], dict.fromkeys(IDENTITIES, 1.0))
-    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.2
+    assert learner._from_places(learner._by_gradient, RACED, groups).alphas["b"] == 0.2
     assert len(learner.starts) == 2  # Group Norm stays where it is
 
 
 def test_an_interrupt_at_a_further_place_keeps_what_was_learned(two_more_places):
     learner, groups = Learner([0.3, None], IDENTITIES), Groups({"a": "a", "b": "b"}, LAMBDAS)
-    assert learner._from_places(learner._learn, RACED, groups).alphas["b"] == 0.3
+    assert learner._from_places(learner._by_gradient, RACED, groups).alphas["b"] == 0.3
     assert learner.interrupted
 
 
-@pytest.mark.parametrize(("kind", "find"), [("torch", "learn"), ("onnx", "walk")])
+@pytest.mark.parametrize(("kind", "find"), [("torch", "learn"), ("onnx", "coordinate_search")])
 def test_both_ways_to_find_weights_begin_at_several_places(
     tiny, tiny_onnx, dim, two_more_places, monkeypatch, kind, find
 ):

@@ -27,14 +27,18 @@ def loss(model, batches):
 
 
 def cost_on(model, examples, indices):
-    return lambda: evaluate(model, examples, [CROSS_ENTROPY], indices=indices).mean(CROSS_ENTROPY)
+    def cost(weights):
+        model.set_weights(weights)
+        return evaluate(model, examples, [CROSS_ENTROPY], indices=indices).mean(CROSS_ENTROPY)
+
+    return cost
 
 
 def test_gains_on_examples_that_it_does_not_learn_from(task):
     model, examples, start, names = task
     cost = cost_on(model, examples, np.arange(400, 600))
-    before = cost()
     with model.borrowed():
+        before = cost(start)
         found = learn(
             model,
             examples,
@@ -42,12 +46,12 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
             loss,
             cost,
             start=start,
+            base=model.state,
             groups=Groups({name: name for name in names}, {}),
             course=Course(25, 128),
             checks=5,
         )
-        model.set(found)
-        assert cost() < 0.6 * before
+        assert cost(found) < 0.6 * before
     assert len(set(found.alphas.values())) == 3
     assert found.lambdas == start.lambdas
     assert model.alphas() == start.alphas  # borrowed
@@ -60,7 +64,8 @@ def test_sites_of_a_group_share_their_weight(task):
     with model.borrowed():
         found = learn(
             model, examples, np.arange(200), loss, cost_on(model, examples, np.arange(200, 300)),
-            start=start, groups=Groups(groups, {}), course=Course(4, 128),
+            start=start, base=model.state,
+            groups=Groups(groups, {}), course=Course(4, 128),
         )  # fmt: skip
     assert len(set(found.alphas.values())) == 2
 
@@ -69,14 +74,15 @@ def test_the_start_is_kept_where_nothing_is_better(task):
     model, examples, start, names = task
     calls = []
 
-    def cost():
-        calls.append(model.setting())
+    def cost(weights):
+        calls.append(weights)
         return float(len(calls))  # ever worse
 
     with model.borrowed():
         found = learn(
             model, examples, np.arange(100), loss, cost,
-            start=start, groups=Groups({n: n for n in names}, {}), course=Course(8, 128), checks=8,
+            start=start, base=model.state,
+            groups=Groups({n: n for n in names}, {}), course=Course(8, 128), checks=8,
         )  # fmt: skip
     assert found == start
     assert len(calls) == 1 + 3  # and no more, as nothing is gained
@@ -85,7 +91,7 @@ def test_the_start_is_kept_where_nothing_is_better(task):
 def test_is_reproducible_and_stops_when_told(task):
     model, examples, start, names = task
     groups = Groups({name: name for name in names}, {})
-    run = {"start": start, "groups": groups, "course": Course(3, 128), "checks": 3}
+    run = {"start": start, "base": model.state, "groups": groups, "course": Course(3, 128), "checks": 3}
     cost = cost_on(model, examples, np.arange(100, 200))
     with model.borrowed():
         first = learn(model, examples, np.arange(100), loss, cost, **run)
@@ -108,16 +114,17 @@ def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, m
     judge = Goal.of(metric, None, 64).judge(model, examples, np.arange(200))
     found = {}
     with model.borrowed():
-        model.retarget(target_moments(model, examples, indices=np.arange(200)))
+        model.set_target(target_moments(model, examples, indices=np.arange(200)))
         for batch_size in (20, 100):
             sizes.clear()
             found[batch_size] = learn(
-                model, examples, np.arange(200), judge.loss, lambda: -len(sizes),
-                start=start, groups=groups, course=Course(3, 100), batch_size=batch_size,
+                model, examples, np.arange(200), judge.loss, lambda weights: -len(sizes),
+                start=start, base=model.state,
+            groups=groups, course=Course(3, 100), batch_size=batch_size,
             )  # fmt: skip
             assert max(sizes) == batch_size
     for kind in ("alphas", "lambdas"):
-        some, others = (list(getattr(setting, kind).values()) for setting in found.values())
+        some, others = (list(getattr(weights, kind).values()) for weights in found.values())
         np.testing.assert_allclose(some, others, rtol=1e-3)
         assert some != list(getattr(start, kind).values())
 
@@ -143,7 +150,9 @@ def test_a_loss_without_gradient_is_said_so(task):
     model, examples, start, names = task
     with model.borrowed(), pytest.raises(NoGradientError):
         learn(
-            model, examples, np.arange(50), lambda model, batches: iter([torch.ones(())]), lambda: 1.0,
-            start=start, groups=Groups({name: name for name in names}, {}), course=Course(4, 50),
+            model, examples, np.arange(50),
+            lambda model, batches: iter([torch.ones(())]), lambda weights: 1.0,
+            start=start, base=model.state,
+            groups=Groups({name: name for name in names}, {}), course=Course(4, 50),
         )  # fmt: skip
     assert all(parameter.requires_grad for parameter in model.module.parameters())

@@ -11,9 +11,9 @@ from bnpatch.search.selection import Selection
 def chosen(scores, cross_entropies=None):
     """Of settings with scores on eight blocks, the last two of which select."""
 
-    def on(blocks, setting, label, metric):
+    def on(blocks, weights, label, metric):
         values = (cross_entropies or scores) if metric == "cross-entropy" else scores
-        return values[setting][10 * blocks.start : 10 * blocks.stop]
+        return values[weights][10 * blocks.start : 10 * blocks.stop]
 
     judge = ByMetric(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
     board = SimpleNamespace(blocks=range(8), on=on)

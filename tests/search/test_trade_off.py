@@ -12,8 +12,8 @@ from bnpatch.search.latency_limit import Point, choose, dominated, knee, nested_
 
 
 def point(num_norms, ratio, gain, spread=0.01):
-    setting = PatchWeights({f"norm layer{index}": 0.1 if index < num_norms else 0.0 for index in range(8)})
-    return Point(setting, num_norms, gain, 0.01, Latency(ratio, ratio, ratio - spread, ratio + spread, 1, 9))
+    weights = PatchWeights({f"norm layer{index}": 0.1 if index < num_norms else 0.0 for index in range(8)})
+    return Point(weights, num_norms, gain, 0.01, Latency(ratio, ratio, ratio - spread, ratio + spread, 1, 9))
 
 
 ORIGINAL = point(0, 1.0, 0.0, spread=0.0)

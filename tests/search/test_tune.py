@@ -73,19 +73,19 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     tuning, _ = bnpatch.data.dataset.split(dim[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(dim, tiny)
     with tiny.borrowed():  # a global search compares on all tuning examples
-        tiny.retarget(target_moments(tiny, examples, indices=tuning, batch_size=250))
-        raced = []
+        tiny.set_target(target_moments(tiny, examples, indices=tuning, batch_size=250))
+        found_globally = []
         for candidate in climbed.candidates[:4]:
-            tiny.set(candidate.setting)
-            raced.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
-    identity, one_alpha, one_lambda, both = raced
+            tiny.set_weights(candidate.weights)
+            found_globally.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
+    identity, one_alpha, one_lambda, both = found_globally
     assert one_alpha < 0.8 * identity  # six seeds: 0.06 to 0.60 of it, on part of these examples
     assert one_lambda < 0.5 * identity
     assert both < one_lambda * (1 + 1e-4)
     # Lambda alone undoes contrast: what is gained is all that was lost, and one alpha does not reach it.
     found = {c.metric.name: c.after.value for c in climbed.comparisons}
     without_loss = held_out_scores(tiny, plain)
-    one_alpha = held_out_scores(tiny, dim, climbed.candidates[1].setting)
+    one_alpha = held_out_scores(tiny, dim, climbed.candidates[1].weights)
     lost = climbed.comparisons[0].before.value - without_loss.mean(CROSS_ENTROPY)
     assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # six seeds: at most 0.07
     assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.08  # six seeds: at most 0.04 less
@@ -93,12 +93,12 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     assert climbed.verdict.calibration.change.high < 0
 
 
-def held_out_scores(model, data, setting=None):
+def held_out_scores(model, data, weights=None):
     """Of the half that a search of this data leaves to the verdict."""
     _, held_out = bnpatch.data.dataset.split(data[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(data, model)
     with model.borrowed():
-        model.set(setting or model.setting())
+        model.set_weights(weights or model.weights)
         return evaluate(model, examples, indices=held_out)
 
 
@@ -257,7 +257,7 @@ def test_stages_share_a_weight(model, foggy, monkeypatch):
     candidate = next(candidate for candidate in result.candidates if candidate.name == "alpha per stage")
     shapes = model.norm_shapes()
     by_stage = {}
-    for name, alpha in candidate.setting.alphas.items():
+    for name, alpha in candidate.weights.alphas.items():
         by_stage.setdefault(shapes[name], set()).add(alpha)
     assert all(len(values) == 1 for values in by_stage.values())
     assert len(by_stage) > 3
@@ -272,8 +272,8 @@ def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, monkey
     assert single
     learned = next(candidate for candidate in result.candidates if candidate.name == "alpha per layer")
     start = next(candidate for candidate in result.candidates if candidate.name == "alpha")
-    assert learned.setting != start.setting
-    assert all(learned.setting.alphas[name] == start.setting.alphas[name] for name in single)
+    assert learned.weights != start.weights
+    assert all(learned.weights.alphas[name] == start.weights.alphas[name] for name in single)
 
 
 def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
@@ -282,7 +282,7 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
     some = dim[0][:300], dim[1][:300]
     first = bnpatch.tune_alpha(tiny, some, **run)
     again = bnpatch.tune_alpha(tiny, some, **run)
-    assert again.setting == first.setting
+    assert again.weights == first.weights
     assert again.trials == first.trials
     assert again.passes < first.passes / 3  # hardly anything is scored or learned again
     with pytest.raises(BnpatchError, match="made with another metric"):
@@ -357,7 +357,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
             asked.append(indices)
             return {"score": np.zeros(1)}
 
-    scores(tiny, examples, OfSets(), tiny.setting(), by_class)
+    scores(tiny, examples, OfSets(), tiny.state, by_class)
     assert sorted(np.concatenate(asked)) == by_class.tolist()
     assert min(len(np.unique(labels[part])) for part in asked) > 7
 
@@ -365,7 +365,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
     judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).sure_of(len(by_class))
     shuffled = np.random.default_rng(1).permutation(by_class)
     with tiny.evaluating():
-        first = scores(tiny, examples, judge, tiny.setting(), by_class)
+        first = scores(tiny, examples, judge, tiny.state, by_class)
         second = judge.scores(tiny, examples, shuffled)
     assert len(first["unlabeled"]) == len(second["unlabeled"]) == 20
     assert 0.5 < np.std(first["unlabeled"]) / np.std(second["unlabeled"]) < 2
@@ -407,7 +407,7 @@ def test_a_limit_on_latency_is_kept(tiny, dim):
     assert [point.num_norms for point in result.trade_off[1:]] == sorted(
         p.num_norms for p in result.trade_off[1:]
     )
-    chosen = next(point for point in result.trade_off if point.setting == result.setting)
+    chosen = next(point for point in result.trade_off if point.weights == result.weights)
     assert chosen.gain == max(point.gain for point in result.trade_off)
     strict = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1.0)
     assert strict.alpha == 0 or strict.trade_off  # nothing that costs time is within 1.0x, but for noise
@@ -520,14 +520,14 @@ def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
 def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, dim, make):
     """Its own targets, not those that the search estimates; and it has them again afterwards."""
     model = tiny if make == "torch" else bnpatch.load(tiny_onnx)
-    model.retarget({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
-    model.set(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.7)))
-    own = {name: np.array(part.mean) for name, part in model.targets().items()}
+    model.set_target({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
+    model.set_weights(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.7)))
+    own = {name: np.array(part.mean) for name, part in model.state.target.items()}
     test = dim[0][:200], dim[1][:200]
     examples = bnpatch.open_examples(test, model)
     before = evaluate(model, examples).mean(CROSS_ENTROPY)
     run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 3}
     result = bnpatch.tune_alpha(model, (dim[0][200:], dim[1][200:]), test_data=test, **run)
     assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
-    assert all(np.array_equal(part.mean, own[name]) for name, part in model.targets().items())
+    assert all(np.array_equal(part.mean, own[name]) for name, part in model.state.target.items())
     assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)

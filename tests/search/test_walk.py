@@ -15,11 +15,11 @@ def scored(best, calls=None):
     each = rng.normal(1, 0.2, (200, 1))
     level = rng.normal(0, 1, 200)
 
-    def scores(setting):
+    def scores(weights):
         if calls is not None:
-            calls.append(setting)
-        loss = sum((setting.alphas[name] - value) ** 2 for name, value in best.items())
-        loss += 0.5 * sum(alpha for name, alpha in setting.alphas.items() if name not in best)
+            calls.append(weights)
+        loss = sum((weights.alphas[name] - value) ** 2 for name, value in best.items())
+        loss += 0.5 * sum(alpha for name, alpha in weights.alphas.items() if name not in best)
         return level - each[:, 0] * loss
 
     return scores
@@ -34,7 +34,7 @@ def test_finds_the_sites_that_matter():
 def test_a_lower_score_may_be_better():
     best = {"s3": 0.5}
     scores = scored(best)
-    found = coordinate_search(lambda setting: -scores(setting), START, KNOBS, higher_is_better=False)
+    found = coordinate_search(lambda weights: -scores(weights), START, KNOBS, higher_is_better=False)
     assert found.alphas == START.alphas | best
 
 
@@ -45,8 +45,8 @@ def test_takes_no_step_that_may_be_chance(gain, taken):
     level, each = rng.normal(0, 1, 100), rng.normal(0, 1, 100)
     each = (each - each.mean()) / each.std() + gain / 10
 
-    def scores(setting):
-        return level + (setting.alphas["s3"] > 0) * each - 10 * (sum(setting.alphas.values()) > 1)
+    def scores(weights):
+        return level + (weights.alphas["s3"] > 0) * each - 10 * (sum(weights.alphas.values()) > 1)
 
     found = coordinate_search(scores, START, KNOBS, higher_is_better=True)
     assert (found != START) == taken
@@ -57,7 +57,7 @@ def test_a_glance_at_some_examples_tells_where_to_look():
     best = {"s3": 0.5, "s17": 0.2}
     full, part = scored(best, calls=whole), scored(best, calls=few)
     found = coordinate_search(
-        full, START, KNOBS, higher_is_better=True, glance=lambda setting: part(setting)[:50]
+        full, START, KNOBS, higher_is_better=True, preview=lambda weights: part(weights)[:50]
     )
     assert {name for name, alpha in found.alphas.items() if alpha} == {"s3", "s17"}
     assert len(whole) < len(few) / 10
@@ -87,7 +87,7 @@ def test_stops_when_told():
 
 def test_a_knob_turns_all_its_sites():
     coordinate = Coordinate("lambda", ("s1", "s2"))
-    turned = coordinate.turned(START, 0.4)
-    assert turned.alphas == START.alphas
-    assert {name for name, value in turned.lambdas.items() if value == 0.4} == {"s1", "s2"}
-    assert coordinate.value(turned) == pytest.approx(0.4)
+    moved = coordinate.moved(START, 0.4)
+    assert moved.alphas == START.alphas
+    assert {name for name, value in moved.lambdas.items() if value == 0.4} == {"s1", "s2"}
+    assert coordinate.value(moved) == pytest.approx(0.4)

@@ -1,0 +1,60 @@
+"""Make text from files, models and databases safe to print."""
+
+import re
+import unicodedata
+from urllib.parse import unquote
+
+# Unicode categories of control characters, surrogates and line separators.
+_CONTROL = {"Cc", "Cs", "Zl", "Zp"}
+# Characters that change the writing direction of the text beside them.
+_DIRECTION = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_MASK = "***"
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Escape characters that would control a terminal or reorder the text, as ``\x1b`` or ``\u202e``.
+
+    Args:
+        text: any text, such as a message with names of files, classes and models.
+        keep: characters that are not escaped.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character if character in keep or not _acts(character) else _escaped(character) for character in text
+    )
+
+
+def _acts(character: str) -> bool:
+    return character in _DIRECTION or unicodedata.category(character) in _CONTROL
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+# After the name of the user, up to the last @; and what the query calls so, or hides a password in.
+_PASSWORDS = (
+    re.compile(r"^((?:[\w+.-]+:/{0,2})?[^:/@]*:(?!//))(.+)(?=@)", re.DOTALL),
+    re.compile(r"([?&][^=&]*(?:passw|pwd|secret|token|odbc_connect)[^=&]*=)([^&]+)", re.IGNORECASE),
+)
+
+
+def masked(place: str, said: str | None = None) -> str:
+    """Hide the password in the address of a database.
+
+    Args:
+        place: an address such as ``postgresql://user:password@host/name``; other text stays as it is.
+        said: a message that may contain the address or the password; it is returned instead, masked.
+    """
+    hidden = place
+    secrets: list[str] = []
+    for pattern in _PASSWORDS:
+        secrets += (found[2] for found in pattern.finditer(hidden))
+        hidden = pattern.sub(rf"\g<1>{_MASK}", hidden)
+    if said is None:
+        return hidden
+    said = said.replace(place, hidden)
+    for secret in (*secrets, *map(unquote, secrets)):
+        said = said.replace(secret, _MASK)
+    return said

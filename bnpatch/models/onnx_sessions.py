@@ -1,0 +1,126 @@
+"""Open sessions of onnxruntime that take a patch as inputs, or that normalize by the batch.
+
+One session has all alphas and running statistics as inputs, so that a search opens it once and no weight
+means a new graph. Another normalizes by the batch and returns its moments, to re-estimate statistics.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from bnpatch.core.patch import Statistics
+from bnpatch.onnx import match
+from bnpatch.onnx.expressions import Tape
+from bnpatch.onnx.formulas import append_by_batch
+from bnpatch.onnx.fused_conv import observe_values
+from bnpatch.onnx.rewrite import rewrite
+from bnpatch.onnx.runtime import open_session
+
+#: By name of norm layer, pairs of names for mean and variance, one pair per call of the module.
+MomentNames = dict[str, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class WeightedSession:
+    """A session with weights and running statistics as inputs.
+
+    Attributes:
+        session: the session of onnxruntime.
+        alphas: by name of input, the norm layer whose alpha it takes.
+        running: by name of norm layer, the inputs that take running mean and variance.
+        moments: by name of norm layer, the outputs with mean and variance of each example.
+    """
+
+    session: Any
+    alphas: Mapping[str, str]
+    running: MomentNames
+    moments: MomentNames
+
+    def feeds(self, alphas: Mapping[str, float], statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
+        """Return the values of the inputs, for weights and for statistics in use by name of norm layer."""
+        feeds = {name: np.asarray(alphas[norm], np.float32) for name, norm in self.alphas.items()}
+        for norm, moments in statistics.items():
+            for mean, var in self.running.get(norm, ()):
+                feeds[mean] = np.asarray(moments.mean, np.float32)
+                feeds[var] = np.asarray(moments.var, np.float32)
+        return feeds
+
+
+def open_weighted(
+    graph: ir.Model,
+    norms: Sequence[match.NormLayer],
+    alphas: Mapping[str, float],
+    running: Statistics,
+    device: torch.device,
+    *,
+    include_1x1: bool,
+    observe: bool,
+) -> WeightedSession:
+    """Open a session with all weights as inputs.
+
+    Args:
+        graph: the model with its recovered norms; it is rewritten.
+        norms: the norm layers to patch.
+        alphas: default values of the inputs, by name of norm layer.
+        running: running statistics of norms that have none in the graph.
+        device: where to run.
+        include_1x1: see :class:`~bnpatch.core.patch.PatchState`.
+        observe: return the moments of each example at every norm layer outside branches, too.
+    """
+    moments: MomentNames = {}
+    if observe:
+        outside = [norm for norm in match.inventory(graph).norm_layers if norm.node.graph is graph.graph]
+        values = observe_values(graph, [(norm.input, len(norm.dims)) for norm in outside])
+        for norm, pair in zip(outside, values, strict=True):
+            moments.setdefault(norm.module, []).append(pair)
+    done = rewrite(
+        graph,
+        alphas,
+        running=running,
+        alpha_inputs="per-site",
+        running_inputs=True,
+        include_1x1=include_1x1,
+    )
+    session = open_session(graph, device)
+    taken = {value.name for value in session.get_overridable_initializers()}
+    modules = {norm.name: norm.module for norm in norms}
+    inputs = {name: modules[norm] for norm, name in done.alpha_inputs.items() if name in taken}
+    pairs: MomentNames = {}
+    for name, pair in done.running_inputs.items():
+        if pair[0] in taken:
+            pairs.setdefault(modules[name], []).append(pair)
+    return WeightedSession(session, inputs, pairs, moments)
+
+
+def open_by_batch(
+    graph: ir.Model, norms: Sequence[match.NormLayer], running: Statistics, device: torch.device
+) -> tuple[Any, MomentNames]:
+    """Open a session whose norms normalize by the batch.
+
+    Args:
+        graph: the model with its recovered norms; it is rewritten.
+        norms: the norm layers to look at; those in branches are left out.
+        running: running statistics of norms that have none in the graph.
+        device: where to run.
+
+    Returns:
+        The session, and the names of its outputs with the moments of the batch.
+    """
+    names: MomentNames = {}
+    inside = {n.module for n in match.inventory(graph).norm_layers if n.node.graph is not graph.graph}
+
+    def append(tape: Tape, norm: match.NormLayer, *_: Any) -> ir.Value:
+        result, moments = append_by_batch(tape, norm)
+        graph.graph.outputs.extend([moments.mean, moments.var])
+        names.setdefault(norm.module, []).append((moments.mean.name or "", moments.var.name or ""))
+        return result
+
+    # An alpha of 0.5 is no norm layer's identity, so all of them are rewritten.
+    alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
+    rewrite(graph, alphas, running=running, include_1x1=True, append=append)
+    return open_session(graph, device), names

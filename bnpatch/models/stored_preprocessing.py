@@ -1,0 +1,206 @@
+"""Find the preprocessing of a model in its checkpoint and in the files beside it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.models.foreign import read_json
+from bnpatch.models.labels import as_mapping
+
+Values = dict[str, Any]  # arguments of Preprocessing, those that are said
+
+# Where a checkpoint keeps timm's configuration of data, the likeliest first.
+_CONFIGS = ("pretrained_cfg", "default_cfg", "data_config", "cfg")
+HUB_CONFIG = "config.json"
+_HUGGING_FACE = "preprocessor_config.json"
+
+_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+_LARGEST_SIDE = 1 << 16
+_LARGEST = 1e9
+
+
+def in_checkpoint(about: Mapping[str, Any], args: Mapping[str, Any], path: Path) -> tuple[Values, str]:
+    """Return the values in a checkpoint, and their place. Training arguments override configurations.
+
+    Raises:
+        BnpatchError: a value is of another type, or out of range.
+    """
+    values: Values = {}
+    sources: list[str] = []
+    if found := _of_arguments(args, f"{path}: args"):
+        values, sources = found, ["training arguments"]
+    for holder, prefix in ((about, ""), (args, "args.")):
+        for key in _CONFIGS:
+            if found := of_timm(as_mapping(holder.get(key)), f"{path}: {prefix}{key}"):
+                values = {**found, **values}
+                sources.append(f"{prefix}{key}")
+    return values, f"the checkpoint's {' and '.join(sources)}"
+
+
+def beside(path: Path, architecture: str) -> tuple[Values, str]:
+    """Return the values in the files beside a checkpoint: timm's hub configuration, or Hugging Face's.
+
+    Args:
+        path: the checkpoint.
+        architecture: name of its architecture; a configuration of another architecture is ignored.
+
+    Raises:
+        BnpatchError: a file is damaged.
+    """
+    hub = hub_config(path)
+    cfg = as_mapping(hub.get("pretrained_cfg"))
+    named = str(hub.get("architecture") or architecture).split(".")[0]
+    is_timm = named == architecture and (cfg or "architecture" in hub)
+    if is_timm and (values := of_timm({**hub, **cfg}, str(path.with_name(HUB_CONFIG)))):
+        return values, f"{HUB_CONFIG} beside the checkpoint"
+    file = path.with_name(_HUGGING_FACE)
+    values = of_hugging_face(as_mapping(read_json(file)), str(file))
+    return values, f"{_HUGGING_FACE} beside the checkpoint"
+
+
+def hub_config(path: Path) -> Mapping[str, Any]:
+    """Return the ``config.json`` beside a checkpoint; it is empty if there is none."""
+    return as_mapping(read_json(path.with_name(HUB_CONFIG)))
+
+
+def applied(values: Values, default: Preprocessing, channels: int, source: str) -> Preprocessing:
+    """Return ``default`` with the values that were found."""
+    size = values.get("input_size", default.input_size)
+    return replace(default, **{**values, "input_size": (channels, *size[1:])}, source=source)
+
+
+def of_timm(cfg: Mapping[str, Any], where: str) -> Values:
+    """Return the values in a ``pretrained_cfg`` of timm, or in timm's training arguments.
+
+    Raises:
+        BnpatchError: a value is of another type, or out of range; ``where`` names the place.
+    """
+    values: Values = {}
+    size = cfg.get("input_size")
+    if size is not None:
+        values["input_size"] = _size(size, f"{where}.input_size")
+    elif cfg.get("img_size") is not None:
+        values["input_size"] = _size(cfg["img_size"], f"{where}.img_size")
+    for key in ("mean", "std"):
+        if cfg.get(key) is not None:
+            values[key] = _numbers(cfg[key], f"{where}.{key}", positive=key == "std")
+    if cfg.get("crop_pct") is not None:
+        values["crop_pct"] = _numbers(cfg["crop_pct"], f"{where}.crop_pct", positive=True)[0]
+    for key, known in (("interpolation", _PIL_FILTERS), ("crop_mode", ("center", "squash", "border"))):
+        if cfg.get(key) in known:
+            values[key] = cfg[key]
+        elif cfg.get(key) not in (None, "", "random"):  # random is for training
+            raise _unusable(f"{where}.{key}", cfg[key], f"one of {', '.join(known)}")
+    return values
+
+
+def of_hugging_face(config: Mapping[str, Any], where: str) -> Values:
+    """Return the values in a ``preprocessor_config.json``, for convolutional networks and ViT.
+
+    Raises:
+        BnpatchError: a value is of another type, or out of range.
+    """
+    for key in ("pretrained_cfg", "data_config"):  # of timm's models in Hugging Face's library
+        if values := of_timm(as_mapping(config.get(key)), f"{where}: {key}"):
+            return values
+    values = {}
+    size, crop = config.get("size"), config.get("crop_size")
+    squashed = isinstance(size, Mapping) and "shortest_edge" not in size
+    resized = _size(size, f"{where}: size") if size is not None else None
+    cut = _size(crop, f"{where}: crop_size") if crop is not None and config.get("do_center_crop") else None
+    if cut is not None and resized is not None:
+        share = cut[1] / (resized[1] + 0.5)  # as torchvision's: timm resizes to floor(crop / crop_pct)
+        values = {"input_size": cut, "crop_pct": share, "crop_mode": "squash" if squashed else "center"}
+    elif cut is not None:
+        values = {"input_size": cut, "crop_pct": 1.0, "crop_mode": "center"}
+    elif resized is not None:
+        share = _numbers(config.get("crop_pct") or 1.0, f"{where}: crop_pct", positive=True)[0]
+        squashed = squashed or "crop_pct" not in config or resized[1] >= 384  # ConvNeXt's rule
+        mode = {"crop_pct": 1.0, "crop_mode": "squash"} if squashed else {"crop_pct": share}
+        values = {"input_size": resized, "crop_mode": "center", **mode}
+    if config.get("do_normalize", True):
+        for key, name in (("image_mean", "mean"), ("image_std", "std")):
+            if config.get(key) is not None:
+                values[name] = _numbers(config[key], f"{where}: {key}", positive=name == "std")
+    elif values:
+        values |= {"mean": (0.0,), "std": (1.0,)}
+    resample = config.get("resample")
+    if isinstance(resample, int) and 0 <= resample < len(_PIL_FILTERS):
+        values["interpolation"] = _PIL_FILTERS[resample]
+    return values
+
+
+def of_ultralytics(size: Any, channels: int) -> Preprocessing:
+    """Return the preprocessing of a classifier that ultralytics exported.
+
+    It resizes the short side, and values are in [0, 1].
+
+    Args:
+        metadata: metadata of the ONNX file, for messages.
+        size: value of ``imgsz`` in the metadata: a side, or height and width.
+        channels: number of input channels.
+
+    Raises:
+        BnpatchError: the size is not valid.
+    """
+    _, height, width = _size(size, "imgsz in the file's metadata")
+    return Preprocessing(
+        (channels, height, width),
+        (0.0,),
+        (1.0,),
+        "bilinear",
+        crop_pct=1.0,
+        source="the file's metadata, as ultralytics writes it",
+    )
+
+
+def _of_arguments(args: Mapping[str, Any], where: str) -> Values:
+    """Return the values in the arguments of torchvision's reference training script, or of timm's."""
+    if args.get("val_crop_size") is None:
+        return of_timm(args, where)
+    cut = _size(args["val_crop_size"], f"{where}.val_crop_size")
+    resized = _size(args.get("val_resize_size") or cut[1], f"{where}.val_resize_size")
+    values = of_timm({"interpolation": args.get("interpolation") or "bilinear"}, where)
+    normalization = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # fixed in the script
+    return {**values, **normalization, "input_size": cut, "crop_pct": cut[1] / (resized[1] + 0.5)}
+
+
+def _size(value: Any, where: str) -> tuple[int, int, int]:
+    """Return (channels, height, width) of a side, of two or three sizes, or of a mapping with their names."""
+    if isinstance(value, Mapping):
+        side = value.get("shortest_edge")
+        value = side if side is not None else [value.get("height"), value.get("width")]
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not 1 <= len(sides) <= 3 or not all(_is_number(v) and v == int(v) for v in sides):
+        raise _unusable(where, value, "a size in pixels")
+    *channels, height, width = map(int, sides if len(sides) > 1 else sides * 2)
+    if not all(1 <= side <= _LARGEST_SIDE for side in (*channels, height, width)):
+        raise _unusable(where, value, f"a size of 1 to {_LARGEST_SIDE} pixels")
+    return (channels[0] if channels else 3, height, width)
+
+
+def _numbers(value: Any, where: str, positive: bool) -> tuple[float, ...]:
+    if isinstance(value, (np.ndarray, Tensor)):
+        value = value.tolist()
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not numbers or not all(_is_number(v) and (v > 0 or not positive) for v in numbers):
+        raise _unusable(where, value, "a positive number" if positive else "a number")
+    return tuple(map(float, numbers))
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and abs(value) < _LARGEST and math.isfinite(value)
+
+
+def _unusable(where: str, value: Any, wanted: str) -> BnpatchError:
+    text = repr(value) if isinstance(value, (str, float, bool)) else f"a {type(value).__name__}"
+    return BnpatchError(f"{where} is {text[:80]}, not {wanted}", "correct it or leave it out, and save again")

@@ -1,0 +1,255 @@
+"""Find the weights of a model in the content of a checkpoint, and the part of them that is the model."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.models import architecture
+from bnpatch.models.labels import as_mapping
+
+StateDict = dict[str, Tensor]
+
+# Keys under which checkpoints have their weights, in order of preference.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "net", "weights", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+_DEPTH = 3  # the EMA of some projects is a dictionary with its own state dict
+
+# Words in the keys of averaged weights, such as state_dict_ema, model_ema, ema_weights, averaged_model.
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?|averaging|shadow)([^a-z]|$)", re.IGNORECASE)
+# First components of keys that don't belong to the model: losses, metrics, and copies of the model.
+_NOT_THE_MODEL = re.compile(
+    r"(^|_)(criterion|loss(es)?|loss_fn|metrics?|acc(uracy)?\d?|auroc|f1|teacher|ema|swa|averaged|momentum|target|encoder_k|"
+    r"optimizer|scaler|n_averaged|total_ops|total_params)($|_)",
+    re.IGNORECASE,
+)
+_COUNTERS = ("n_averaged", "total_ops", "total_params")  # the last two are thop's
+_MOST_ELEMENTS = 1 << 28  # of a tensor whose elements share their memory: 1 GiB in float32
+
+
+def find_weights(content: Mapping[str, Any], path: Path, use_ema: bool) -> tuple[Any, str]:
+    """Return the module or the state dict in a checkpoint, and its key; the key is "" for the content itself.
+
+    Raises:
+        BnpatchError: there are no weights, or no averaged ones with ``use_ema``.
+    """
+    averaged = [key for key in content if isinstance(key, str) and _AVERAGED.search(key)]
+    if use_ema:
+        return _find_averaged(content, path, averaged)
+    for key in (*_WEIGHTS, *averaged):
+        if (found := _weights_in(content.get(key))) is not None:
+            return found, key
+    if is_state_dict(content):
+        return content, ""
+    keys = ", ".join(str(key)[:40] for key in list(content)[:8])
+    raise BnpatchError(
+        f"{path} has no weights that bnpatch can find among its keys {keys}", "save a state dict"
+    )
+
+
+def _find_averaged(content: Mapping[str, Any], path: Path, averaged: list[str]) -> tuple[Any, str]:
+    last, last_key = next(
+        ((found, key) for key in _WEIGHTS if (found := _weights_in(content.get(key))) is not None),
+        (content, ""),
+    )
+    if "current_model_state" in content and last_key == "state_dict":
+        return last, last_key  # Lightning's WeightAveraging stores the averaged weights as the state dict
+    places = [(key, content[key]) for key in averaged]
+    for name, callback in as_mapping(content.get("callbacks")).items():
+        places += [
+            (f"callbacks.{name}.{key}", value)
+            for key, value in as_mapping(callback).items()
+            if isinstance(key, str) and _AVERAGED.search(key)
+        ]
+    for key, value in places:
+        found = _weights_in(value)
+        if found is not None:
+            return _averaged_part(found) or found, key
+        if (found := _named_as(last, value)) is not None:
+            return found, key
+    if (found := _averaged_part(last)) is not None:
+        return found, last_key
+    said = f": {places[0][0]} is no state dict" if places else ""
+    raise BnpatchError(f"{path} has no averaged weights{said}", "leave out --use-ema for the last ones")
+
+
+def _averaged_part(weights: Any) -> Any:
+    """Return the averaged weights among those of a state dict, such as ``ema_model.*``, or None."""
+    if not is_state_dict(weights):
+        return None
+    for group in dict.fromkeys(key.split(".")[0] for key in weights):
+        inside = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
+        if _AVERAGED.search(group) and is_state_dict(inside):
+            return inside
+    return None
+
+
+def _weights_in(value: Any, depth: int = _DEPTH) -> Any:
+    """Return a module or a state dict, also from a dictionary around it; None if there is neither."""
+    if isinstance(value, nn.Module) or is_state_dict(value):
+        return value
+    if not isinstance(value, Mapping) or not depth:
+        return None
+    keys = [*_WEIGHTS, *(key for key in value if isinstance(key, str) and _AVERAGED.search(key))]
+    inside = (_weights_in(value.get(key), depth - 1) for key in keys)
+    return next((found for found in inside if found is not None), None)
+
+
+def _named_as(state_dict: Any, values: Any) -> Any:
+    """Return averaged weights with the names of the last ones, if a callback stored them as a list."""
+    if not isinstance(values, (list, tuple)) or not is_state_dict(state_dict):
+        return None
+    if len(values) != len(state_dict) or not all(isinstance(value, Tensor) for value in values):
+        return None
+    named = dict(zip(state_dict, values, strict=True))
+    shapes = ((value.shape, getattr(state_dict[key], "shape", None)) for key, value in named.items())
+    return named if all(ours == theirs for ours, theirs in shapes) else None
+
+
+def is_state_dict(value: Any) -> bool:
+    """Return whether a value is a mapping from strings to tensors, for the most part."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    tensors = sum(isinstance(v, Tensor) for v in value.values())
+    return all(isinstance(key, str) for key in value) and tensors > len(value) / 2
+
+
+def strip_prefixes(state_dict: Mapping[str, Any]) -> StateDict:
+    """Return the tensors of a state dict without the usual prefixes that all of them have."""
+    state = {
+        key: value
+        for key, value in state_dict.items()
+        if isinstance(value, Tensor) and key.rsplit(".", 1)[-1] not in _COUNTERS
+    }
+    while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    # torchvision's published DenseNet weights still have the tensor names of 2017.
+    return {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
+        for key, value in state.items()
+    }
+
+
+def check_weights(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Check that tensors have values in memory that are finite.
+
+    Raises:
+        BnpatchError: a tensor has no values, is sparse, nested or quantized, too large for the memory that it
+            has in the file, or not finite; the message names it.
+    """
+    for name, tensor in state_dict.items():
+        if tensor.is_meta:
+            raise BnpatchError(f"{path}: {name} has no values, only a shape", "save it from another device")
+        if tensor.is_quantized:
+            raise BnpatchError(f"{path}: {name} is quantized", "give the checkpoint from before quantization")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise BnpatchError(f"{path}: {name} is no dense tensor ({layout})", "save it after .to_dense()")
+        held = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        if tensor.numel() > max(held, _MOST_ELEMENTS):
+            raise BnpatchError(
+                f"{path}: {name} claims {tensor.numel()} elements and holds {held}; bnpatch expands a tensor "
+                f"to at most {_MOST_ELEMENTS}",
+                "save it after .contiguous()",
+            )
+        # What doesn't belong to the model, such as a metric, may well be nan.
+        if tensor.is_floating_point() and not any(map(_is_extra, name.split("."))) and not _is_finite(tensor):
+            raise BnpatchError(
+                f"{path}: the weights {name} are not finite",
+                "take a checkpoint from before training diverged",
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch.isfinite doesn't support the types of 8 bits
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
+
+
+def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateDict, str]:
+    """Return the part of a state dict that is a known architecture, and a note on what was left out.
+
+    Checkpoints of whole training programs have more than the model: losses, metrics, and copies of the model
+    such as a teacher or an average. The names of tensors tell which prefix leaves an architecture. Among
+    several, the model comes before a teacher or an average, and a larger part before a smaller one.
+
+    Args:
+        state_dict: the weights.
+        arch: the architecture that the user named. It decides, and what it doesn't have is left out.
+        path: the file, for messages.
+
+    Raises:
+        BnpatchError: an architecture has weights beside it that may belong to the model.
+    """
+    known = _names_of(arch) if arch else None
+    if known is None and architecture.by_tensor_names(state_dict):
+        return state_dict, ""
+    parts = []
+    for prefix, part in _parts(state_dict):
+        if known is not None:
+            chosen = _only(part, {key.split(".")[0] for key in known})
+            fits = known <= {key for key in chosen if not architecture.is_optional(key)}
+        else:
+            chosen = _only(part, {key.split(".")[0] for key in part if not _is_extra(key.split(".")[0])})
+            chosen = part if architecture.by_tensor_names(part) else chosen
+            fits = bool(architecture.by_tensor_names(chosen))
+        if fits:
+            parts.append((any(map(_is_extra, prefix.split("."))), -len(chosen), prefix, chosen))
+    if not parts:
+        return state_dict, ""
+    _, _, prefix, chosen = min(parts, key=lambda part: part[:3])
+    copies = [f"{other}." for *_, other, _ in parts if other and other != prefix]
+    left = [key for key in state_dict if key.removeprefix(f"{prefix}." if prefix else "") not in chosen]
+    unknown = [k for k in left if not any(map(_is_extra, k.split("."))) and not k.startswith(tuple(copies))]
+    where = f"the weights under {prefix}. are" if prefix else "most weights are"
+    if unknown and arch is None:
+        some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        names = " or ".join(architecture.by_tensor_names(chosen))
+        raise BnpatchError(
+            f"{path}: {where} those of {names}, but beside them are {some}",
+            f"--arch {architecture.by_tensor_names(chosen)[0]} leaves these out, if the model works without",
+        )
+    groups = dict.fromkeys(_group(key, prefix) for key in left)
+    note = f"left out {len(left)} tensors beside the model: {', '.join(list(groups)[:6])}" if left else ""
+    return chosen, note
+
+
+def _group(key: str, prefix: str) -> str:
+    inside = prefix and key.startswith(f"{prefix}.")
+    first = key.removeprefix(f"{prefix}.").split(".")[0] if inside else key.split(".")[0]
+    name = f"{prefix}.{first}" if inside else first
+    return name if name == key else f"{name}.*"
+
+
+def _parts(state_dict: StateDict) -> Iterator[tuple[str, StateDict]]:
+    """Yield the tensors under each prefix, without it, beginning with all; a part has at least 4 tensors."""
+    level: dict[str, StateDict] = {"": state_dict}
+    while level:
+        below: dict[str, StateDict] = {}
+        for prefix, part in level.items():
+            yield prefix, part
+            for key, tensor in part.items():
+                first, dot, rest = key.partition(".")
+                if dot:
+                    below.setdefault(f"{prefix}.{first}".lstrip("."), {})[rest] = tensor
+        level = {prefix: part for prefix, part in below.items() if len(part) >= 4}
+
+
+def _only(state_dict: StateDict, groups: Collection[str]) -> StateDict:
+    return {key: tensor for key, tensor in state_dict.items() if key.split(".")[0] in groups}
+
+
+def _is_extra(component: str) -> bool:
+    return bool(_NOT_THE_MODEL.search(component))
+
+
+def _names_of(arch: str) -> set[str]:
+    """Return the names of the tensors of an architecture that the user named."""
+    library, name = architecture.parse_name(arch)
+    library = library or next(lib for lib in architecture.LIBRARIES if name in architecture.known_names(lib))
+    tensors = architecture.Architecture(library, name).sketch().state_dict()
+    return {key for key in tensors if not architecture.is_optional(key)}
