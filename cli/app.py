@@ -85,7 +85,8 @@ def run() -> None:
 def _terminable() -> Iterator[list[int]]:
     """Take SIGTERM for Ctrl-C while the context lasts, so that a command ends as it does then.
 
-    Neither is lost where it comes in a destructor. Where the program that called this has other plans for the signal, they stand.
+    Neither is lost where it comes in a destructor. Where the program that called this has other plans for
+    SIGTERM, they stand.
 
     Yields:
         The signals that came.
@@ -99,7 +100,7 @@ def _terminable() -> Iterator[list[int]]:
 
     def again(what: "sys.UnraisableHookArgs") -> None:
         if issubclass(what.exc_type, KeyboardInterrupt):  # in a destructor, which can't pass it on
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            threading.Timer(0.1, _interrupt_main).start()
         else:
             report(what)
 
@@ -122,6 +123,14 @@ def _terminable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if before is signal.SIG_IGN:
             signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_main() -> None:
+    """Interrupt the main thread, also where it sleeps or waits for a file."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:  # Windows
+        _thread.interrupt_main()
 
 
 def _run() -> None:

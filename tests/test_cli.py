@@ -385,7 +385,10 @@ def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_pa
     code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert code == 2
     assert "patched.pt: no space left on device" in one_line(err)
-    assert {p.name for p in (tmp_path / "bnpatch-out").iterdir()} == {"recipe.partial.json", "trials.partial.csv"}
+    assert {p.name for p in (tmp_path / "bnpatch-out").iterdir()} == {
+        "recipe.partial.json",
+        "trials.partial.csv",
+    }
 
 
 @pytest.mark.parametrize(
@@ -426,6 +429,7 @@ def test_help_has_examples_and_is_quick(cli):
     assert cli("--version")[1].strip() == bnpatch.__version__
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback():
     command = [sys.executable, "-m", "bnpatch_cli", "--debug", "inspect", "nope.pt"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -438,6 +442,7 @@ def test_debug_may_stand_anywhere(cli, capsys):
         cli("inspect", "nope.pt", "--debug")
 
 
+@pytest.mark.slow
 def test_onnx_from_the_checkpoint_to_the_patched_file(cli, checkpoint, folder, plain):
     """What someone does who has only an .onnx file."""
     shutil.copy(plain[0], "model.onnx")
@@ -470,6 +475,7 @@ def test_a_failed_comparison_is_exit_code_1_and_leaves_no_file(cli, plain, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_recipe_brings_its_preprocessing(cli, checkpoint, folder, tuned):
     recipe = ("--recipe", tuned / "recipe.json")
     code, compared, err = cli("evaluate", checkpoint, "--data", folder, *recipe, "--json")

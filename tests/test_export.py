@@ -141,6 +141,7 @@ def test_large_models_keep_their_tensors_beside_the_file(checkpoint, exporter, t
     assert_close(bnpatch.load(tmp_path / "model.onnx").predict(x), model.predict(x))
 
 
+@pytest.mark.slow
 def test_lambda_costs_nothing_in_the_file(checkpoint, exporter, tmp_path, clean):
     """Other running moments at alpha = 0: the same operators as before, and the outputs of the model."""
     model = bnpatch.load(checkpoint)

@@ -16,144 +16,21 @@ from bnpatch_cli import options as opt
 
 from bnpatch.core import leftovers
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.io import claimed, temporary_folder, write_text
-from bnpatch.core.leftovers import is_alive, own_start, remove_leftovers
+from bnpatch.core.leftovers import is_alive
 from bnpatch.core.recipe import Recipe
 from bnpatch.search import job
 from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
+from tests.test_leftovers import living, names, start_of, wait_for  # noqa: F401 - a fixture
 
 RESULTS = {"recipe.json", "patched.pt", "alpha-curve.png", "trials.csv", "report.html"}
 SECONDS = 60  # for what takes one or two on an idle machine
-
-
-def wait_for(happened, seconds=SECONDS):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def names(folder):
-    return {path.name for path in Path(folder).iterdir()}
-
-
-def start_of(process, place=None):
-    """How names of temporary files of another process begin."""
-    name, here, _, rest = own_start().split("-")
-    return "-".join([name, place or here, str(process), rest])
-
-
-@pytest.fixture
-def living():
-    """The id of a process that lives as long as the test."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process.pid
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture(scope="module")
-def dead():
-    """The id of a process that is over."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    return process.pid
-
-
-def aged(path, seconds):
-    os.utime(path, (time.time() - seconds, time.time() - seconds))
-    return path
-
-
-def test_temporary_files_of_dead_processes_are_removed(tmp_path, living, dead):
-    day = 24 * 3600
-    over = [tmp_path / f"{start_of(dead)}a.pt", tmp_path / f"{start_of(dead)}folder"]
-    stay = [
-        tmp_path / f"{start_of(living)}a.pt",
-        tmp_path / f"{own_start()}a.pt",
-        tmp_path / ".bnpatch-notes",
-    ]
-    elsewhere = [tmp_path / f"{start_of(dead, '0' * 8)}new", tmp_path / f"{start_of(living, '0' * 8)}old"]
-    over[1].mkdir()
-    for path in (over[0], over[1] / "b.onnx", *stay, *elsewhere):
-        path.touch()
-    for path in stay:
-        aged(path, 9 * day)
-    aged(elsewhere[1], 2 * day)
-    write_text(tmp_path / "new.txt", "")
-    assert names(tmp_path) == {path.name for path in (*stay, elsewhere[0])} | {"new.txt"}
-
-
-def test_a_link_is_removed_and_not_what_it_points_to(tmp_path, dead):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "a.txt").touch()
-    (tmp_path / f"{start_of(dead)}link").symlink_to(tmp_path / "mine")
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == {"mine"}
-    assert names(tmp_path / "mine") == {"a.txt"}
-
-
-def test_a_process_that_nobody_buried_is_dead():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert is_alive(process.pid)
-    process.kill()
-    wait_for(lambda: not is_alive(process.pid))
-    process.communicate()
-
-
-KILLED = """
-import os, signal, sys
-from bnpatch.core.io import atomic_path, temporary_folder
-with temporary_folder(sys.argv[1]) as folder, atomic_path(sys.argv[1] + "/a.txt"):
-    (folder / "b.txt").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.slow
-def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
-    assert len(names(tmp_path)) == 2
-    with temporary_folder(tmp_path) as folder:
-        assert names(tmp_path) == {folder.name}
-    assert not names(tmp_path)
-
-
-def test_a_folder_belongs_to_one_run(tmp_path, living, dead):
-    mark = tmp_path / f"{start_of(dead)}{leftovers.RUNNING}"
-    mark.touch()
-    with claimed(tmp_path):
-        assert f"{own_start()}{leftovers.RUNNING}" in names(tmp_path)
-    mark.rename(tmp_path / f"{start_of(living)}{leftovers.RUNNING}")
-    with pytest.raises(BnpatchError, match=f"another run of bnpatch .process {living}. writes to .*; wait"):
-        claimed(tmp_path).__enter__()
-    assert len(names(tmp_path)) == 1  # that of the other run
-
-
-def test_a_run_on_another_machine_is_over_when_it_shows_no_life(tmp_path, living):
-    mark = tmp_path / f"{start_of(living, '0' * 8)}{leftovers.RUNNING}"
-    mark.touch()
-    with pytest.raises(BnpatchError, match="of another machine"):
-        claimed(tmp_path).__enter__()
-    aged(mark, 600)
-    with claimed(tmp_path):
-        pass
-
-
-def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnpatch.core.io._SIGN_OF_LIFE", 0.01)
-    with claimed(tmp_path):
-        (mark,) = tmp_path.iterdir()
-        aged(mark, 600)
-        wait_for(lambda: time.time() - mark.stat().st_mtime < 300)
-    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["tune-alpha", "fine-tune"])
 def test_a_second_run_in_a_folder_is_refused_before_the_model_is_loaded(
     cli,  # noqa: F811
     tmp_path,
-    living,
+    living,  # noqa: F811
     monkeypatch,
     command,
 ):
@@ -174,6 +51,7 @@ def test_a_second_run_in_a_folder_is_refused_before_the_model_is_loaded(
     assert not names("bnpatch-out")
 
 
+@pytest.mark.slow
 def test_an_ended_search_stays_whole_until_the_next_one_ends(cli, checkpoint, folder, monkeypatch):  # noqa: F811
     command = ("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert cli(*command)[0] == 0

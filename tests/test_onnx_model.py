@@ -80,6 +80,7 @@ def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, ex
         assert a.after.value == pytest.approx(b.after.value, abs=0.01)  # three examples of 300 on the edge
 
 
+@pytest.mark.slow
 def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
     from bnpatch.models import onnx_model, onnx_sessions
 
@@ -148,6 +149,7 @@ def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits,
     assert_close(again.predict(x), model.predict(x), 1e-5)  # moments in 8 digits
 
 
+@pytest.mark.slow
 def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
     from bnpatch.models.running_stats import recover_folded
 

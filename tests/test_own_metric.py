@@ -18,6 +18,7 @@ def names():
     return defined
 
 
+@pytest.mark.slow
 def test_the_example_finds_a_gain(names):
     result = names["result"]
     assert str(result.verdict) == "gain"

@@ -78,19 +78,6 @@ class Preprocessing:
             source=f"torchvision's {weights}",
         )
 
-    @classmethod
-    def of_torchvision_args(cls, args: Mapping[str, Any], channels: int = 3) -> "Preprocessing":
-        """Return the preprocessing of torchvision's training script, from the arguments in a checkpoint."""
-        crop, resize = int(args["val_crop_size"]), int(args.get("val_resize_size") or args["val_crop_size"])
-        return cls(
-            input_size=(channels, crop, crop),
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            interpolation=str(args.get("interpolation") or "bilinear"),
-            crop_pct=crop / (resize + 0.5),
-            source="the checkpoint's training arguments",
-        )
-
     def override(self, channels: int | None = None, **values: Any) -> "Preprocessing":
         """Return this preprocessing with other values, without those that are None.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.class_folders import ClassOrder
+from bnpatch.data.npz import read_arrays
 from bnpatch.finetune.data import class_folders
 from bnpatch.models.torch_model import TorchModel
 
@@ -26,9 +27,7 @@ def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
     if path.is_dir():
         return tuple(order.sort(class_folders(path)))
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            labels = next((arrays[k] for k in ("y", "labels", "targets") if k in arrays), None)
-        if labels is not None:
+        for labels in read_arrays(path, [("y",), ("labels",), ("targets",), ("train_labels",)]).values():
             return tuple(map(str, range(int(labels.max()) + 1)))
     raise BnpatchError(f"cannot count the classes of {data}", "give a folder with a folder per class")
 

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,20 @@ import numpy as np
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
-from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
-from bnpatch.evaluation.metrics import ACCURACY, CALIBRATION_ERROR, Metric, Values, paired_difference
+from bnpatch.evaluation.evaluate import warn_at_chance
+from bnpatch.evaluation.metrics import (
+    ACCURACY,
+    CALIBRATION_ERROR,
+    ROUGH_BELOW,
+    Metric,
+    Values,
+    paired_difference,
+)
 from bnpatch.models.base import Model
 from bnpatch.search.candidates import CandidateSearch
-from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
+from bnpatch.search.config import Candidate, Plan, Trial, kept
 from bnpatch.search.distributed import Processes, SharedJudge, dismiss, serve, start
-from bnpatch.search.held_out import Evidence, Verdict, conclude, gather, scores
+from bnpatch.search.held_out import Evidence, Verdict, conclude, gather
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
 from bnpatch.search.make_norms import make_norms
 from bnpatch.search.objective import LABEL_FREE, ByMetric, Goal, Judge
@@ -131,7 +137,7 @@ class Job:
         if self.max_overhead is not None:
             thinned, points = self._thinned(kept(candidates), search)
             candidates = [*(replace(candidate, chosen=False) for candidate in candidates), thinned]
-        candidates, state, verdict, num_parts = self._verdict(before, candidates)
+        state, verdict, num_parts = self._verdict(before, candidates)
         if self.seen is not self.examples and len(self.parts) == 1:
             self.notes.append(self._robustness_note(before, state))
         recipe = self.model.recipe(state)
@@ -140,6 +146,8 @@ class Job:
             self.notes.append(f"{resumed} trials were in the storage already")
         if verdict.num_examples < _FEW:
             self.notes.append(f"{verdict.num_examples} examples judged: so few say little")
+        elif any(comparison.is_rough for comparison in verdict.comparisons):
+            self.notes.append(f"below {ROUGH_BELOW} examples the interval of the cross-entropy is rough")
         if not self.goal.needs_labels:
             name = self.goal.metric.name
             self.notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
@@ -209,12 +217,10 @@ class Job:
             f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
         )
 
-    def _verdict(
-        self, before: PatchState, candidates: list[Candidate]
-    ) -> tuple[list[Candidate], PatchState, Verdict, int]:
-        """Judge the chosen candidate on held-out examples.
+    def _verdict(self, before: PatchState, candidates: list[Candidate]) -> tuple[PatchState, Verdict, int]:
+        """Judge the chosen candidate on held-out examples, which have no say in what is chosen.
 
-        Returns the candidates, the state that is kept, the verdict, and how many parts judged.
+        Returns the state that is kept, the verdict, and how many parts judged.
         """
         chosen = kept(candidates)
         base = self._searches[0].base
@@ -234,25 +240,11 @@ class Job:
                     f"{tuned.metric.name} by {tuned.metric.format(change, signed=True)}; all images together "
                     "speak for none of it"
                 )
-            return (
-                candidates,
-                before,
-                conclude(replace(evidence, after=evidence.before), self.metrics),
-                len(parts),
-            )
+            return before, conclude(replace(evidence, after=evidence.before), self.metrics), len(parts)
         if str(verdict) == "loss":
             self.notes.append(f"{chosen.name}: best in tuning, but a loss on held-out examples; not applied")
-            return candidates, before, verdict, len(parts)
-        bound = self.max_overhead is not None or self.seen is not self.examples  # not by score alone
-        if not bound and (lower := self._better_global(candidates, evidence)):
-            self.notes.append(
-                f"{chosen.name} does worse than {lower.name} on held-out examples: not applied "
-                f"(their verdict on {lower.name}, which they chose, flatters it a little)"
-            )
-            candidates = [replace(candidate, chosen=candidate is lower) for candidate in candidates]
-            evidence = self._gathered(before, base.with_weights(lower.weights), self.parts[0][1])
-            return candidates, base.with_weights(lower.weights), conclude(evidence, self.metrics), 1
-        return candidates, base.with_weights(chosen.weights), verdict, len(parts)
+            return before, verdict, len(parts)
+        return base.with_weights(chosen.weights), verdict, len(parts)
 
     def _thinned(self, chosen: Candidate, search: CandidateSearch) -> tuple[Candidate, list[Point]]:
         """Keep as many norm layers patched as the latency limit allows."""
@@ -373,28 +365,6 @@ class Job:
         )
         self.progress.count("verdict on held-out examples", 2 * len(held_out))
         return evidence
-
-    def _better_global(self, candidates: list[Candidate], evidence: Evidence) -> Candidate | None:
-        """The best candidate with one weight for all, if it beats the chosen one on held-out examples."""
-        lower = [candidate for candidate in candidates if candidate.name in GLOBAL_CANDIDATES]
-        if kept(candidates) in lower or len(self.parts) > 1:
-            return None
-        best = max(lower, key=lambda candidate: self.goal.metric.sign * candidate.mean)
-        metric, held_out = self.metrics[0], self.parts[0][1]
-        of_best = if_finite(
-            partial(
-                scores,
-                self.model,
-                self.test_examples,
-                self.final_judge,
-                self._searches[0].base.with_weights(best.weights),
-                held_out,
-            )
-        )
-        if of_best is None:
-            return None
-        change = paired_difference(of_best[metric.name], evidence.after[metric.name])
-        return best if metric.sign * change.value < 0 and change.excludes_zero else None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a study was made with: its trials are invalid for another model, other data or metrics."""

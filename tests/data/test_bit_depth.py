@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+from bnpatch_cli.options import Reading
 from PIL import Image
 
 import bnpatch
@@ -114,6 +115,7 @@ def test_a_given_depth_overrules_and_says_nothing(model, tmp_path):
     Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(tmp_path / "3" / "a.png")
     data = bnpatch.open_examples(tmp_path, model, bit_depth=12)
     assert set(next(data.batches(1)).x.flatten().tolist()) == {1000 >> 4}
+    assert Reading(bit_depth=12).settings(model)["bit_depth"] == 12  # --bit-depth
     assert data.fingerprint() != bnpatch.open_examples(tmp_path, model, bit_depth=16).fingerprint()
     clipped = bnpatch.open_examples(tmp_path, model, bit_depth=8)
     assert set(next(clipped.batches(1)).x.flatten().tolist()) == {255}

@@ -85,6 +85,7 @@ def both(alpha, weight):
     return PatchWeights({"1": alpha, "4": alpha}, {"1": weight, "4": weight})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "weight"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
 def test_a_file_pools_what_the_model_pools(small, tmp_path, alpha, weight):
     small.set_weights(both(alpha, weight))

@@ -111,6 +111,7 @@ def test_copies_types_and_training(clone):
     assert again.recipe().to_json() == model.recipe().to_json()
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_it_again_and_fits_the_export(tmp_path):
     model = recovered(fused()[1])
     examples = bnpatch.open_examples((0.5 * X, DATA[1]), model)

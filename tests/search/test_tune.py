@@ -400,6 +400,7 @@ def test_augmentation_insures_against_what_the_data_does_not_show(digits):
     assert after > accuracy.before.value - 0.05
 
 
+@pytest.mark.slow
 def test_a_limit_on_latency_is_kept(tiny, dim):
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", granularity="layer", max_overhead=1000)
     assert result.chosen.name == "at most 1000x"
