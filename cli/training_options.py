@@ -25,7 +25,7 @@ def _option(*names: str, panel: str, **settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class Techniques:
-    """Which of the paper's techniques to train with."""
+    """The options that say which of the paper's techniques to train with."""
 
     ghost_batch_size: Annotated[
         str,

@@ -46,7 +46,7 @@ _NOT_NORMALIZING = re.compile(r"affine|layerscale|stdconv|(local|global)response
 
 @dataclass(frozen=True)
 class NormPaths:
-    """Which norms of a model reach its output without passing another norm.
+    """Find the norms of a model that reach its output without passing another norm.
 
     Attributes:
         unnormalized: names of the norms with a path to the output that meets no other norm.

@@ -75,7 +75,7 @@ def global_search_curves(result: TuneResult) -> list[Curve]:
     if candidate is None or not trials:
         return []
     most = max(trial.examples for trial in trials)
-    # Of two trials with one weight the one with more examples is the better estimate.
+    # If two trials have one weight, the one with more examples is the better estimate.
     kept = {t.weight: t for t in sorted(trials, key=lambda trial: trial.examples) if t.weight is not None}
     origin = result.candidates[0].weights.alphas
     weight = max((abs(alpha - origin[name]) for name, alpha in candidate.weights.alphas.items()), default=0.0)
