@@ -532,3 +532,20 @@ def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, di
     assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
     assert all(np.array_equal(part.mean, own[name]) for name, part in model.state.target.items())
     assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)
+
+
+def test_held_out_examples_have_no_say_in_what_is_chosen(tiny, dim):
+    """Their labels are the answers of the model with one alpha, which no other candidate gives all of."""
+    images, labels = dim
+    tuning, held_out = (images[::2], labels[::2]), images[1::2]
+    run = {"metric": "accuracy", "granularity": "layer", "recalibrate": False, "trials": 4}
+    first = bnpatch.tune_alpha(tiny, tuning, test_data=(held_out, labels[1::2]), **run)
+    one_alpha = next(candidate for candidate in first.candidates if candidate.name == "alpha")
+    assert first.chosen.name != "alpha"
+    with tiny.borrowed():
+        tiny.set_weights(one_alpha.weights)
+        examples = bnpatch.open_examples((held_out, labels[1::2]), tiny)
+        answers = np.concatenate([tiny.predict(b.x).argmax(1).numpy() for b in examples.batches(64)])
+    again = bnpatch.tune_alpha(tiny, tuning, test_data=(held_out, answers), **run)
+    assert again.chosen.name == first.chosen.name
+    assert again.chosen.weights == first.chosen.weights
