@@ -22,6 +22,18 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--fixture-seed", type=int, default=0, help="seed of the classifier that most tests use")
+    parser.addoption(
+        "--on-gpu", action="store_true", help="run the models on the GPU where a test names no device"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu(request):
+    """Load models onto the CPU, where the tests' own tensors are; ``--on-gpu`` lets bnpatch choose."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("--on-gpu"):
+            patch.setattr("torch.accelerator.is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -258,8 +258,8 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: FineTuneSettings, upda
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
-    except ValueError as error:
-        raise BnpatchError(
-            f"timm has no schedule {settings.schedule!r}", "choose cosine, tanh, step or poly"
-        ) from error
+    except ValueError:
+        schedule = None  # as some versions of timm return for a name that they don't know
+    if schedule is None:
+        raise BnpatchError(f"timm has no schedule {settings.schedule!r}", "choose cosine, tanh, step or poly")
     return schedule

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchWarning, check_alpha
 from bnpatch.core.moments import Moments, mix, pool
 
+# For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
+_EPS = 2.0**-20
+
 # The attributes that the layer adds to the state of the module that it takes over.
 _OWN_STATE = (
     "origin_class",
@@ -350,9 +353,9 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
     n_times_c = scale.numel()
     rows = x.reshape(1, n_times_c, *x.shape[2:])
-    mean, var = scale.new_zeros(n_times_c), scale.new_ones(n_times_c)
-    # With mean = 0, var = 1 and eps = 0, batch_norm does only the multiplication and the addition.
-    y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=0.0)
+    mean, var = scale.new_zeros(n_times_c), scale.new_full((n_times_c,), 1 - _EPS)
+    # With mean = 0 and var + eps = 1, batch_norm does only the multiplication and the addition.
+    y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=_EPS)
     return y.reshape(x.shape)
 
 
