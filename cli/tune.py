@@ -161,7 +161,7 @@ def tune_alpha(
     from bnpatch.report.files import RECIPE_SO_FAR, TRIALS_SO_FAR, write_results, write_trials
     from bnpatch.search.config import SearchConfig
     from bnpatch.search.distributed import is_first
-    from bnpatch.search.tune import checked_goal
+    from bnpatch.search.tune import checked_objective
 
     from .render import progress_bar
 
@@ -179,7 +179,7 @@ def tune_alpha(
         storage=storage,
         study=study,
     )
-    checked_goal(metric, granularity.value, timeout, config)
+    checked_objective(metric, granularity.value, timeout, config)
     check_writable(output)
     with claimed(output) if is_first() else nullcontext():
         loaded = loading.open(model)

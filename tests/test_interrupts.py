@@ -18,7 +18,7 @@ from bnpatch.core import leftovers
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.leftovers import is_alive
 from bnpatch.core.recipe import Recipe
-from bnpatch.search import job
+from bnpatch.search import cross_fit
 from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
 from tests.test_leftovers import living, names, start_of, wait_for  # noqa: F401 - a fixture
 
@@ -62,7 +62,7 @@ def test_an_ended_search_stays_whole_until_the_next_one_ends(cli, checkpoint, fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "gather", interrupt)  # after the search, before the verdict
+        patch.setattr(cross_fit, "gather", interrupt)  # after the search, before the verdict
         assert cli(*command, "--seed", 1)[0] not in (0, 2)
     assert names("bnpatch-out") == RESULTS | {"recipe.partial.json", "trials.partial.csv"}
     assert {name: Path("bnpatch-out", name).read_bytes() for name in RESULTS} == before

@@ -3,32 +3,26 @@
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
-from bnpatch.core.errors import NotEnoughMemoryError
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
-from bnpatch.evaluation.evaluate import if_finite
-from bnpatch.evaluation.metrics import METRICS, Metric, Values
+from bnpatch.evaluation.metrics import METRICS, Values
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
-from bnpatch.search.coordinate_search import Coordinate, coordinate_search
 from bnpatch.search.global_search import GlobalSearchResult, Runner, global_search
-from bnpatch.search.gradient_search import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
-from bnpatch.search.objective import Judge, in_sets
+from bnpatch.search.layer_search import LayerSearch
+from bnpatch.search.objective import Objective
+from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
-
-if TYPE_CHECKING:
-    from bnpatch.models.torch_model import TorchModel
 
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
@@ -38,23 +32,14 @@ SELECTION = 0.3
 #: miss the second peak of a curve.
 FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
 
-#: Maximum numbers of examples. Learning by gradient needs no more than the first. Coordinate search scores
-#: the second, and ranks the values to try by the third, a subset of them.
-_LEARNED_EXAMPLES, _COORDINATE_EXAMPLES, _PREVIEW_EXAMPLES = 30_000, 500, 100
-
-# Learning takes small images in larger batches: up to as many input values as eight large images have.
-_LEARNED_VALUES = 8 * 3 * 224 * 224
-
 # With fewer blocks than this, successive halving is pointless: this many trials are scored on all blocks.
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
 
-# A label-free objective has several local minima, and a global search with one weight for all norm layers may
-# end near one that is not the best. So learning alpha and lambda per layer also starts from these alphas, at
-# the first norm layer and the last.
-_OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
+# Statistics are re-estimated in batches of at least this size, because those of smaller ones are noisy.
+_STATISTICS_BATCH = 250
 
-# Statistics are re-estimated in batches of at least this size, because moments of smaller ones are noisy.
-_RETARGET_BATCH = 250
+#: Finds the weights of a candidate.
+Find = Callable[[], PatchWeights]
 
 
 class CandidateSearch:
@@ -65,6 +50,16 @@ class CandidateSearch:
     found by coordinate search where not; with recalibration, alpha and lambda per stage or layer; and the
     best of these, refined by the metric itself. Each candidate starts from the result of an earlier one, so
     that none is much worse. Without labels, alpha and lambda per layer have further starting points.
+
+    Attributes:
+        tuning: indices of the examples that the search scores.
+        trials: the trials of its global searches.
+        selection: scores and compares candidates.
+        budget: time and examples.
+        num_found: number of candidates found, without the identity.
+        cut_short: time ran out, so that the last candidate may be worse than it could have been.
+        interrupted: the user interrupted the search.
+        resumed: number of trials that the storage already had.
     """
 
     def __init__(
@@ -72,60 +67,54 @@ class CandidateSearch:
         model: Model[Any],
         examples: Examples,
         tuning: Indices,
-        judge: Judge,
+        objective: Objective,
         plan: Plan,
         *,
         statistics_from: tuple[Examples, Indices | None] | None = None,
         count: Callable[[str, int], None] = lambda label, examples: None,
         on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     ) -> None:
-        self.model, self.examples, self.tuning, self.judge, self.plan = model, examples, tuning, judge, plan
-        self.statistics_from = statistics_from or (examples, tuning)
-        self._count, self._on_trial = count, on_trial
-        self._identities = model.identities()
-        self._started = time.monotonic()
+        self.model, self.tuning, self.objective, self.plan = model, tuning, objective, plan
+        self.budget = Budget(plan.timeout, count)
         self.trials: list[Trial] = []
-        self.interrupted = False
-        self.reached = 0  # number of candidates found, without the identity
-        self.cut = False  # time ran out: the last candidate may be worse than it could have been
-        self.seen = 0.0  # number of examples scored, weighted by cost
-        self.resumed = 0  # number of trials that the storage already had
+        self.num_found, self.resumed = 0, 0
+        self.cut_short = self.interrupted = False
+        self._statistics_from = statistics_from or (examples, tuning)
+        self._on_trial = on_trial
+        self._identities = model.identities()
         self._best_score = -math.inf  # of all trials so far; higher is better
-        blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
-        self._cache = ScoreCache(model, examples, judge, blocks, self._spend)
-        self.base = model.state  # the state that weights apply to; lambda adds re-estimated statistics
+        blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), objective.set_size)
+        self._cache = ScoreCache(model, examples, objective, blocks, self.budget.spend)
         # A global search scores its best settings on all blocks, so that selecting by them costs nothing
         # more. One weight for all norm layers hardly overfits: where there are no other candidates, all
         # tuning examples select.
         part = 1.0 if plan.granularity == "global" else SELECTION
         first = len(blocks) - max(1, round(part * len(blocks)))
-        self.selection = Selection(self._cache, judge, range(first, len(blocks)))
-        self.fit = np.concatenate(blocks[:first] or blocks)
+        self.selection = Selection(self._cache, objective, range(first, len(blocks)))
+        fit = np.concatenate(blocks[:first] or blocks)
+        self._layers = LayerSearch(
+            model, examples, fit, objective, self._cache, self.selection, plan, self.budget
+        )
+
+    @property
+    def base(self) -> PatchState:
+        """The state that weights apply to; a search for lambda adds re-estimated statistics to it."""
+        return self._cache.base
 
     @property
     def passes(self) -> float:
         """The cost of the search so far, in passes over the tuning examples."""
-        return self.seen / len(self.tuning)
+        return self.budget.spent / len(self.tuning)
 
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
         names = [name for name, _ in self._ways({})[: self.plan.reach]]
-        races = sum(name in (*GLOBAL_CANDIDATES, "refined") for name in names)
-        learned = len(names) - races if self.model.has_gradients else 0
-        if learned > 1 and self.judge.set_size > 1:
-            learned += len(_OTHER_STARTS)
-        course = Course.of(len(self.fit), self.judge.set_size)
-        looks = CHECKS * (len(self.tuning) - len(self.fit))
-        passes, trials = self._budget
+        global_searches = sum(name in (*GLOBAL_CANDIDATES, "refined") for name in names)
+        passes, trials = self._limits
         passes = min(passes, trials or math.inf)
-        return races * passes * len(self.tuning) + learned * (course.num_examples + looks)
-
-    @property
-    def _budget(self) -> tuple[float, int | None]:
-        """Budget of a global search in passes and in trials; with few blocks, only trials limit it."""
-        if len(self._cache.blocks) < _LEAST_BLOCKS:
-            return math.inf, self.plan.trials or _TRIALS_OF_FEW
-        return self.plan.max_passes, self.plan.trials
+        return global_searches * passes * len(self.tuning) + self._layers.expected(
+            len(names) - global_searches
+        )
 
     def find(self) -> list[Candidate]:
         """Find the candidates, the identity first, and mark the one that is kept.
@@ -137,53 +126,55 @@ class CandidateSearch:
         found = {"identity": identity}
         try:
             for name, find in self._ways(found)[: self.plan.reach]:
-                if self._out_of_time() or self.interrupted:
+                if self.budget.is_over() or self.interrupted:
                     break
                 found[name] = find()
-                self.reached += 1
+                self.num_found += 1
         except KeyboardInterrupt:
             if len(found) == 1:
                 raise
             self.interrupted = True
-        self.cut = self._out_of_time()
+        self.cut_short = self.budget.is_over()
         return self.selection.choose(found)
 
-    def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Callable[[], PatchWeights]]]:
+    def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Find]]:
         """Names of the candidates, each with the function that finds it from earlier ones."""
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
         if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
             per = None  # too few examples to tell which of many changes helped
-        ways: list[tuple[str, Callable[[], PatchWeights]]] = [
-            ("alpha", lambda: self._one_weight("alpha", found["identity"]))
-        ]
+        ways: list[tuple[str, Find]] = [("alpha", lambda: self._one_weight("alpha", found["identity"]))]
         if plan.recalibrate:
             ways += [
                 ("lambda", lambda: self._one_weight("lambda", found["identity"])),
                 ("lambda, alpha", lambda: self._one_weight("alpha", found["lambda"], "lambda, alpha")),
             ]
         if per:
-            ways.append((f"alpha per {per}", lambda: self._find(found["alpha"], per, False)))
+            ways.append((f"alpha per {per}", lambda: self._per_layer(found["alpha"], per, False)))
         if per and plan.recalibrate:
             ways.append(
-                (f"lambda and alpha per {per}", lambda: self._find(found["lambda, alpha"], per, True))
+                (f"lambda and alpha per {per}", lambda: self._per_layer(found["lambda, alpha"], per, True))
             )
         if per:
-            ways.append(("refined", lambda: self._refine(kept(self.selection.choose(found)).weights)))
+            ways.append(("refined", lambda: self._refined(kept(self.selection.choose(found)).weights)))
         return ways
 
-    # One weight for all.
-
-    def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
-        """Set one lambda for all norm layers, or alphas at one distance from the identity."""
-        if kind == "lambda":
-            return PatchWeights(start.alphas, {**start.lambdas, **dict.fromkeys(self.base.target, weight)})
-        return PatchWeights({name: abs(i - weight) for name, i in self._identities.items()}, start.lambdas)
+    def _per_layer(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
+        """One weight per stage or layer; the study remembers what a search that ended by itself found."""
+        key = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
+        study = self._study("alpha")
+        if known := study.recall(key):
+            return PatchWeights(*known)
+        found = self._layers.find(start, per, lambdas)
+        self.interrupted = self.interrupted or self._layers.interrupted
+        if not (self.interrupted or self.budget.is_over()):
+            study.remember(key, [dict(found.alphas), dict(found.lambdas)])
+        return found
 
     def _one_weight(
         self, kind: Literal["alpha", "lambda"], start: PatchWeights, name: str = ""
     ) -> PatchWeights:
-        name = name or kind
+        """One weight for all norm layers; the others stay as in ``start``."""
         if kind == "lambda":
             self._re_estimate()
         key = "lambda" if kind == "lambda" else "sqrt_alpha"
@@ -193,15 +184,43 @@ class CandidateSearch:
             value = params[key]
             return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
 
-        result = self._global_search(
-            name,
+        return self._global_search(
+            name or kind,
             weights,
             {key: (0.0, 1.0)},
             {key: 0.0},
             [{key: v} for v in first],
             start if any(start.lambdas.values()) else None,
         )
-        return weights(result.best.params)
+
+    def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
+        """Set one lambda for all norm layers, or alphas at one distance from the identity."""
+        if kind == "lambda":
+            return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.target, weight)})
+        return replace(start, alphas={name: abs(i - weight) for name, i in self._identities.items()})
+
+    def _refined(self, start: PatchWeights) -> PatchWeights:
+        """Scale all alphas and drop small ones, by the metric itself: gradients can't do either."""
+
+        def weights(params: Mapping[str, float]) -> PatchWeights:
+            alphas = {}
+            for name, alpha in start.alphas.items():
+                away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
+                alphas[name] = abs(self._identities[name] - (away if away >= params["threshold"] else 0.0))
+            return replace(start, alphas=alphas)
+
+        first = [
+            {"scale": scale, "threshold": threshold}
+            for scale, threshold in ((1.0, 0.02), (1.0, 0.05), (0.7, 0.02), (1.4, 0.02))
+        ]
+        return self._global_search(
+            "refined",
+            weights,
+            {"scale": (0.0, 2.0), "threshold": (0.0, 0.1)},
+            {"scale": 1.0, "threshold": 0.0},
+            first,
+            start,
+        )
 
     def _global_search(
         self,
@@ -211,23 +230,20 @@ class CandidateSearch:
         origin: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
         start: PatchWeights | None = None,
-    ) -> GlobalSearchResult:
+    ) -> PatchWeights:
+        """Search a few parameters, which ``weights`` makes weights of; report and keep the trials."""
         sizes = [len(block) for block in self._cache.blocks]
-        passes, trials = self._budget
+        passes, trials = self._limits
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._cache.by_block(weights(params), blocks, name)
 
         def report(runner: Runner, standing: GlobalSearchResult) -> None:
-            state = self.base.with_weights(weights(runner.params))
-            trial = replace(_as_trial(name, runner, standing.identity.means, sizes), state=state)
-            self.trials.append(trial)
-            metric = self.judge.metric
-            score = metric.sign * trial.scores[metric.name]
-            is_best = standing.best.number == runner.number and score > self._best_score
-            if is_best:
-                self._best_score = score
-            self._on_trial(trial, is_best)
+            trial = _as_trial(name, runner, standing.identity.means, sizes)
+            self._report(
+                replace(trial, state=self.base.with_weights(weights(runner.params))),
+                standing.best.number == runner.number,
+            )
 
         study = self._study(name if start is None else f"{name}.{_digest(start)}")
         self.resumed += len(study.trials())
@@ -235,13 +251,13 @@ class CandidateSearch:
             study,
             evaluate_blocks,
             sizes,
-            metric=self.judge.metric,
+            metric=self.objective.metric,
             space=space,
             identity=origin,
             first=first,
             max_passes=passes,
             max_trials=trials,
-            timeout=self._left(),
+            timeout=self.budget.seconds_left(),
             seed=self.plan.seed,
             on_trial=report,
         )
@@ -249,166 +265,39 @@ class CandidateSearch:
         self.trials = [t for t in self.trials if t.candidate != name]
         self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
-        return result
+        return weights(result.best.params)
 
-    # One weight per stage or layer.
+    def _report(self, trial: Trial, is_best_of_search: bool) -> None:
+        """Keep a trial that has just ended, and tell the user of it."""
+        self.trials.append(trial)
+        score = self.objective.metric.sign * trial.scores[self.objective.metric.name]
+        is_best = is_best_of_search and score > self._best_score
+        if is_best:
+            self._best_score = score
+        self._on_trial(trial, is_best)
 
-    def _find(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
-        by_name = self._groups(per)
-        movable = self.base.target if lambdas else {}
-        groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
-        candidate = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
-        study = self._study("alpha")
-        if known := study.recall(candidate):
-            return PatchWeights(*known)
-        try:
-            found = self._from_places(self._by_gradient, start, groups)
-        except NoGradientError:
-            found = self._from_places(self._by_coordinates, start, groups)
-        if not (self.interrupted or self._out_of_time()):
-            study.remember(candidate, [dict(found.alphas), dict(found.lambdas)])
-        return found
-
-    def _from_places(
-        self, find: Callable[[PatchWeights, Groups], PatchWeights], start: PatchWeights, groups: Groups
-    ) -> PatchWeights:
-        """Find weights from ``start``; for alpha and lambda without labels, the best of several starts."""
-        found = find(start, groups)
-        if self.judge.set_size == 1 or not groups.lambdas:
-            return found
-        lowest, tried = self.selection.cost(found, "choosing"), [start]
-        try:
-            for weights in _OTHER_STARTS:
-                place = self._weighted(start, groups, weights)
-                if place in tried or self._out_of_time():
-                    continue
-                tried.append(place)
-                other = find(place, groups)
-                if (cost := self.selection.cost(other, "choosing")) < lowest:
-                    found, lowest = other, cost
-        except KeyboardInterrupt:
-            self.interrupted = True
-        return found
-
-    def _weighted(self, start: PatchWeights, groups: Groups, weights: tuple[float, float]) -> PatchWeights:
-        """Start with alphas that change linearly with depth between two weights, and with lambdas of 0.5.
-
-        Norm layers whose identity is not alpha = 0 keep their alpha: they use the example's moments already.
-        """
-        ramp = dict(zip(self._identities, np.linspace(*weights, len(self._identities)).tolist(), strict=True))
-        first: dict[str, str] = {}  # the first norm layer of each group
-        for name, group in groups.alphas.items():
-            first.setdefault(group, name)
-        alphas = {n: ramp[first[group]] for n, group in groups.alphas.items() if self._identities[n] == 0}
-        return PatchWeights(
-            {**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)}
-        )
-
-    def _by_gradient(self, start: PatchWeights, groups: Groups) -> PatchWeights:
-        if not self.model.has_gradients:
-            raise NoGradientError
-        label = "learning a weight per layer"
-        fit = self.fit[:_LEARNED_EXAMPLES]
-        values = next(self.examples.batches(1, fit)).x.numel()
-        course = Course.of(len(fit), self.judge.set_size)
-        batch_size = min(course.batch_size, max(self.plan.batch_size, _LEARNED_VALUES // values))
-        while True:
-            try:
-                return learn(
-                    cast("TorchModel", self.model),
-                    self.examples,
-                    fit,
-                    self.judge.loss,
-                    lambda weights: self.selection.cost(weights, label),
-                    base=self.base,
-                    start=start,
-                    groups=groups,
-                    course=course,
-                    batch_size=batch_size,
-                    seed=self.plan.seed,
-                    stop=self._out_of_time,
-                    on_batch=lambda count: self._spend(label, count, STEP_COST),
-                )
-            except NotEnoughMemoryError:  # gradients need more memory than scoring does
-                if batch_size == 1:
-                    raise
-            batch_size //= 2
-
-    def _by_coordinates(self, start: PatchWeights, groups: Groups) -> PatchWeights:
-        portion = np.random.default_rng(self.plan.seed).permutation(self.fit)[:_COORDINATE_EXAMPLES]
-        coordinates = []
-        for kind, by_name in (("alpha", groups.alphas), ("lambda", groups.lambdas)):
-            members: dict[str, list[str]] = {}
-            for name, group in by_name.items():
-                members.setdefault(group, []).append(name)
-            coordinates += [Coordinate(kind, tuple(names)) for names in members.values()]
-        guide = self.selection.guide
-
-        def scores(indices: Indices, weights: PatchWeights) -> Values | None:
-            return if_finite(partial(self._units, weights, indices, guide))
-
-        return coordinate_search(
-            partial(scores, portion),
-            start,
-            coordinates,
-            higher_is_better=guide.higher_is_better,
-            preview=partial(scores, portion[: max(_PREVIEW_EXAMPLES, self.judge.set_size)]),
-            stop=self._out_of_time,
-        )
-
-    def _refine(self, start: PatchWeights) -> PatchWeights:
-        """Scale all alphas and drop small ones, by the metric itself: gradients can't do either."""
-
-        def weights(params: Mapping[str, float]) -> PatchWeights:
-            alphas = {}
-            for name, alpha in start.alphas.items():
-                away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
-                alphas[name] = abs(self._identities[name] - (away if away >= params["threshold"] else 0.0))
-            return PatchWeights(alphas, start.lambdas)
-
-        space = {"scale": (0.0, 2.0), "threshold": (0.0, 0.1)}
-        first = [
-            {"scale": scale, "threshold": threshold}
-            for scale, threshold in ((1.0, 0.02), (1.0, 0.05), (0.7, 0.02), (1.4, 0.02))
-        ]
-        origin = {"scale": 1.0, "threshold": 0.0}
-        return weights(self._global_search("refined", weights, space, origin, first, start).best.params)
-
-    def _groups(self, per: str) -> dict[str, str]:
-        """Name the group of each norm layer; layers where an example has a single value are left out."""
-        batch = next(self.examples.batches(1, self.tuning))
-        shapes = self.model.norm_shapes(batch.x)
-        everywhere = self.base.include_1x1
-        weighted = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
-        if per == "layer":
-            return {name: name for name in weighted}
-        return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
-
-    def _units(self, weights: PatchWeights, indices: Indices, metric: Metric) -> Values:
-        """Scores by a metric, one per example or one per set of examples."""
-        label, sets = "turning one weight at a time", in_sets(indices, self.judge.set_size)
-        return np.concatenate([self._cache.of(part, weights, label)[metric.name] for part in sets])
-
-    def _spend(self, label: str, examples: int, cost: float = 1.0) -> None:
-        self.seen += cost * examples
-        self._count(label, examples)
+    @property
+    def _limits(self) -> tuple[float, int | None]:
+        """Limits of a global search in passes and in trials; with few blocks, only trials limit it."""
+        if len(self._cache.blocks) < _LEAST_BLOCKS:
+            return math.inf, self.plan.trials or _TRIALS_OF_FEW
+        return self.plan.max_passes, self.plan.trials
 
     def _re_estimate(self) -> None:
-        examples, indices = self.statistics_from
-
-        found = target_moments(
+        """Add re-estimated statistics to the base state."""
+        examples, indices = self._statistics_from
+        target = target_moments(
             self.model,
             examples,
             indices=indices,
-            batch_size=max(self.plan.batch_size, _RETARGET_BATCH),
+            batch_size=max(self.plan.batch_size, _STATISTICS_BATCH),
             seed=self.plan.seed,
-            on_batch=partial(self._spend, "re-estimating moments"),
+            on_batch=partial(self.budget.spend, "re-estimating statistics"),
         )
-        self.base = self.base.with_target(found)
-        self._cache.use(self.base)
+        self._cache.use(self.base.with_target(target))
 
     def _study(self, candidate: str) -> Study:
-        higher = self.judge.metric.higher_is_better
+        higher = self.objective.metric.higher_is_better
         name = self.plan.study or "bnpatch"
         # A study stores scores by position, so they are valid only for the same examples in the same order.
         order = np.concatenate(self._cache.blocks).astype(np.int64)
@@ -418,14 +307,6 @@ class CandidateSearch:
             direction="maximize" if higher else "minimize",
             fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": candidate},
         )
-
-    def _out_of_time(self) -> bool:
-        return self.plan.timeout is not None and time.monotonic() - self._started >= self.plan.timeout
-
-    def _left(self) -> float | None:
-        if self.plan.timeout is None:
-            return None
-        return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
 
 
 def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:

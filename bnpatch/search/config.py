@@ -107,6 +107,21 @@ class Plan:
     study: str | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, config: SearchConfig, granularity: Granularity, timeout: float | None, seed: int) -> "Plan":
+        """Make a plan of the user's options."""
+        return cls(
+            granularity=granularity,
+            recalibrate=granularity == "auto" if config.recalibrate is None else config.recalibrate,
+            trials=config.trials,
+            max_passes=config.max_passes,
+            timeout=timeout,
+            seed=seed,
+            batch_size=config.batch_size,
+            storage=config.storage,
+            study=config.study,
+        )
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -13,11 +13,11 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.evaluation.evaluate import NoExamplesError, OutputsNotFiniteError, Scores, evaluate
 from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.models.base import Model
-from bnpatch.search.objective import ByMetric
+from bnpatch.search.objective import LabelledObjective, Objective
+
+Result = TypeVar("Result")
 
 # How long the other processes wait while the first works alone: longer than any search.
 _PATIENCE = timedelta(days=30)
@@ -40,13 +42,46 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start() -> "Processes | None":
-    """The processes of this run; None where there is only one.
+def on_all_processes(
+    model: Model[Any],
+    objectives: Sequence[tuple[Objective, Examples]],
+    metrics: Iterable[Metric],
+    search: Callable[..., Result],
+) -> Result:
+    """Search in the first process; the others score what it asks for, and all return its result.
+
+    Args:
+        model: the same model in all processes.
+        objectives: what the search scores, and the examples of each; the same in all processes.
+        metrics: all metrics that the result may refer to.
+        search: called in the first process, or in the only one, with the objectives to use.
 
     Raises:
-        BnpatchError: there are several, and accelerate is not installed.
+        BnpatchError: there are several processes, and accelerate is not installed; or, in any other process,
+            the first one failed.
     """
-    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return search(*(objective for objective, _ in objectives))
+    processes = Processes()
+    labelled = {
+        number: (objective, examples)
+        for number, (objective, examples) in enumerate(objectives)
+        if isinstance(objective, LabelledObjective)
+    }
+    if processes.rank > 0:
+        served: Result = serve(processes, model, labelled, metrics)
+        return served
+    result = None
+    try:
+        result = search(
+            *(
+                SharedObjective(labelled[number][0], number, processes) if number in labelled else objective
+                for number, (objective, _) in enumerate(objectives)
+            )
+        )
+        return result
+    finally:
+        dismiss(processes, result)
 
 
 class Processes:
@@ -83,9 +118,9 @@ class Processes:
 
 @dataclass(frozen=True)
 class _Work:
-    """A request of the first process: the judge, the examples and the weights to score."""
+    """A request of the first process: the objective, the examples and the weights to score."""
 
-    judge: int
+    objective: int
     indices: Indices
     weights: PatchWeights
     target: Statistics | None  # re-estimated statistics; None where they have not changed
@@ -98,17 +133,17 @@ class _Done:
     result: bytes
 
 
-class SharedJudge:
-    """The judge of the first process, which has all processes score the examples."""
+class SharedObjective:
+    """The objective of the first process, which has all processes score the examples."""
 
-    def __init__(self, judge: ByMetric, number: int, processes: Processes) -> None:
-        self._verdict, self._number, self._processes = judge, number, processes
+    def __init__(self, objective: LabelledObjective, number: int, processes: Processes) -> None:
+        self._objective, self._number, self._processes = objective, number, processes
         self._told: Statistics | None = None
 
     @property
     def metric(self) -> Metric:
         """The metric that is tuned."""
-        return self._verdict.metric
+        return self._objective.metric
 
     @property
     def set_size(self) -> int:
@@ -116,23 +151,23 @@ class SharedJudge:
         return 1
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`bnpatch.search.objective.Judge`."""
+        """See :class:`bnpatch.search.objective.Objective`."""
         target, news = model.state.target, None
         if target is not self._told:
             self._told, news = target, {name: as_arrays(part) for name, part in target.items()}
         with _uninterrupted():
             self._processes.tell(_Work(self._number, indices, model.weights, news))
-            return _score(self._verdict, model, examples, indices, self._processes)
+            return _score(self._objective, model, examples, indices, self._processes)
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The loss, which the first process computes alone."""
-        return self._verdict.loss(model, batches)
+        return self._objective.loss(model, batches)
 
 
 def serve(
     processes: Processes,
     model: Model[Any],
-    judges: Mapping[int, tuple[ByMetric, Examples]],
+    objectives: Mapping[int, tuple[LabelledObjective, Examples]],
     metrics: Iterable[Metric],
 ) -> Any:
     """Score what the first process asks for, until it is done.
@@ -140,7 +175,7 @@ def serve(
     Args:
         processes: the processes; this one is not the first.
         model: the same model as in the first process.
-        judges: judges and their examples by number, the same as in the first process.
+        objectives: objectives and their examples by number, the same as in the first process.
         metrics: all metrics that the result may refer to.
 
     Returns:
@@ -159,9 +194,9 @@ def serve(
                 return result
             state = model.state if message.target is None else replace(model.state, target=message.target)
             model.set_state(state.with_weights(message.weights))
-            judge, examples = judges[message.judge]
+            objective, examples = objectives[message.objective]
             with suppress(BnpatchError):  # the first process gets the same error, and decides
-                _score(judge, model, examples, message.indices, processes)
+                _score(objective, model, examples, message.indices, processes)
 
 
 def dismiss(processes: Processes, result: Any) -> None:
@@ -210,7 +245,11 @@ def _uninterrupted(then: bool = True) -> Iterator[None]:
 
 
 def _score(
-    judge: ByMetric, model: Model[Any], examples: Examples, indices: Indices, processes: Processes
+    objective: LabelledObjective,
+    model: Model[Any],
+    examples: Examples,
+    indices: Indices,
+    processes: Processes,
 ) -> dict[str, Values]:
     """Score this process's share of the examples; all processes return all scores, in the given order.
 
@@ -221,9 +260,9 @@ def _score(
     failure: BaseException | None = None
     try:
         share = indices[processes.rank :: processes.count]
-        mine = evaluate(model, examples, judge.metrics, indices=share, batch_size=judge.batch_size)
+        mine = evaluate(model, examples, objective.metrics, indices=share, batch_size=objective.batch_size)
     except NoExamplesError:
-        mine = Scores(np.zeros(0, np.int64), {m.name: np.zeros(0) for m in judge.metrics})
+        mine = Scores(np.zeros(0, np.int64), {m.name: np.zeros(0) for m in objective.metrics})
     except OutputsNotFiniteError as error:
         mine = error  # the search may rate these weights as the worst, and continue
     except BnpatchError as error:
@@ -244,5 +283,5 @@ def _score(
     order = np.argsort([place[int(index)] for index in read], kind="stable")
     return {
         metric.name: np.concatenate([part.values[metric.name] for part, _ in parts])[order]
-        for metric in judge.metrics
+        for metric in objective.metrics
     }

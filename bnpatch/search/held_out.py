@@ -1,7 +1,7 @@
 """The verdict: the effect of a patch on held-out examples, which the search never saw."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
 from bnpatch.models.base import Model
-from bnpatch.search.objective import Judge, in_sets
+from bnpatch.search.objective import Objective, in_sets
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,26 @@ class Verdict:
         return content
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Whether a candidate is recommended, and why not.
+
+    Attributes:
+        is_recommended: whether held-out examples support the candidate.
+        verdict: the effect of the candidate on held-out examples.
+        reason: why the candidate is not recommended, as a sentence for users; "" where there is nothing to
+            say.
+    """
+
+    is_recommended: bool
+    verdict: Verdict
+    reason: str = ""
+
+
 def gather(
     model: Model[Any],
     examples: Examples,
-    judge: Judge,
+    objective: Objective,
     before: PatchState,
     after: PatchState,
     indices: Indices,
@@ -93,40 +109,40 @@ def gather(
     Args:
         model: the model.
         examples: the examples to judge by.
-        judge: scores the examples.
+        objective: scores the examples.
         before: the state of the model before the search.
         after: the state with the patch.
         indices: which examples to use.
     """
-    if judge.set_size > 1:
+    if objective.set_size > 1:
         examples.readable(indices)  # else the sets could differ between the two states
-    first = scores(model, examples, judge, before, indices)
-    second = first if before.computes_like(after) else scores(model, examples, judge, after, indices)
-    read = _readable(examples, judge, indices)
+    first = scores(model, examples, objective, before, indices)
+    second = first if before.computes_like(after) else scores(model, examples, objective, after, indices)
+    read = _readable(examples, objective, indices)
     labelled = examples.classes and examples.labelled[read].all()
     return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))
 
 
 def scores(
-    model: Model[Any], examples: Examples, judge: Judge, state: PatchState, indices: Indices
+    model: Model[Any], examples: Examples, objective: Objective, state: PatchState, indices: Indices
 ) -> dict[str, Values]:
     """Scores with a patch, by name of metric, of the examples that can be read or of sets of them.
 
-    Their order depends on the examples and the judge, not on the patch.
+    Their order depends on the examples and the objective, not on the patch.
     """
     model.set_state(state)
-    sets = in_sets(_readable(examples, judge, indices), judge.set_size)
-    parts = [judge.scores(model, examples, part) for part in sets]
+    sets = in_sets(_readable(examples, objective, indices), objective.set_size)
+    parts = [objective.scores(model, examples, part) for part in sets]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _readable(examples: Examples, judge: Judge, indices: Indices) -> Indices:
+def _readable(examples: Examples, objective: Objective, indices: Indices) -> Indices:
     """The examples that can be read; in random order where sets of them are scored.
 
     Folders are sorted by class, so that without shuffling each set would have one class or two.
     """
     readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
-    if judge.set_size == 1:
+    if objective.set_size == 1:
         return readable
     return readable[np.argsort(np.random.default_rng(0).random(len(examples))[readable])]
 
@@ -156,3 +172,54 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
         np.stack([evidence.targets, *answers]),
         count,
     )
+
+
+def decide(
+    candidate: str | None, evidence: Evidence, shifted: Evidence | None, metrics: Sequence[Metric]
+) -> Decision:
+    """Recommend a candidate only if held-out examples, which have no say in what is chosen, show a gain.
+
+    A candidate that was tuned on augmented examples must gain on augmented held-out examples, and must not
+    be a loss on the examples as they are.
+
+    Args:
+        candidate: name of the candidate; None where the search chose the model as it came.
+        evidence: scores of all held-out examples; in a cross-fit, of what each search found.
+        shifted: the same of augmented held-out examples, where the search was on such.
+        metrics: metrics to compare; the first decides.
+    """
+    verdict = conclude(evidence, metrics)
+    tuned = verdict.comparisons[0]
+    if candidate is None:
+        # In a cross-fit, searches without one of the parts may have found something.
+        reason = ""
+        if change := tuned.change.value:
+            reason = (
+                f"what was found without one of the parts changes their {tuned.metric.name} by "
+                f"{tuned.metric.format(change, signed=True)}; all images together speak for none of it"
+            )
+        return Decision(False, conclude(replace(evidence, after=evidence.before), metrics), reason)
+    if str(verdict) == "loss":
+        reason = f"{candidate}: best in tuning, but a loss in {tuned.metric.name} on held-out examples"
+        return Decision(False, verdict, f"{reason}; not applied")
+    where = "held-out examples"
+    if shifted is not None:
+        tuned, where = conclude(shifted, metrics).comparisons[0], "held-out examples as --augment shifts them"
+    if tuned.verdict == "gain":
+        return Decision(True, verdict)
+    reason = f"{candidate}: no significant change in {tuned.metric.name} on {where}; not applied"
+    if more := _more_examples(tuned, verdict.num_examples):
+        reason += f" (about {more:,} more examples might show a gain, if the change so far is the truth)"
+    return Decision(False, verdict, reason)
+
+
+def _more_examples(tuned: Comparison, count: int) -> int:
+    """How many more examples would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
+    gain = tuned.metric.sign * tuned.change.value
+    if gain <= 0:
+        return 0
+    more = count * ((tuned.change.reach / gain) ** 2 - 1)
+    if more < 1:
+        return 1
+    digits = 10 ** max(0, int(np.log10(more)) - 1)
+    return int(np.ceil(more / digits) * digits)

@@ -46,7 +46,7 @@ class Seen:
     running: Mapping[str, Moments[Tensor]]
 
 
-Objective = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
+LabelFreeLoss = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
 
 
 def entropy(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
@@ -129,7 +129,7 @@ def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
-def unlabeled(prior: Tensor | None = None) -> Objective:
+def unlabeled(prior: Tensor | None = None) -> LabelFreeLoss:
     """Self-labelling plus alignment: the best objective without labels, for 25 examples per class or more.
 
     A set with fewer examples may have one class twice as often as another by chance. Each label that is then
@@ -141,14 +141,14 @@ def unlabeled(prior: Tensor | None = None) -> Objective:
     return lambda seen, norm_layers: self_labelling(seen, prior) + _ALIGNMENT * alignment(seen, norm_layers)
 
 
-def unlabeled_step(prior: Tensor | None = None) -> Objective:
+def unlabeled_step(prior: Tensor | None = None) -> LabelFreeLoss:
     """The loss for learning by gradient that belongs to :func:`unlabeled`."""
     return lambda seen, norm_layers: (
         self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, norm_layers)
     )
 
 
-def infomax(prior: Tensor | None = None) -> Objective:
+def infomax(prior: Tensor | None = None) -> LabelFreeLoss:
     """Information maximisation plus alignment; ``prior`` is that of :func:`unlabeled`.
 
     The class frequencies count three times as much as certainty, because a network may predict one class

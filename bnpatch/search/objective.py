@@ -29,7 +29,7 @@ from bnpatch.evaluation.metrics import (
 )
 from bnpatch.models.base import Model
 from bnpatch.search import label_free
-from bnpatch.search.label_free import Objective, Seen
+from bnpatch.search.label_free import LabelFreeLoss, Seen
 
 #: Label-free objectives score a set of examples, of at least this many, and of this many per class.
 SET_SIZE, _PER_CLASS = 250, 2
@@ -48,7 +48,7 @@ def in_sets(indices: Indices, size: int) -> list[Indices]:
     return [indices] if size == 1 else np.array_split(indices, max(1, len(indices) // size))
 
 
-class Judge(Protocol):
+class Objective(Protocol):
     """Scores a model with its present weights; a search compares weights by these scores."""
 
     @property
@@ -75,7 +75,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class ByMetric:
+class LabelledObjective:
     """Scores labelled examples one by one; their mean is compared."""
 
     metric: Metric
@@ -84,7 +84,7 @@ class ByMetric:
     set_size: int = 1
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`Judge`."""
+        """See :class:`Objective`."""
         return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
@@ -101,12 +101,12 @@ class ByMetric:
 
 
 @dataclass(frozen=True)
-class ByObjective:
+class LabelFreeObjective:
     """Scores a set of examples without labels, by their predictions and moments.
 
     Attributes:
         metric: name and direction of the objective; it can't score single examples.
-        objective: see :mod:`bnpatch.search.label_free`.
+        of_set: the objective as a function, see :mod:`bnpatch.search.label_free`.
         step: the loss for learning by gradient.
         norm_layers: what the objective needs to know of the norm layers.
         metrics: further metrics, which score each example.
@@ -119,8 +119,8 @@ class ByObjective:
     """
 
     metric: Metric
-    objective: Objective
-    step: Objective
+    of_set: LabelFreeLoss
+    step: LabelFreeLoss
     norm_layers: Mapping[str, NormFacts]
     metrics: Sequence[Metric] = ()
     num_classes: int = 2
@@ -132,15 +132,15 @@ class ByObjective:
         """Number of examples that are scored together: enough for a meaningful mean prediction."""
         return sys.maxsize if self.groups > 1 else max(SET_SIZE, _PER_CLASS * self.num_classes)
 
-    def sure_of(self, count: int) -> "ByObjective":
-        """The same judge, with scores that give an interval for ``count`` examples: of sets or of groups."""
+    def sure_of(self, count: int) -> "LabelFreeObjective":
+        """The same objective, with scores that give an interval for ``count`` examples."""
         if count >= FEW_SETS * self.set_size or count < 2:
             return self
         groups = min(_GROUPS, count)
         return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
-        """See :class:`Judge`: the objective of the set, once or per group, and other metrics per example."""
+        """The objective of the set, once or per group, and other metrics per example."""
         parts: list[_Part] = []
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
         with model.evaluating():
@@ -153,12 +153,7 @@ class ByObjective:
                 return dict.fromkeys((self.metric.name, *by_example), np.zeros(0))
             found = np.array([self._of(model, parts)])
             if self.groups > 1 and len(parts) > 1:
-                count = min(self.groups, len(parts))
-                groups = [
-                    [part for n, part in enumerate(parts) if n % count != left] for left in range(count)
-                ]
-                without = np.array([self._of(model, group) for group in groups])
-                found = found + (count - 1) * (without.mean() - without)
+                found = self._by_group(model, parts, found)
         if not np.isfinite(found).all():
             raise OutputsNotFiniteError(
                 f"{model.name} returns infinities or NaN", "check the weights and the preprocessing"
@@ -166,8 +161,20 @@ class ByObjective:
         values = {name: torch.cat(some).cpu().double().numpy() for name, some in by_example.items()}
         return {self.metric.name: found, **values}
 
+    def _by_group(self, model: Model[Any], parts: Sequence["_Part"], whole: Values) -> Values:
+        """One value per group, made by leaving the group out; their mean is that of all (delete-a-group)."""
+        count = min(self.groups, len(parts))
+        without = np.array(
+            [
+                self._of(model, [part for n, part in enumerate(parts) if n % count != left])
+                for left in range(count)
+            ]
+        )
+        values: Values = whole + (count - 1) * (without.mean() - without)
+        return values
+
     def _of(self, model: Model[Any], parts: Sequence["_Part"]) -> float:
-        return float(self.objective(_as_one(model, parts), self.norm_layers))
+        return float(self.of_set(_as_one(model, parts), self.norm_layers))
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The loss of all batches as one set, in one part."""
@@ -213,7 +220,7 @@ SELF_LABELLED_SETS, _LABELS_PER_CLASS = 4, 25
 
 
 @dataclass(frozen=True)
-class Goal:
+class ObjectiveSpec:
     """What is tuned.
 
     Attributes:
@@ -233,8 +240,8 @@ class Goal:
     @classmethod
     def of(
         cls, metric: str | Metric | ScoreFunction, prior: str | Sequence[float] | None, batch_size: int
-    ) -> "Goal":
-        """Make a goal from a metric, its name or a function; BnpatchError if it can't use a class prior."""
+    ) -> "ObjectiveSpec":
+        """Make one from a metric, its name or a function; BnpatchError if it can't use a class prior."""
         if isinstance(metric, str) and metric in LABEL_FREE:
             return cls(Metric(metric, no_scores, higher_is_better=False), False, True, prior, batch_size)
         if prior is not None:
@@ -242,18 +249,18 @@ class Goal:
         tuned = as_metric(metric, also=LABEL_FREE)
         return cls(tuned, True, tuned.of_classes, None, batch_size)
 
-    def judge(self, model: Model[Any], examples: Examples, indices: Indices) -> Judge:
-        """The judge for the search, which will score the examples ``indices``."""
+    def objective(self, model: Model[Any], examples: Examples, indices: Indices) -> Objective:
+        """The objective of the search, which will score the examples ``indices``."""
         if self.needs_labels:
             beside = STANDARD_METRICS if self.classes else ()
             metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
-            return ByMetric(self.metric, metrics, self.batch_size)
+            return LabelledObjective(self.metric, metrics, self.batch_size)
         readable = examples.readable(indices)  # or an error that says why not
         num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)
         prior = label_free.as_prior(self.prior, num_outputs)
         infomax = label_free.infomax(prior)
         enough = len(indices) >= SELF_LABELLED_SETS * SET_SIZE and _LABELS_PER_CLASS * num_outputs <= SET_SIZE
-        objectives: Mapping[str, label_free.Objective] = {
+        objectives: Mapping[str, label_free.LabelFreeLoss] = {
             "unlabeled": label_free.unlabeled(prior) if enough else infomax,
             "information": infomax,
             "alignment": label_free.alignment,
@@ -261,19 +268,23 @@ class Goal:
             "evalnorm": label_free.evalnorm,
         }
         beside = STANDARD_METRICS if examples.labelled[indices].all() else ()
-        objective = objectives[self.metric.name]
+        of_set = objectives[self.metric.name]
         is_self_labelled = enough and self.metric.name == "unlabeled"
-        step = label_free.unlabeled_step(prior) if is_self_labelled else objective
-        return ByObjective(self.metric, objective, step, model.facts(), beside, num_outputs, self.batch_size)
+        step = label_free.unlabeled_step(prior) if is_self_labelled else of_set
+        return LabelFreeObjective(
+            self.metric, of_set, step, model.facts(), beside, num_outputs, self.batch_size
+        )
 
-    def final_judge(self, judge: Judge, examples: Examples, indices: Indices) -> tuple[Judge, list[Metric]]:
-        """The judge for held-out examples, by labels where there are any, and the metrics to compare."""
+    def held_out_objective(
+        self, objective: Objective, examples: Examples, indices: Indices
+    ) -> tuple[Objective, list[Metric]]:
+        """The objective for held-out examples, by labels where there are any, and the metrics to compare."""
         answers = (CONFIDENCE, PREDICTION)
         if not self.classes:
-            return judge, [self.metric]
+            return objective, [self.metric]
         if self.needs_labels or examples.labelled[indices].all():
             first = self.metric if self.needs_labels else ACCURACY
             metrics = [first, *(m for m in STANDARD_METRICS if m.name != first.name)]
-            return ByMetric(first, [*metrics, *answers], self.batch_size), metrics
-        assert isinstance(judge, ByObjective)
-        return replace(judge, metrics=answers).sure_of(len(indices)), [self.metric]
+            return LabelledObjective(first, [*metrics, *answers], self.batch_size), metrics
+        assert isinstance(objective, LabelFreeObjective)
+        return replace(objective, metrics=answers).sure_of(len(indices)), [self.metric]

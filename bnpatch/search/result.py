@@ -20,8 +20,8 @@ class TuneResult:
             them is chosen.
         trials: trials of the global searches, with their scores on the tuning examples.
         verdict: the verdict on held-out examples.
-        weights: the weights that are kept: those of the chosen candidate, or those of the baseline where the
-            verdict is a loss.
+        weights: the recommended weights: those of the chosen candidate if held-out examples support it,
+            otherwise those of the model as it came.
         norm_layers: names of the norm layers, in the order of the model.
         passes: passes over the tuning examples before the verdict, with all searches of a cross-fit;
             learning counts three times.
@@ -32,7 +32,10 @@ class TuneResult:
         interrupted: whether the user stopped the search early.
         trade_off: gain and latency of ever more norm layers, the baseline first, if there was a limit.
         seconds: wall time.
-        recipe: the weights and their provenance, to keep and to apply.
+        recipe: the recommended weights and their provenance, to keep and to apply.
+        is_recommended: whether held-out examples support the chosen candidate, so that ``recipe`` applies it.
+        candidate_recipe: the weights of a chosen candidate that is not recommended; None where there is none.
+        reason: why it is not recommended, as a sentence for users.
     """
 
     metric: Metric
@@ -50,6 +53,9 @@ class TuneResult:
     trade_off: list[Point] = field(default_factory=list)
     seconds: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
+    is_recommended: bool = False
+    candidate_recipe: Recipe | None = None
+    reason: str = ""
 
     def __repr__(self) -> str:
         return f"TuneResult({self.chosen.name}, {self.comparisons[0].metric.name}: {self.verdict})"

@@ -11,7 +11,7 @@ from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Model
 from bnpatch.search.global_search import block_sizes
-from bnpatch.search.objective import Judge, in_sets
+from bnpatch.search.objective import Objective, in_sets
 
 
 def blocks_of(order: Indices, set_size: int) -> list[Indices]:
@@ -28,13 +28,18 @@ def blocks_of(order: Indices, set_size: int) -> list[Indices]:
 
 
 class ScoreCache:
-    """Keeps the scores of weights on blocks of examples while the re-estimated statistics stay the same."""
+    """Keeps the scores of weights on blocks of examples while the re-estimated statistics stay the same.
+
+    Attributes:
+        base: the state of the model that weights apply to.
+        blocks: indices of the examples in each block.
+    """
 
     def __init__(
         self,
         model: Model[Any],
         examples: Examples,
-        judge: Judge,
+        objective: Objective,
         blocks: Sequence[Indices],
         count: Callable[[str, int], None],
     ) -> None:
@@ -43,18 +48,18 @@ class ScoreCache:
         Args:
             model: the model that is set to the weights and scored; they apply to the state that it has now.
             examples: the examples.
-            judge: scores the examples.
+            objective: scores the examples.
             blocks: indices of the examples in each block; all of these can be read.
             count: called with a label and the number of examples that were scored.
         """
-        self._model, self._examples, self._verdict, self._count = model, examples, judge, count
+        self._model, self._examples, self._objective, self._count = model, examples, objective, count
         self.blocks = blocks
         self._known: dict[tuple[Any, int], dict[str, Values]] = {}
-        self._base = model.state
+        self.base = model.state
 
     def use(self, base: PatchState) -> None:
         """Apply weights to another state from now on, and forget the scores that depend on its statistics."""
-        self._base = base
+        self.base = base
         self._known = {key: scores for key, scores in self._known.items() if not any(key[0][1])}
 
     def on(self, blocks: range, weights: PatchWeights, label: str, metric: str) -> Values:
@@ -73,7 +78,7 @@ class ScoreCache:
         """
         key = tuple(weights.alphas.values()), tuple(weights.lambdas.values())
         missing = [block for block in blocks if (key, block) not in self._known]
-        if missing and self._verdict.set_size == 1:  # in one go, because small batches are slow
+        if missing and self._objective.set_size == 1:  # in one go, because small batches are slow
             scores = self.of(np.concatenate([self.blocks[block] for block in missing]), weights, label)
             ends = np.cumsum([len(self.blocks[block]) for block in missing])[:-1]
             parts = {name: np.split(values, ends) for name, values in scores.items()}
@@ -91,8 +96,8 @@ class ScoreCache:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
             BnpatchError: an example can't be read any more, so that its scores can't be compared.
         """
-        self._model.set_state(self._base.with_weights(weights))
-        scores = self._verdict.scores(self._model, self._examples, indices)
+        self._model.set_state(self.base.with_weights(weights))
+        scores = self._objective.scores(self._model, self._examples, indices)
         lost = next((int(index) for index in indices if int(index) in self._examples.skipped), None)
         if lost is not None:
             raise BnpatchError(

@@ -11,7 +11,7 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate
-from bnpatch.search.objective import FEW_SETS, Judge
+from bnpatch.search.objective import FEW_SETS, Objective
 from bnpatch.search.score_cache import ScoreCache
 
 
@@ -26,15 +26,20 @@ class Selection:
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
 
-    def __init__(self, board: ScoreCache, judge: Judge, blocks: range) -> None:
+    def __init__(self, cache: ScoreCache, objective: Objective, blocks: range) -> None:
         """Select by some blocks.
 
         Args:
-            board: scores weights on all tuning examples, block by block.
-            judge: has the tuned metric.
+            cache: scores weights on all tuning examples, block by block.
+            objective: has the tuned metric.
             blocks: numbers of the blocks to select by.
         """
-        self._cache, self._verdict, self._blocks = board, judge, blocks
+        self._cache, self._objective, self._blocks = cache, objective, blocks
+
+    @property
+    def num_examples(self) -> int:
+        """The number of selection examples."""
+        return sum(len(self._cache.blocks[block]) for block in self._blocks)
 
     @property
     def guide(self) -> Metric:
@@ -42,7 +47,7 @@ class Selection:
 
         A rate is discrete: on a few hundred examples it can't tell whether a small step was an improvement.
         """
-        metric = self._verdict.metric
+        metric = self._objective.metric
         return CROSS_ENTROPY if metric.of_classes else metric
 
     def scores(self, weights: PatchWeights) -> Values:
@@ -51,7 +56,7 @@ class Selection:
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
         """
-        return self._on(self._blocks, weights, self._verdict.metric)
+        return self._on(self._blocks, weights, self._objective.metric)
 
     def cost(self, weights: PatchWeights, label: str) -> float:
         """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite."""
@@ -72,7 +77,7 @@ class Selection:
         Raises:
             OutputsNotFiniteError: the outputs of the identity are not finite.
         """
-        identity, sign = found["identity"], self._verdict.metric.sign
+        identity, sign = found["identity"], self._objective.metric.sign
         before = self.scores(identity)
         candidates, better, supported = [], [], False
         for name, weights in found.items():
@@ -95,7 +100,7 @@ class Selection:
         By that, the first candidate within a standard error of the best is taken, because later ones cost
         latency (the one-standard-error rule of Breiman et al., "Classification and Regression Trees").
         """
-        metric, guide = self._verdict.metric, self.guide
+        metric, guide = self._objective.metric, self.guide
         lead = max(metric.sign * candidate.mean for candidate in candidates)
         answer = 0.0 if guide is metric else 1 / num_examples
         equals = [
@@ -113,7 +118,7 @@ class Selection:
         )
 
     def _gains(self, blocks: range, identity: PatchWeights, weights: PatchWeights) -> bool:
-        metrics = {metric.name: metric for metric in (self._verdict.metric, self.guide)}
+        metrics = {metric.name: metric for metric in (self._objective.metric, self.guide)}
         return any(self._is_better(blocks, identity, weights, metric) for metric in metrics.values())
 
     def _is_better(
@@ -124,7 +129,7 @@ class Selection:
             return False
         change = paired_difference(before, after)
         # With few sets there is no useful interval, so the mean decides.
-        settled = change.excludes_zero or (self._verdict.set_size > 1 and len(after) < FEW_SETS)
+        settled = change.excludes_zero or (self._objective.set_size > 1 and len(after) < FEW_SETS)
         return settled and metric.sign * change.value > 0
 
     def _on(self, blocks: range, weights: PatchWeights, metric: Metric, label: str = "choosing") -> Values:

@@ -3,12 +3,13 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
+import numpy as np
 from torch import nn
 
 from bnpatch import __version__
@@ -16,15 +17,32 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.data.corruptions import augmented
 from bnpatch.data.dataset import Examples
 from bnpatch.data.sources import open_examples
-from bnpatch.evaluation.metrics import Metric, ScoreFunction
+from bnpatch.evaluation.metrics import (
+    CALIBRATION_ERROR,
+    ROUGH_BELOW,
+    Metric,
+    ScoreFunction,
+    paired_difference,
+)
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
-from bnpatch.search.config import Granularity, Plan, SearchConfig, Trial
-from bnpatch.search.job import Job
-from bnpatch.search.objective import Goal
+from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, kept
+from bnpatch.search.cross_fit import Searches
+from bnpatch.search.distributed import on_all_processes
+from bnpatch.search.held_out import Decision, Evidence, decide
+from bnpatch.search.latency_limit import Point, choose, knee, trade_off
+from bnpatch.search.make_norms import make_norms
+from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
 from bnpatch.search.parts import parts_of
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
+from bnpatch.search.task import Task
+
+#: Seconds to measure latencies for, where there is a latency limit.
+LATENCY_SECONDS = 10.0
+
+# A verdict on fewer examples than this says little, and a note says so.
+_FEW = 30
 
 
 def tune_alpha(
@@ -76,59 +94,181 @@ def tune_alpha(
     started = time.monotonic()
     fields = {key: options.pop(key) for key in list(options) if key in SearchConfig.__dataclass_fields__}
     config = replace(config or SearchConfig(), **fields)
-    goal = checked_goal(metric, granularity, timeout, config)
+    spec = checked_objective(metric, granularity, timeout, config)
     patchable: Model[Any] = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not (patchable.inventory().norm_layers or patchable.uncalibrated() or config.recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
 
-    def opened(source: Any, labels: Literal["required", "optional"]) -> Examples:
+    def opened(source: Any, needs_labels: bool) -> Examples:
         if isinstance(source, Examples):
             return source
-        return open_examples(source, patchable, labels=labels, classes=goal.classes, seed=seed, **options)
+        labels: Literal["required", "optional"] = "required" if needs_labels else "optional"
+        return open_examples(source, patchable, labels=labels, classes=spec.classes, seed=seed, **options)
 
-    labels: Literal["required", "optional"] = "required" if goal.needs_labels else "optional"
-    examples = opened(data, labels)
-    test_examples = examples if test_data is None else opened(test_data, labels)
-    calib = None if calib_data is None else opened(calib_data, "optional")
-    job = Job(
+    def seen(examples: Examples) -> Examples:
+        return examples if config.augment is None else augmented(examples, config.augment, seed)
+
+    examples = opened(data, spec.needs_labels)
+    test_examples = examples if test_data is None else opened(test_data, spec.needs_labels)
+    task = Task(
         patchable,
-        goal,
+        spec,
         examples,
-        examples if config.augment is None else augmented(examples, config.augment, seed),
+        seen(examples),
         test_examples,
-        test_examples if config.augment is None else augmented(test_examples, config.augment, seed),
-        calib,
+        seen(test_examples),
+        None if calib_data is None else opened(calib_data, False),
         parts_of(
-            examples, None if test_data is None else test_examples, config.holdout, seed, goal.needs_labels
+            examples, None if test_data is None else test_examples, config.holdout, seed, spec.needs_labels
         ),
-        Plan(
-            granularity=granularity,
-            recalibrate=granularity == "auto" if config.recalibrate is None else config.recalibrate,
-            trials=config.trials,
-            max_passes=config.max_passes,
-            timeout=timeout,
-            seed=seed,
-            batch_size=config.batch_size,
-            storage=config.storage,
-            study=config.study,
-        ),
-        Progress(progress),
-        on_trial,
+        Plan.of(config, granularity, timeout, seed),
         config.max_overhead,
     )
-    result = job.run(config.recover_folded)
+    result = _run(task, config.recover_folded, Progress(progress), on_trial)
     result.seconds = time.monotonic() - started
-    result.recipe.provenance.update(_provenance(result, job, data, test_data))
+    provenance = _provenance(result, task, data, test_data)
+    result.recipe.provenance.update(
+        {
+            **provenance,
+            "recommended": result.is_recommended,
+            "applied": result.is_recommended,
+        }
+    )
+    if result.candidate_recipe is not None:
+        result.candidate_recipe.provenance.update(
+            {**provenance, "recommended": False, "applied": False, "reason": result.reason}
+        )
     return result
 
 
-def checked_goal(
+def _run(
+    task: Task, recover_folded: bool, progress: Progress, on_trial: Callable[[Trial, bool], None]
+) -> TuneResult:
+    """Search, and judge what was found; the model has its former state again when this returns."""
+    started, model = time.monotonic(), task.model
+    with model.borrowed():
+        notes = make_norms(
+            model,
+            task.calib,
+            task.examples,
+            task.tuning,
+            batch_size=task.plan.batch_size,
+            recover_folded=recover_folded,
+        )
+        before = model.state
+        if task.plan.storage:
+            task = replace(task, plan=replace(task.plan, fingerprint=task.fingerprint()))
+        tuned = task.spec.objective(model, task.seen, task.tuning)
+        judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
+
+        def search(shared: Objective, held_out: Objective) -> TuneResult:
+            searches = Searches(task, shared, tuned, progress, on_trial, started)
+            candidates = searches.search_all()
+            points: list[Point] = []
+            if task.max_overhead is not None:
+                candidates, points = _within_limit(task, searches, candidates)
+            chosen = kept(candidates)
+            evidence, shifted, num_parts = searches.evidence(held_out, judging, before, chosen.weights)
+            found = searches.whole.base.with_weights(chosen.weights)
+            is_candidate = not before.computes_like(found)
+            decision = decide(chosen.name if is_candidate else None, evidence, shifted, metrics)
+            state = found if decision.is_recommended else before
+            if shifted is not None:
+                searches.notes.append(_robustness_note(metrics[0], shifted))
+            result = TuneResult(
+                task.spec.metric,
+                candidates,
+                searches.whole.trials,
+                decision.verdict,
+                state.weights,
+                list(state.weights.alphas),
+                searches.passes,
+                len(set(task.tuning.tolist()) - task.examples.skipped.keys()),
+                num_parts,
+                task.skipped(),
+                [*notes, *searches.notes, *_notes(task, searches, decision)],
+                searches.interrupted,
+                trade_off=points,
+                recipe=model.recipe(state),
+                is_recommended=decision.is_recommended,
+                candidate_recipe=model.recipe(found)
+                if is_candidate and not decision.is_recommended
+                else None,
+                reason=decision.reason,
+            )
+            progress.finish()
+            return result
+
+        return on_all_processes(
+            model,
+            [(tuned, task.seen), (judging, task.test_examples)],
+            [task.spec.metric, *metrics, CALIBRATION_ERROR],
+            search,
+        )
+
+
+def _within_limit(
+    task: Task, searches: Searches, candidates: Sequence[Candidate]
+) -> tuple[list[Candidate], list[Point]]:
+    """Add a candidate with as many norm layers patched as the latency limit allows, and choose it."""
+    assert task.max_overhead is not None  # the caller has checked it
+    seconds, share = LATENCY_SECONDS, searches.share_of_time(others=1)
+    if share is not None:
+        seconds = min(seconds, max(1.0, share))
+    scores = searches.whole.selection.scores
+    points = trade_off(task.model, kept(candidates).weights, scores, task.spec.metric, seconds=seconds)
+    best = choose(points, task.max_overhead)
+    searches.notes.append(f"--max-overhead: {best.reason}")
+    if suggestion := knee(points):
+        searches.notes.append(
+            f"the gain flattens beyond {suggestion.num_norms} norm layers, "
+            f"at {suggestion.latency.ratio:.2f}x the time"
+        )
+    weights = best.point.weights
+    after, before = scores(weights), scores(points[0].weights)
+    limited = Candidate(
+        f"at most {task.max_overhead:g}x",
+        weights,
+        float(np.mean(after)),
+        paired_difference(before, after),
+        chosen=True,
+    )
+    return [*(replace(candidate, chosen=False) for candidate in candidates), limited], points
+
+
+def _robustness_note(metric: Metric, shifted: Evidence) -> str:
+    """Describe what the candidate does to augmented held-out examples."""
+    change = paired_difference(shifted.before[metric.name], shifted.after[metric.name])
+    values = (metric.format(float(np.mean(v[metric.name]))) for v in (shifted.before, shifted.after))
+    return (
+        f"the held-out examples as --augment shifts them: {metric.name} {' → '.join(values)}, "
+        f"{metric.format(change.value, signed=True)} "
+        f"[{metric.format(change.low, signed=True)}, {metric.format(change.high, signed=True)}]"
+    )
+
+
+def _notes(task: Task, searches: Searches, decision: Decision) -> list[str]:
+    """What a user must know to read the result."""
+    notes, verdict = [decision.reason] if decision.reason else [], decision.verdict
+    if searches.resumed:
+        notes.append(f"{searches.resumed} trials were in the storage already")
+    if verdict.num_examples < _FEW:
+        notes.append(f"{verdict.num_examples} examples judged: so few say little")
+    elif any(comparison.is_rough for comparison in verdict.comparisons):
+        notes.append(f"below {ROUGH_BELOW} examples the interval of the cross-entropy is rough")
+    if not task.spec.needs_labels:
+        name = task.spec.metric.name
+        notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
+    return notes
+
+
+def checked_objective(
     metric: str | Metric | ScoreFunction, granularity: str, timeout: float | None, config: SearchConfig
-) -> Goal:
+) -> ObjectiveSpec:
     """Check the arguments of :func:`tune_alpha` that are independent of model and data.
 
     Returns:
-        The goal of the search.
+        What the search optimizes.
 
     Raises:
         BnpatchError: arguments are out of range, unknown, or can't be combined.
@@ -139,23 +279,23 @@ def checked_goal(
         )
     if timeout is not None and not timeout >= 0:
         raise BnpatchError(f"{timeout:g} seconds are no time", "set --timeout to 0 or more")
-    return Goal.of(metric, config.class_prior, config.batch_size)
+    return ObjectiveSpec.of(metric, config.class_prior, config.batch_size)
 
 
-def _provenance(result: TuneResult, job: Job, data: Any, test_data: Any) -> dict[str, Any]:
+def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> dict[str, Any]:
     def named(source: Any) -> str | None:
         return str(source) if isinstance(source, (str, os.PathLike)) else None
 
-    model, plan = job.model, job.plan
+    model, plan = task.model, task.plan
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         "architecture": str(model.arch) if model.arch else None,
-        "preprocessing": None if job.examples.as_they_are else model.preprocessing.to_json(),
+        "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
         "data": {
             "name": named(data),
             "test_name": named(test_data),
-            "fingerprint": job.seen.fingerprint(),
+            "fingerprint": task.seen.fingerprint(),
             "tuning_examples": result.num_tuning,
             "held_out_examples": result.num_held_out,
             "skipped": len(result.skipped),

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 
 import bnpatch
-from bnpatch.search import candidates, job
+from bnpatch.search import layer_search, tune
 from bnpatch.search.gradient_search import Course, learn
 from tests.search.tiny import classifier, small
 
@@ -15,10 +15,10 @@ CONTRAST = 0.4  # of the dim images
 def quick():
     """A small network on easy images learns in fewer steps, and its latency is measured sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "learn", partial(learn, checks=5))
+        patch.setattr(layer_search, "learn", partial(learn, checks=5))
         patch.setattr(Course, "of", lambda examples, set_size=1: Course(24, max(128, set_size)))
-        patch.setattr(candidates, "_OTHER_STARTS", ())
-        patch.setattr(job, "LATENCY_SECONDS", 0.3)
+        patch.setattr(layer_search, "_OTHER_STARTS", ())
+        patch.setattr(tune, "LATENCY_SECONDS", 0.3)
         yield
 
 

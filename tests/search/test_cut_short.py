@@ -9,9 +9,9 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.report.summary import verdict_sentence
-from bnpatch.search import job
+from bnpatch.search import cross_fit, tune
 from bnpatch.search.candidates import CandidateSearch
-from bnpatch.search.objective import ByMetric
+from bnpatch.search.objective import LabelledObjective
 
 
 def few(data):
@@ -35,7 +35,7 @@ def test_an_interrupt_before_anything_is_known_is_passed_on(tiny, dim, monkeypat
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ByMetric, "scores", interrupt)
+    monkeypatch.setattr(LabelledObjective, "scores", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bnpatch.tune_alpha(tiny, dim)
 
@@ -44,7 +44,7 @@ def test_an_interrupt_while_learning_keeps_what_was_raced(tiny, dim, monkeypatch
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ByMetric, "loss", interrupt)
+    monkeypatch.setattr(LabelledObjective, "loss", interrupt)
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, dim, recalibrate=False)
     assert result.interrupted
@@ -94,7 +94,7 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
 
 
 def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny, dim, monkeypatch):
-    loss, interrupted = ByMetric.loss, []
+    loss, interrupted = LabelledObjective.loss, []
 
     def interrupt(self, *args):
         if not interrupted:
@@ -102,7 +102,7 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny,
             raise KeyboardInterrupt
         return loss(self, *args)
 
-    monkeypatch.setattr(ByMetric, "loss", interrupt)
+    monkeypatch.setattr(LabelledObjective, "loss", interrupt)
     climbed = recorded(monkeypatch)
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", recalibrate=False)
@@ -126,7 +126,7 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("where", ["find", "gather"])
 def test_an_interrupt_during_a_cross_fit_leaves_the_parts_that_were_judged(tiny, dim, monkeypatch, where):
-    calls, owner = [], CandidateSearch if where == "find" else job
+    calls, owner = [], CandidateSearch if where == "find" else cross_fit
     original, last = getattr(owner, where), 4 if where == "find" else 3
 
     def interrupt(*args):
@@ -148,7 +148,7 @@ def test_an_interrupt_before_any_part_was_judged_is_passed_on(tiny, dim, monkeyp
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "gather", interrupt)
+    monkeypatch.setattr(cross_fit, "gather", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bnpatch.tune_alpha(tiny, few(dim), granularity="global", trials=3)
 
@@ -158,7 +158,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(job.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(cross_fit.time, "monotonic", lambda: self.now)
 
 
 def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
@@ -171,14 +171,14 @@ def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
             clock.now += 10.0
             return candidates
 
-    monkeypatch.setattr(job, "CandidateSearch", Timed)
+    monkeypatch.setattr(cross_fit, "CandidateSearch", Timed)
     bnpatch.tune_alpha(tiny, few(dim), granularity="global", timeout=60.0, trials=2)
     np.testing.assert_allclose(given, [10.0, 20.0, 10.0, 10.0, 10.0, 10.0])  # twice: one part is a must
 
 
 def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim, monkeypatch):
     """A limit on latency takes all the time: a search that has none left would find the identity."""
-    clock, measured = Clock(monkeypatch), job.trade_off
+    clock, measured = Clock(monkeypatch), tune.trade_off
 
     def slow(*args, **kwargs):
         clock.now += 60.0
@@ -190,8 +190,8 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
             clock.now += 5.0
             return candidates
 
-    monkeypatch.setattr(job, "CandidateSearch", Timed)
-    monkeypatch.setattr(job, "trade_off", slow)
+    monkeypatch.setattr(cross_fit, "CandidateSearch", Timed)
+    monkeypatch.setattr(tune, "trade_off", slow)
     options = {"granularity": "global", "metric": "cross-entropy", "max_overhead": 1000.0}
     result = bnpatch.tune_alpha(tiny, few(dim), timeout=60.0, trials=3, **options)
     assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
@@ -202,7 +202,7 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
 
 def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
     """It would have found the identity, and made the verdict say that little is gained."""
-    clock, scores, climbing = Clock(monkeypatch), ByMetric.scores, []
+    clock, scores, climbing = Clock(monkeypatch), LabelledObjective.scores, []
 
     class Watched(CandidateSearch):
         def find(self):
@@ -215,8 +215,8 @@ def test_a_part_whose_race_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
             clock.now += 60.0
         return scores(self, model, examples, indices)
 
-    monkeypatch.setattr(job, "CandidateSearch", Watched)
-    monkeypatch.setattr(ByMetric, "scores", timed)
+    monkeypatch.setattr(cross_fit, "CandidateSearch", Watched)
+    monkeypatch.setattr(LabelledObjective, "scores", timed)
     options = {"granularity": "global", "metric": "cross-entropy", "trials": 4}
     result = bnpatch.tune_alpha(tiny, few(dim), timeout=40.0, **options)
     assert any("1 of 5 parts" in note and "time was over" in note for note in result.notes)
@@ -245,14 +245,14 @@ def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(tiny
 
 
 def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(tiny, dim, monkeypatch):
-    gather, gathered = job.gather, []
+    gather, gathered = cross_fit.gather, []
 
     def then(*args):
         found = gather(*args)
         gathered.append(True)
         return found
 
-    monkeypatch.setattr(job, "gather", then)
+    monkeypatch.setattr(cross_fit, "gather", then)
     overflowing(tiny, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.weights.alphas.values())) > 1
@@ -278,9 +278,9 @@ def test_learned_weights_that_overflow_are_not_kept(tiny, dim, monkeypatch):
 
 
 def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
-    loss = ByMetric.loss
+    loss = LabelledObjective.loss
     monkeypatch.setattr(
-        ByMetric, "loss", lambda self, *args: (part * float("nan") for part in loss(self, *args))
+        LabelledObjective, "loss", lambda self, *args: (part * float("nan") for part in loss(self, *args))
     )
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.weights.alphas.values())) == 1
@@ -304,7 +304,7 @@ def test_turns_that_overflow_are_not_taken(tiny_onnx, dim, monkeypatch):
 
 
 def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
-    scores, find, climbed = ByMetric.scores, CandidateSearch.find, []
+    scores, find, climbed = LabelledObjective.scores, CandidateSearch.find, []
 
     def overflow(self, model, examples, indices):
         if climbed and max(tiny.alphas().values()) > 0:
@@ -316,7 +316,7 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
         climbed.append(True)
         return candidates
 
-    monkeypatch.setattr(ByMetric, "scores", overflow)
+    monkeypatch.setattr(LabelledObjective, "scores", overflow)
     monkeypatch.setattr(CandidateSearch, "find", then)
     result = bnpatch.tune_alpha(
         tiny, plain, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False

@@ -8,10 +8,11 @@ from optuna.trial import TrialState
 import bnpatch
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.search import candidates
-from bnpatch.search.candidates import CandidateSearch, _as_trial
+from bnpatch.search import layer_search
+from bnpatch.search.candidates import _as_trial
 from bnpatch.search.global_search import Runner
 from bnpatch.search.gradient_search import Course, Groups
+from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.standings import Difference
 
@@ -133,14 +134,14 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     assert trial.weight == 0.25
 
 
-class Learner(CandidateSearch):
+class Learner(LayerSearch):
     """Learns nothing but one weight, of which less is better."""
 
     def __init__(self, outcomes, identities, set_size=250, hurry=False):
-        self.judge = SimpleNamespace(set_size=set_size)
-        self.selection = SimpleNamespace(cost=lambda weights, label: weights.alphas["b"])
+        self._objective = SimpleNamespace(set_size=set_size)
+        self._selection = SimpleNamespace(cost=lambda weights, label: weights.alphas["b"])
         self.interrupted, self.outcomes, self.starts = False, iter(outcomes), []
-        self._identities, self._out_of_time = identities, lambda: hurry
+        self._identities, self._budget = identities, SimpleNamespace(is_over=lambda: hurry)
 
     def _by_gradient(self, start, groups):
         self.starts.append(start)
@@ -157,7 +158,7 @@ LAMBDAS = {"a": "a", "b": "b"}
 
 @pytest.fixture
 def two_more_places(monkeypatch):
-    monkeypatch.setattr(candidates, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
+    monkeypatch.setattr(layer_search, "_OTHER_STARTS", ((0.1, 0.1), (0.8, 0.2)))
 
 
 def test_without_labels_learning_begins_at_several_places(two_more_places):
@@ -205,7 +206,7 @@ def test_both_ways_to_find_weights_begin_at_several_places(
         starts.append(options["start"] if find == "learn" else args[1])
         return starts[-1]
 
-    monkeypatch.setattr(candidates, find, found)
+    monkeypatch.setattr(layer_search, find, found)
     model = tiny if kind == "torch" else bnpatch.load(tiny_onnx)
     run = {"metric": "unlabeled", "granularity": "layer", "recalibrate": True, "trials": 2}
     bnpatch.tune_alpha(model, dim[0][:60], test_data=dim[0][60:120], **run)

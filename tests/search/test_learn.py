@@ -9,7 +9,7 @@ from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
 from bnpatch.models.running_stats import target_moments
 from bnpatch.search.gradient_search import Course, Groups, NoGradientError, learn
-from bnpatch.search.objective import Goal
+from bnpatch.search.objective import ObjectiveSpec
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, m
 
     monkeypatch.setattr(type(model), "forward", watched)
     groups = Groups({name: name for name in names}, {name: name for name in names})
-    judge = Goal.of(metric, None, 64).judge(model, examples, np.arange(200))
+    judge = ObjectiveSpec.of(metric, None, 64).objective(model, examples, np.arange(200))
     found = {}
     with model.borrowed():
         model.set_target(target_moments(model, examples, indices=np.arange(200)))

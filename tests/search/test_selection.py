@@ -4,7 +4,7 @@ import numpy as np
 
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.search.config import kept
-from bnpatch.search.objective import ByMetric
+from bnpatch.search.objective import LabelledObjective
 from bnpatch.search.selection import Selection
 
 
@@ -15,7 +15,7 @@ def chosen(scores, cross_entropies=None):
         values = (cross_entropies or scores) if metric == "cross-entropy" else scores
         return values[weights][10 * blocks.start : 10 * blocks.stop]
 
-    judge = ByMetric(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
+    judge = LabelledObjective(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
     board = SimpleNamespace(blocks=range(8), on=on)
     return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
 

@@ -12,12 +12,12 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.running_stats import target_moments
-from bnpatch.search import job, objective
+from bnpatch.search import objective, tune
 from bnpatch.search.gradient_search import Course
 from bnpatch.search.held_out import scores
 from bnpatch.search.label_free import Seen, infomax, unlabeled_step
 from bnpatch.search.latency_limit import Choice
-from bnpatch.search.objective import ByMetric, Goal
+from bnpatch.search.objective import LabelledObjective, ObjectiveSpec
 from tests.search.tiny import of_one_norm, small
 
 
@@ -130,7 +130,7 @@ def test_is_reproducible(tiny, dim):
 @pytest.mark.parametrize("granularity", ["global", "layer"])
 def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeypatch):
     seen, learned = set(), set()
-    scores, loss = ByMetric.scores, ByMetric.loss
+    scores, loss = LabelledObjective.scores, LabelledObjective.loss
     verdict = []
 
     def spy_scores(self, model, examples, indices):
@@ -144,8 +144,8 @@ def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeyp
         learned.update(index for batch in batches for index in batch.indices.tolist())
         return loss(self, model, batches)
 
-    monkeypatch.setattr(ByMetric, "scores", spy_scores)
-    monkeypatch.setattr(ByMetric, "loss", spy_loss)
+    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
+    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
     result = bnpatch.tune_alpha(tiny, dim, granularity=granularity, holdout=0.25)
     assert len(seen) == result.num_tuning == 450
     assert not (seen | learned) & set(verdict)
@@ -190,7 +190,7 @@ def test_test_data_gives_the_verdict(tiny, dim, plain):
     assert result.comparisons[0].before.value == 1  # any patch can but lose
     assert str(result.verdict) == "loss"
     assert result.alpha == 0
-    assert any("loss on held-out examples; not applied" in note for note in result.notes)
+    assert any("on held-out examples; not applied" in note for note in result.notes)
 
 
 def answers(model, images):
@@ -319,7 +319,7 @@ def test_labels_are_made_where_sets_are_balanced_but_for_chance(sets, classes, l
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(4, classes))
     model = bnpatch.load(module.eval())
     examples = bnpatch.open_examples((images, np.zeros(len(images), np.int64)), model)
-    judge = Goal.of("unlabeled", None, 64).judge(model, examples, np.arange(len(images)))
+    judge = ObjectiveSpec.of("unlabeled", None, 64).objective(model, examples, np.arange(len(images)))
     state = Seen(logits, {}, {}, {})
     hard, soft = unlabeled_step()(state, {}), infomax()(state, {})
     assert judge.step(state, {}).item() == pytest.approx((hard if labels else soft).item())
@@ -361,7 +361,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
     assert sorted(np.concatenate(asked)) == by_class.tolist()
     assert min(len(np.unique(labels[part])) for part in asked) > 7
 
-    judge = Goal.of("unlabeled", None, 64).judge(tiny, examples, by_class)
+    judge = ObjectiveSpec.of("unlabeled", None, 64).objective(tiny, examples, by_class)
     judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).sure_of(len(by_class))
     shuffled = np.random.default_rng(1).permutation(by_class)
     with tiny.evaluating():
@@ -461,7 +461,7 @@ def test_progress_reaches_the_end(tiny, dim):
         tiny, dim, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
     )
     assert calls[-1][1] == calls[-1][2] > 600
-    assert {label for label, *_ in calls} >= {"alpha", "lambda", "verdict on held-out examples"}
+    assert {label for label, *_ in calls} >= {"alpha", "lambda", "held-out evaluation"}
     assert all(done <= total for _, done, total in calls)
 
 
@@ -492,7 +492,7 @@ def test_a_study_of_other_calibration_data_is_refused(tiny, dim, plain, tmp_path
 
 
 def test_a_limit_on_latency_holds_against_what_held_out_examples_like_better(tiny, dim, monkeypatch):
-    monkeypatch.setattr(job, "choose", lambda points, limit: Choice(points[0], "nothing is affordable"))
+    monkeypatch.setattr(tune, "choose", lambda points, limit: Choice(points[0], "nothing is affordable"))
     result = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1.5)
     assert result.chosen.name == "at most 1.5x"
     assert result.alpha == 0

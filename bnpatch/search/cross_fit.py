@@ -1,0 +1,249 @@
+"""The searches of a task: one on all tuning examples and, in a cross-fit, one more without each part."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.data.dataset import Indices
+from bnpatch.evaluation.evaluate import warn_at_chance
+from bnpatch.evaluation.metrics import ACCURACY, Values
+from bnpatch.search.candidates import CandidateSearch
+from bnpatch.search.config import Candidate, Plan, Trial, kept
+from bnpatch.search.held_out import Evidence, gather
+from bnpatch.search.objective import Objective
+from bnpatch.search.progress import Progress
+from bnpatch.search.robustness import without_harm
+from bnpatch.search.task import Task
+
+
+class Searches:
+    """The searches of a task.
+
+    In a cross-fit, further searches each leave out one part of the examples, which then judges what was
+    found. These searches share the time that is left, and find as many candidates as the first search did. If
+    time runs out or the user interrupts, the parts judged so far give the evidence, at least one. What was
+    taken from all examples once is not repeated: running statistics of norms that have none, and which norm
+    layers a latency limit leaves out.
+
+    Attributes:
+        whole: the search on all tuning examples, once it has begun.
+        notes: notes for the user.
+        interrupted: whether the user interrupted a search.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        objective: Objective,
+        unshared: Objective,
+        progress: Progress,
+        on_trial: Callable[[Trial, bool], None],
+        started: float,
+    ) -> None:
+        """Prepare the searches.
+
+        Args:
+            task: what to search.
+            objective: scores the examples, in several processes where there are several.
+            unshared: the same objective in this process alone.
+            progress: counts the examples.
+            on_trial: called after each trial of the first search.
+            started: time at which the task began, by ``time.monotonic``.
+        """
+        self._task, self._objective, self._unshared = task, objective, unshared
+        self._progress, self._on_trial, self._started = progress, on_trial, started
+        self._begun: list[CandidateSearch] = []
+        self._seconds_of_whole = 0.0
+        self._clean_examples = 0  # scored to see whether a patch harms images that are not augmented
+        self.notes: list[str] = []
+        self.interrupted = False
+
+    @property
+    def whole(self) -> CandidateSearch:
+        """The search on all tuning examples."""
+        return self._begun[0]
+
+    @property
+    def passes(self) -> float:
+        """The cost of all searches so far, in passes over the tuning examples."""
+        scored = sum(search.budget.spent for search in self._begun) + self._clean_examples
+        return scored / len(self.whole.tuning)
+
+    @property
+    def resumed(self) -> int:
+        """Number of trials that the storage had from an earlier run."""
+        return sum(search.resumed for search in self._begun)
+
+    def share_of_time(self, others: int = 0) -> float | None:
+        """Seconds for each search that has not begun and ``others`` beside them; None without a limit."""
+        if self._task.plan.timeout is None:
+            return None
+        left = max(0.0, self._task.plan.timeout - (time.monotonic() - self._started))
+        return left / (self._task.num_searches - len(self._begun) + others)
+
+    def search_all(self) -> list[Candidate]:
+        """Search on all tuning examples."""
+        search = self._begin(self._task.tuning, self._task.plan)
+        candidates = self._find(search)
+        self._seconds_of_whole = time.monotonic() - self._started
+        return candidates
+
+    def evidence(
+        self, objective: Objective, unshared: Objective, before: PatchState, chosen: PatchWeights
+    ) -> tuple[Evidence, Evidence | None, int]:
+        """Evidence from all held-out parts; in a cross-fit, about what a search without each part finds.
+
+        Args:
+            objective: scores the held-out examples.
+            unshared: the same objective in this process alone.
+            before: the state of the model before the search.
+            chosen: the weights that the search on all tuning examples chose.
+
+        Returns:
+            The evidence of the examples as they are, that of the augmented examples where there are any, and
+            the number of parts that judged.
+
+        Raises:
+            KeyboardInterrupt: the user interrupted before any part had judged.
+        """
+        task = self._task
+        plain: list[Evidence] = []
+        shifted: list[Evidence] = []
+
+        def judge(after: PatchState, held_out: Indices) -> None:
+            plain.append(self._judged(objective, before, after, held_out))
+            if task.is_augmented:
+                shifted.append(gather(task.model, task.test_seen, unshared, before, after, held_out))
+
+        if len(task.parts) == 1:
+            judge(self.whole.base.with_weights(chosen), task.held_out)
+        else:
+            self._in_turns(chosen, judge, plain)
+        return Evidence.joined(plain), Evidence.joined(shifted) if shifted else None, len(plain)
+
+    def _in_turns(
+        self, chosen: PatchWeights, judge: Callable[[PatchState, Indices], None], judged: list[Evidence]
+    ) -> None:
+        """Search without each part, and judge by it."""
+        parts = self._task.parts
+        for fold, (_, held_out) in enumerate(parts):
+            try:
+                after = self._without(fold, chosen)
+                if after is None:
+                    break
+                judge(after, held_out)
+            except KeyboardInterrupt:
+                if not judged:
+                    raise
+                self.interrupted = True
+                break
+        note = (
+            f"few examples: {len(judged)} of {len(parts)} parts took turns in being held out (cross-fitting)"
+        )
+        if len(judged) < len(parts):
+            note += ", then the search was interrupted" if self.interrupted else ", then time was over"
+        self.notes.append(note)
+
+    def _without(self, fold: int, chosen: PatchWeights) -> PatchState | None:
+        """What a search without one part finds; None if time ran out before the search was done.
+
+        Raises:
+            KeyboardInterrupt: the user interrupted the search, so that its result is incomplete.
+        """
+        plan = self._task.plan
+        plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_found)
+        # The evidence needs one part, so the first has time enough to repeat the search on all examples.
+        at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
+        search = self._begin(self._task.parts[fold][0], plan, at_least)
+        weights = kept(self._find(search)).weights
+        if search.interrupted:
+            raise KeyboardInterrupt
+        whole = self.whole
+        ended_sooner = search.cut_short and not (whole.cut_short and search.passes >= whole.passes)
+        if fold > 0 and (search.num_found < whole.num_found or ended_sooner):
+            return None
+        if self._task.max_overhead is not None:
+            weights = _limited_like(chosen, weights, self._task.model.identities())
+        return search.base.with_weights(weights)
+
+    def _begin(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
+        """Make a search, with its share of the time left or with ``at_least`` seconds."""
+        task, is_first = self._task, not self._begun
+        if (share := self.share_of_time()) is not None:
+            plan = replace(plan, timeout=max(at_least, share))
+        search = CandidateSearch(
+            task.model,
+            task.seen,
+            task.seen.readable(tuning),
+            self._objective,
+            plan,
+            statistics_from=None if task.calib is None else (task.calib, None),
+            count=self._progress.count,
+            on_trial=self._report if is_first else lambda trial, is_best: None,
+        )
+        self._progress.expect(search.expected())
+        self._begun.append(search)
+        return search
+
+    def _find(self, search: CandidateSearch) -> list[Candidate]:
+        """Find the candidates; with augmentation, choose one that does no harm to the original images."""
+        candidates = search.find()
+        if search.interrupted and search is self.whole:  # the held-out evaluation still takes a while
+            self.interrupted = True
+            warnings.warn(
+                "interrupted: what was found so far is judged now (interrupt again to end sooner)",
+                BnpatchWarning,
+                stacklevel=2,
+            )
+        if not self._task.is_augmented or len(candidates) == 1:
+            return candidates
+        return self._harmless(search, candidates)
+
+    def _harmless(self, search: CandidateSearch, candidates: list[Candidate]) -> list[Candidate]:
+        task, name = self._task, self._task.spec.metric.name
+
+        def clean(weights: PatchWeights) -> Values:
+            task.model.set_state(search.base.with_weights(weights))
+            self._clean_examples += len(search.tuning)
+            return self._unshared.scores(task.model, task.examples, search.tuning)[name]
+
+        best = without_harm(
+            candidates, task.spec.metric, search.selection.scores, search.selection.gains, clean
+        )
+        if best is None:
+            if search is self.whole:
+                self.notes.append(
+                    "nothing was found that helps the shifted images and leaves those at hand unharmed"
+                )
+            return [replace(candidate, chosen=number == 0) for number, candidate in enumerate(candidates)]
+        others = [replace(candidate, chosen=False) for candidate in candidates if candidate.name != best.name]
+        return [*others, best]
+
+    def _judged(
+        self, objective: Objective, before: PatchState, after: PatchState, held_out: Indices
+    ) -> Evidence:
+        self._progress.expect(2 * len(held_out))
+        evidence = gather(self._task.model, self._task.test_examples, objective, before, after, held_out)
+        self._progress.count("held-out evaluation", 2 * len(held_out))
+        return evidence
+
+    def _report(self, trial: Trial, is_best: bool) -> None:
+        is_baseline = trial.number == 0 and trial.candidate == "alpha"
+        if is_baseline and self._task.spec.classes and ACCURACY.name in trial.scores:
+            warn_at_chance(trial.scores[ACCURACY.name], self._task.examples)
+        self._on_trial(trial, is_best)
+
+
+def _limited_like(
+    chosen: PatchWeights, weights: PatchWeights, identities: Mapping[str, float]
+) -> PatchWeights:
+    """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
+    return replace(
+        weights,
+        alphas={
+            n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in weights.alphas.items()
+        },
+    )
