@@ -92,7 +92,7 @@ def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype
     alphas = np.concatenate([[0, 1], rng.random(1000), 10.0 ** -rng.uniform(0, 30, 1000)]).astype(dtype)
     alphas = alphas[:, None, None]
     for slope in (-4.0, -0.5, 0.0, 0.5, 4.0):
-        found = weight_by_distance(alphas, dtype(slope), example, running, eps)
+        found = weight_by_distance(alphas, np.array(slope, dtype), example, running, eps)
         assert found.shape == (len(alphas), 3, 1)
         assert found.dtype == dtype
         assert ((found >= 0) & (found <= 1)).all()  # and not NaN

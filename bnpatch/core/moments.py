@@ -1,7 +1,7 @@
 """The formula of bnpatch: the moments (mean and variance) of pooled and of mixed distributions.
 
-The functions use only the operators ``+ - * / **``, ``.mean(axes, keepdims=True)`` and ``.clip(max=...)`` of
-their arguments, and the natural logarithm. The same code therefore works on torch tensors, NumPy arrays and
+The functions use only the operators ``+ - * / **``, ``.mean(axes, keepdims=True)``, ``.clip(low, high)`` and
+the natural logarithm of their arguments. The same code therefore works on torch tensors, NumPy arrays and
 values of an ONNX graph.
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR 2020.
@@ -110,7 +110,8 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
 
     Args:
         alpha: the weight of an example at distance 1, in [0, 1]; a number, or a value that broadcasts.
-        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4].
+        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4]. For the
+            number 0 nothing is computed, and the result is ``alpha`` itself.
         example: moments of each example, of shape (N, C, ...).
         running: running moments, of a shape that broadcasts with that of ``example``.
         eps: what the layer adds to a variance.
@@ -118,11 +119,13 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
     Returns:
         The weights, of shape (N, 1, ...).
     """
+    if isinstance(slope, (int, float)) and slope == 0:
+        return alpha
     between = example.mean - running.mean
     total = running.var + (eps + _TINY)
     log_ratio = _log((example.var + (eps + _TINY)) / total)
     distance = 0.5 * (between * between / total + log_ratio * log_ratio).mean(1, keepdims=True)
-    far = alpha * (distance.clip(max=LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
+    far = alpha * (distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
     return far / (1 - alpha + far)
 
 

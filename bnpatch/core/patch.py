@@ -55,6 +55,14 @@ class PatchWeights:
         """Return the slopes that have an effect: they are not 0, and alpha is neither 0 nor 1."""
         return {n: s for n, s in self.slopes.items() if s and 0 < self.alphas.get(n, 0.0) < 1}
 
+    def slopes_to_write(self, as_inputs: object) -> Mapping[str, float]:
+        """Return the slopes that a graph needs.
+
+        Args:
+            as_inputs: whether the weights stay adjustable. Then the graph needs all slopes if any is not 0.
+        """
+        return self.slopes if as_inputs and any(self.slopes.values()) else self.varying()
+
 
 @dataclass(frozen=True, eq=False)
 class PatchState:

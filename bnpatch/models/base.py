@@ -225,6 +225,10 @@ class Model(ABC, Generic[NormLayerT]):
         """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
         return self.alphas()
 
+    def slopes_in_use(self) -> Mapping[str, float | Tensor]:
+        """Return the slope by name of norm layer; a learned one is the tensor itself."""
+        return self.weights.slopes
+
     @abstractmethod
     def watch_fused(self, example: Tensor) -> Watch | None:
         """Return a function from a batch to the moments of each example at the output of convolutions.

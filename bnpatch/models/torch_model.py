@@ -189,6 +189,10 @@ class TorchModel(Model[NormLayer]):
         """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
         return {norm.name: norm.module.alpha for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
 
+    def slopes_in_use(self) -> dict[str, float | Tensor]:
+        """Return the slope by name of norm layer; a learned one is the tensor itself."""
+        return {norm.name: norm.module.slope for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
+
     def facts(self) -> dict[str, NormFacts]:
         """Return, by name of norm layer, what the layer has from the checkpoint."""
         return {

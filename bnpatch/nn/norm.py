@@ -329,27 +329,42 @@ def weighted_norm(
         alpha: weight of the example, in [0, 1]; a tensor may require grad.
         channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
         slope: how much the weight depends on the distance of the example, see
-            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad. The number 0 costs
-            nothing.
+            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
+    """
+    _, moments = mixture(x, running, eps, alpha, channels_per_group, slope)
+    scale = torch.rsqrt(moments.var + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    shift = -moments.mean * scale
+    if bias is not None:
+        shift = shift + bias.to(scale.dtype)
+    return affine(x, scale, shift)
+
+
+def mixture(
+    x: Tensor,
+    running: Moments[Tensor],
+    eps: float,
+    alpha: float | Tensor,
+    channels_per_group: int = 1,
+    slope: float | Tensor = 0.0,
+) -> tuple[float | Tensor, Moments[Tensor]]:
+    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider.
+
+    Returns:
+        The weight of each example, (N, 1), or ``alpha`` if ``slope`` is the number 0; and the moments of the
+        mixture, (N, C).
     """
     example = example_moments(x)
     dtype = example.mean.dtype
     running = Moments(running.mean.to(dtype), running.var.to(dtype))
     if channels_per_group > 1:
         example, running = (_pool_channels(m, channels_per_group) for m in (example, running))
-    if isinstance(slope, Tensor) or slope:
-        alpha = weight_by_distance(alpha, slope, example, running, eps)
-    moments = mix(alpha, example, running)
-    scale = torch.rsqrt(moments.var + eps)
-    if weight is not None:
-        scale = scale * weight.to(dtype)
-    shift = -moments.mean * scale
-    if bias is not None:
-        shift = shift + bias.to(dtype)
-    return affine(x, scale, shift)
+    weight = weight_by_distance(alpha, slope, example, running, eps)
+    return weight, mix(weight, example, running)
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:

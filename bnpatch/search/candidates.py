@@ -93,7 +93,9 @@ class CandidateSearch:
         self._best_score = -math.inf  # of all trials so far; higher is better
         blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), judge.set_size)
         self._cache = ScoreCache(model, examples, judge, blocks, self._spend)
-        self.base = model.state  # the state that weights apply to; lambda adds re-estimated statistics
+        # The state that weights apply to; lambda adds re-estimated statistics. Candidates have no slopes.
+        self.base = model.state.with_weights(PatchWeights(slopes=dict.fromkeys(self._identities, 0.0)))
+        self._cache.use(self.base)
         # A global search scores its best settings on all blocks, so that selecting by them costs nothing
         # more. One weight for all norm layers hardly overfits: where there are no other candidates, all
         # tuning examples select.
@@ -266,7 +268,7 @@ class CandidateSearch:
         except NoGradientError:
             found = self._from_places(self._by_coordinates, start, groups)
         if not (self.interrupted or self._out_of_time()):
-            study.remember(candidate, [dict(found.alphas), dict(found.lambdas)])
+            study.remember(candidate, [dict(found.alphas), dict(found.lambdas), dict(found.slopes)])
         return found
 
     def _from_places(
@@ -458,7 +460,10 @@ def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _digest(weights: PatchWeights) -> str:
-    return _hash(json.dumps([dict(weights.alphas), dict(weights.lambdas)], sort_keys=True).encode())
+    values = [dict(weights.alphas), dict(weights.lambdas)]
+    if any(weights.slopes.values()):
+        values.append(dict(weights.slopes))
+    return _hash(json.dumps(values, sort_keys=True).encode())
 
 
 def _hash(content: bytes) -> str:
