@@ -17,7 +17,10 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="Patch with this recipe first.")] = None,
     alpha_input: Annotated[
         Literal["global", "per-site"] | None,
-        typer.Option(help="Leave alpha adjustable: one input for all norm layers, or one for each."),
+        typer.Option(
+            help="Leave alpha, and the slope if there is one, adjustable: one input for all norm layers, or "
+            "one for each."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Compare on real images of this data set, too.")] = None,
     as_json: opt.Json = False,

@@ -70,6 +70,7 @@ class _Facts:
     found: "Inventory[AnyNormLayer]"
     calls: "tuple[SkippedNorm, ...]"  # calls of functions that normalize, such as F.batch_norm
     alphas: dict[str, float]
+    slopes: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     outputs: int | None
     fused: tuple[str, ...]
@@ -111,6 +112,7 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
         loaded.inventory(),
         calls,
         loaded.alphas(),
+        dict(loaded.weights.slopes),
         shapes,
         outputs,
         fused=fused,
@@ -131,11 +133,13 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
     opt.say("")
     opt.put(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
     if list_norms:
+        weights = {"alpha": facts.alphas} | ({"slope": facts.slopes} if any(facts.slopes.values()) else {})
         rows = [
-            [s.name, s.kind, s.num_channels, facts.resolution(s.name), f"{facts.alphas[s.name]:g}"]
+            [s.name, s.kind, s.num_channels, facts.resolution(s.name)]
+            + [f"{values[s.name]:g}" for values in weights.values()]
             for s in found.norm_layers
         ]
-        table(["norm layer", "kind", "channels", "map", "alpha"], rows)
+        table(["norm layer", "kind", "channels", "map", *weights], rows)
     elif found.norm_layers:
         groups = Counter((s.kind, facts.resolution(s.name)) for s in found.norm_layers)
         rows = [[kind, shape, count] for (kind, shape), count in groups.items()]
@@ -170,6 +174,7 @@ def _as_json(loaded: "TorchModel | OnnxModel", facts: _Facts, advice: Advice | N
                 "channels": s.num_channels,
                 "resolution": facts.shapes.get(s.name),
                 "alpha": facts.alphas[s.name],
+                "slope": facts.slopes[s.name],
             }
             for s in facts.found.norm_layers
         ],

@@ -3,7 +3,8 @@
 No formula of bnpatch appears here. The mixture is written out as a weighted sample: every value of the
 example's channel group carries the weight alpha / count, and the running distribution is stood in for
 by two equally likely points, mean - std and mean + std, which have its mean and its variance. Mean and
-variance are then those of a weighted sample, taken in two passes.
+variance are then those of a weighted sample, taken in two passes. With a slope, alpha is first replaced by
+the weight that the example's distance gives it, by its definition as a sigmoid.
 """
 
 import numpy as np
@@ -25,20 +26,40 @@ def mixed(weight, one, other):
     return tuple(np.array(part) for part in zip(*found, strict=True))
 
 
-def weighted_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1):
+def samples(own, mean, var):
+    """The example's values of a channel group, and points that stand in for its running distribution."""
+    std = np.sqrt(var)
+    return own.ravel(), np.concatenate([mean - std, mean + std])
+
+
+def weight_by_distance(x, running_mean, running_var, eps, alpha, slope, channels_per_group=1):
+    """The weight of one example (C, *spatial)."""
+    if slope == 0 or alpha in (0, 1):
+        return alpha
+    distances = []
+    for first in range(0, x.shape[0], channels_per_group):
+        group = slice(first, first + channels_per_group)
+        own, points = samples(x[group], running_mean[group], running_var[group])
+        moved = (np.mean(own) - np.mean(points)) ** 2 / (np.var(points) + eps)
+        scaled = np.log((np.var(own) + eps) / (np.var(points) + eps)) ** 2
+        distances.append((moved + scaled) / 2)
+    logit = np.log(alpha / (1 - alpha)) + slope * np.log(np.mean(distances) + 1e-4)
+    return 1 / (1 + np.exp(-logit))
+
+
+def weighted_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1, slope=0.0):
     x, running_mean, running_var, weight, bias = (
         np.asarray(a, np.float64) for a in (x, running_mean, running_var, weight, bias)
     )
     y = np.empty_like(x)
     for n in range(x.shape[0]):
+        share = weight_by_distance(x[n], running_mean, running_var, eps, alpha, slope, channels_per_group)
         for first in range(0, x.shape[1], channels_per_group):
             group = slice(first, first + channels_per_group)
-            own = x[n, group].ravel()
-            std = np.sqrt(running_var[group])
-            points = np.concatenate([running_mean[group] - std, running_mean[group] + std])
+            own, points = samples(x[n, group], running_mean[group], running_var[group])
             values = np.concatenate([own, points])
             weights = np.concatenate(
-                [np.full(own.size, alpha / own.size), np.full(points.size, (1 - alpha) / points.size)]
+                [np.full(own.size, share / own.size), np.full(points.size, (1 - share) / points.size)]
             )
             mean, var = weighted_moments(values, weights)
             spatial = (-1,) + (1,) * (x.ndim - 2)

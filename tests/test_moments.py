@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnpatch.core.moments import Moments, mix, pool
+from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+from tests import reference
 from tests.reference import weighted_moments
 
 # The same examples on every machine, however long it takes for them.
@@ -64,3 +65,38 @@ def test_pool_is_the_union_of_equal_parts(parts, size, seed):
 def test_pool_keeps_the_axes():
     moments = Moments(np.zeros((2, 3, 4)), np.ones((2, 3, 4)))
     assert pool(moments, axes=(0, 2)).mean.shape == (1, 3, 1)
+
+
+@fixed
+@given(st.floats(1e-6, 1 - 1e-6), st.floats(-4, 4), st.floats(-2, 2), st.integers(0, 2**31))
+def test_the_weight_by_distance_is_a_sigmoid(alpha, slope, scale, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(1, 10**scale, (2, 3, 7))
+    mean, var = rng.normal(size=3), rng.random(3) + 0.1
+    found = weight_by_distance(alpha, slope, of(x, axis=-1), Moments(mean[:, None], var[:, None]), 1e-3)
+    assert found.shape == (2, 1, 1)
+    expected = [reference.weight_by_distance(one, mean, var, 1e-3, alpha, slope) for one in x]
+    np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-10)  # powers of fifteen digits
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1.0, 1e15])
+def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype, eps, scale):
+    """Also for constant examples (variance 0) without eps, and for distances whose powers would overflow."""
+    rng = np.random.default_rng(0)
+    example = Moments(
+        *((scale * part).astype(dtype) for part in (rng.normal(size=(3, 4)), rng.random((3, 4))))
+    )
+    running = Moments(rng.normal(size=4).astype(dtype), rng.random(4).astype(dtype))
+    alphas = np.concatenate([[0, 1], rng.random(1000), 10.0 ** -rng.uniform(0, 30, 1000)]).astype(dtype)
+    alphas = alphas[:, None, None]
+    for slope in (-4.0, -0.5, 0.0, 0.5, 4.0):
+        found = weight_by_distance(alphas, np.array(slope, dtype), example, running, eps)
+        assert found.shape == (len(alphas), 3, 1)
+        assert found.dtype == dtype
+        assert ((found >= 0) & (found <= 1)).all()  # and not NaN
+        assert (found[0] == 0).all()
+        assert (found[1] == 1).all()
+        if slope == 0:
+            assert (found == alphas).all()

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from bnpatch.core.moments import Moments
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.output_range import output_ranges
 from bnpatch.models.load import load
-from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.norm import ExampleWeightedNorm, mixture
 from bnpatch.nn.surgery import patch
 from tests.nn.test_surgery import images, settle
 
@@ -82,3 +83,14 @@ def test_leaves_no_trace(module):
     ranges(module)
     assert module.training
     assert not any(m._forward_pre_hooks or isinstance(m, ExampleWeightedNorm) for m in module.modules())
+
+
+def test_with_a_slope_the_bound_is_that_of_the_smallest_weight(module):
+    patch(module, 0.2, slope=1.0)
+    with_slope = ranges(module, batch_size=2)[0]
+    norm = module[1]
+    x = module[0](torch.cat([X]))
+    weights, _ = mixture(x, Moments(norm.running_mean, norm.as_origin().running_var), norm.eps, 0.2, 1, 1.0)
+    assert with_slope.inference_bound == pytest.approx(math.sqrt(36 / weights.min().item() - 1), rel=1e-5)
+    assert with_slope.observed == pytest.approx(by_hand(norm, x), rel=1e-5)
+    assert with_slope.observed <= with_slope.inference_bound

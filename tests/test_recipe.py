@@ -19,6 +19,18 @@ def test_round_trip(tmp_path):
     assert RECIPE.alphas == {"bn1": 0.02, "bn2": 0.0}
 
 
+def test_slopes_make_a_recipe_of_format_2(tmp_path):
+    """Without slopes it stays one that earlier versions read."""
+    assert RECIPE.to_json()["format"] == 1
+    assert "slope" not in RECIPE.to_json()["sites"][0]
+    sloped = Recipe((NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", slope=-0.5), RECIPE.norm_layers[1]))
+    assert sloped.to_json()["format"] == 2
+    sloped.save(tmp_path / "recipe.json")
+    read = Recipe.load(tmp_path / "recipe.json")
+    assert read == sloped
+    assert read.state.weights.slopes == {"bn1": -0.5, "bn2": 0.0}
+
+
 @pytest.mark.parametrize(
     ("norm_layers", "message"),
     [
@@ -116,6 +128,8 @@ def test_moments_round_trip_exactly(tmp_path):
         ({"calibrated": {"mean": "AAAA", "var": "AAAA"}}, "damaged recipe"),
         ({"calibrated": {"mean": "!"}}, "damaged recipe"),
         ({"calibrated": {}}, "damaged recipe"),
+        ({"slope": 4.5}, r"slope = 4.5; slope must lie in \[-4, 4\]"),
+        ({"slope": "0.5"}, r"slope = 0.5; slope must lie in \[-4, 4\]"),
         ({"gamma": 1}, "damaged recipe .*a norm layer has 'gamma'"),
     ],
 )

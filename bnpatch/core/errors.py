@@ -3,6 +3,9 @@
 # The most characters that an error quotes from another library's message.
 _LONGEST = 300
 
+#: A slope, which says how a weight depends on the distance of the example, lies between -4 and 4.
+LARGEST_SLOPE = 4.0
+
 
 class BnpatchError(Exception):
     """The user's input is wrong, and the user can put it right.
@@ -56,6 +59,23 @@ def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
         place = f" at {where!r}" if where else ""
         raise InvalidAlphaError(f"{name} = {alpha}{place} is not a weight", "it must lie in [0, 1]")
     return alpha
+
+
+class InvalidSlopeError(BnpatchError, ValueError):
+    """A slope lies outside [-4, 4]."""
+
+
+def check_slope(slope: float, where: str = "") -> float:
+    """Return ``slope``, or raise InvalidSlopeError if it is not in [-4, 4].
+
+    Args:
+        slope: how much the logit of alpha grows with the logarithm of the distance of the example.
+        where: name of the norm layer that the slope is for, for the message.
+    """
+    if not -LARGEST_SLOPE <= slope <= LARGEST_SLOPE:
+        place = f" at {where!r}" if where else ""
+        raise InvalidSlopeError(f"slope = {slope}{place} is too steep", "it must lie in [-4, 4]")
+    return slope
 
 
 class BnpatchWarning(UserWarning):

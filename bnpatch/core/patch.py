@@ -1,4 +1,4 @@
-"""A patch as a value: two weights per norm layer (alpha, lambda) and the statistics that they weight."""
+"""A patch as a value: alpha, lambda and slope of each norm layer, and the statistics that they weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.moments import Moments
 
 #: By name of norm layer, a mean and a variance, each of shape (C,).
@@ -17,17 +17,26 @@ Statistics = Mapping[str, Moments[Any]]
 class PatchWeights:
     """The weights of a patch, by name of norm layer. A norm layer that is not named keeps its weights.
 
+        >>> weights = PatchWeights({"bn1": 0.1, "bn2": 0.02}, slopes={"bn1": 0.5})
+        >>> weights.updated(PatchWeights({"bn1": 0.0})).is_identity({"bn1": 0.0, "bn2": 0.0})
+        False
+
     Attributes:
         alphas: the weight of the example; the running statistics have the weight 1 - alpha.
         lambdas: the weight of the statistics that were re-estimated on new data (the target) in the running
             statistics; those of the checkpoint (the source) have the weight 1 - lambda.
+        slopes: how much the weight of the example depends on its distance from the running statistics, see
+            :func:`~bnpatch.core.moments.weight_by_distance`. With 0, every example has the weight alpha.
     """
 
     alphas: Mapping[str, float] = field(default_factory=dict)
     lambdas: Mapping[str, float] = field(default_factory=dict)
+    slopes: Mapping[str, float] = field(default_factory=dict)
 
     def is_identity(self, identities: Mapping[str, float]) -> bool:
         """Tell whether a model with these weights computes what the unpatched model does.
+
+        Slopes don't matter, because no slope changes a weight of 0 or 1.
 
         Args:
             identities: by name of norm layer, the alpha at which it computes what it did.
@@ -36,7 +45,23 @@ class PatchWeights:
 
     def updated(self, other: "PatchWeights") -> "PatchWeights":
         """Return these weights, replaced by those of ``other`` for the norm layers that ``other`` names."""
-        return PatchWeights({**self.alphas, **other.alphas}, {**self.lambdas, **other.lambdas})
+        return PatchWeights(
+            {**self.alphas, **other.alphas},
+            {**self.lambdas, **other.lambdas},
+            {**self.slopes, **other.slopes},
+        )
+
+    def varying(self) -> dict[str, float]:
+        """Return the slopes that have an effect: they are not 0, and alpha is neither 0 nor 1."""
+        return {n: s for n, s in self.slopes.items() if s and 0 < self.alphas.get(n, 0.0) < 1}
+
+    def slopes_to_write(self, as_inputs: object) -> Mapping[str, float]:
+        """Return the slopes that a graph needs.
+
+        Args:
+            as_inputs: whether the weights stay adjustable. Then the graph needs all slopes if any is not 0.
+        """
+        return self.slopes if as_inputs and any(self.slopes.values()) else self.varying()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +71,7 @@ class PatchState:
     The search proposes states, a model computes with one, a recipe stores one, and an export writes one.
 
     Attributes:
-        weights: alpha and lambda by name of norm layer.
+        weights: alpha, lambda and slope by name of norm layer.
         target: statistics re-estimated on new data (AdaBN); lambda is their weight.
         running: running statistics from data, for norm layers that have none of their own: Group Norm, Batch
             Norm that never kept any, and Batch Norm that was fused into a convolution. Such a norm is a norm
@@ -96,12 +121,16 @@ class PatchState:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
                 re-estimated statistics.
             InvalidAlphaError: a weight is not in [0, 1].
+            InvalidSlopeError: a slope is not in [-4, 4].
         """
         for kind, weights in (("alpha", self.weights.alphas), ("lambda", self.weights.lambdas)):
             for name, weight in weights.items():
                 check_alpha(float(weight), name, kind)
-                if name not in identities:
-                    raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
+        for name, slope in self.weights.slopes.items():
+            check_slope(float(slope), name)
+        for name in (*self.weights.alphas, *self.weights.lambdas, *self.weights.slopes):
+            if name not in identities:
+                raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
         for name, weight in self.weights.lambdas.items():
             if weight and name not in self.target:
                 raise BnpatchError(

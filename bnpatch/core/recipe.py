@@ -17,7 +17,9 @@ from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 
-FORMAT = 1
+#: The newest format that this version reads. Format 2 has slopes. A recipe without slopes is written as
+#: format 1, so that earlier versions read it.
+FORMAT = 2
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +39,7 @@ class NormRecipe:
         channels_per_group: number of consecutive channels whose moments a Batch/Group Norm pools. The model
             stores such a layer as Batch Norm, so only the recipe knows the number. It is 1 for Group Norm,
             which has the number itself.
+        slope: how much the weight depends on the distance of the example, in [-4, 4].
     """
 
     name: str
@@ -47,6 +50,7 @@ class NormRecipe:
     target: Moments[Array] | None = None
     running: Moments[Array] | None = None
     channels_per_group: int = 1
+    slope: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; moments are written as base64 of little-endian float32."""
@@ -57,6 +61,8 @@ class NormRecipe:
             values["calibrated"] = _encode(self.running)
         if self.channels_per_group > 1:
             values["channels_per_group"] = self.channels_per_group
+        if self.slope:
+            values["slope"] = self.slope
         return values
 
     @classmethod
@@ -75,6 +81,7 @@ class NormRecipe:
             "target",
             "calibrated",
             "channels_per_group",
+            "slope",
         }
         if unknown := values.keys() - known:
             raise ValueError(f"a norm layer has {min(unknown)!r}")
@@ -85,8 +92,8 @@ class NormRecipe:
         if weight and target is None:
             raise ValueError("lambda without target")
         name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
-        groups = values.get("channels_per_group", 1)
-        return cls(name, kind, alpha, print_, weight, target, running, groups)
+        groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
+        return cls(name, kind, alpha, print_, weight, target, running, groups, slope)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Recipe:
         """The patch as the value that :meth:`bnpatch.models.base.Model.set_state` takes."""
         norms = self.norm_layers
         return PatchState(
-            PatchWeights(self.alphas, {norm.name: norm.lambda_ for norm in norms}),
+            PatchWeights(self.alphas, {n.name: n.lambda_ for n in norms}, {n.name: n.slope for n in norms}),
             {norm.name: norm.target for norm in norms if norm.target is not None},
             {norm.name: norm.running for norm in norms if norm.running is not None},
             {norm.name: norm.channels_per_group for norm in norms if norm.channels_per_group > 1},
@@ -156,7 +163,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""
         return {
-            "format": FORMAT,
+            "format": FORMAT if any(norm_layer.slope for norm_layer in self.norm_layers) else 1,
             "sites": [norm_layer.to_json() for norm_layer in self.norm_layers],
             **({"weigh_single_values": True} if self.include_1x1 else {}),
             "provenance": dict(self.provenance),
@@ -184,9 +191,9 @@ class Recipe:
         remedy = "make one with bnpatch tune-alpha"
         if not isinstance(content, dict) or "format" not in content:
             raise BnpatchError(f"{source} is not a recipe", remedy)
-        if content["format"] != FORMAT:
+        if content["format"] not in range(1, FORMAT + 1):
             raise BnpatchError(
-                f"{source} has recipe format {content['format']}, this bnpatch reads {FORMAT}",
+                f"{source} has recipe format {content['format']}, this bnpatch reads 1 to {FORMAT}",
                 "update bnpatch",
             )
         try:
@@ -195,11 +202,15 @@ class Recipe:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BnpatchError(f"{source} is a damaged recipe ({error})", remedy) from error
         for norm_layer in norm_layers:
-            for name, value in (("alpha", norm_layer.alpha), ("lambda", norm_layer.lambda_)):
-                if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            for name, value, least, most in (
+                ("alpha", norm_layer.alpha, 0, 1),
+                ("lambda", norm_layer.lambda_, 0, 1),
+                ("slope", norm_layer.slope, -4, 4),
+            ):
+                if not isinstance(value, (int, float)) or not least <= value <= most:
                     raise BnpatchError(
                         f"{source}: norm layer {norm_layer.name!r} has {name} = {value}",
-                        f"{name} must lie in [0, 1]",
+                        f"{name} must lie in [{least}, {most}]",
                     )
             if not isinstance(norm_layer.channels_per_group, int) or norm_layer.channels_per_group < 1:
                 raise BnpatchError(

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeightedNorm, weighted_norm
+from bnpatch.nn.norm import ExampleWeightedNorm, affine, mixture
 from bnpatch.nn.surgery import NormLayer
 
 
@@ -49,7 +50,8 @@ def inference_bound(num_values: int, alpha: float) -> float:
     """Return the largest normalized value that is possible at inference for an example of S values.
 
     It is ``sqrt(S / alpha - 1)``, because each of the S values (``num_values``) has the weight alpha / S in
-    the moments that normalize it. It is infinite at alpha = 0, where the example has no weight.
+    the moments that normalize it. It is infinite at alpha = 0, where the example has no weight. With a slope,
+    alpha stands for the smallest weight of an example.
     """
     return math.sqrt(num_values / alpha - 1) if alpha else math.inf
 
@@ -99,20 +101,21 @@ def output_ranges(
 
 @dataclass
 class _Watched:
-    """A norm layer with its observations: values normalized together per example, alpha, largest value."""
+    """A norm layer with its observations: values normalized together, smallest weight, largest value."""
 
     norm_layer: NormLayer
     num_values: int = 0
-    alpha: float = 0.0
+    weight: float = 1.0
     largest: Tensor | None = None
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         running = None
-        self.alpha = self.norm_layer.identity
+        alpha, slope = self.norm_layer.identity, 0.0
         if isinstance(module, ExampleWeightedNorm):
             running = module.running
-            self.alpha = self.norm_layer.alpha if module.weighs(x) else self.norm_layer.identity
+            if module.weighs(x):
+                alpha, slope = self.norm_layer.alpha, self.norm_layer.slope
         if running is None:
             _, _, mean, var = self.norm_layer.parameters()
             assert mean is not None  # a norm layer without buffers has module.running
@@ -121,7 +124,10 @@ class _Watched:
         groups = self.norm_layer.channels_per_group
         self.num_values = math.prod(x.shape[2:]) * groups
         eps: Any = module.eps
-        y = weighted_norm(x, running, None, None, eps, self.alpha, groups)
+        weight, moments = mixture(x, running, eps, alpha, groups, slope)
+        self.weight = min(self.weight, weight.min().item() if isinstance(weight, Tensor) else weight)
+        scale = torch.rsqrt(moments.var + eps)
+        y = affine(x, scale, -moments.mean * scale)
         largest = y.abs().amax().float()
         # The tensor stays on the device; reading it here would synchronize at every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
@@ -132,5 +138,5 @@ class _Watched:
             self.norm_layer.name,
             self.largest.item(),
             training_bound(train_batch_size * self.num_values),
-            inference_bound(self.num_values, self.alpha),
+            inference_bound(self.num_values, self.weight),
         )

@@ -74,18 +74,20 @@ class Model(ABC, Generic[NormLayerT]):
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
                 re-estimated statistics.
             InvalidAlphaError: a weight is not in [0, 1].
+            InvalidSlopeError: a slope is not in [-4, 4].
         """
         self._make_norm_layers(state)
         identities = self.identities()
         state.check(identities, self.name)
-        everywhere = PatchWeights(identities, dict.fromkeys(identities, 0.0))
+        zeros = dict.fromkeys(identities, 0.0)
+        everywhere = PatchWeights(identities, zeros, zeros)
         state = replace(state, weights=everywhere.updated(state.weights))
         self._use(state)
         self._state = state
 
     @property
     def weights(self) -> PatchWeights:
-        """Alpha and lambda of every norm layer."""
+        """Alpha, lambda and slope of every norm layer."""
         return self._state.weights
 
     def set_weights(self, weights: PatchWeights) -> None:
@@ -174,6 +176,7 @@ class Model(ABC, Generic[NormLayerT]):
                         None if target is None else as_arrays(target),
                         None if running is None else as_arrays(running),
                         state.channels_per_group.get(name, 1),
+                        state.weights.slopes[name],
                     )
                 )
         return Recipe(tuple(norms), dict(provenance or {}), state.include_1x1)
@@ -221,6 +224,10 @@ class Model(ABC, Generic[NormLayerT]):
     def alphas_in_use(self) -> Mapping[str, float | Tensor]:
         """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
         return self.alphas()
+
+    def slopes_in_use(self) -> Mapping[str, float | Tensor]:
+        """Return the slope by name of norm layer; a learned one is the tensor itself."""
+        return self.weights.slopes
 
     @abstractmethod
     def watch_fused(self, example: Tensor) -> Watch | None:

@@ -65,7 +65,7 @@ def export_onnx(
     images: Tensor | None = None,
     external_data_threshold: int = io.EXTERNAL_DATA_THRESHOLD,
 ) -> Export:
-    """Write a patched model with its current alphas as ONNX, and check that the file computes the same.
+    """Write a patched model with its current weights as ONNX, and check that the file computes the same.
 
     Norm layers at their identity stay as they were, so that runtimes fuse them as before.
 
@@ -78,7 +78,8 @@ def export_onnx(
         example_input: inputs (N, ...) with which a module is exported; by default blank images of the size
             of its preprocessing.
         alpha_inputs: None writes alphas as constants. ``"global"`` adds one graph input for all alphas,
-            ``"per-site"`` one for each norm layer; the inputs have the current alphas as defaults.
+            ``"per-site"`` one for each norm layer; the inputs have the current alphas as defaults. If any
+            slope is not 0, the slopes become inputs, too, ``slope`` or ``slope.<name>``.
         images: a real batch (N, ...) to compare on, besides random ones.
         external_data_threshold: if the tensors take more bytes, they go to ``<name>.data`` beside the file.
 

@@ -1,6 +1,6 @@
 """The ONNX backend: an ONNX graph that can be patched and run by onnxruntime.
 
-One session has all alphas as inputs and serves the whole search. Another session runs the graph as it was
+One session has all weights as inputs and serves the whole search. Another session runs the graph as it was
 read; it is used if every norm layer is at its identity, so that the baseline is exactly the user's file.
 """
 
@@ -189,12 +189,9 @@ class OnnxModel(Model[AnyNormLayer]):
         if self.weights.is_identity(self.identities()):
             session = self._plain = self._plain or open_session(self.graph, self.device)
             return self._as_logits(torch.from_numpy(self.run(session, [self.signature.output], x)[0]))
-        self._weighted = self._weighted or self._open_weighted()
-        return self._as_logits(
-            torch.from_numpy(
-                self.run(self._weighted.session, [self.signature.output], x, self._feeds(self._weighted))[0]
-            )
-        )
+        opened = self._weighted = self._kept(self._weighted) or self._open_weighted()
+        outputs = self.run(opened.session, [self.signature.output], x, self._feeds(opened))
+        return self._as_logits(torch.from_numpy(outputs[0]))
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`predict` does. There are no gradients.
@@ -203,7 +200,7 @@ class OnnxModel(Model[AnyNormLayer]):
             The outputs; and by name of norm layer or uncalibrated norm, the moments (N, C) of each example at
             its input. If a module is called k times, they are of shape (k * N, C).
         """
-        opened = self._observed = self._observed or self._open_weighted(observe=True)
+        opened = self._observed = self._kept(self._observed) or self._open_weighted(observe=True)
         names = [name for pairs in opened.moments.values() for pair in pairs for name in pair]
         outputs, *parts = self.run(opened.session, [self.signature.output, *names], x, self._feeds(opened))
         by_name = {name: torch.from_numpy(part).flatten(1) for name, part in zip(names, parts, strict=True)}
@@ -350,7 +347,8 @@ class OnnxModel(Model[AnyNormLayer]):
             alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
             example_input: not used.
         """
-        alphas, lambdas = self.weights.alphas, self.weights.lambdas
+        weights = self.weights
+        alphas, lambdas = weights.alphas, weights.lambdas
         # A recovered norm layer at its identity is left out of the graph, because it would do nothing.
         used = {
             name: moments
@@ -360,7 +358,7 @@ class OnnxModel(Model[AnyNormLayer]):
         graph = self._with_norms(used)
         there = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
         patched: tuple[str, ...] = ()
-        if alpha_inputs is not None or not self.weights.is_identity(self.identities()):
+        if alpha_inputs is not None or not weights.is_identity(self.identities()):
             running = {name: m for name, m in self.statistics_in_use().items() if name in there}
             patched = rewrite(
                 graph,
@@ -368,6 +366,7 @@ class OnnxModel(Model[AnyNormLayer]):
                 running=running,
                 alpha_inputs=alpha_inputs,
                 include_1x1=self._state.include_1x1,
+                slopes={n: s for n, s in weights.slopes_to_write(alpha_inputs).items() if n in there},
             ).patched
         write_metadata(graph, self.preprocessing, self.class_names)
         return graph, patched
@@ -402,15 +401,19 @@ class OnnxModel(Model[AnyNormLayer]):
         return open_weighted(
             self._with_norms(state.running),
             self._patchable(),
-            state.weights.alphas,
+            state.weights,
             self._running(),
             self.device,
             include_1x1=state.include_1x1,
             observe=observe,
         )
 
+    def _kept(self, opened: WeightedSession | None) -> WeightedSession | None:
+        """Return a session unless it lacks slopes that the weights have."""
+        return opened if opened and (opened.slopes or not self.weights.varying()) else None
+
     def _feeds(self, opened: WeightedSession) -> dict[str, npt.NDArray[Any]]:
-        return opened.feeds(self.weights.alphas, self.statistics_in_use())
+        return opened.feeds(self.weights, self.statistics_in_use())
 
     def _running(self) -> dict[str, Moments[Any]]:
         """Running statistics from data, of norms that are in the graph."""

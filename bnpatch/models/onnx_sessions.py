@@ -1,7 +1,8 @@
 """Open sessions of onnxruntime that take a patch as inputs, or that normalize by the batch.
 
 One session has all alphas and running statistics as inputs, so that a search opens it once and no weight
-means a new graph. Another normalizes by the batch and returns its moments, to re-estimate statistics.
+means a new graph. Once a state has slopes, they are inputs too. Another session normalizes by the batch and
+returns its moments, to re-estimate statistics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from bnpatch.core.patch import Statistics
+from bnpatch.core.patch import PatchWeights, Statistics
 from bnpatch.onnx import match
 from bnpatch.onnx.expressions import Tape
 from bnpatch.onnx.formulas import append_by_batch
@@ -32,18 +33,22 @@ class WeightedSession:
     Attributes:
         session: the session of onnxruntime.
         alphas: by name of input, the norm layer whose alpha it takes.
+        slopes: by name of input, the norm layer whose slope it takes; empty if all slopes are 0.
         running: by name of norm layer, the inputs that take running mean and variance.
         moments: by name of norm layer, the outputs with mean and variance of each example.
     """
 
     session: Any
     alphas: Mapping[str, str]
+    slopes: Mapping[str, str]
     running: MomentNames
     moments: MomentNames
 
-    def feeds(self, alphas: Mapping[str, float], statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
+    def feeds(self, weights: PatchWeights, statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
         """Return the values of the inputs, for weights and for statistics in use by name of norm layer."""
-        feeds = {name: np.asarray(alphas[norm], np.float32) for name, norm in self.alphas.items()}
+        feeds: dict[str, npt.NDArray[Any]] = {}
+        for inputs, values in ((self.alphas, weights.alphas), (self.slopes, weights.slopes)):
+            feeds |= {name: np.asarray(values[norm], np.float32) for name, norm in inputs.items()}
         for norm, moments in statistics.items():
             for mean, var in self.running.get(norm, ()):
                 feeds[mean] = np.asarray(moments.mean, np.float32)
@@ -54,19 +59,19 @@ class WeightedSession:
 def open_weighted(
     graph: ir.Model,
     norms: Sequence[match.NormLayer],
-    alphas: Mapping[str, float],
+    weights: PatchWeights,
     running: Statistics,
     device: torch.device,
     *,
     include_1x1: bool,
     observe: bool,
 ) -> WeightedSession:
-    """Open a session with all weights as inputs.
+    """Open a session with all weights as inputs; with slopes only if one of them has an effect.
 
     Args:
         graph: the model with its recovered norms; it is rewritten.
         norms: the norm layers to patch.
-        alphas: default values of the inputs, by name of norm layer.
+        weights: default values of the inputs, for every norm layer.
         running: running statistics of norms that have none in the graph.
         device: where to run.
         include_1x1: see :class:`~bnpatch.core.patch.PatchState`.
@@ -80,21 +85,25 @@ def open_weighted(
             moments.setdefault(norm.module, []).append(pair)
     done = rewrite(
         graph,
-        alphas,
+        weights.alphas,
         running=running,
         alpha_inputs="per-site",
         running_inputs=True,
         include_1x1=include_1x1,
+        slopes=weights.slopes if weights.varying() else None,
     )
     session = open_session(graph, device)
     taken = {value.name for value in session.get_overridable_initializers()}
     modules = {norm.name: norm.module for norm in norms}
-    inputs = {name: modules[norm] for norm, name in done.alpha_inputs.items() if name in taken}
+    alphas, slopes = (
+        {name: modules[norm] for norm, name in inputs.items() if name in taken}
+        for inputs in (done.alpha_inputs, done.slope_inputs)
+    )
     pairs: MomentNames = {}
     for name, pair in done.running_inputs.items():
         if pair[0] in taken:
             pairs.setdefault(modules[name], []).append(pair)
-    return WeightedSession(session, inputs, pairs, moments)
+    return WeightedSession(session, alphas, slopes, pairs, moments)
 
 
 def open_by_batch(

@@ -135,6 +135,7 @@ def patched_graph(
         channels_per_group={s.name: s.channels_per_group for s in source.inventory().norm_layers},
         alpha_inputs=alpha_inputs,
         include_1x1=source.state.include_1x1,
+        slopes={n: s for n, s in source.weights.slopes_to_write(alpha_inputs).items() if n in chosen},
     )
     return graph, done.patched
 

@@ -82,11 +82,13 @@ class TorchModel(Model[NormLayer]):
         """Return the state of the module; ``given`` has the parts of the statistics that it mixed."""
         alphas: dict[str, float] = {}
         lambdas: dict[str, float] = {}
+        slopes: dict[str, float] = {}
         target, running = dict(given.target), dict(given.running)
         groups: dict[str, int] = {}
         include_1x1 = given.include_1x1
         for norm in self.inventory().norm_layers:
-            alphas[norm.name], lambdas[norm.name] = norm.alpha, given.weights.lambdas.get(norm.name, 0.0)
+            alphas[norm.name], slopes[norm.name] = norm.alpha, norm.slope
+            lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
             if norm.kind == VirtualNorm.__name__:
                 running.setdefault(norm.name, _buffers(norm))
             if not isinstance(layer := norm.module, ExampleWeightedNorm):
@@ -100,7 +102,7 @@ class TorchModel(Model[NormLayer]):
                 running[norm.name] = layer.running
             else:  # what they were mixed from is not known
                 target[norm.name], lambdas[norm.name] = layer.running, 1.0
-        return PatchState(PatchWeights(alphas, lambdas), target, running, groups, include_1x1)
+        return PatchState(PatchWeights(alphas, lambdas, slopes), target, running, groups, include_1x1)
 
     def inventory(self) -> Inventory[NormLayer]:
         """See :func:`bnpatch.inventory`."""
@@ -140,13 +142,14 @@ class TorchModel(Model[NormLayer]):
     def _use(self, state: PatchState) -> None:
         if not state.weights.alphas:
             return
-        self.module = patch(self.module, state.weights.alphas, include_1x1=state.include_1x1)
+        weights = state.weights
+        self.module = patch(self.module, weights.alphas, include_1x1=state.include_1x1, slope=weights.slopes)
         for norm in self.inventory().norm_layers:
             layer = norm.module
             assert isinstance(layer, ExampleWeightedNorm)  # patch() has just made it one
             if norm.identity == 0:
                 layer.channels_per_group = state.channels_per_group.get(norm.name, 1)
-            weight = state.weights.lambdas[norm.name]
+            weight = weights.lambdas[norm.name]
             source = None  # stands for the buffers, which a recovered norm layer has, too
             if norm.parameters()[2] is None:
                 source = self._on_device(state.running[norm.name])
@@ -185,6 +188,10 @@ class TorchModel(Model[NormLayer]):
     def alphas_in_use(self) -> dict[str, float | Tensor]:
         """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
         return {norm.name: norm.module.alpha for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
+
+    def slopes_in_use(self) -> dict[str, float | Tensor]:
+        """Return the slope by name of norm layer; a learned one is the tensor itself."""
+        return {norm.name: norm.module.slope for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
 
     def facts(self) -> dict[str, NormFacts]:
         """Return, by name of norm layer, what the layer has from the checkpoint."""

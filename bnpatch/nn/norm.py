@@ -1,7 +1,7 @@
 """The patched layer at inference: it normalizes by a mixture of example and running moments.
 
 The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
-input, to the learned scale and shift, and to alpha:
+input, to the learned scale and shift, to alpha and to the slope:
 
 - contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
 - channels last: one ``addcmul``, because that view would need a copy.
@@ -9,14 +9,14 @@ input, to the learned scale and shift, and to alpha:
 
 import math
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnpatch.core.errors import BnpatchWarning, check_alpha
-from bnpatch.core.moments import Moments, mix, pool
+from bnpatch.core.errors import BnpatchWarning, check_alpha, check_slope
+from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
 
 # For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
 _EPS = 2.0**-20
@@ -30,7 +30,9 @@ _OWN_STATE = (
     "include_1x1",
     "identity",
     "_alpha",
+    "_slope",
     "_is_identity",
+    "_is_constant",
     "_running",
 )
 
@@ -39,7 +41,8 @@ class ExampleWeightedNorm(nn.Module):
     """Normalizes each example at inference by a mixture of its own and the running moments.
 
     The example's own moments have the weight ``alpha``, the running ones ``1 - alpha`` (Summers & Dinneen
-    2020, Eq. 3). The output of an example does not depend on the rest of the batch.
+    2020, Eq. 3). With a :attr:`slope`, the weight grows or falls with the distance of the example's moments
+    from the running ones. The output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
     that was Group Norm therefore has its identity at 1; its running moments come from data, see
@@ -73,7 +76,9 @@ class ExampleWeightedNorm(nn.Module):
     identity: float
     eps: float
     _alpha: Tensor
+    _slope: Tensor
     _is_identity: bool
+    _is_constant: bool  # every example gets the weight alpha
     _running: Moments[Tensor] | None
 
     @classmethod
@@ -87,6 +92,7 @@ class ExampleWeightedNorm(nn.Module):
         identity: float = 0.0,
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
+        slope: float | Tensor = 0.0,
     ) -> "ExampleWeightedNorm":
         """Make a layer that replaces ``origin`` and shares its state. Don't use ``origin`` afterwards.
 
@@ -100,9 +106,11 @@ class ExampleWeightedNorm(nn.Module):
             identity: see the class.
             running: see :attr:`running`; required if ``origin`` has no running moments.
             include_1x1: see the class.
+            slope: see :attr:`slope`.
 
         Raises:
             InvalidAlphaError: alpha is not in [0, 1].
+            InvalidSlopeError: slope is not in [-4, 4].
         """
         layer = cls.__new__(cls)
         layer.__dict__ = origin.__dict__
@@ -115,7 +123,7 @@ class ExampleWeightedNorm(nn.Module):
             include_1x1=include_1x1,
             _running=running,
         )
-        layer.alpha = alpha
+        layer._set_weights(alpha, slope)
         return layer
 
     def as_origin(self) -> nn.Module:
@@ -139,19 +147,43 @@ class ExampleWeightedNorm(nn.Module):
         as a CPU tensor that is no buffer. Such a tensor combines with tensors of any device without a copy
         or a synchronization, ``.half()`` can't round it, and a compiled model need not recompile for it.
         """
-        return self._alpha if self._alpha.requires_grad else self._alpha.item()
+        return _number_or_learned(self._alpha)
 
     @alpha.setter
     def alpha(self, value: float | Tensor) -> None:
-        learned = isinstance(value, Tensor) and value.requires_grad
-        if not learned:
-            with torch.inference_mode(False):  # an inference tensor could not take part in a gradient later
-                value = torch.tensor(check_alpha(float(value)), dtype=torch.float64, device="cpu")
-        self.__dict__["_alpha"] = value
-        self.__dict__["_is_identity"] = not learned and float(value) == self.identity
+        self._set_weights(value, self._slope)
+
+    @property
+    def slope(self) -> float | Tensor:
+        """How much the weight depends on the distance of the example, in [-4, 4]; 0 for not at all.
+
+        :attr:`alpha` is the weight of an example at distance 1; see
+        :func:`~bnpatch.core.moments.weight_by_distance`. At :attr:`identity`, and wherever alpha is 0 or 1,
+        the slope changes nothing. Set a number or a tensor to learn it, as for :attr:`alpha`:
+
+            >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1, slope=0.5)
+            >>> layer.slope = torch.tensor(0.0, requires_grad=True)
+            >>> layer(torch.randn(2, 8, 4, 4)).square().sum().backward()
+            >>> layer.slope.grad is not None
+            True
+
+        """
+        return _number_or_learned(self._slope)
+
+    @slope.setter
+    def slope(self, value: float | Tensor) -> None:
+        self._set_weights(self._alpha, value)
+
+    def _set_weights(self, alpha: float | Tensor, slope: float | Tensor) -> None:
+        alpha = alpha if _is_learned(alpha) else _on_host(check_alpha(float(alpha)))
+        slope = slope if _is_learned(slope) else _on_host(check_slope(float(slope)))
+        number = None if _is_learned(alpha) else float(alpha)
+        self.__dict__["_alpha"], self.__dict__["_slope"] = alpha, slope
+        self.__dict__["_is_identity"] = number == self.identity
+        self.__dict__["_is_constant"] = number in (0, 1) or not (_is_learned(slope) or float(slope))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("alpha", "running"):  # nn.Module would register a Parameter and bypass the property
+        if name in ("alpha", "slope", "running"):  # nn.Module would register a Parameter, past the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -172,6 +204,8 @@ class ExampleWeightedNorm(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "weigh_single_values" in state:  # a model that was pickled with version 0.1
             state["include_1x1"] = state.pop("weigh_single_values")
+        if "_slope" not in state:  # a model that was pickled before there were slopes
+            state |= {"_slope": _on_host(0.0), "_is_constant": True}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeightedNorm":
@@ -226,7 +260,8 @@ class ExampleWeightedNorm(nn.Module):
         if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
             y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
         else:
-            y = weighted_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group)
+            slope = 0.0 if self._is_constant or isinstance(alpha, float) else self._slope
+            y = weighted_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group, slope)
         return self.finish(y)
 
     def check_input(self, x: Tensor) -> None:
@@ -264,9 +299,10 @@ class ExampleWeightedNorm(nn.Module):
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Show size, eps, alpha and the class that the layer had."""
-        alpha = self.alpha if isinstance(self.alpha, float) else "learned"
-        return f"{self.num_channels}, eps={self.eps}, alpha={alpha}, was {self.origin_class.__name__}"
+        """Show size, eps, alpha, slope if it is not 0, and the class that the layer had."""
+        alpha, slope = (w if isinstance(w, float) else "learned" for w in (self.alpha, self.slope))
+        slope = f", slope={slope}" if slope else ""
+        return f"{self.num_channels}, eps={self.eps}, alpha={alpha}{slope}, was {self.origin_class.__name__}"
 
 
 def weighted_norm(
@@ -277,6 +313,7 @@ def weighted_norm(
     eps: float,
     alpha: float | Tensor,
     channels_per_group: int = 1,
+    slope: float | Tensor = 0.0,
 ) -> Tensor:
     """Normalize each example by a mixture of its own and the running moments (Eq. 3 of the paper).
 
@@ -294,23 +331,43 @@ def weighted_norm(
         eps: added to the variance.
         alpha: weight of the example, in [0, 1]; a tensor may require grad.
         channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
+        slope: how much the weight depends on the distance of the example, see
+            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
+    """
+    _, moments = mixture(x, running, eps, alpha, channels_per_group, slope)
+    scale = torch.rsqrt(moments.var + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    shift = -moments.mean * scale
+    if bias is not None:
+        shift = shift + bias.to(scale.dtype)
+    return affine(x, scale, shift)
+
+
+def mixture(
+    x: Tensor,
+    running: Moments[Tensor],
+    eps: float,
+    alpha: float | Tensor,
+    channels_per_group: int = 1,
+    slope: float | Tensor = 0.0,
+) -> tuple[float | Tensor, Moments[Tensor]]:
+    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider.
+
+    Returns:
+        The weight of each example, (N, 1), or ``alpha`` if ``slope`` is the number 0; and the moments of the
+        mixture, (N, C).
     """
     example = example_moments(x)
     dtype = example.mean.dtype
     running = Moments(running.mean.to(dtype), running.var.to(dtype))
     if channels_per_group > 1:
         example, running = (_pool_channels(m, channels_per_group) for m in (example, running))
-    moments = mix(alpha, example, running)
-    scale = torch.rsqrt(moments.var + eps)
-    if weight is not None:
-        scale = scale * weight.to(dtype)
-    shift = -moments.mean * scale
-    if bias is not None:
-        shift = shift + bias.to(dtype)
-    return affine(x, scale, shift)
+    weight = weight_by_distance(alpha, slope, example, running, eps)
+    return weight, mix(weight, example, running)
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:
@@ -357,6 +414,19 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # With mean = 0 and var + eps = 1, batch_norm does only the multiplication and the addition.
     y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=_EPS)
     return y.reshape(x.shape)
+
+
+def _is_learned(weight: float | Tensor) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _number_or_learned(weight: Tensor) -> float | Tensor:
+    return weight if weight.requires_grad else weight.item()
+
+
+def _on_host(weight: float) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not take part in a gradient later
+        return torch.tensor(weight, dtype=torch.float64, device="cpu")
 
 
 def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
 from bnpatch.nn.norm import ExampleWeightedNorm
@@ -115,6 +115,14 @@ class NormLayer:
         alpha = self.module.alpha
         return alpha.item() if isinstance(alpha, Tensor) else alpha
 
+    @property
+    def slope(self) -> float:
+        """How much the weight depends on the distance of the example; 0 if the layer is not patched."""
+        if not isinstance(self.module, ExampleWeightedNorm):
+            return 0.0
+        slope = self.module.slope
+        return slope.item() if isinstance(slope, Tensor) else slope
+
 
 def inventory(model: nn.Module) -> Inventory[NormLayer]:
     """List the norm layers of a model, and the normalization layers that bnpatch skips, with reasons.
@@ -148,15 +156,17 @@ def patch(
     *,
     where: Callable[[NormLayer], bool] = lambda norm_layer: True,
     include_1x1: bool | None = None,
+    slope: float | Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
     Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At its identity
     (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
-    patched model sets new alphas. Group Norm can be patched once it has running moments, see
+    patched model sets new weights. Group Norm can be patched once it has running moments, see
     :func:`bnpatch.calibrate`.
 
         >>> model = patch(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.02)
+        >>> model = patch(model, alpha=0.1, slope=0.5)  # more weight for examples that are far away
 
     Args:
         model: any module; it may itself be a norm.
@@ -165,24 +175,30 @@ def patch(
         where: a function that tells which norm layers to patch.
         include_1x1: also weight examples with one value per channel (see
             :class:`~bnpatch.nn.norm.ExampleWeightedNorm`); None keeps the setting of patched layers.
+        slope: how much the weight depends on the distance of the example, in [-4, 4], see
+            :attr:`bnpatch.ExampleWeightedNorm.slope`: a number or a mapping, as for ``alpha``. Layers that it
+            does not name keep their slope, which is 0 at first; None names none.
 
     Returns:
         The model; it is another object only if the model itself is a norm.
 
     Raises:
-        BnpatchError: there is no norm layer to patch, or ``alpha`` names one that doesn't exist.
+        BnpatchError: there is no norm layer to patch, or ``alpha`` or ``slope`` names one that doesn't exist.
         InvalidAlphaError: an alpha is not in [0, 1].
+        InvalidSlopeError: a slope is not in [-4, 4].
     """
     found = inventory(model)
     norm_layers = [norm_layer for norm_layer in found.norm_layers if where(norm_layer)]
     if not norm_layers:
         raise BnpatchError(*_nothing_to_patch(found))
-    alphas = _alphas_by_name(alpha, norm_layers, found.skipped_norms)
+    alphas = _by_name(alpha, norm_layers, found.skipped_norms, check_alpha)
+    slopes = _by_name({} if slope is None else slope, norm_layers, found.skipped_norms, check_slope)
     swaps: dict[int, nn.Module] = {}
     for norm_layer in norm_layers:
         if isinstance(norm_layer.module, ExampleWeightedNorm):
             layer = norm_layer.module
             layer.alpha = alphas.get(norm_layer.name, layer.alpha)
+            layer.slope = slopes.get(norm_layer.name, layer.slope)
             if include_1x1 is not None:
                 layer.include_1x1 = include_1x1
         else:
@@ -191,6 +207,7 @@ def patch(
                 alphas.get(norm_layer.name, 0.0),
                 always_inference=CONVERTIBLE[_qualified_name(type(norm_layer.module))],
                 include_1x1=bool(include_1x1),
+                slope=slopes.get(norm_layer.name, 0.0),
             )
     return swap(model, swaps)
 
@@ -306,20 +323,23 @@ def _why_not_unknown(module: nn.Module) -> str:
     return _OTHER_KIND if is_norm and is_leaf else ""
 
 
-def _alphas_by_name(
-    alpha: float | Mapping[str, float], norm_layers: list[NormLayer], skipped_norms: tuple[SkippedNorm, ...]
+def _by_name(
+    weight: float | Mapping[str, float],
+    norm_layers: list[NormLayer],
+    skipped_norms: tuple[SkippedNorm, ...],
+    check: Callable[..., float],
 ) -> dict[str, float]:
-    if not isinstance(alpha, Mapping):
-        return {norm_layer.name: check_alpha(float(alpha)) for norm_layer in norm_layers}
+    if not isinstance(weight, Mapping):
+        return {norm_layer.name: check(float(weight)) for norm_layer in norm_layers}
     names = {
         name: norm_layer.name for norm_layer in norm_layers for name in (norm_layer.name, *norm_layer.aliases)
     }
-    if unknown := [name for name in alpha if name not in names]:
+    if unknown := [name for name in weight if name not in names]:
         remedy = f"its norm layers are {_enumerate([s.name for s in norm_layers])}"
         if any(left.name == unknown[0] and left.is_uncalibrated for left in skipped_norms):
             remedy = CALIBRATE
         raise BnpatchError(f"the model has no norm layer {unknown[0]!r}", remedy)
-    return {names[name]: check_alpha(float(value), name) for name, value in alpha.items()}
+    return {names[name]: check(float(value), name) for name, value in weight.items()}
 
 
 def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Values of an ONNX graph with arithmetic operators, so that ``bnpatch.core.moments`` works on them.
 
-A :class:`Value` has the operators that the formula needs, ``+ - *`` and ``.mean(axes, keepdims=True)``, and a
-few more that callers use. Each operator appends an ONNX node. Constants stay Python numbers and NumPy arrays
+A :class:`Value` has the operators that the formula needs (see :mod:`bnpatch.core.moments`), and a few more
+that callers use. Each operator appends an ONNX node. Constants stay Python numbers and NumPy arrays
 until they are combined with a value, so NumPy computes what is known beforehand, in float64, and it costs
 nothing at run time. All ONNX operators that are used exist from opset 7 on, so the opset never changes.
 """
@@ -18,6 +18,9 @@ Constant = int | float | NDArray[Any] | np.generic
 
 #: The first opset whose ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
+
+#: The first opset whose Clip takes its bounds as inputs.
+_BOUNDS_ARE_INPUTS = 11
 
 #: The first opset whose Constant can have integers.
 _CONSTANTS_ARE_OF_ANY_TYPE = 9
@@ -70,6 +73,12 @@ class Tape:
         if self._opset < _AXES_ARE_AN_INPUT:
             return self.op("ReduceMean", x, axes=list(axes), keepdims=1)
         return self.op("ReduceMean", x, self.constant(np.array(axes), ir.DataType.INT64), keepdims=1)
+
+    def clip(self, x: ir.Value, low: float, high: float, dtype: ir.DataType) -> ir.Value:
+        """Append a ``Clip`` to the range from ``low`` to ``high``."""
+        if self._opset < _BOUNDS_ARE_INPUTS:
+            return self.op("Clip", x, min=low, max=high)
+        return self.op("Clip", x, self.constant(low, dtype), self.constant(high, dtype))
 
     def _append(
         self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType | None, attrs: dict[str, Any]
@@ -124,8 +133,14 @@ class Value:
     def __rmul__(self, other: Any) -> "Value":
         return self if _is_scalar(other, 1) else self._op("Mul", other, self)
 
+    def __truediv__(self, other: Any) -> "Value":
+        return self if _is_scalar(other, 1) else self._op("Div", self, other)
+
     def __rtruediv__(self, other: Any) -> "Value":
         return self._op("Div", other, self)
+
+    def __pow__(self, other: Any) -> "Value":
+        return self._op("Pow", self, other)
 
     def mean(self, axes: int | tuple[int, ...], keepdims: bool = True) -> "Value":
         """Return the mean over ``axes``, which stay with size 1."""
@@ -141,6 +156,14 @@ class Value:
     def sqrt(self) -> "Value":
         """Return the square root of each element."""
         return self._op("Sqrt", self)
+
+    def log(self) -> "Value":
+        """Return the natural logarithm of each element."""
+        return self._op("Log", self)
+
+    def clip(self, low: float, high: float) -> "Value":
+        """Return the elements, moved into the range from ``low`` to ``high``."""
+        return Value(self.tape, self.tape.clip(self.value, low, high, self.dtype), self.dtype)
 
     def clamp_min_0(self) -> "Value":
         """Return ``max(x, 0)``, by the operator Relu because Max does not broadcast before opset 8."""

@@ -7,12 +7,12 @@ that is at its identity, so that a runtime fuses it as before.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
 from bnpatch.onnx.expressions import Tape
@@ -38,6 +38,7 @@ class Rewritten:
         patched: names of the norm layers that were rewritten.
         skipped_norms: every other normalization layer, and why it was skipped.
         alpha_inputs: by name of norm layer, the graph input for its alpha; empty if alphas are constants.
+        slope_inputs: the same for its slope; norm layers without a slope are missing.
         running_inputs: by name of norm layer, the graph inputs for its running mean and variance; empty if
             they are constants.
     """
@@ -47,6 +48,7 @@ class Rewritten:
     skipped_norms: tuple[SkippedNorm, ...]
     alpha_inputs: Mapping[str, str]
     running_inputs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    slope_inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def rewrite(
@@ -58,6 +60,7 @@ def rewrite(
     alpha_inputs: AlphaInputs | None = None,
     running_inputs: bool = False,
     include_1x1: bool = False,
+    slopes: Mapping[str, float] | None = None,
     append: Append = append_norm,
 ) -> Rewritten:
     """Rewrite the norm layers that ``alphas`` names, in place.
@@ -72,11 +75,14 @@ def rewrite(
             for a Batch/Group Norm, which the model stores as Batch Norm.
         alpha_inputs: None writes the alphas into the graph as constants, and keeps norm layers that are at
             their identity. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for each
-            norm layer. The inputs are float32 scalars with ``alphas`` as defaults.
+            norm layer. The inputs are float32 scalars with ``alphas`` as defaults. The slopes become inputs
+            in the same way.
         running_inputs: also add graph inputs for the running moments, float32 of shape (C,), with the
             moments above as defaults. A search uses them, because it changes the moments often.
         include_1x1: also rewrite norm layers whose input is known to have one value per example and channel,
             which are skipped by default.
+        slopes: how much the weight depends on the distance of the example, in [-4, 4], by name like
+            ``alphas``. Norm layers that are not named have none.
         append: appends the nodes that replace a norm layer.
 
     Returns:
@@ -85,13 +91,16 @@ def rewrite(
     Raises:
         BnpatchError: a name is no norm layer, or a norm layer has no running moments and none are given.
         InvalidAlphaError: an alpha is not in [0, 1].
-        ValueError: the alphas for a global input differ, or running moments have another shape or are not
-            finite.
+        InvalidSlopeError: a slope is not in [-4, 4].
+        ValueError: the alphas or the slopes for a global input differ, or running moments have another shape
+            or are not finite.
     """
     found = _regrouped(inventory(model), channels_per_group or {})
-    by_norm = _alphas_by_norm(alphas, found.norm_layers)
-    if alpha_inputs == "global" and len(set(by_norm.values())) > 1:
-        raise ValueError("one alpha input for all norm layers has one default, but the alphas differ")
+    by_norm = _by_norm(alphas, found.norm_layers, check_alpha)
+    slope_by_norm = _by_norm(slopes or {}, found.norm_layers, check_slope)
+    for name, values in (("alpha", by_norm), ("slope", slope_by_norm)):
+        if alpha_inputs == "global" and len(set(values.values())) > 1:
+            raise ValueError(f"one {name} input for all norm layers has one default, but the {name}s differ")
     moments = {
         norm_layer.name: _running_moments(norm_layer, running or {})
         for norm_layer in found.norm_layers
@@ -118,7 +127,8 @@ def rewrite(
         )
     taken = _names(model)
     weighted = [norm_layer for norm_layer in chosen if norm_layer.name not in moved]
-    inputs = _add_alpha_inputs(model.graph, weighted, by_norm, alpha_inputs, taken)
+    inputs = _add_inputs(model.graph, "alpha", weighted, by_norm, alpha_inputs, taken)
+    slope_inputs = _add_inputs(model.graph, "slope", weighted, slope_by_norm, alpha_inputs, taken)
     running_names: dict[str, tuple[str, str]] = {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for norm_layer in chosen:
@@ -132,27 +142,25 @@ def rewrite(
         if norm_layer.name in moved:
             result = append_batch_norm(tape, norm_layer, norm_moments, given)
         else:
-            options = {} if given is None else {"given": given}
-            result = append(
-                tape,
-                norm_layer,
-                norm_moments,
-                inputs.get(norm_layer.name, by_norm[norm_layer.name]),
-                **options,
-            )
+            alpha = inputs.get(norm_layer.name, by_norm[norm_layer.name])
+            options: dict[str, Any] = {} if given is None else {"given": given}
+            slope = slope_inputs.get(norm_layer.name, slope_by_norm.get(norm_layer.name, 0.0))
+            if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
+                options["slope"] = slope
+            result = append(tape, norm_layer, norm_moments, alpha, **options)
         _replace(norm_layer, tape, result)
     left = tuple(
         SkippedNorm(norm_layer.name, norm_layer.kind, reasons[norm_layer.name])
         for norm_layer in found.norm_layers
         if reasons[norm_layer.name]
     )
-    names = {norm_layer: value.name or "" for norm_layer, value in inputs.items()}
     return Rewritten(
         model,
         tuple(norm_layer.name for norm_layer in chosen),
         (*left, *found.skipped_norms),
-        names,
+        {norm_layer: value.name or "" for norm_layer, value in inputs.items()},
         running_names,
+        {norm_layer: value.name or "" for norm_layer, value in slope_inputs.items()},
     )
 
 
@@ -164,9 +172,11 @@ def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Invent
     return Inventory(tuple(norm_layers), found.skipped_norms)
 
 
-def _alphas_by_norm(alphas: Mapping[str, float], norm_layers: tuple[NormLayer, ...]) -> dict[str, float]:
+def _by_norm(
+    weights: Mapping[str, float], norm_layers: tuple[NormLayer, ...], check: Callable[[float, str], float]
+) -> dict[str, float]:
     known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module)}
-    if unknown := [name for name in alphas if name not in known]:
+    if unknown := [name for name in weights if name not in known]:
         some = ", ".join(norm_layer.name for norm_layer in norm_layers[:5]) + (
             ", ..." if len(norm_layers) > 5 else ""
         )
@@ -174,13 +184,13 @@ def _alphas_by_norm(alphas: Mapping[str, float], norm_layers: tuple[NormLayer, .
             f"the model has no norm layer {unknown[0]!r}",
             f"its norm layers are {some}" if norm_layers else "it has none",
         )
-    for name, alpha in alphas.items():
-        check_alpha(alpha, name)
+    for name, weight in weights.items():
+        check(weight, name)
     by_norm = {
-        norm_layer.name: alphas.get(norm_layer.name, alphas.get(norm_layer.module))
+        norm_layer.name: weights.get(norm_layer.name, weights.get(norm_layer.module))
         for norm_layer in norm_layers
     }
-    return {name: float(alpha) for name, alpha in by_norm.items() if alpha is not None}
+    return {name: float(weight) for name, weight in by_norm.items() if weight is not None}
 
 
 def _why_not(norm_layer: NormLayer, alpha: float | None, constant: bool, include_1x1: bool) -> str:
@@ -214,22 +224,20 @@ def _running_moments(norm_layer: NormLayer, given: Mapping[str, Moments[Array]])
     return moments
 
 
-def _add_alpha_inputs(
+def _add_inputs(
     graph: ir.Graph,
+    kind: str,
     norm_layers: list[NormLayer],
-    alphas: Mapping[str, float],
+    weights: Mapping[str, float],
     mode: AlphaInputs | None,
     taken: set[str],
 ) -> dict[str, ir.Value]:
-    if mode is None or not norm_layers:
+    names = [norm_layer.name for norm_layer in norm_layers if norm_layer.name in weights]
+    if mode is None or not names:
         return {}
     if mode == "global":
-        shared = _add_input(graph, "alpha", alphas[norm_layers[0].name], taken)
-        return {norm_layer.name: shared for norm_layer in norm_layers}
-    return {
-        norm_layer.name: _add_input(graph, f"alpha.{norm_layer.name}", alphas[norm_layer.name], taken)
-        for norm_layer in norm_layers
-    }
+        return dict.fromkeys(names, _add_input(graph, kind, weights[names[0]], taken))
+    return {name: _add_input(graph, f"{kind}.{name}", weights[name], taken) for name in names}
 
 
 def _add_running_inputs(

@@ -33,30 +33,29 @@ SELECTION = 0.3
 FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
 
 # With fewer blocks than this, successive halving is pointless: this many trials are scored on all blocks.
-_LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 14
+_LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 7
 
 # Statistics are re-estimated in batches of at least this size, because those of smaller ones are noisy.
 _STATISTICS_BATCH = 250
 
-#: Finds the weights of a candidate.
-Find = Callable[[], PatchWeights]
+#: Finds candidates: their weights by name.
+Find = Callable[[], Mapping[str, PatchWeights]]
 
 
 class CandidateSearch:
     """Finds candidates, the identity first, and keeps the one that the selection examples support.
 
     The candidates, in order: one alpha for all norm layers; with recalibration, one lambda, then one alpha
-    with that lambda; one alpha per stage or layer, learned by gradient where the model has gradients and
-    found by coordinate search where not; with recalibration, alpha and lambda per stage or layer; and the
-    best of these, refined by the metric itself. Each candidate starts from the result of an earlier one, so
-    that none is much worse. Without labels, alpha and lambda per layer have further starting points.
+    with that lambda; weights per stage or layer, learned by gradient where the model has gradients and found
+    by coordinate search where not, without and with slopes; and the best of these, refined by the metric
+    itself.
 
     Attributes:
         tuning: indices of the examples that the search scores.
         trials: the trials of its global searches.
         selection: scores and compares candidates.
         budget: time and examples.
-        num_found: number of candidates found, without the identity.
+        num_tried: number of ways to find candidates that were tried to their end.
         cut_short: time ran out, so that the last candidate may be worse than it could have been.
         interrupted: the user interrupted the search.
         resumed: number of trials that the storage already had.
@@ -77,7 +76,7 @@ class CandidateSearch:
         self.model, self.tuning, self.objective, self.plan = model, tuning, objective, plan
         self.budget = Budget(plan.timeout, count)
         self.trials: list[Trial] = []
-        self.num_found, self.resumed = 0, 0
+        self.num_tried, self.resumed = 0, 0
         self.cut_short = self.interrupted = False
         self._statistics_from = statistics_from or (examples, tuning)
         self._on_trial = on_trial
@@ -109,12 +108,10 @@ class CandidateSearch:
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
         names = [name for name, _ in self._ways({})[: self.plan.reach]]
-        global_searches = sum(name in (*GLOBAL_CANDIDATES, "refined") for name in names)
+        per_layer = any(name.startswith("per ") for name in names)
         passes, trials = self._limits
-        passes = min(passes, trials or math.inf)
-        return global_searches * passes * len(self.tuning) + self._layers.expected(
-            len(names) - global_searches
-        )
+        global_search = min(passes, trials or math.inf) * len(self.tuning)
+        return (len(names) - per_layer) * global_search + per_layer * self._layers.expected(self.plan)
 
     def find(self) -> list[Candidate]:
         """Find the candidates, the identity first, and mark the one that is kept.
@@ -122,14 +119,14 @@ class CandidateSearch:
         Raises:
             KeyboardInterrupt: the user interrupted before any candidate was found.
         """
-        identity = PatchWeights(dict(self._identities), dict.fromkeys(self._identities, 0.0))
-        found = {"identity": identity}
+        zeros = dict.fromkeys(self._identities, 0.0)
+        found = {"identity": PatchWeights(dict(self._identities), zeros, zeros)}
         try:
-            for name, find in self._ways(found)[: self.plan.reach]:
+            for _, find in self._ways(found)[: self.plan.reach]:
                 if self.budget.is_over() or self.interrupted:
                     break
-                found[name] = find()
-                self.num_found += 1
+                found |= find()
+                self.num_tried += 1
         except KeyboardInterrupt:
             if len(found) == 1:
                 raise
@@ -138,42 +135,45 @@ class CandidateSearch:
         return self.selection.choose(found)
 
     def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Find]]:
-        """Names of the candidates, each with the function that finds it from earlier ones."""
+        """Ways to find candidates, each from those that were found before it."""
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
         if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
             per = None  # too few examples to tell which of many changes helped
-        ways: list[tuple[str, Find]] = [("alpha", lambda: self._one_weight("alpha", found["identity"]))]
+        ways: list[tuple[str, Find]] = [
+            ("alpha", lambda: self._one_weight("alpha", "alpha", found["identity"]))
+        ]
         if plan.recalibrate:
             ways += [
-                ("lambda", lambda: self._one_weight("lambda", found["identity"])),
-                ("lambda, alpha", lambda: self._one_weight("alpha", found["lambda"], "lambda, alpha")),
+                ("lambda", lambda: self._one_weight("lambda", "lambda", found["identity"])),
+                ("lambda, alpha", lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
             ]
         if per:
-            ways.append((f"alpha per {per}", lambda: self._per_layer(found["alpha"], per, False)))
-        if per and plan.recalibrate:
-            ways.append(
-                (f"lambda and alpha per {per}", lambda: self._per_layer(found["lambda, alpha"], per, True))
-            )
-        if per:
-            ways.append(("refined", lambda: self._refined(kept(self.selection.choose(found)).weights)))
+            ways += [
+                (f"per {per}", lambda: self._per_layer(found, per)),
+                ("refined", lambda: self._refined(kept(self.selection.choose(found)))),
+            ]
         return ways
 
-    def _per_layer(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
+    def _per_layer(self, found: Mapping[str, PatchWeights], per: str) -> Mapping[str, PatchWeights]:
         """One weight per stage or layer; the study remembers what a search that ended by itself found."""
-        key = f"{'lambda and ' if lambdas else ''}alpha per {per} from {_digest(start)}"
+        key = (
+            f"per {per} from {_digest(found['alpha'])} {_digest(found.get('lambda, alpha', found['alpha']))}"
+        )
         study = self._study("alpha")
         if known := study.recall(key):
-            return PatchWeights(*known)
-        found = self._layers.find(start, per, lambdas)
-        self.interrupted = self.interrupted or self._layers.interrupted
-        if not (self.interrupted or self.budget.is_over()):
-            study.remember(key, [dict(found.alphas), dict(found.lambdas)])
-        return found
+            return {name: PatchWeights(*weights) for name, weights in known.items()}
+        candidates = self._layers.find(found, per)
+        if not self.budget.is_over():
+            study.remember(
+                key,
+                {n: [dict(w.alphas), dict(w.lambdas), dict(w.slopes)] for n, w in candidates.items()},
+            )
+        return candidates
 
     def _one_weight(
-        self, kind: Literal["alpha", "lambda"], start: PatchWeights, name: str = ""
-    ) -> PatchWeights:
+        self, name: str, kind: Literal["alpha", "lambda"], start: PatchWeights
+    ) -> Mapping[str, PatchWeights]:
         """One weight for all norm layers; the others stay as in ``start``."""
         if kind == "lambda":
             self._re_estimate()
@@ -185,7 +185,7 @@ class CandidateSearch:
             return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
 
         return self._global_search(
-            name or kind,
+            name,
             weights,
             {key: (0.0, 1.0)},
             {key: 0.0},
@@ -199,8 +199,14 @@ class CandidateSearch:
             return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.target, weight)})
         return replace(start, alphas={name: abs(i - weight) for name, i in self._identities.items()})
 
-    def _refined(self, start: PatchWeights) -> PatchWeights:
-        """Scale all alphas and drop small ones, by the metric itself: gradients can't do either."""
+    def _refined(self, best: Candidate) -> Mapping[str, PatchWeights]:
+        """Scale all alphas and drop small ones, by the metric itself: gradients can't do either.
+
+        One weight for all norm layers has been scaled already, so there is nothing to refine.
+        """
+        if best.name in GLOBAL_CANDIDATES:
+            return {}
+        start = best.weights
 
         def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
@@ -230,7 +236,7 @@ class CandidateSearch:
         origin: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
         start: PatchWeights | None = None,
-    ) -> PatchWeights:
+    ) -> Mapping[str, PatchWeights]:
         """Search a few parameters, which ``weights`` makes weights of; report and keep the trials."""
         sizes = [len(block) for block in self._cache.blocks]
         passes, trials = self._limits
@@ -265,7 +271,7 @@ class CandidateSearch:
         self.trials = [t for t in self.trials if t.candidate != name]
         self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
         self.interrupted = self.interrupted or result.interrupted
-        return weights(result.best.params)
+        return {name: weights(result.best.params)}
 
     def _report(self, trial: Trial, is_best_of_search: bool) -> None:
         """Keep a trial that has just ended, and tell the user of it."""
@@ -339,7 +345,10 @@ def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _digest(weights: PatchWeights) -> str:
-    return _hash(json.dumps([dict(weights.alphas), dict(weights.lambdas)], sort_keys=True).encode())
+    values = [dict(weights.alphas), dict(weights.lambdas)]
+    if any(weights.slopes.values()):
+        values.append(dict(weights.slopes))
+    return _hash(json.dumps(values, sort_keys=True).encode())
 
 
 def _hash(content: bytes) -> str:

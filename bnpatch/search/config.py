@@ -27,6 +27,8 @@ class SearchConfig:
     Attributes:
         recalibrate: also search for lambda, the weight of the statistics re-estimated on ``calib_data``; None
             for True where the granularity is "auto".
+        slopes: let the weights per layer or stage depend on how far an example is from the running
+            statistics, see :func:`~bnpatch.core.moments.weight_by_distance`.
         trials: maximum number of trials in each global search.
         max_passes: maximum number of passes over the tuning examples in each global search; 2 of them score
             the identity and the best trial. It does not limit label-free metrics on fewer than a thousand
@@ -46,6 +48,7 @@ class SearchConfig:
     """
 
     recalibrate: bool | None = None
+    slopes: bool = True
     trials: int | None = None
     max_passes: float = 3.0
     holdout: float | None = None
@@ -83,11 +86,12 @@ class Plan:
             feature maps), or each layer; "auto" is each layer, or the model if it has no gradients and there
             are few examples.
         recalibrate: also search for lambda, the weight of the re-estimated statistics.
+        slopes: also search for slopes, where weights differ between norm layers.
         trials: maximum number of trials in each global search.
         max_passes: maximum number of passes over the tuning examples in each global search. A label-free
             metric may leave too few blocks for successive halving; then a dozen trials are scored on all.
         timeout: seconds after which nothing new is started; the best so far is still scored on all examples.
-        reach: maximum number of candidates to find, without the identity.
+        reach: maximum number of ways to find candidates that are tried.
         seed: seed of all random choices.
         batch_size: examples per batch.
         storage: where the studies are kept, see :func:`bnpatch.search.studies.open_study`.
@@ -97,6 +101,7 @@ class Plan:
 
     granularity: Granularity = "auto"
     recalibrate: bool = False
+    slopes: bool = True
     trials: int | None = None
     max_passes: float = 3.0
     timeout: float | None = None
@@ -113,6 +118,7 @@ class Plan:
         return cls(
             granularity=granularity,
             recalibrate=granularity == "auto" if config.recalibrate is None else config.recalibrate,
+            slopes=config.slopes,
             trials=config.trials,
             max_passes=config.max_passes,
             timeout=timeout,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import Z95, Values, paired_difference
@@ -10,13 +10,16 @@ from bnpatch.evaluation.metrics import Z95, Values, paired_difference
 #: Values that are tried for a weight: the whole range, more densely at small values, where it matters.
 TRIED = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
 
+#: Values that are tried for a slope: examples that are farther away have a larger weight.
+TRIED_SLOPES = (0.0, 0.5, 1.0, 2.0)
+
 
 @dataclass(frozen=True)
 class Coordinate:
     """One weight that can be changed: the alpha or the lambda of a group of norm layers.
 
     Attributes:
-        kind: "alpha" or "lambda".
+        kind: "alpha", "lambda" or "slope".
         norm_layers: names of the norm layers that share the weight.
     """
 
@@ -25,15 +28,24 @@ class Coordinate:
 
     def moved(self, weights: PatchWeights, value: float) -> PatchWeights:
         """The weights with this one changed."""
-        values = dict.fromkeys(self.norm_layers, value)
-        if self.kind == "alpha":
-            return PatchWeights({**weights.alphas, **values}, weights.lambdas)
-        return PatchWeights(weights.alphas, {**weights.lambdas, **values})
+        field = f"{self.kind}s"
+        values = {**getattr(weights, field), **dict.fromkeys(self.norm_layers, value)}
+        return replace(weights, **{field: values})
 
     def value(self, weights: PatchWeights) -> float:
         """The present value of this weight."""
-        values: Mapping[str, float] = weights.alphas if self.kind == "alpha" else weights.lambdas
+        values: Mapping[str, float] = getattr(weights, f"{self.kind}s")
         return values.get(self.norm_layers[0], 0.0)
+
+    def probes(self, now: float) -> set[float]:
+        """Other values, a higher and a lower one, by which the importance of this weight is estimated."""
+        values = {1.0, 0.0} if self.kind == "slope" else {min(1.0, 0.1 + 2 * now), now / 3}
+        return values - {now}
+
+    @property
+    def tried(self) -> Sequence[float]:
+        """Values that are tried for this weight."""
+        return TRIED_SLOPES if self.kind == "slope" else TRIED
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def coordinate_search(
     First, each coordinate is changed alone, to a higher value and, where possible, to a lower one. The
     ``most`` coordinates that gain most over the start, if anything, are then optimized in this order, in
     ``rounds`` rounds, because the best value of one depends on the others. For each, the values of
-    :data:`TRIED` are scored on some of the examples, and only the best of them is scored on all.
+    :attr:`Coordinate.tried` are scored on some of the examples, and only the best of them is scored on all.
 
     Args:
         scores: scores of weights, one per example or set, always of the same ones; None where the outputs of
@@ -93,7 +105,7 @@ def coordinate_search(
     ranked: list[tuple[float, Coordinate]] = []
     for coordinate in coordinates:
         now, best = coordinate.value(start), -math.inf
-        for value in {min(1.0, 0.1 + 2 * now), now / 3} - {now}:
+        for value in coordinate.probes(now):
             if stop():
                 return start
             best = max(best, _Gain.over(seen, preview(coordinate.moved(start, value)), sign).mean)
@@ -104,7 +116,9 @@ def coordinate_search(
     for _ in range(rounds):
         before = here
         for coordinate in chosen:
-            moves = [coordinate.moved(here, value) for value in TRIED if value != coordinate.value(here)]
+            moves = [
+                coordinate.moved(here, value) for value in coordinate.tried if value != coordinate.value(here)
+            ]
             previews = []
             for moved in moves:
                 if stop():

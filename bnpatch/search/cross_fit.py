@@ -23,10 +23,10 @@ class Searches:
     """The searches of a task.
 
     In a cross-fit, further searches each leave out one part of the examples, which then judges what was
-    found. These searches share the time that is left, and find as many candidates as the first search did. If
-    time runs out or the user interrupts, the parts judged so far give the evidence, at least one. What was
-    taken from all examples once is not repeated: running statistics of norms that have none, and which norm
-    layers a latency limit leaves out.
+    found. These searches share the time that is left, and try as many ways to find candidates as the first
+    search did. If time runs out or the user interrupts, the parts judged so far give the evidence, at least
+    one. What was taken from all examples once is not repeated: running statistics of norms that have none,
+    and which norm layers a latency limit leaves out.
 
     Attributes:
         whole: the search on all tuning examples, once it has begun.
@@ -154,7 +154,7 @@ class Searches:
             KeyboardInterrupt: the user interrupted the search, so that its result is incomplete.
         """
         plan = self._task.plan
-        plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_found)
+        plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_tried)
         # The evidence needs one part, so the first has time enough to repeat the search on all examples.
         at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
         search = self._begin(self._task.parts[fold][0], plan, at_least)
@@ -163,7 +163,7 @@ class Searches:
             raise KeyboardInterrupt
         whole = self.whole
         ended_sooner = search.cut_short and not (whole.cut_short and search.passes >= whole.passes)
-        if fold > 0 and (search.num_found < whole.num_found or ended_sooner):
+        if fold > 0 and (search.num_tried < whole.num_tried or ended_sooner):
             return None
         if self._task.max_overhead is not None:
             weights = _limited_like(chosen, weights, self._task.model.identities())

@@ -42,6 +42,15 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def start() -> "Processes | None":
+    """The processes of this run; None where there is only one.
+
+    Raises:
+        BnpatchError: there are several, and accelerate is not installed.
+    """
+    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
 def on_all_processes(
     model: Model[Any],
     objectives: Sequence[tuple[Objective, Examples]],
@@ -60,9 +69,9 @@ def on_all_processes(
         BnpatchError: there are several processes, and accelerate is not installed; or, in any other process,
             the first one failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    processes = start()
+    if processes is None:
         return search(*(objective for objective, _ in objectives))
-    processes = Processes()
     labelled = {
         number: (objective, examples)
         for number, (objective, examples) in enumerate(objectives)

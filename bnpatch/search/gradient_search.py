@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,14 +19,18 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 #: Learning starts at least this far from 0 and 1, because nearer the gradient of the logit vanishes.
 _MARGIN = 0.01
 
-#: How often the weights are scored on other examples, and after how many scores without a gain learning ends.
-CHECKS, _PATIENCE = 10, 3
+# A learned slope stays within these bounds, by a tangent that is 1 at 0.
+_STEEPEST = 3.0
 
-# Maximum number of examples per step, unless the loss needs a larger set; number of examples in all steps
-# together, roughly; maximum and minimum number of steps.
-_BATCH, _EXAMPLES, _MOST_STEPS, _LEAST_STEPS = 128, 12_800, 100, 40
-# The learning rate times the number of steps. A logit can change by about half of this in all.
-_REACH = 20.0
+# After how many scores without a gain learning ends.
+_PATIENCE = 2
+
+#: How often weights are scored on other examples after the trials.
+CHECKS = 4
+
+# Cost of learning in passes over the examples. With the learning rate times the number of steps, a logit can
+# change by about half of this in all. Maximum number of examples in a step of a loss that needs a set.
+_PASSES, _REACH, _SET = 10, 20.0, 100
 
 #: Cost of a step in evaluations of its examples; 2.1 to 3.1 were measured.
 STEP_COST = 3
@@ -37,29 +40,41 @@ STEP_COST = 3
 class Course:
     """Length of the training of weights.
 
+    Small steps are as good as large ones, because weights are few and their gradients agree. What decides is
+    where learning starts. So it takes a few steps from several starts, and only the best of them goes on.
+
     Attributes:
-        steps: number of optimizer steps.
         batch_size: examples per step.
+        trial_steps: optimizer steps from each start.
+        steps: optimizer steps from the best start, those of its trial included.
+        rate: Adam's learning rate at the beginning; it falls to a tenth along a cosine.
     """
 
-    steps: int
-    batch_size: int
+    batch_size: int = 64
+    trial_steps: int = 10
+    steps: int = 64
+    rate: float = 0.35
 
     @classmethod
-    def of(cls, num_examples: int, set_size: int = 1) -> "Course":
-        """Choose a sufficient length; steps are small for few examples, to see each less often.
+    def of(cls, num_examples: int, starts: int, set_size: int = 1) -> "Course":
+        """Choose a length that costs about ten passes over the examples, and at most 100 steps.
 
         Args:
             num_examples: number of examples to learn from.
-            set_size: number of examples that the loss needs together.
+            starts: number of starts.
+            set_size: number of examples that the loss needs together; then twice the passes are allowed.
         """
-        size = max(set_size, min(_BATCH, max(16, num_examples // 4)))
-        return cls(min(_MOST_STEPS, max(_LEAST_STEPS, _EXAMPLES // size)), min(size, num_examples))
+        size = max(min(set_size, _SET), min(cls.batch_size, max(16, num_examples // 12)))
+        size = min(size, num_examples)
+        passes = _PASSES if set_size == 1 else 2 * _PASSES
+        total = min(100, passes * num_examples // (STEP_COST * size))
+        trial = max(2, total // (2 * starts + 2)) if starts > 1 else 0
+        steps = max(8, total - trial * (starts - 1))
+        return cls(size, trial, steps, min(1.0, max(0.25, _REACH / steps)))
 
-    @property
-    def num_examples(self) -> int:
-        """Maximum number of examples that are seen, repetitions included."""
-        return self.steps * self.batch_size
+    def num_examples(self, starts: int) -> int:
+        """Number of examples in all steps, with so many starts."""
+        return (self.trial_steps * (starts - 1) + self.steps) * self.batch_size
 
 
 class NoGradientError(Exception):
@@ -72,94 +87,188 @@ class Groups:
 
     alphas: Mapping[str, str]
     lambdas: Mapping[str, str]
+    slopes: Mapping[str, str]
 
 
-def learn(
-    model: TorchModel,
-    examples: Examples,
-    indices: Indices,
-    loss: Callable[[TorchModel, Sequence[Batch]], Iterator[Tensor]],
-    cost: Callable[[PatchWeights], float],
-    *,
-    base: PatchState,
-    start: PatchWeights,
-    groups: Groups,
-    course: Course,
-    batch_size: int = 64,
-    checks: int = CHECKS,
-    seed: int = 0,
-    stop: Callable[[], bool] = lambda: False,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> PatchWeights:
-    """Find weights by gradient descent: Adam on their logits, with the model's own parameters frozen.
+@dataclass(frozen=True)
+class Start:
+    """Weights to start from, and which of them are learned."""
 
-    At intervals the weights are scored on other examples. The best of these weights, or ``start`` if none is
-    better, are the result. Learning ends early when nothing better was found for a while.
+    weights: PatchWeights
+    groups: Groups
 
-    Args:
-        model: the model; its weights are any of those tried when this returns.
+
+@dataclass(frozen=True)
+class Problem:
+    """What weights are learned for.
+
+    Attributes:
+        model: the model; its weights are any of those tried when learning ends.
         examples: the examples.
         indices: which examples to learn from.
         loss: the loss of the model on the examples of a step, in parts that add up. Each part is computed
             when it is asked for, so that only one is in memory.
-        cost: the cost of weights on other examples; lower is better, inf if outputs are not finite.
-        base: the state that the weights apply to.
-        start: the weights to start from; norm layers that are not learned keep them.
-        groups: which weights to learn. To learn lambdas, ``base`` must have re-estimated statistics.
-        course: length of the training. Adam's learning rate falls to a tenth along a cosine.
-        batch_size: examples per batch of a step; it changes the result by rounding only.
-        checks: how often the weights are scored.
+        base: the state that the weights apply to. To learn lambdas, it must have re-estimated statistics.
+        batch_size: examples per step.
+        part_size: examples per batch of a step; it changes the result by rounding only.
         seed: seed of the order of the examples.
         stop: called before each step; learning ends if it returns true.
         on_batch: called with the number of examples of each step.
+    """
+
+    model: TorchModel
+    examples: Examples
+    indices: Indices
+    loss: Callable[[TorchModel, Sequence[Batch]], Iterator[Tensor]]
+    base: PatchState
+    batch_size: int = 64
+    part_size: int = 64
+    seed: int = 0
+    stop: Callable[[], bool] = lambda: False
+    on_batch: Callable[[int], None] = lambda count: None
+
+
+class Learner:
+    """Learns weights with Adam on their logits, from one start, in as many calls as one likes.
+
+    Attributes:
+        steps: number of steps taken so far.
+    """
+
+    def __init__(self, problem: Problem, start: Start, steps: int, rate: float) -> None:
+        """Prepare learning.
+
+        Args:
+            problem: what to learn for.
+            start: the weights to start from, and which to learn; norm layers that are not learned keep
+                theirs.
+            steps: number of steps over which Adam's learning rate falls to a tenth, along a cosine.
+            rate: the learning rate at the beginning.
+        """
+        self._problem, self._start, self._groups = problem, start.weights, start.groups
+        weights, groups, device = start.weights, start.groups, problem.model.device
+        self._alphas = _parameters(groups.alphas, weights.alphas, _logit, device)
+        self._lambdas = _parameters(groups.lambdas, weights.lambdas, _logit, device)
+        self._slopes = _parameters(groups.slopes, weights.slopes, _bent, device)
+        self._parameters = [*self._alphas.values(), *self._lambdas.values(), *self._slopes.values()]
+        self._portions = _portions(problem)
+        self.steps = 0
+        if self._parameters:
+            self._optimizer = torch.optim.Adam(self._parameters, lr=rate)
+            self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps, rate / 10)
+
+    def advance(self, steps: int) -> PatchWeights | None:
+        """Take some steps.
+
+        Returns:
+            The weights now; None where the loss was not finite.
+
+        Raises:
+            NoGradientError: the loss has no gradient.
+            NotEnoughMemoryError: the gradients of one batch don't fit into memory.
+        """
+        problem = self._problem
+        if not self._parameters:
+            return self._start
+        problem.model.set_state(problem.base.with_weights(self.weights()))
+        with _held_still(problem.model):
+            for _ in range(steps):
+                if problem.stop():
+                    break
+                self._step()
+        found = self.weights()
+        values = (*found.alphas.values(), *found.lambdas.values(), *found.slopes.values())
+        return None if any(map(math.isnan, values)) else found
+
+    def weights(self) -> PatchWeights:
+        """The weights now."""
+        start = self._start
+        return PatchWeights(
+            {**start.alphas, **_numbers(self._groups.alphas, self._alphas, torch.sigmoid)},
+            {**start.lambdas, **_numbers(self._groups.lambdas, self._lambdas, torch.sigmoid)},
+            {**start.slopes, **_numbers(self._groups.slopes, self._slopes, _bounded)},
+        )
+
+    def _step(self) -> None:
+        problem = self._problem
+        batches = list(problem.examples.batches(problem.part_size, next(self._portions)))
+        self._optimizer.zero_grad()
+        try:
+            _add_gradients(problem.loss(problem.model, batches), self._parameters, self._set_learned)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemoryError(problem.model.device, problem.part_size) from error
+        self._optimizer.step()
+        self._schedule.step()
+        self.steps += 1
+        problem.on_batch(sum(len(batch.indices) for batch in batches))
+
+    def _set_learned(self) -> None:
+        """Let the norm layers compute with the parameters, so that gradients flow to them."""
+        model, groups = self._problem.model, self._groups
+        for norm_layer in model.inventory().norm_layers:
+            name, layer = norm_layer.name, norm_layer.module
+            assert isinstance(layer, ExampleWeightedNorm)  # patched when the weights were set
+            if name in groups.alphas:
+                layer.alpha = torch.sigmoid(self._alphas[groups.alphas[name]])
+            if name in groups.slopes:
+                layer.slope = _bounded(self._slopes[groups.slopes[name]])
+            if name in groups.lambdas:
+                weight = torch.sigmoid(self._lambdas[groups.lambdas[name]])
+                layer.running = mix(weight, model.target(norm_layer), model.source(norm_layer))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning found: the best weights, and the start that was best after a few steps."""
+
+    weights: PatchWeights
+    start: Start
+
+
+def learn(
+    problem: Problem, starts: Sequence[Start], cost: Callable[[PatchWeights], float], course: Course
+) -> Learned | None:
+    """Find weights by gradient descent from several starts; the model's own parameters are frozen.
+
+    A few steps are taken from each start. The best, by other examples, goes on. At intervals its weights are
+    scored on these examples, and the best of all weights that were scored are the result.
+
+    Args:
+        problem: what to learn for.
+        starts: one start or more.
+        cost: the cost of weights on other examples; lower is better, inf if outputs are not finite.
+        course: length of the training.
 
     Returns:
-        The best weights.
+        What was found; None where no weights had a finite cost.
 
     Raises:
         NoGradientError: the loss has no gradient.
         NotEnoughMemoryError: the gradients of one batch don't fit into memory.
     """
-    best, lowest = start, cost(start)
-    model.set_state(base.with_weights(start))
-    logits = {
-        kind: {group: _logit(values.get(name, 0.0), model.device) for name, group in by_name.items()}
-        for kind, by_name, values in (
-            ("alpha", groups.alphas, start.alphas),
-            ("lambda", groups.lambdas, start.lambdas),
-        )
-    }
-    parameters = [logit for by_group in logits.values() for logit in by_group.values()]
-    if not parameters:
-        return best
-    steps, rate = course.steps, _REACH / course.steps
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, rate / 10)
-    every, idle = max(1, steps // checks), 0
-    with _held_still(model):
-        for step, chosen in enumerate(_portions(indices, course, seed), start=1):
-            if stop():
-                break
-            batches = list(examples.batches(batch_size, chosen))
-            optimizer.zero_grad()
-            try:
-                _add_gradients(loss(model, batches), parameters, partial(_set_learned, model, groups, logits))
-            except torch.OutOfMemoryError as error:
-                raise NotEnoughMemoryError(model.device, batch_size) from error
-            optimizer.step()
-            on_batch(sum(len(batch.indices) for batch in batches))
-            schedule.step()
-            if step % every == 0 or step == steps:
-                found = _setting(start, groups, logits)
-                if any(map(math.isnan, (*found.alphas.values(), *found.lambdas.values()))):
-                    break  # the loss was not finite; a check at each step would wait for the device
-                idle += 1
-                if (judged := cost(found)) < lowest:
-                    best, lowest, idle = found, judged, 0
-                if idle == _PATIENCE:
-                    break
-                model.set_state(base.with_weights(found))
-    return best
+    learners = [Learner(problem, start, course.steps, course.rate) for start in starts]
+    trial = course.trial_steps if len(starts) > 1 else 0
+    reached = [_cost_after(learner, trial, cost) for learner in learners]
+    costs = [total for total, _ in reached]
+    best = int(np.argmin(costs))
+    (lowest, weights), learner = reached[best], learners[best]
+    every, idle = max(1, (course.steps - trial) // CHECKS), 0
+    while idle < _PATIENCE and learner.steps < course.steps and not problem.stop():
+        total, found = _cost_after(learner, min(every, course.steps - learner.steps), cost)
+        if found is None:
+            break
+        idle += 1
+        if total < lowest:
+            lowest, weights, idle = total, found, 0
+    return None if weights is None or not lowest < math.inf else Learned(weights, starts[best])
+
+
+def _cost_after(
+    learner: Learner, steps: int, cost: Callable[[PatchWeights], float]
+) -> tuple[float, PatchWeights | None]:
+    """Take some steps, and score the weights."""
+    found = learner.advance(steps)
+    return (math.inf, None) if found is None else (cost(found), found)
 
 
 @torch.enable_grad()
@@ -178,41 +287,50 @@ def _add_gradients(
         del part  # free its memory before the next part is computed
 
 
-def _logit(weight: float, device: torch.device) -> Tensor:
+def _parameters(
+    groups: Mapping[str, str],
+    start: Mapping[str, float],
+    inverse: Callable[[float], float],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """One parameter per group, which starts at the weight of the group's last norm layer."""
+    values = {group: inverse(start.get(name, 0.0)) for name, group in groups.items()}
+    return {group: torch.tensor(v, device=device, requires_grad=True) for group, v in values.items()}
+
+
+def _numbers(
+    groups: Mapping[str, str], parameters: Mapping[str, Tensor], as_weight: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """The weight of each norm layer, with one wait for the device."""
+    if not groups:
+        return {}
+    stacked = torch.stack([parameters[group].detach() for group in groups.values()])
+    return dict(zip(groups, as_weight(stacked).tolist(), strict=True))
+
+
+def _logit(weight: float) -> float:
     weight = min(max(weight, _MARGIN), 1 - _MARGIN)
-    return torch.tensor(math.log(weight / (1 - weight)), device=device, requires_grad=True)
+    return math.log(weight / (1 - weight))
 
 
-def _set_learned(model: TorchModel, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for norm_layer in model.inventory().norm_layers:
-        layer = norm_layer.module
-        assert isinstance(layer, ExampleWeightedNorm)  # patched when the start was set
-        if norm_layer.name in groups.alphas:
-            layer.alpha = torch.sigmoid(logits["alpha"][groups.alphas[norm_layer.name]])
-        if norm_layer.name in groups.lambdas:
-            weight = torch.sigmoid(logits["lambda"][groups.lambdas[norm_layer.name]])
-            layer.running = mix(weight, model.target(norm_layer), model.source(norm_layer))
+def _bounded(parameter: Tensor) -> Tensor:
+    """A slope of a parameter."""
+    return _STEEPEST * torch.tanh(parameter / _STEEPEST)
 
 
-def _setting(start: PatchWeights, groups: Groups, logits: Mapping[str, Mapping[str, Tensor]]) -> PatchWeights:
-    def values(kind: str, by_name: Mapping[str, str]) -> dict[str, float]:
-        if not by_name:
-            return {}
-        weights = torch.sigmoid(torch.stack([logits[kind][group] for group in by_name.values()]))
-        return dict(zip(by_name, weights.tolist(), strict=True))  # one wait for the device
-
-    alphas, lambdas = values("alpha", groups.alphas), values("lambda", groups.lambdas)
-    return PatchWeights({**start.alphas, **alphas}, {**start.lambdas, **lambdas})
+def _bent(slope: float) -> float:
+    """The parameter of a slope."""
+    return _STEEPEST * math.atanh(max(-0.99, min(0.99, slope / _STEEPEST)))
 
 
-def _portions(indices: Indices, course: Course, seed: int) -> Iterator[Indices]:
+def _portions(problem: Problem) -> Iterator[Indices]:
     """Random batches of examples; where too few are left for one, all examples are shuffled again."""
-    rng = np.random.default_rng(seed)
-    size = min(course.batch_size, len(indices))
-    order: Indices = rng.permutation(indices)
-    for _ in range(course.steps):
+    rng = np.random.default_rng(problem.seed)
+    size = min(problem.batch_size, len(problem.indices))
+    order: Indices = rng.permutation(problem.indices)
+    while True:
         if len(order) < size:
-            order = rng.permutation(indices)
+            order = rng.permutation(problem.indices)
         yield order[:size]
         order = order[size:]
 

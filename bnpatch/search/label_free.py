@@ -10,14 +10,14 @@ predicting one class for everything. *Alignment* and *EvalNorm* do not use the p
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
-from bnpatch.core.moments import Moments, mix, pool
+from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
 
 # Temperature and iterations of self-labels. Labels to score weights by are balanced to a few percent. Labels
 # to learn from are harder and only partly balanced, which avoids more bad local minima (see
@@ -38,12 +38,14 @@ class Seen:
         alphas: the weight of the example by name of norm layer; a number or a 0-dim tensor.
         running: running statistics (C,) in use, by name of norm layer, where they are not those of the
             checkpoint.
+        slopes: how much the weight depends on the distance of the example, as for ``alphas``.
     """
 
     logits: Tensor
     moments: Mapping[str, Moments[Tensor]]
     alphas: Mapping[str, float | Tensor]
     running: Mapping[str, Moments[Tensor]]
+    slopes: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 LabelFreeLoss = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
@@ -168,7 +170,9 @@ def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     parts = []
     for name, example in seen.moments.items():
         eps = norm_layers[name].eps
-        used = mix(seen.alphas.get(name, 0.0), example, seen.running.get(name, norm_layers[name].source))
+        running = seen.running.get(name, norm_layers[name].source)
+        weights = seen.alphas.get(name, 0.0), seen.slopes.get(name, 0.0)
+        used = mix(weight_by_distance(*weights, example, running, eps), example, running)
         batch = pool(example, axes=0)
         here, there = torch.rsqrt(used.var + eps), torch.rsqrt(batch.var + eps)
         a, b = here - there, batch.mean * there - used.mean * here

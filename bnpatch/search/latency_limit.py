@@ -186,6 +186,7 @@ def trade_off(
     ]
     scored = [(member, if_finite(partial(scores, member))) for member in family if member != identity]
     usable = [(member, after) for member, after in scored if after is not None]
+    model.set_state(model.state.with_weights(PatchWeights(slopes=weights.slopes)))
     latencies = measure(model, [{}, *(member.alphas for member, _ in usable)], seconds=seconds)
     before = scores(identity)
     points = [Point(identity, 0, 0.0, 0.0, latencies[0])]

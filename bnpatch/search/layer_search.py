@@ -1,13 +1,16 @@
 """Weights per norm layer or stage: by gradient where the model has one, by coordinates where not."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
 from bnpatch.core.errors import NotEnoughMemoryError
+from bnpatch.core.moments import Moments, weight_by_distance
 from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import if_finite
@@ -15,7 +18,17 @@ from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.models.base import Model
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import Coordinate, coordinate_search
-from bnpatch.search.gradient_search import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
+from bnpatch.search.gradient_search import (
+    CHECKS,
+    STEP_COST,
+    Course,
+    Groups,
+    Learned,
+    NoGradientError,
+    Problem,
+    Start,
+    learn,
+)
 from bnpatch.search.objective import Objective, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
@@ -28,22 +41,21 @@ if TYPE_CHECKING:
 #: the second, and ranks the values to try by the third, a subset of them.
 _LEARNED_EXAMPLES, _COORDINATE_EXAMPLES, _PREVIEW_EXAMPLES = 30_000, 500, 100
 
+# Number of examples whose weights are averaged.
+_OBSERVED_EXAMPLES = 64
+
 # Learning takes small images in larger batches: up to as many input values as eight large images have.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
-# A label-free objective has several local minima, and a global search with one weight for all norm layers may
-# end near one that is not the best. So learning alpha and lambda per layer also starts from these alphas, at
-# the first norm layer and the last.
-_OTHER_STARTS = ((0.05, 0.05), (0.8, 0.05))
+# Learning ends in the valley that it starts in, so it tries several starts. Alphas that fall with depth from
+# the first of these values to the last undo shifts that differ from image to image; re-estimated statistics
+# alone undo a shift that all images share; a start near the baseline suits a network of many norm layers that
+# need no weight.
+_RAMP, _SMALL = (0.8, 0.05), (0.01, 0.01)
 
 
 class LayerSearch:
-    """Finds one weight per norm layer or stage, from examples that don't select between candidates.
-
-    Attributes:
-        interrupted: whether the user interrupted while a further start was tried; the result is the best of
-            those before.
-    """
+    """Finds one weight per norm layer or stage, from examples that don't select between candidates."""
 
     def __init__(
         self,
@@ -71,31 +83,30 @@ class LayerSearch:
         self._model, self._examples, self._indices, self._objective = model, examples, indices, objective
         self._cache, self._selection, self._plan, self._budget = cache, selection, plan, budget
         self._identities = model.identities()
-        self.interrupted = False
 
-    def expected(self, searches: int) -> float:
-        """Estimate how many examples this number of searches will score."""
-        if not self._model.has_gradients or not searches:
+    def expected(self, plan: Plan) -> float:
+        """Estimate how many examples :meth:`find` will score."""
+        if not self._model.has_gradients:
             return 0.0
-        starts = searches + (len(_OTHER_STARTS) if searches > 1 and self._objective.set_size > 1 else 0)
-        course = Course.of(len(self._indices), self._objective.set_size)
-        return starts * (course.num_examples + CHECKS * self._selection.num_examples)
+        starts = 4 if plan.recalibrate else 3
+        course = Course.of(len(self._indices), starts, self._objective.set_size)
+        return STEP_COST * course.num_examples(starts) + (starts + CHECKS) * self._selection.num_checked
 
-    def find(self, start: PatchWeights, per: str, lambdas: bool) -> PatchWeights:
-        """Find weights.
+    def find(self, found: Mapping[str, PatchWeights], per: str) -> dict[str, PatchWeights]:
+        """Find weights, with and without slopes.
 
         Args:
-            start: the weights to start from; norm layers that get no weight keep them.
+            found: weights by name of the candidates that were found before, the identity first.
             per: what has a weight of its own: each "layer", or each "stage".
-            lambdas: also find lambdas; the base state must have re-estimated statistics.
+
+        Returns:
+            Weights by name of candidate, fewer degrees of freedom first.
         """
-        by_name = self._groups(per)
-        movable = self._cache.base.target if lambdas else {}
-        groups = Groups(by_name, {name: by_name.get(name, name) for name in movable})
+        groups = self._groups(per)
         try:
-            return self._from_places(self._by_gradient, start, groups)
+            return self._by_gradient(found, groups, per)
         except NoGradientError:
-            return self._from_places(self._by_coordinates, start, groups)
+            return self._by_coordinates(found, groups, per)
 
     def _groups(self, per: str) -> dict[str, str]:
         """Name the group of each norm layer; layers where an example has a single value are left out."""
@@ -107,80 +118,130 @@ class LayerSearch:
             return {name: name for name in weighted}
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
 
-    def _from_places(
-        self, find: Callable[[PatchWeights, Groups], PatchWeights], start: PatchWeights, groups: Groups
-    ) -> PatchWeights:
-        """Find weights from ``start``; for alpha and lambda without labels, the best of several starts."""
-        found = find(start, groups)
-        if self._objective.set_size == 1 or not groups.lambdas:
-            return found
-        lowest, tried = self._selection.cost(found, "choosing"), [start]
-        try:
-            for weights in _OTHER_STARTS:
-                place = self._ramp(start, groups, weights)
-                if place in tried or self._budget.is_over():
-                    continue
-                tried.append(place)
-                other = find(place, groups)
-                if (cost := self._selection.cost(other, "choosing")) < lowest:
-                    found, lowest = other, cost
-        except KeyboardInterrupt:
-            self.interrupted = True
-        return found
+    def _starts(self, found: Mapping[str, PatchWeights], groups: Mapping[str, str]) -> list[Start]:
+        """Where learning starts, without slopes."""
+        identity, target = found["identity"], self._cache.base.target
+        alphas_alone = Groups(groups, {}, {})
+        both = Groups(groups, {name: groups.get(name, name) for name in target}, {})
 
-    def _ramp(self, start: PatchWeights, groups: Groups, ends: tuple[float, float]) -> PatchWeights:
-        """Start with alphas that change linearly with depth between two weights, and with lambdas of 0.5.
+        def start(ends: tuple[float, float], weight: float | None) -> Start:
+            alphas = {**identity.alphas, **self._falling(groups, ends)}
+            lambdas = {**identity.lambdas, **dict.fromkeys(target, weight or 0.0)}
+            learned = alphas_alone if weight is None else both
+            return Start(PatchWeights(alphas, lambdas, identity.slopes), learned)
 
-        Norm layers whose identity is not alpha = 0 keep their alpha: they use the example's statistics
-        already.
+        best = found.get("lambda, alpha", found["alpha"])
+        starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
+        if starts[0].weights == identity or self._objective.set_size > 1:
+            starts.append(start(_SMALL, None))
+        starts.append(start(_RAMP, None))
+        if self._plan.recalibrate and target:
+            starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
+        return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
+
+    def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
+        """Alphas that change linearly with depth between two weights; a group has that of its first layer.
+
+        Norm layers whose identity is not alpha = 0 are left out: they use the example's statistics already.
         """
         ramp = dict(zip(self._identities, np.linspace(*ends, len(self._identities)).tolist(), strict=True))
-        first: dict[str, str] = {}  # the first norm layer of each group
-        for name, group in groups.alphas.items():
+        first: dict[str, str] = {}
+        for name, group in groups.items():
             first.setdefault(group, name)
-        alphas = {n: ramp[first[group]] for n, group in groups.alphas.items() if self._identities[n] == 0}
-        return PatchWeights(
-            {**start.alphas, **alphas}, {**start.lambdas, **dict.fromkeys(groups.lambdas, 0.5)}
-        )
+        return {n: ramp[first[group]] for n, group in groups.items() if self._identities[n] == 0}
 
-    def _by_gradient(self, start: PatchWeights, groups: Groups) -> PatchWeights:
+    def _by_gradient(
+        self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
+    ) -> dict[str, PatchWeights]:
+        """Learn weights from several starts; without slopes, a norm layer gets its mean weight."""
         if not self._model.has_gradients:
             raise NoGradientError
+        starts = self._starts(found, groups)
+        if self._plan.slopes:
+            slopes = {name: group for name, group in groups.items() if self._identities[name] == 0}
+            starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
+        learned = self._learn(starts)
+        if learned is None:
+            return {}
+        constant, varying = _names(per, bool(learned.start.groups.lambdas))
+        if not self._plan.slopes:
+            return {constant: learned.weights}
+        return {constant: self._without_slopes(learned.weights, groups), varying: learned.weights}
+
+    def _without_slopes(self, weights: PatchWeights, groups: Mapping[str, str]) -> PatchWeights:
+        """Give each norm layer the mean of the weights that some examples have there; a group shares one."""
+        self._model.set_state(self._cache.base.with_weights(weights))
+        batch = next(self._examples.batches(_OBSERVED_EXAMPLES, self._indices[:_OBSERVED_EXAMPLES]))
+        with self._model.evaluating():
+            _, seen = self._model.observe(batch.x)
+        self._budget.spend("learning a weight per layer", len(batch.indices))
+        facts, running = self._model.facts(), self._model.statistics_in_use()
+        used = dict(weights.alphas)
+        for name, slope in weights.slopes.items():
+            if slope and name in seen:
+                here = running.get(name, facts[name].source)
+                parts = Moments(*(torch.as_tensor(p, dtype=torch.float32) for p in (here.mean, here.var)))
+                alpha = weights.alphas[name]
+                used[name] = float(
+                    weight_by_distance(alpha, slope, seen[name], parts, facts[name].eps).mean()
+                )
+        shared: dict[str, list[float]] = {}
+        for name, group in groups.items():
+            shared.setdefault(group, []).append(used[name])
+        alphas = {name: float(np.mean(shared[group])) for name, group in groups.items()}
+        return replace(
+            weights, alphas={**weights.alphas, **alphas}, slopes=dict.fromkeys(weights.slopes, 0.0)
+        )
+
+    def _learn(self, starts: Sequence[Start]) -> Learned | None:
         label = "learning a weight per layer"
         indices = self._indices[:_LEARNED_EXAMPLES]
         values = next(self._examples.batches(1, indices)).x.numel()
-        course = Course.of(len(indices), self._objective.set_size)
-        batch_size = min(course.batch_size, max(self._plan.batch_size, _LEARNED_VALUES // values))
+        course = Course.of(len(indices), len(starts), self._objective.set_size)
+        part_size = min(course.batch_size, max(self._plan.batch_size, _LEARNED_VALUES // values))
         while True:
+            problem = Problem(
+                cast("TorchModel", self._model),
+                self._examples,
+                indices,
+                self._objective.loss,
+                self._cache.base,
+                course.batch_size,
+                part_size,
+                self._plan.seed,
+                self._budget.is_over,
+                lambda count: self._budget.spend(label, count, STEP_COST),
+            )
             try:
-                return learn(
-                    cast("TorchModel", self._model),
-                    self._examples,
-                    indices,
-                    self._objective.loss,
-                    lambda weights: self._selection.cost(weights, label),
-                    base=self._cache.base,
-                    start=start,
-                    groups=groups,
-                    course=course,
-                    batch_size=batch_size,
-                    seed=self._plan.seed,
-                    stop=self._budget.is_over,
-                    on_batch=lambda count: self._budget.spend(label, count, STEP_COST),
-                )
+                return learn(problem, starts, lambda weights: self._selection.cost(weights, label), course)
             except NotEnoughMemoryError:  # gradients need more memory than scoring does
-                if batch_size == 1:
+                if part_size == 1:
                     raise
-            batch_size //= 2
+            part_size //= 2
 
-    def _by_coordinates(self, start: PatchWeights, groups: Groups) -> PatchWeights:
+    def _by_coordinates(
+        self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
+    ) -> dict[str, PatchWeights]:
+        """Change one weight at a time: alphas, or these and lambdas; then the slopes of the better."""
+        constant, varying = _names(per, False)
+        candidates = {constant: self._coordinates(found["alpha"], _coordinates("alpha", groups))}
+        best = constant
+        if self._plan.recalibrate and "lambda, alpha" in found:
+            lambdas = {name: groups.get(name, name) for name in self._cache.base.target}
+            both = [*_coordinates("alpha", groups), *_coordinates("lambda", lambdas)]
+            constant, varying_too = _names(per, True)
+            candidates[constant] = self._coordinates(found["lambda, alpha"], both)
+            costs = [self._selection.cost(weights, "choosing") for weights in candidates.values()]
+            if costs[1] < costs[0]:
+                best, varying = constant, varying_too
+        if self._plan.slopes:
+            start = candidates[best]
+            moved = {n: g for n, g in groups.items() if 0 < start.alphas[n] < 1 and self._identities[n] == 0}
+            candidates[varying] = self._coordinates(start, _coordinates("slope", moved))
+        return candidates
+
+    def _coordinates(self, start: PatchWeights, coordinates: Sequence[Coordinate]) -> PatchWeights:
         portion = np.random.default_rng(self._plan.seed).permutation(self._indices)[:_COORDINATE_EXAMPLES]
-        coordinates = []
-        for kind, by_name in (("alpha", groups.alphas), ("lambda", groups.lambdas)):
-            members: dict[str, list[str]] = {}
-            for name, group in by_name.items():
-                members.setdefault(group, []).append(name)
-            coordinates += [Coordinate(kind, tuple(names)) for names in members.values()]
         guide = self._selection.guide
 
         def scores(indices: Indices, weights: PatchWeights) -> Values | None:
@@ -201,3 +262,18 @@ class LayerSearch:
         return np.concatenate(
             [self._cache.of(part, weights, "changing one weight at a time")[metric.name] for part in sets]
         )
+
+
+def _names(per: str, lambdas: bool) -> tuple[str, str]:
+    """Names of the candidates without and with slopes."""
+    if lambdas:
+        return f"lambda and alpha per {per}", f"lambda, alpha and slope per {per}"
+    return f"alpha per {per}", f"alpha and slope per {per}"
+
+
+def _coordinates(kind: str, groups: Mapping[str, str]) -> list[Coordinate]:
+    """One coordinate per group of norm layers."""
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(name)
+    return [Coordinate(kind, tuple(names)) for names in members.values()]

@@ -198,7 +198,7 @@ def _seen(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Tenso
         name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
         for name, m in model.statistics_in_use().items()
     }
-    return Seen(logits, moments, model.alphas_in_use(), running)
+    return Seen(logits, moments, model.alphas_in_use(), running, model.slopes_in_use())
 
 
 def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:

@@ -14,6 +14,9 @@ from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate
 from bnpatch.search.objective import FEW_SETS, Objective
 from bnpatch.search.score_cache import ScoreCache
 
+# Number of examples, roughly, by which steps of learning are compared.
+_CHECKED = 300
+
 
 class Selection:
     """Chooses between candidates on the selection examples, which are some blocks of the tuning examples.
@@ -21,8 +24,9 @@ class Selection:
     No weights were learned from these by gradient, though they decide when learning stops. The identity is
     kept unless a candidate with a better mean is significantly better. For a rate the cross-entropy may show
     that instead, because a rate says little on few examples. One weight for all norm layers hardly overfits,
-    so it is tested on all tuning examples. If a candidate passes, the best mean is chosen; among rates within
-    one answer of the best, the first candidate whose cross-entropy is within a standard error of the best.
+    so it is tested on all tuning examples. If a candidate passes, the best mean is chosen. Rates within a
+    standard error of the best are equal; then the first candidate whose cross-entropy is within a standard
+    error of the best.
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
 
@@ -35,11 +39,13 @@ class Selection:
             blocks: numbers of the blocks to select by.
         """
         self._cache, self._objective, self._blocks = cache, objective, blocks
+        ends = np.cumsum([len(cache.blocks[block]) for block in blocks])
+        self._checked = blocks[: int(np.searchsorted(ends, _CHECKED)) + 1]
 
     @property
-    def num_examples(self) -> int:
-        """The number of selection examples."""
-        return sum(len(self._cache.blocks[block]) for block in self._blocks)
+    def num_checked(self) -> int:
+        """The number of examples that :meth:`cost` scores."""
+        return sum(len(self._cache.blocks[block]) for block in self._checked)
 
     @property
     def guide(self) -> Metric:
@@ -59,8 +65,11 @@ class Selection:
         return self._on(self._blocks, weights, self._objective.metric)
 
     def cost(self, weights: PatchWeights, label: str) -> float:
-        """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite."""
-        scores = if_finite(partial(self._on, self._blocks, weights, self.guide, label))
+        """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite.
+
+        It is that of a few hundred selection examples, because learning asks often.
+        """
+        scores = if_finite(partial(self._on, self._checked, weights, self.guide, label))
         return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))
 
     def gains(self, identity: PatchWeights, weights: PatchWeights) -> bool:
@@ -91,31 +100,31 @@ class Selection:
                 # One weight for all norm layers hardly overfits, so all blocks test it.
                 blocks = range(len(self._cache.blocks)) if name in GLOBAL_CANDIDATES else self._blocks
                 supported = supported or self._gains(blocks, identity, weights)
-        best = self._best_of(better, len(before)) if supported else candidates[0]
+        best = self._best_of(better) if supported else candidates[0]
         return [replace(candidate, chosen=candidate is best) for candidate in candidates]
 
-    def _best_of(self, candidates: Sequence[Candidate], num_examples: int) -> Candidate:
-        """The candidate with the best mean; among rates within one answer of it, by the cross-entropy.
+    def _best_of(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The candidate with the best mean; where it is a rate, the cross-entropy decides between equals.
 
-        By that, the first candidate within a standard error of the best is taken, because later ones cost
+        Rates within a standard error of their paired difference are equal. By the cross-entropy, the first
+        candidate within a standard error of the best is taken, because later ones have more freedom and cost
         latency (the one-standard-error rule of Breiman et al., "Classification and Regression Trees").
         """
         metric, guide = self._objective.metric, self.guide
-        lead = max(metric.sign * candidate.mean for candidate in candidates)
-        answer = 0.0 if guide is metric else 1 / num_examples
-        equals = [
+        if guide is metric:
+            return max(candidates, key=lambda candidate: metric.sign * candidate.mean)
+        return self._equals(self._equals(candidates, metric), guide)[0]
+
+    def _equals(self, candidates: Sequence[Candidate], metric: Metric) -> Sequence[Candidate]:
+        """The candidates within a standard error of the best mean, in their order."""
+        scores = [self._on(self._blocks, candidate.weights, metric) for candidate in candidates]
+        best = max(scores, key=lambda values: metric.sign * float(np.mean(values)))
+        behind = [paired_difference(values, best) for values in scores]
+        return [
             candidate
-            for candidate in candidates
-            if metric.sign * candidate.mean >= lead - answer * (1 + 1e-9)
+            for candidate, change in zip(candidates, behind, strict=True)
+            if metric.sign * change.value <= change.reach / Z95
         ]
-        scores = [self._on(self._blocks, candidate.weights, guide) for candidate in equals]
-        best = max(scores, key=lambda values: guide.sign * float(np.mean(values)))
-        behind = (paired_difference(values, best) for values in scores)
-        return next(
-            candidate
-            for candidate, change in zip(equals, behind, strict=True)
-            if guide.sign * change.value <= change.reach / Z95
-        )
 
     def _gains(self, blocks: range, identity: PatchWeights, weights: PatchWeights) -> bool:
         metrics = {metric.name: metric for metric in (self._objective.metric, self.guide)}

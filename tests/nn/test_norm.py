@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments, mix
 from bnpatch.nn.norm import ExampleWeightedNorm, example_moments, weighted_norm
 from tests import reference
@@ -55,17 +55,17 @@ def batch_norm(num_channels, rank=2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("case", "alpha", "dtype", "channels_per_group"),
-    pairwise(CASES, [0.0, 0.03, 0.5, 1.0], TOLERANCE, [1, 2, 6]),
+    ("case", "alpha", "dtype", "channels_per_group", "slope"),
+    pairwise(CASES, [0.0, 0.03, 0.5, 1.0], TOLERANCE, [1, 2, 6], [0.0, 0.6, -1.3]),
 )
-def test_equals_the_oracle(case, alpha, dtype, channels_per_group):
+def test_equals_the_oracle(case, alpha, dtype, channels_per_group, slope):
     shape, layout = case
     x, (mean, var, weight, bias) = sample(shape, dtype, layout), parameters(shape[1], dtype)
-    y = weighted_norm(x, Moments(mean, var), weight, bias, 0.1, alpha, channels_per_group)
+    y = weighted_norm(x, Moments(mean, var), weight, bias, 0.1, alpha, channels_per_group, slope)
     assert y.dtype == dtype
     assert y.shape == x.shape
     expected = reference.weighted_norm(
-        *(t.double().numpy() for t in (x, mean, var, weight, bias)), 0.1, alpha, channels_per_group
+        *(t.double().numpy() for t in (x, mean, var, weight, bias)), 0.1, alpha, channels_per_group, slope
     )
     scale = max(1.0, np.abs(expected).max())
     np.testing.assert_allclose(y.double().numpy(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
@@ -103,9 +103,10 @@ def test_alpha_zero_is_batch_norm_bit_for_bit(shape, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_no_example_depends_on_its_batch(layout):
+@pytest.mark.parametrize("slope", [0.0, 0.8])
+def test_no_example_depends_on_its_batch(layout, slope):
     x = sample((5, 6, 4, 4), torch.float32, layout)
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.4)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.4, slope=slope)
     together = layer(x)
     stranger = torch.cat([x[:2], 100 * x[2:]]).contiguous(memory_format=layout)
     assert torch.equal(layer(stranger)[:2], together[:2])
@@ -120,15 +121,15 @@ def test_an_empty_batch_passes(alpha):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("start", [0.0, 0.3])
-def test_gradients_reach_alpha_weights_and_input(layout, start):
+@pytest.mark.parametrize(("start", "slope"), [(0.0, 0.0), (0.0, 0.7), (0.3, 0.0), (0.3, -0.7)])
+def test_gradients_reach_alpha_slope_weights_and_input(layout, start, slope):
     x = sample((2, 4, 3, 2), layout=layout).requires_grad_()
     mean, var, weight, bias = parameters(4)
-    alpha = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    inputs = (x, weight.requires_grad_(), bias.requires_grad_(), alpha)
+    weights = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (start, slope))
+    inputs = (x, weight.requires_grad_(), bias.requires_grad_(), *weights)
 
-    def f(x, weight, bias, alpha):
-        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha)
+    def f(x, weight, bias, alpha, slope):
+        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha, slope=slope)
 
     assert torch.autograd.gradcheck(f, inputs)
 
@@ -313,21 +314,22 @@ def test_running_moments_that_are_given_move_along_and_are_no_part_of_the_state_
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("start", [0.0, 0.3])
+@pytest.mark.parametrize(("start", "slope"), [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)])
 @pytest.mark.parametrize("channels_per_group", [1, 2])
-def test_gradients_reach_running_moments_and_alpha(layout, start, channels_per_group):
+def test_gradients_reach_running_moments_alpha_and_slope(layout, start, slope, channels_per_group):
     x = sample((2, 4, 3, 2), layout=layout)
     moments = running(4)
-    alpha = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    alpha, slope = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (start, slope))
     layer = ExampleWeightedNorm.take_over(
         batch_norm(4, dtype=torch.float64), channels_per_group=channels_per_group
     )
 
-    def f(mean, var, alpha):
-        layer.alpha, layer.running = alpha, Moments(mean, var)
+    def f(mean, var, alpha, slope):
+        layer.alpha, layer.slope, layer.running = alpha, slope, Moments(mean, var)
         return layer(x)
 
-    assert torch.autograd.gradcheck(f, (moments.mean.requires_grad_(), moments.var.requires_grad_(), alpha))
+    moments = (moments.mean.requires_grad_(), moments.var.requires_grad_())
+    assert torch.autograd.gradcheck(f, (*moments, alpha, slope))
 
 
 def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_is_weighed():
@@ -374,3 +376,73 @@ def test_group_norm_has_its_identity_at_one():
     assert torch.equal(layer(single), gn(single))  # the group still has three values, and stays Group Norm
     layer.alpha = 1.0
     assert layer.running_var is None  # and no warning: nothing would get lost
+
+
+def test_the_slope_is_data_like_alpha(monkeypatch):
+    """It changes nothing at the identity; 0 is not even computed; and it leaves with the layer."""
+    x = sample((3, 6, 4, 4), torch.float32)
+    bn = batch_norm(6)
+    plain, layer = bn(x), ExampleWeightedNorm.take_over(bn, 0.0, slope=0.7)
+    assert torch.equal(layer(x), plain)
+    layer.alpha = 0.2
+    sloped = layer(x)
+    layer.slope = 0.0
+    with monkeypatch.context() as patching:
+        patching.setattr("bnpatch.nn.norm.weight_by_distance", None)
+        constant = layer(x)
+    assert (sloped - constant).abs().max() > 0.01
+    layer.slope = 0.7
+    assert layer.double().slope == 0.7
+    assert "slope=0.7" in repr(layer)
+    assert vars(layer.give_back()).keys() == vars(batch_norm(6)).keys()
+
+
+@pytest.mark.parametrize("slope", [-2.0, 0.7])
+def test_group_norm_keeps_its_identity_whatever_the_slope(slope):
+    gn, x = nn.GroupNorm(2, 6).eval(), sample((3, 6, 4, 4), torch.float32)
+    before = gn(x)
+    layer = ExampleWeightedNorm.take_over(
+        gn, 1.0, identity=1.0, channels_per_group=3, running=running(dtype=torch.float32), slope=slope
+    )
+    assert torch.equal(layer(x), before)
+    layer.alpha = 0.9
+    assert (layer(x) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_no_slope_changes_a_weight_of_zero_or_one(alpha):
+    x, (mean, var, weight, bias) = sample((3, 6, 4, 4), torch.float32), parameters(6, torch.float32)
+    y = [
+        weighted_norm(x, Moments(mean, var), weight, bias, 1e-5, torch.tensor(alpha), 1, slope)
+        for slope in (0.0, torch.tensor(3.0), torch.tensor(-3.0))
+    ]
+    assert torch.equal(y[1], y[0])
+    assert torch.equal(y[2], y[0])
+
+
+@pytest.mark.parametrize("slope", [-4.1, 5, float("nan"), float("inf")])
+def test_a_slope_has_bounds(slope):
+    with pytest.raises(BnpatchError, match=r"slope = .* is too steep; it must lie in \[-4, 4\]"):
+        ExampleWeightedNorm.take_over(batch_norm(6), 0.1, slope=slope)
+
+
+def test_a_learned_slope_learns_from_zero_and_may_belong_to_somebody_else():
+    slope = nn.Parameter(torch.tensor(0.0))
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2, slope=slope)
+    x = sample((2, 6, 4, 4), torch.float32)
+    layer(x).square().sum().backward()
+    assert layer.slope is slope
+    assert slope.grad != 0
+    assert "slope" not in layer.state_dict()
+    constant = ExampleWeightedNorm.take_over(batch_norm(6), 0.2)(x)
+    torch.testing.assert_close(layer(x), constant, rtol=1e-6, atol=1e-6)  # alpha is rounded to float32
+
+
+def test_a_layer_that_was_pickled_without_a_slope_has_none():
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2)
+    x, state = sample((2, 6, 4, 4), torch.float32), dict(vars(layer))
+    del state["_slope"], state["_is_constant"]
+    copied = ExampleWeightedNorm.__new__(ExampleWeightedNorm)
+    copied.__setstate__(state)
+    assert copied.slope == 0.0
+    assert torch.equal(copied(x), layer(x))

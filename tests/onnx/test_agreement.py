@@ -35,21 +35,18 @@ def newest_opset():
     raise AssertionError("no opset runs")
 
 
-def patched(proto, alpha, append=append_norm, **options):
+def patched(proto, alpha, append=append_norm, slope=0.0, **options):
     graph = from_proto(proto)
-    rewrite(
-        graph,
-        {norm_layer.name: alpha for norm_layer in inventory(graph).norm_layers},
-        append=append,
-        **options,
-    )
+    names = [norm_layer.name for norm_layer in inventory(graph).norm_layers]
+    slopes = dict.fromkeys(names, slope) if slope else None
+    rewrite(graph, dict.fromkeys(names, alpha), append=append, slopes=slopes, **options)
     return check(graph)
 
 
-def expected(x, alpha, dtype=np.float32):
+def expected(x, alpha, dtype=np.float32, slope=0.0):
     arrays = parameters(x.shape[1], dtype)
     order = (arrays[f"bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
-    return oracle(x, *order, 1e-5, alpha)
+    return oracle(x, *order, 1e-5, alpha, slope=slope)
 
 
 def largest(a, b):
@@ -60,30 +57,35 @@ def largest(a, b):
 TYPES = [(np.float16, "direct"), *itertools.product([np.float32, np.float64], FORMS)]
 
 
-@pytest.mark.parametrize(("kind", "shape", "alpha"), pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0]))
-def test_types_ranks_and_alphas(kind, shape, alpha):
+@pytest.mark.parametrize(
+    ("kind", "shape", "alpha", "slope"),
+    pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0], [0.0, 0.7, -1.5]),
+)
+def test_types_ranks_and_weights(kind, shape, alpha, slope):
     dtype, form = kind
     x = example(*shape, dtype=dtype)
-    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form]), x)
+    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form], slope), x)
     assert y.dtype == dtype
-    assert largest(y, expected(x, alpha, dtype)) < TOLERANCE[dtype]
+    assert largest(y, expected(x, alpha, dtype, slope)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])
 @pytest.mark.parametrize("form", FORMS)
 def test_opsets(opset, form):
     x = example(3, 6, 5, 4)
-    proto = patched(bn_model(opset=opset), 0.3, FORMS[form])
-    assert proto.opset_import[0].version == opset
-    assert largest(run(proto, x), expected(x, 0.3)) < 1e-5  # float32
+    for slope in (0.0, 0.7):
+        proto = patched(bn_model(opset=opset), 0.3, FORMS[form], slope)
+        assert proto.opset_import[0].version == opset
+        assert largest(run(proto, x), expected(x, 0.3, slope=slope)) < 1e-5  # float32
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4, 1.0])
-def test_the_torch_layer(alpha):
+@pytest.mark.parametrize("slope", [0.0, 0.7])
+def test_the_torch_layer(alpha, slope):
     x, arrays = example(3, 6, 5, 4), {n: torch.tensor(v) for n, v in parameters().items()}
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    y = weighted_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha)
-    assert largest(run(patched(bn_model(), alpha), x), y.numpy()) < 1e-5  # float32
+    y = weighted_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha, 1, slope)
+    assert largest(run(patched(bn_model(), alpha, slope=slope), x), y.numpy()) < 1e-5  # float32
 
 
 @pytest.mark.parametrize(
@@ -97,10 +99,10 @@ def test_groups(groups, shape, form):
     proto = model([node], {n: arrays[n] for n in ("bn.weight", "bn.bias")}, x=("n", *shape[1:]), opset=21)
     x = example(*shape)
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    for alpha in (0.0, 0.3):
-        y = run(patched(proto, alpha, FORMS[form], running={"bn": running}), x)
+    for alpha, slope in ((0.0, 0.0), (0.3, 0.0), (0.3, 0.7)):
+        y = run(patched(proto, alpha, FORMS[form], slope, running={"bn": running}), x)
         args = (running.mean, running.var, arrays["bn.weight"], arrays["bn.bias"])
-        assert largest(y, oracle(x, *args, 1e-3, alpha, 6 // groups)) < 1e-5  # float32
+        assert largest(y, oracle(x, *args, 1e-3, alpha, 6 // groups, slope)) < 1e-5  # float32
 
 
 def test_other_running_moments_than_the_models_own():
@@ -117,9 +119,9 @@ def test_other_running_moments_than_the_models_own():
 def test_single_values_where_they_are_switched_on(shape):
     x = example(*shape)
     proto = bn_model(x=("n", *shape[1:]))
-    for form in FORMS.values():
-        y = run(patched(proto, 0.3, form, include_1x1=True), x)
-        reference = expected(x.reshape(4, 6, 1), 0.3).reshape(shape)
+    for form, slope in itertools.product(FORMS.values(), (0.0, 0.7)):
+        y = run(patched(proto, 0.3, form, slope, include_1x1=True), x)
+        reference = expected(x.reshape(4, 6, 1), 0.3, slope=slope).reshape(shape)
         assert largest(y, reference) < 1e-5  # float32
 
 
@@ -136,8 +138,9 @@ def test_the_term_between_the_means_is_there():
         assert y.std() != pytest.approx(2 / np.sqrt(1.9), rel=0.3)
 
 
-def test_no_example_depends_on_the_rest_of_the_batch():
-    proto = patched(bn_model(conv=True), 0.3)
+@pytest.mark.parametrize("slope", [0.0, 0.7])
+def test_no_example_depends_on_the_rest_of_the_batch(slope):
+    proto = patched(bn_model(conv=True), 0.3, slope=slope)
     x = example(4, 6, 5, 4)
     alone = np.concatenate([run(proto, x[i : i + 1]) for i in range(4)])
     np.testing.assert_allclose(run(proto, x), alone, rtol=1e-5, atol=1e-6)  # other loop orders

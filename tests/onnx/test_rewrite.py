@@ -134,6 +134,47 @@ def test_alpha_as_an_input_with_a_default(mode, opset):
         np.testing.assert_allclose(run(result, x, **feeds), run(baked, x), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("mode", ["global", "per-site"])
+@pytest.mark.parametrize("opset", [8, 20])
+def test_a_slope_as_an_input_beside_alpha(mode, opset):
+    proto, both = two_norms(opset), ("bn", "bn2")
+    result, report = rewritten(
+        proto, dict.fromkeys(both, 0.3), slopes=dict.fromkeys(both, 0.5), alpha_inputs=mode
+    )
+    kinds = [dict.fromkeys(inputs.values()) for inputs in (report.alpha_inputs, report.slope_inputs)]
+    assert [i.name for i in result.graph.input] == ["x", *kinds[0], *kinds[1]]
+    assert list(kinds[1]) == (["slope"] if mode == "global" else ["slope.bn", "slope.bn2"])
+    without, _ = rewritten(proto, dict.fromkeys(both, 0.3), alpha_inputs=mode)
+    x = example(3, 6, 5, 4)
+    for alpha, slope in ((0.3, 0.5), (0.1, -2.0), (0.0, 3.0), (1.0, -3.0), (0.7, 0.0)):
+        alphas = dict.fromkeys(kinds[0], np.float32(alpha))
+        y = run(result, x, **alphas, **dict.fromkeys(kinds[1], np.float32(slope)))
+        baked, _ = rewritten(proto, dict.fromkeys(both, alpha), slopes=dict.fromkeys(both, slope))
+        np.testing.assert_allclose(y, run(baked, x), rtol=2e-5, atol=2e-5)  # float32, in another order
+        if slope == 0 or alpha in (0, 1):
+            np.testing.assert_array_equal(y, run(without, x, **alphas))
+    np.testing.assert_array_equal(run(result, x), run(result, x, **dict.fromkeys(kinds[0], np.float32(0.3))))
+
+
+@pytest.mark.parametrize("conv", [True, False])
+def test_a_slope_reads_the_activation_as_often_as_a_constant_alpha(conv):
+    """Only operators on (N, C) and (N, 1) are added; none for a slope of 0, or at an alpha of 0 or 1."""
+    plain, _ = rewritten(bn_model(conv=conv), {"bn": 0.2})
+    sloped, _ = rewritten(bn_model(conv=conv), {"bn": 0.2}, slopes={"bn": 0.5})
+    sizes = []
+    for proto in (plain, sloped):
+        values = onnx.shape_inference.infer_shapes(proto).graph.value_info
+        wide = {v.name for v in values if [d.dim_value for d in v.type.tensor_type.shape.dim][2:] == [5, 4]}
+        wide |= {"x"}
+        sizes.append(sum(name in wide for node in proto.graph.node for name in node.input))
+    assert sizes[0] == sizes[1] > 0
+    assert len(sloped.graph.node) > len(plain.graph.node)
+    for alpha, slope in ((0.2, 0.0), (1.0, 0.5)):
+        result, _ = rewritten(bn_model(conv=conv), {"bn": alpha}, slopes={"bn": slope})
+        without, _ = rewritten(bn_model(conv=conv), {"bn": alpha})
+        assert result.SerializeToString(deterministic=True) == without.SerializeToString(deterministic=True)
+
+
 def test_alpha_inputs_are_overridden_one_by_one():
     proto = two_norms()
     result, report = rewritten(proto, {"bn": 0.1, "bn2": 0.7}, alpha_inputs="per-site")
@@ -333,6 +374,10 @@ def test_wrong_arguments():
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="must lie in"):
             rewritten(proto, {"bn": alpha})
+    with pytest.raises(BnpatchError, match=r"slope = 5.0 at 'bn' is too steep; it must lie in \[-4, 4\]"):
+        rewritten(proto, {"bn": 0.1}, slopes={"bn": 5.0})
+    with pytest.raises(ValueError, match="slopes differ"):
+        rewritten(proto, {"bn": 0.1, "bn2": 0.1}, slopes={"bn": 0.1, "bn2": 0.2}, alpha_inputs="global")
     with pytest.raises(ValueError, match="differ"):
         rewritten(proto, {"bn": 0.1, "bn2": 0.2}, alpha_inputs="global")
     with pytest.raises(ValueError, match="shape"):
