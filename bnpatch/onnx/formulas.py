@@ -243,7 +243,7 @@ def _folded_with_slope(
     )
     u = Value(tape, _batch_norm(tape, norm_layer, running), norm_layer.dtype)
     mean, mean_square = _means(u, len(norm_layer.dims), blocked=_is_blocked(norm_layer))
-    square = mean * mean
+    square = mean**2  # onnxruntime would compute mean * mean in its blocked layout, and reorder the result
     var = (mean_square - square).clamp_min_0() + eps
     log = var.log()
     twice = (square + log * log).mean(1).clip(0.0, 2 * LARGEST_DISTANCE) + 2 * SMALLEST_DISTANCE
