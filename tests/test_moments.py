@@ -73,7 +73,8 @@ def test_the_weight_by_distance_is_a_sigmoid(alpha, slope, scale, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(1, 10**scale, (2, 3, 7))
     mean, var = rng.normal(size=3), rng.random(3) + 0.1
-    found = weight_by_distance(alpha, slope, of(x, axis=-1), Moments(mean[:, None], var[:, None]), 1e-3)
+    running = Moments(mean[:, None], var[:, None])
+    found = weight_by_distance(alpha, np.array(slope), of(x, axis=-1), running, 1e-3)
     assert found.shape == (2, 1, 1)
     expected = [reference.weight_by_distance(one, mean, var, 1e-3, alpha, slope) for one in x]
     np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-10)  # powers of fifteen digits
