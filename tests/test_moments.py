@@ -90,6 +90,7 @@ def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype
         *((scale * part).astype(dtype) for part in (rng.normal(size=(3, 4)), rng.random((3, 4))))
     )
     running = Moments(rng.normal(size=4).astype(dtype), rng.random(4).astype(dtype))
+    example.var[:, 0] = running.var[0] = running.var[1] = 0
     alphas = np.concatenate([[0, 1], rng.random(1000), 10.0 ** -rng.uniform(0, 30, 1000)]).astype(dtype)
     alphas = alphas[:, None, None]
     for slope in (-4.0, -0.5, 0.0, 0.5, 4.0):

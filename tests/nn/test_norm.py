@@ -390,6 +390,9 @@ def test_the_slope_is_data_like_alpha(monkeypatch):
     with monkeypatch.context() as patching:
         patching.setattr("bnpatch.core.moments._log", None)
         constant = layer(x)
+        layer.alpha, layer.slope = 1.0, 0.7
+        layer(x)
+        layer.alpha = 0.2
     assert (sloped - constant).abs().max() > 0.01
     layer.slope = 0.7
     assert layer.double().slope == 0.7
