@@ -73,7 +73,8 @@ def test_the_weight_by_distance_is_a_sigmoid(alpha, slope, scale, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(1, 10**scale, (2, 3, 7))
     mean, var = rng.normal(size=3), rng.random(3) + 0.1
-    found = weight_by_distance(alpha, slope, of(x, axis=-1), Moments(mean[:, None], var[:, None]), 1e-3)
+    running = Moments(mean[:, None], var[:, None])
+    found = weight_by_distance(alpha, np.array(slope), of(x, axis=-1), running, 1e-3)
     assert found.shape == (2, 1, 1)
     expected = [reference.weight_by_distance(one, mean, var, 1e-3, alpha, slope) for one in x]
     np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-10)  # powers of fifteen digits
@@ -89,6 +90,7 @@ def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype
         *((scale * part).astype(dtype) for part in (rng.normal(size=(3, 4)), rng.random((3, 4))))
     )
     running = Moments(rng.normal(size=4).astype(dtype), rng.random(4).astype(dtype))
+    example.var[:, 0] = running.var[0] = running.var[1] = 0
     alphas = np.concatenate([[0, 1], rng.random(1000), 10.0 ** -rng.uniform(0, 30, 1000)]).astype(dtype)
     alphas = alphas[:, None, None]
     for slope in (-4.0, -0.5, 0.0, 0.5, 4.0):

@@ -79,10 +79,10 @@ def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any
     Returns:
         The moments of the mixture, of the broadcast shape.
     """
-    between = example.mean - running.mean
+    between, rest = example.mean - running.mean, 1 - alpha
     return Moments(
         mean=running.mean + alpha * between,
-        var=alpha * example.var + (1 - alpha) * running.var + alpha * (1 - alpha) * (between * between),
+        var=alpha * example.var + rest * running.var + alpha * rest * (between * between),
     )
 
 

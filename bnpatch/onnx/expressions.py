@@ -161,6 +161,10 @@ class Value:
         """Return the natural logarithm of each element."""
         return self._op("Log", self)
 
+    def sigmoid(self) -> "Value":
+        """Return ``1 / (1 + exp(-x))`` of each element."""
+        return self._op("Sigmoid", self)
+
     def clip(self, low: float, high: float) -> "Value":
         """Return the elements, moved into the range from ``low`` to ``high``."""
         return Value(self.tape, self.tape.clip(self.value, low, high, self.dtype), self.dtype)

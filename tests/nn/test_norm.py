@@ -221,12 +221,12 @@ def test_copies_are_independent_and_complete(clone):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_cuda_equals_cpu_without_synchronizing(dtype, layout):
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3)
+@pytest.mark.parametrize("slope", [0.0, 0.7])
+def test_cuda_equals_cpu_without_synchronizing(dtype, layout, slope):
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3, slope=slope)
     x = sample((4, 6, 5, 5), dtype, layout)
-    expected = weighted_norm(
-        x.double(), Moments(*layer.parameters_of_norm()[2:]), layer.weight, layer.bias, layer.eps, 0.3
-    )
+    running = Moments(*layer.parameters_of_norm()[2:])
+    expected = weighted_norm(x.double(), running, layer.weight, layer.bias, layer.eps, 0.3, slope=slope)
     layer.cuda()
     x = x.cuda()
     layer(x)  # the first call may set up libraries
@@ -388,8 +388,11 @@ def test_the_slope_is_data_like_alpha(monkeypatch):
     sloped = layer(x)
     layer.slope = 0.0
     with monkeypatch.context() as patching:
-        patching.setattr("bnpatch.nn.norm.weight_by_distance", None)
+        patching.setattr("bnpatch.core.moments._log", None)
         constant = layer(x)
+        layer.alpha, layer.slope = 1.0, 0.7
+        layer(x)
+        layer.alpha = 0.2
     assert (sloped - constant).abs().max() > 0.01
     layer.slope = 0.7
     assert layer.double().slope == 0.7
