@@ -8,7 +8,7 @@ from PIL import Image
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
 from bnpatch.report.curves import global_search_curves, plot_curves
-from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
+from bnpatch.report.text import distances, is_identity, training_sentence, verdict_sentence, weight_axis
 from bnpatch.search.config import Candidate, Trial
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
