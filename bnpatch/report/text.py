@@ -17,7 +17,7 @@ from bnpatch.search.result import TuneResult
 
 #: What people must know of the scores of candidates, wherever these are listed.
 OF_CANDIDATES = (
-    "These examples chose the candidate, so its score on them is flattering: "
+    "These examples chose the candidate, so they overstate how good it is: "
     "the held-out evaluation is the number to believe."
 )
 
