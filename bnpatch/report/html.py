@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bnpatch.report import text
 from bnpatch.report.charts import curve_chart, depth_chart, recall_chart, trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.curves import global_search_curves
+from bnpatch.report.pictures import galleries
 from bnpatch.search.latency_limit import dominated, knee
 from bnpatch.search.result import TuneResult
 
@@ -125,6 +126,7 @@ def report_page(
         before_and_after=_before_and_after(result, model),
         facts=_facts(result),
         notes=_notes(result, model),
+        galleries=galleries(result, model.class_names),
         of_candidates=text.OF_CANDIDATES,
         candidates=_candidates(result),
         curves=_curves(result),
@@ -335,9 +337,7 @@ def _classes(result: TuneResult, names: Sequence[str] | None) -> tuple[Figure, T
     if known is None or not result.verdict.changed:
         return None
 
-    def name(index: int) -> str:
-        return names[index] if names and index < len(names) else str(index)
-
+    name = partial(text.class_name, names)
     changes = class_changes(known)
     shown = most_changed(changes, MOST_CLASSES)
     called = [name(c.target) for c in shown]

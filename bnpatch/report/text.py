@@ -95,6 +95,11 @@ def name_of(candidate: Candidate) -> str:
     return "baseline" if candidate.name == "identity" else candidate.name
 
 
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """The name of a class, or its number where the names are unknown."""
+    return names[index] if names and index < len(names) else str(index)
+
+
 def shown(
     comparisons: Sequence[Comparison], model: Model[Any], tuned: Metric | None = None
 ) -> list[Comparison]:

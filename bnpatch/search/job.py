@@ -33,6 +33,7 @@ from bnpatch.search.objective import LABEL_FREE, ByMetric, Goal, Judge
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
 from bnpatch.search.robustness import without_harm
+from bnpatch.search.samples import drawn
 
 #: Seconds to measure latencies for, where there is a latency limit.
 LATENCY_SECONDS = 10.0
@@ -170,6 +171,7 @@ class Job:
             self.notes,
             self._interrupted,
             trade_off=points,
+            samples=drawn(verdict, self.test_examples, self.plan.seed),
             recipe=recipe,
         )
 
