@@ -60,6 +60,7 @@ def _styled() -> Iterator[dict[str, str]]:
     settings: dict[str, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "bnpatch",
+        "text.parse_math": False,  # names of classes and metrics are text
         "font.size": 11,
         "figure.facecolor": "none",
         "axes.facecolor": "none",
@@ -253,7 +254,7 @@ def recall_chart(changes: Sequence[ClassChange], names: Sequence[str], name: str
             face, tip = colours["paper"], _tip(f"{each}: {before:.1f}% → {after:.1f}%")
             axes.plot([before], [row], "o", color=colours["pale"], markerfacecolor=face, clip_on=False)
             axes.plot([after], [row], "o", color=colour, clip_on=False, gid=tip)
-        axes.set_yticks(range(len(names)), [_short(each) for each in names], parse_math=False)
+        axes.set_yticks(range(len(names)), [_short(each) for each in names])
         axes.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
         axes.set_xlabel("recall (%)")
 

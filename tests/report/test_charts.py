@@ -220,6 +220,18 @@ def test_a_picture(trials, tmp_path):
     )
 
 
+def test_a_metric_may_have_any_name(tmp_path):
+    metric = replace(ACCURACY, name="$\\frac{$")
+    trials = [replace(t, scores={metric.name: 0.5}, errors={metric.name: 0.1}) for t in TRIALS]
+    assert write_curves(result(metric=metric, trials=trials), tmp_path / "curve.png")
+
+
+def test_a_point_alone_is_a_curve():
+    curve = a_curve(ACCURACY)
+    alone = replace(curve, points=curve.points[:1], best=curve.points[0])
+    assert list(tips(curve_chart(alone, "alpha", "alpha", "c"))) == ["alpha = 0: 40.00%", "baseline: 40.00%"]
+
+
 def test_no_search_no_picture(tmp_path):
     assert not write_curves(result(), tmp_path / "curve.png")
     assert not write_curves(result(trials=TRIALS[-1:]), tmp_path / "curve.png")
