@@ -32,6 +32,7 @@ def evaluate(
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation.evaluate import evaluate as score
     from bnpatch.evaluation.metrics import ACCURACY
+    from bnpatch.report.text import shown, shown_metrics
 
     from .render import comparison_table, interval, progress_bar, table
 
@@ -69,7 +70,8 @@ def evaluate(
         results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
         content["scores"] = {metric.name: estimate.to_json() for metric, estimate in results.items()}
         if not as_json:
-            rows = [[m.name, m.format(e.value), interval(m, e)] for m, e in results.items()]
+            metrics = shown_metrics(STANDARD_METRICS, loaded)
+            rows = [[m.name, m.format(results[m].value), interval(m, results[m])] for m in metrics]
             table(["metric", "mean", "95% interval"], rows)
     else:
         content["comparisons"] = {c.metric.name: c.to_json() for c in comparisons}
@@ -77,6 +79,6 @@ def evaluate(
         if tuned_on == examples.fingerprint():
             opt.say("note           the recipe was tuned on a part of these examples")
         if not as_json:
-            comparison_table(comparisons, f"all {number}")
+            comparison_table(shown(comparisons, loaded), f"all {number}")
     if as_json:
         typer.echo(json.dumps(content))

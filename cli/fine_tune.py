@@ -69,7 +69,7 @@ def fine_tune(
     from bnpatch.finetune.run import fine_tune
     from bnpatch.models.torch_model import TorchModel
     from bnpatch.report.files import write_results
-    from bnpatch.report.findings import Training
+    from bnpatch.report.html import Training
     from bnpatch.search.distributed import is_first
 
     from .render import progress_bar
@@ -123,7 +123,7 @@ def fine_tune(
         result.tuning.recipe.provenance["fine_tuning"] = settings.to_json()
         training_report = Training(result.comparisons, [[row["name"], *row["cells"]] for row in rows])
         files = write_results(result.tuning, loaded, output, training_report)
-        _show(result, files, rows, as_json)
+        _show(result, loaded, files, rows, as_json)
 
 
 def _with_head(model: "TorchModel", data: str, asked: bool, seed: int) -> "TorchModel":
@@ -176,8 +176,14 @@ def _ablation(
     return [row.to_json() for row in rows]
 
 
-def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]], as_json: bool) -> None:
-    from bnpatch.report.summary import training_sentence, verdict_sentence
+def _show(
+    result: "FineTuneResult",
+    model: "TorchModel",
+    files: list[Path],
+    rows: list[dict[str, Any]],
+    as_json: bool,
+) -> None:
+    from bnpatch.report.text import shown, training_sentence, verdict_sentence
 
     from .render import comparison_table, table
 
@@ -201,9 +207,10 @@ def _show(result: "FineTuneResult", files: list[Path], rows: list[dict[str, Any]
     if training.skipped:
         opt.say(f"training       {len(training.history)} epochs{opt.skipped(training.skipped)}")
     opt.put("")
-    comparison_table(result.comparisons, "held-out", before="checkpoint", after="fine-tuned")
-    opt.put("\nof which by example weighing:\n")
-    comparison_table(tuning.comparisons, "held-out", before="alpha = 0", after="alpha tuned")
+    trained, weighted = (shown(c, model, tuning.metric) for c in (result.comparisons, tuning.comparisons))
+    comparison_table(trained, "held-out", before="checkpoint", after="fine-tuned")
+    opt.put("\nexample weighing contributes to this:\n")
+    comparison_table(weighted, "held-out", before="alpha = 0", after="alpha tuned")
     opt.put(f"\n{training_sentence(result.comparisons, tuning.metric)}")
     opt.put(f"Example weighing: {verdict_sentence(tuning)}\n")
     if rows:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
+from bnpatch.report.text import OF_CANDIDATES, name_of
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
 
@@ -57,36 +58,36 @@ def comparison_table(
     )
 
 
-def verdict_table(verdict: Verdict) -> None:
-    """Held-out examples before and after: every metric, calibration error, flips."""
-    comparison_table(verdict.all_comparisons, f"{verdict.num_examples} held-out")
+def verdict_table(verdict: Verdict, comparisons: Sequence[Comparison]) -> None:
+    """Held-out examples before and after: the comparisons to show, flips."""
+    comparison_table(comparisons, f"{verdict.num_examples} held-out")
     if verdict.flips is not None:
         typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
     elif verdict.changed is not None:
         typer.echo(f"{verdict.changed} answers changed; without labels nobody knows for the better or worse")
 
 
-def ladder_table(result: TuneResult) -> None:
-    """The candidates of the search, as the selection examples scored them."""
-    metric = result.metric
-    rows = []
-    for candidate in result.candidates:
-        name = f"> {candidate.name}" if candidate.chosen else f"  {candidate.name}"
-        change = [
-            metric.format(candidate.change.value, signed=True),
-            interval(metric, candidate.change, signed=True),
+def candidates_table(result: TuneResult) -> None:
+    """The candidates of the search, as the selection examples scored them; these chose, so no intervals."""
+    metric, baseline = result.metric, result.candidates[0]
+    rows = [
+        [
+            f"{'>' if candidate.chosen else ' '} {name_of(candidate)}",
+            metric.format(candidate.mean),
+            "" if candidate is baseline else metric.format(candidate.change.value, signed=True),
         ]
-        rows.append(
-            [name, metric.format(candidate.mean), *(["", ""] if candidate.name == "identity" else change)]
-        )
-    table(["  candidates (selection)", metric.name, "change", "95% interval"], rows)
+        for candidate in result.candidates
+    ]
+    table(["  candidates (selection)", metric.name, "change"], rows)
+    typer.echo(OF_CANDIDATES)
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
-    """An interval for people; "unknown" where there is none."""
+    """An interval for people, of a change if signed, else of a mean; "unknown" where there is none."""
     if estimate.low == -math.inf or estimate.high == math.inf:
         return "unknown"
-    return f"[{metric.format(estimate.low, signed)}, {metric.format(estimate.high, signed)}]"
+    low, high = (end if signed else metric.clip(end) for end in (estimate.low, estimate.high))
+    return f"[{metric.format(low, signed)}, {metric.format(high, signed)}]"
 
 
 @contextmanager

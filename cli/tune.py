@@ -15,6 +15,7 @@ from bnpatch.core.text import masked
 from . import options as opt
 
 if TYPE_CHECKING:
+    from bnpatch.models.base import Model
     from bnpatch.search.result import TuneResult
 
 _SEARCH, _VERDICT = "Search", "Verdict and calibration"
@@ -53,7 +54,7 @@ def tune_alpha(
         bool | None,
         typer.Option(
             "--recalibrate/--no-recalibrate",
-            help="Let re-estimated running moments join. Default: with --granularity auto.",
+            help="Let re-estimated running statistics join. Default: with --granularity auto.",
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -125,7 +126,7 @@ def tune_alpha(
     calib_data: Annotated[
         str | None,
         typer.Option(
-            help="Images to re-estimate moments on, labels unused. Default: those to tune on.",
+            help="Images to re-estimate statistics on, labels unused. Default: those to tune on.",
             rich_help_panel=_VERDICT,
         ),
     ] = None,
@@ -139,10 +140,10 @@ def tune_alpha(
 ) -> None:
     """Find the weights that suit a model and data best, without retraining.
 
-    alpha is the weight of the example in the moments that normalize it, lambda that of running moments
-    re-estimated on your images. The search climbs a list of candidates, one weight for all layers, then one
-    per layer, and keeps what images that it did not learn from support. The verdict is given on further
-    images.
+    alpha is the weight of the example in the statistics that normalize it, lambda that of running
+    statistics re-estimated on your images. The search tries several candidates, one weight for all layers,
+    then one per layer, and keeps what images that it did not learn from support. The verdict is given on
+    further images.
 
     Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv. What it
     has found so far is in recipe.partial.json and trials.partial.csv until then.
@@ -225,7 +226,7 @@ def tune_alpha(
             }
             typer.echo(json.dumps(content))
         else:
-            _show(result, files)
+            _show(result, loaded, files)
 
 
 def _command(storage: str | None) -> str:
@@ -236,10 +237,10 @@ def _command(storage: str | None) -> str:
     return shlex.join(words)
 
 
-def _show(result: "TuneResult", files: list[Path]) -> None:
-    from bnpatch.report.summary import verdict_sentence
+def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
+    from bnpatch.report.text import shown, verdict_sentence
 
-    from .render import ladder_table, verdict_table
+    from .render import candidates_table, verdict_table
 
     left_out = opt.skipped(result.skipped)
     opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} judged by{left_out}")
@@ -247,9 +248,9 @@ def _show(result: "TuneResult", files: list[Path]) -> None:
         opt.say("interrupted    what was finished is kept")
     opt.say(f"search         {result.passes:.1f} passes over the tuning examples in {result.seconds:.1f} s")
     opt.put("")
-    ladder_table(result)
+    candidates_table(result)
     opt.put("")
-    verdict_table(result.verdict)
+    verdict_table(result.verdict, shown(result.verdict.all_comparisons, model, result.metric))
     opt.put(f"\n{verdict_sentence(result)}\n")
     for note in result.notes:
         opt.put(f"note: {note}")

@@ -99,6 +99,9 @@ def test_tune_alpha_writes_what_it_promises(cli, checkpoint, foggy, tmp_path):
         r"accuracy +\d+\.\d\d% +\d+\.\d\d% +[+-]\d+\.\d\d +\[[+-]\d+\.\d\d, [+-]\d+\.\d\d\] +gain", out
     )
     assert "calibration error" in out
+    listed = out[out.index("candidates (selection)") : out.index("held-out")]
+    assert re.search(r"baseline +\d+\.\d\d% *\n> alpha +\d+\.\d\d% +\+\d+\.\d\d\n", listed)  # and no interval
+    assert "the held-out evaluation is the number to believe" in out
     assert re.search(r"\d+ answers became right, \d+ became wrong", out)
     assert "300 examples that the search did not see" in out
     assert "from the checkpoint's training arguments" in err
@@ -147,6 +150,18 @@ def test_the_patched_checkpoint_scores_as_the_recipe_does(cli, checkpoint, folde
     code, out, _ = cli("evaluate", checkpoint, "--data", folder)
     assert code == 0
     assert re.search(r"accuracy +\d+\.\d\d% +\[\d+\.\d\d%, \d+\.\d\d%\]", out)
+
+
+def test_top5_of_five_classes_is_computed_but_not_shown(cli, foggy):
+    model = timm.create_model("test_resnet", num_classes=5, in_chans=1)
+    torch.save({"arch": "test_resnet", "state_dict": model.state_dict()}, "model.pt")
+    few = foggy[1] < 5
+    np.savez("foggy.npz", x=foggy[0][few][:20], y=foggy[1][few][:20])
+    command = ("evaluate", "model.pt", "--data", "foggy.npz", "--img-size", "32")
+    code, out, _ = cli(*command)
+    assert code == 0
+    assert re.findall(r"^[a-z][\w-]*", out, re.MULTILINE) == ["metric", "accuracy", "cross-entropy"]
+    assert json.loads(cli(*command, "--json")[1])["scores"]["top5"]["value"] == 1
 
 
 def test_json_is_alone_on_stdout(cli, checkpoint, folder):

@@ -38,6 +38,7 @@ def test_the_wheel_installs_and_runs(tmp_path):
         "bnpatch/__init__.pyi",
         "bnpatch/models/architectures.json",
         "bnpatch/report/report.css",
+        "bnpatch/report/report.html.j2",
     } <= set(names)
     assert not [
         name
@@ -69,7 +70,7 @@ def test_the_package_offers_what_its_stub_says():
 
 @pytest.mark.parametrize("statement", ["import bnpatch", "import bnpatch_cli.app"])
 def test_starting_is_quick(statement):
-    heavy = "torch", "timm", "optuna", "matplotlib", "scipy", "numpy"
+    heavy = "torch", "timm", "optuna", "matplotlib", "jinja2", "scipy", "numpy"
     code = f"import sys; {statement}; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,6 @@ import torch
 from bnpatch_cli.tune import _command
 
 from bnpatch.core.text import masked, visible
-from bnpatch.report.markup import tag
 from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
 
 
@@ -53,7 +52,6 @@ def test_what_acts_on_a_terminal_is_escaped():
     assert visible(ODD) == ESCAPED
     assert visible("a\nb\x9b\u2028\udce4\u2067", keep="\n") == r"a" + "\n" + r"b\x9b\u2028\udce4\u2067"
     assert visible("grün 猫 naïve\\x") == "grün 猫 naïve\\x"
-    assert tag("p", ODD, "1\n2", title=ODD) == f'<p title="{ESCAPED}">{ESCAPED}1\n2</p>'
 
 
 def test_names_do_not_act_on_the_terminal_or_the_report(cli, checkpoint, folder, tmp_path):  # noqa: F811

@@ -1,13 +1,14 @@
 """Metrics that score single examples, and means and comparisons of such scores with intervals."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch.nn.functional as F
+from scipy.special import ndtri
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
@@ -16,7 +17,10 @@ Values = npt.NDArray[np.float64]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 #: The 97.5th percentile of the normal distribution: half the width of a 95% interval in standard errors.
-Z95 = 1.959963984540054
+Z95 = float(ndtri(0.975))
+
+#: Top-5 accuracy is 100% for any model with fewer classes than this.
+FEWEST_FOR_TOP5 = 6
 
 #: With fewer examples the interval of a change of cross-entropy is rough: docs/trust.md has its coverage.
 ROUGH_BELOW = 300
@@ -34,12 +38,14 @@ class Metric:
         score: maps (outputs of shape (N, ...), targets of shape (N, ...)) to a tensor of scores, (N,).
         higher_is_better: whether a higher score is better.
         is_rate: whether scores are 0 or 1, so that people read their mean as a percentage.
+        is_positive: whether scores are never below 0, so that the intervals that people see are not either.
     """
 
     name: str
     score: ScoreFunction
     higher_is_better: bool = True
     is_rate: bool = False
+    is_positive: bool = False
 
     @property
     def sign(self) -> int:
@@ -54,6 +60,11 @@ class Metric:
     def better(self, a: float, b: float) -> bool:
         """Tell whether the score ``a`` is strictly better than ``b``."""
         return a > b if self.higher_is_better else a < b
+
+    def clip(self, mean: float) -> float:
+        """Return the possible mean that is nearest to ``mean``, for the ends of intervals that people see."""
+        lowest = 0.0 if self.is_rate or self.is_positive else -math.inf
+        return min(max(mean, lowest), 1.0 if self.is_rate else math.inf)
 
     def format(self, value: float, signed: bool = False) -> str:
         """Format a value for people: a rate in percent (in points if signed), others with 4 decimals."""
@@ -88,7 +99,7 @@ def no_scores(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 ACCURACY = Metric("accuracy", _correct, is_rate=True)
-CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False)
+CROSS_ENTROPY = Metric("cross-entropy", _cross_entropy, higher_is_better=False, is_positive=True)
 TOP5 = Metric("top5", _among_five, is_rate=True)
 CONFIDENCE = Metric("confidence", _confidence)  #: probability of the chosen class; not to be tuned for
 PREDICTION = Metric("prediction", _prediction)  #: the chosen class itself; not to be tuned for
@@ -114,6 +125,15 @@ def as_metric(metric: str | Metric | ScoreFunction, also: Iterable[str] = ()) ->
     if metric not in METRICS:
         raise BnpatchError(f"there is no metric {metric!r}", f"choose one of {', '.join([*METRICS, *also])}")
     return METRICS[metric]
+
+
+def worth_showing(metrics: Sequence[Metric], num_classes: int) -> list[Metric]:
+    """Leave out top-5 accuracy where there are so few classes that it is 100% for any model.
+
+    >>> [metric.name for metric in worth_showing([ACCURACY, TOP5], num_classes=5)]
+    ['accuracy']
+    """
+    return [metric for metric in metrics if metric.name != TOP5.name or num_classes >= FEWEST_FOR_TOP5]
 
 
 def score(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -199,13 +219,13 @@ class Comparison:
 
 def mean_estimate(scores: Values) -> Estimate:
     """Return the mean of scores (N,), with Wilson's interval if all are 0 or 1, else with Hall's."""
-    n = len(scores)
     if not np.isin(scores, (0, 1)).all():
         return skewness_corrected(scores)
-    z, p = Z95, float(np.mean(scores))
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Estimate(p, min(p, centre - half), max(p, centre + half))
+    from scipy.stats import binomtest  # imported here because it is slow to import
+
+    ends = binomtest(int(np.sum(scores)), len(scores)).proportion_ci(0.95, method="wilson")
+    p = float(np.mean(scores))
+    return Estimate(p, min(p, float(ends.low)), max(p, float(ends.high)))
 
 
 def paired_difference(before: Values, after: Values) -> Estimate:
@@ -236,7 +256,9 @@ def student(values: Values) -> Estimate:
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(mean, -math.inf, math.inf)
-    half = _quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    from scipy.stats import sem  # imported here because it is slow to import
+
+    half = _quantile(n) * float(sem(values))
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -1,222 +1,325 @@
-"""The charts of the report, as SVG; the report's style sheet has their colours.
+"""The charts of a search, drawn with matplotlib: inline SVG for the report, and a picture file of the curves.
 
-A chart is 360 units wide, about as wide as a phone's screen, so that its text can be read there.
+The colours are the variables of ``report.css``. The SVG refers to them by name, so that the charts follow the
+page from light to dark and to print. A chart is 360 units wide, about as wide as a phone's screen, so that
+its text can be read there.
 """
 
-import math
+import io
+import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
 from itertools import groupby
+from typing import Any
+from xml.etree import ElementTree
 
-from bnpatch.evaluation.metrics import Estimate, Metric
-from bnpatch.report.curves import WEIGHT_TICKS, Curve
-from bnpatch.report.markup import Markup, join, tag
+import numpy as np
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bnpatch.core.io import atomic_path
+from bnpatch.core.text import visible
+from bnpatch.evaluation.metrics import Metric
+from bnpatch.report.confusion import ClassChange
+from bnpatch.report.curves import Curve, global_search_curves
+from bnpatch.report.text import title, weight_axis, weight_label
 from bnpatch.search.latency_limit import Point, dominated, knee, pareto_front
+from bnpatch.search.result import TuneResult
 
-WIDTH, HEIGHT = 360, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 14, 36
+WIDTH, HEIGHT = 360, 240
 
+#: Ticks of the weight's axis, which has a square-root scale because useful weights are small.
+WEIGHT_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to pixels, linearly after applying ``bend``."""
+# Shape and colour of marks; the shapes differ so that colour isn't needed.
+_MARKS = {"baseline": ("s", "ink"), "best": ("D", "good")}
 
-    low: float
-    high: float
-    start: float
-    end: float
-    bend: Callable[[float], float] = lambda value: value
+# The gid of what shows a text when it is pointed at: this, and the text.
+_TIP = "tip:"
 
-    def __call__(self, value: float) -> float:
-        low, high = self.bend(self.low), self.bend(self.high)
-        part = (self.bend(min(max(value, self.low), self.high)) - low) / (high - low)
-        return self.start + part * (self.end - self.start)
+_LONGEST_NAME = 20
 
 
-def curve_chart(curve: Curve, axis_label: str, weight: str) -> Markup:
+@cache
+def palette() -> dict[str, str]:
+    """The colours of the light scheme by name, from the style sheet."""
+    css = files("bnpatch.report").joinpath("report.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css.split("}")[0]))
+
+
+@contextmanager
+def _styled() -> Iterator[dict[str, str]]:
+    """Draw with the style of the report, whatever a user's own configuration is; yields the colours."""
+    colours = palette()
+    settings: dict[str, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "bnpatch",
+        "text.parse_math": False,  # names of classes and metrics are text
+        "font.size": 11,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.edgecolor": colours["rule"],
+        "axes.labelcolor": colours["muted"],
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": colours["rule"],
+        "text.color": colours["muted"],
+        "xtick.color": colours["muted"],
+        "ytick.color": colours["muted"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "ytick.major.pad": 7,
+        "legend.frameon": False,
+    }
+    with style.context(["default", settings]), warnings.catch_warnings():
+        # The browser has fonts of its own for names of classes.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        yield colours
+
+
+def curve_chart(curve: Curve, axis_label: str, weight: str, name: str) -> Markup:
     """Draw a metric against the weight of the example, with a band of 95% intervals.
 
     Args:
         curve: a curve of a global search.
         axis_label: label of the horizontal axis.
         weight: name of the weight, for marks.
+        name: what the ids of the chart begin with; no other chart of the page has it.
     """
-    points = curve.points
-    finite = [end for p in points for end in (p.low, p.value, p.high) if math.isfinite(end)]
-    scale = 100 if curve.metric.is_rate else 1
-    y, y_ticks = _vertical([scale * value for value in finite])
-    x = _Axis(0, 1, _LEFT, WIDTH - _RIGHT, math.sqrt)
-    banded = [p for p in points if math.isfinite(p.high - p.low)]
-    upper = [(x(p.weight), y(scale * p.high)) for p in banded]
-    lower = [(x(p.weight), y(scale * p.low)) for p in reversed(banded)]
-    marks = curve.marked(weight)
-    return _svg(
-        f"{curve.metric.name} against {weight}",
-        "; ".join(text for _, _, text in marks) + f"; {len(points)} weights were tried",
-        _grid(x, y, WEIGHT_TICKS, y_ticks, axis_label),
-        tag("path", d=_path(upper + lower), class_="band"),
-        tag("path", d=_path([(x(p.weight), y(scale * p.value)) for p in points]), class_="line"),
-        *(
-            tag(
-                "circle",
-                tag("title", f"{weight} = {p.weight:.3g}: {curve.metric.format(p.value)}"),
-                cx=x(p.weight),
-                cy=y(scale * p.value),
-                r=3,
-                class_="dot" if p.is_whole else "dot pale",
-            )
-            for p in points
-        ),
-        *(_mark(kind, x(point.weight), y(scale * point.value), text) for kind, point, text in marks),
+
+    def draw(axes: Axes) -> None:
+        _draw_curve(axes, curve, weight)
+        _weight_axis(axes, axis_label)
+
+    marks = "; ".join(text for _, _, text in curve.marked(weight))
+    label = f"{title(curve.metric)} against {weight}. {marks}; {len(curve.points)} weights were tried"
+    return _svg(draw, name, label)
+
+
+def write_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
+    """Write the curves of a search as one picture (as Fig. 1 of the paper).
+
+    Args:
+        result: the result of a search.
+        path: where to write; the suffix chooses PNG, SVG or PDF.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        BnpatchError: the file can't be written.
+    """
+    curves = global_search_curves(result)
+    if not curves:
+        return False
+    with _styled() as colours, atomic_path(path) as temporary:
+        figure = Figure((6.4, 2.1 + 1.9 * len(curves)), layout="constrained", facecolor=colours["paper"])
+        every = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, curve in zip(every, curves, strict=True):
+            _draw_curve(axes, curve, weight_label(result))
+            axes.set_ylabel(f"{title(curve.metric)}{' (%)' if curve.metric.is_rate else ''}")
+            axes.legend(fontsize=9)
+        _weight_axis(every[-1], weight_axis(result))
+        every[0].set_title(
+            f"{result.num_tuning:,} tuning examples; {title(result.metric)} was tuned; "
+            "bands and bars: 95% of the change",
+            fontsize=10,
+        )
+        figure.savefig(temporary, dpi=150)
+    return True
+
+
+def _draw_curve(axes: Axes, curve: Curve, weight: str) -> None:
+    """Draw points with their intervals, hollow where few examples were scored, and a line through equals."""
+    scale, colours = _scale(curve.metric), palette()
+    x, value, low, high = (
+        np.array([getattr(point, name) for point in curve.line])
+        for name in ("weight", "value", "low", "high")
     )
+    known = np.isfinite(high - low)
+    band = x[known], scale * low[known], scale * high[known]
+    axes.fill_between(*band, color=colours["data"], alpha=0.15, linewidth=0)
+    axes.plot(x, scale * value, color=colours["data"], linewidth=1.2)
+    label = "scored on fewer examples"
+    for point in curve.points:
+        text = f"{weight} = {point.weight:.3g}: {curve.metric.format(point.value)}"
+        options: dict[str, Any] = {"color": colours["data"], "markersize": 4.5}
+        if point.examples < curve.most:
+            text += f", from {point.examples:,} of {curve.most:,} examples"
+            options = {"color": colours["pale"], "markerfacecolor": colours["paper"], "label": label}
+            options["markersize"], label = 4, "_nolegend_"  # one of them is enough in the legend
+        if point not in curve.line and np.isfinite(point.high - point.low):
+            axes.vlines(point.weight, scale * point.low, scale * point.high, color=options["color"], lw=1.2)
+        axes.plot([point.weight], [scale * point.value], "o", clip_on=False, gid=_tip(text), **options)
+    for kind, point, text in curve.marked(weight):
+        shape, colour = _MARKS[kind]
+        edge = colours["paper"]
+        options = {"color": colours[colour], "markeredgecolor": edge, "markersize": 8, "label": text}
+        axes.plot([point.weight], [scale * point.value], shape, clip_on=False, gid=_tip(text), **options)
+    axes.locator_params(axis="y", nbins=6)
 
 
-def depth_chart(weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]], label: str) -> Markup:
+def _weight_axis(axes: Axes, label: str) -> None:
+    axes.set_xscale("function", functions=(lambda a: np.sqrt(np.maximum(a, 0)), np.square))
+    axes.set_xticks(WEIGHT_TICKS, [f"{tick:g}".replace("0.", ".") for tick in WEIGHT_TICKS])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(label)
+
+
+def depth_chart(
+    weights: Mapping[str, float], shapes: Mapping[str, Sequence[int]], label: str, name: str
+) -> Markup:
     """Draw a bar per norm layer, from the input of the model to its output.
 
     Args:
         weights: weights by name of norm layer, in the order of the model.
         shapes: known spatial shapes by name of norm layer; a stage begins where the shape changes.
         label: name of the weights.
+        name: see :func:`curve_chart`.
     """
-    y, y_ticks = _vertical([0.0, max(weights.values())], includes_top=False)
-    step = (WIDTH - _RIGHT - _LEFT) / len(weights)
-    bottom, parts, left = y(0), [], 0
-    stages = [(shape, len(list(group))) for shape, group in groupby(shapes.get(name) for name in weights)]
-    for index, (shape, count) in enumerate(stages):
-        x, width = _LEFT + step * left, step * count
-        if shapes and index % 2:
-            parts.append(tag("rect", x=x, y=_TOP, width=width, height=bottom - _TOP, class_="stage"))
-        if shape and width >= 30:
-            text = "x".join(map(str, shape))
-            parts.append(tag("text", text, x=x + width / 2, y=_TOP - 4, class_="tick", text_anchor="middle"))
-        left += count
-    for index, (name, value) in enumerate(weights.items()):
-        top = min(y(value), bottom - 1)  # a weight of 0 still gets a visible bar
-        bar = {"x": _LEFT + step * (index + 0.1), "y": top, "width": 0.8 * step, "height": bottom - top}
-        text = f"{name}: {label} = {value:.3g}"
-        parts.append(tag("rect", tag("title", text), **bar, class_="bar" if value else "bar pale"))
-    return _svg(
-        f"{label} of {len(weights)} norm layers by depth",
-        f"from {min(weights.values()):.3g} to {max(weights.values()):.3g}; the table below has the numbers",
-        _grid(_Axis(0, 1, _LEFT, WIDTH - _RIGHT), y, (), y_ticks, "norm layers from input to output"),
-        *parts,
-    )
+
+    def draw(axes: Axes) -> None:
+        colours, left, top = palette(), -0.5, max(weights.values()) or 1.0
+        for index, (shape, members) in enumerate(groupby(shapes.get(each) for each in weights)):
+            right = left + len(list(members))
+            if shapes and index % 2:
+                axes.axvspan(left, right, color=colours["panel"], linewidth=0)
+            if shape and right - left >= len(weights) / 10:  # else it has no room
+                text = "x".join(map(str, shape))
+                axes.text((left + right) / 2, 1.03 * top, text, ha="center", va="bottom", fontsize=10)
+            left = right
+        bars = axes.bar(range(len(weights)), [max(value, 0.005 * top) for value in weights.values()])
+        for bar, (each, value) in zip(bars, weights.items(), strict=True):
+            bar.set(color=colours["data" if value else "pale"], gid=_tip(f"{each}: {label} = {value:.3g}"))
+        axes.set(xlim=(-0.5, len(weights) - 0.5), ylim=(0, 1.02 * top), xticks=[])
+        axes.set_xlabel("norm layers from input to output")
+        axes.grid(axis="x", visible=False)
+
+    span = f"from {min(weights.values()):.3g} to {max(weights.values()):.3g}"
+    return _svg(draw, name, f"{label} of {len(weights)} norm layers by depth, {span}")
 
 
-def trade_off_chart(points: Sequence[Point], metric: Metric) -> Markup:
-    """Draw gain against time, with 95% intervals of both and a line along the Pareto front."""
-    scale = 100 if metric.is_rate else 1
-    spans = [(scale * p.interval.low, scale * p.interval.high) for p in points]
-    y, y_ticks = _vertical([0.0, *(end for span in spans for end in span)])
-    ends = [1.0, *(end for p in points for end in (p.latency.low, p.latency.ratio, p.latency.high))]
-    x_ticks = _ticks(min(ends), max(ends), 5)
-    x = _Axis(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT)
-    parts = []
-    for point, is_dominated, (low, high) in zip(points, dominated(points), spans, strict=True):
-        cx, cy = x(point.latency.ratio), y(scale * point.gain)
-        pale = " pale" if is_dominated else ""
-        gain = metric.format(point.gain, signed=True)
-        text = f"{point.num_norms} norm layers: {gain} at {point.latency.ratio:.2f}x"
-        slower = f"M{x(point.latency.low):.1f} {cy:.1f}H{x(point.latency.high):.1f}"
-        whiskers = f"M{cx:.1f} {y(low):.1f}V{y(high):.1f}{slower}"
-        parts += [
-            tag("path", d=whiskers, class_=f"whisker{pale}"),
-            tag("circle", tag("title", text), cx=cx, cy=cy, r=3, class_=f"dot{pale}"),
-            tag("text", str(point.num_norms), x=cx + 5, y=cy + 12, class_="tick"),
-        ]
-    front = pareto_front(points)
-    steps = f"M{x(front[0].latency.ratio):.1f} {y(scale * front[0].gain):.1f}" + "".join(
-        f"H{x(p.latency.ratio):.1f}V{y(scale * p.gain):.1f}" for p in front[1:]
-    )
-    if bend := knee(points):
-        cx, cy = x(bend.latency.ratio), y(scale * bend.gain)
-        parts.append(tag("circle", tag("title", "knee"), cx=cx, cy=cy, r=7, class_="ring"))
-    return _svg(
-        f"gain in {metric.name} against time",
-        f"{len(points)} patches measured; the table below has the numbers",
-        _grid(x, y, x_ticks, y_ticks, "time per batch, times the original's"),
-        tag("path", d=steps, class_="line"),
-        *parts,
-    )
+def trade_off_chart(points: Sequence[Point], metric: Metric, name: str) -> Markup:
+    """Draw gain against time, with 95% intervals of the time and a line along the Pareto front.
+
+    The gain has no interval: it is of the examples that chose the patch.
+    """
+    scale = _scale(metric)
+
+    def draw(axes: Axes) -> None:
+        colours, front = palette(), pareto_front(points)
+        time, gain = ([p.latency.ratio for p in front], [scale * p.gain for p in front])
+        axes.plot(time, gain, drawstyle="steps-post", color=colours["pale"], linewidth=1.5)
+        for point, is_dominated in zip(points, dominated(points), strict=True):
+            x, y = point.latency.ratio, scale * point.gain
+            colour = colours["pale" if is_dominated else "data"]
+            axes.hlines(y, point.latency.low, point.latency.high, color=colour, linewidth=1.5)
+            text = f"{metric.format(point.gain, signed=True)} at {point.latency.ratio:.2f}x"
+            tip = _tip(f"{point.num_norms} norm layers: {text}")
+            face = "none" if is_dominated else colour
+            axes.plot([x], [y], "o", color=colour, markerfacecolor=face, markersize=5, gid=tip)
+            axes.annotate(str(point.num_norms), (x, y), (5, -12), textcoords="offset points", fontsize=10)
+        if best := knee(points):
+            x, y = best.latency.ratio, scale * best.gain
+            axes.plot([x], [y], "o", color=colours["ink"], markerfacecolor="none", markersize=13)
+        axes.margins(y=0.15)
+        axes.set_xlabel("time per batch, times the original's")
+
+    return _svg(draw, name, f"Gain in {title(metric)} against time of {len(points)} patches")
 
 
-def strip(estimate: Estimate, span: tuple[float, float]) -> Markup:
-    """Draw an interval for one row of a table.
+def recall_chart(changes: Sequence[ClassChange], names: Sequence[str], name: str) -> Markup:
+    """Draw the recall of each class without and with the patch, joined by a line.
 
     Args:
-        estimate: the estimate to draw.
-        span: ends of the axis, which is the same in all rows; it includes 0, which is marked.
+        changes: the classes.
+        names: names of these classes, in the same order.
+        name: see :func:`curve_chart`.
     """
-    x = _Axis(*span, 4, 116)
-    ends = [x(end) for end in (estimate.low, estimate.high)]
-    return tag(
-        "svg",
-        tag("path", d=f"M{x(0):.1f} 1V15", class_="axis"),
-        tag("path", d=f"M{ends[0]:.1f} 8H{ends[1]:.1f}", class_="whisker"),
-        tag("circle", cx=x(estimate.value), cy=8, r=3.5, class_="dot"),
-        viewBox="0 0 120 16",
-        class_="strip",
-        aria_hidden="true",
-    )
+
+    def draw(axes: Axes) -> None:
+        colours = palette()
+        for row, (change, each) in enumerate(zip(changes, names, strict=True)):
+            before, after = (100 * right / change.examples for right in (change.before, change.after))
+            colour = colours["good" if after > before else "bad" if after < before else "pale"]
+            axes.plot([before, after], [row, row], color=colour, linewidth=2)
+            face, tip = colours["paper"], _tip(f"{each}: {before:.1f}% → {after:.1f}%")
+            axes.plot([before], [row], "o", color=colours["pale"], markerfacecolor=face, clip_on=False)
+            axes.plot([after], [row], "o", color=colour, clip_on=False, gid=tip)
+        axes.set_yticks(range(len(names)), [_short(each) for each in names])
+        axes.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
+        axes.set_xlabel("recall (%)")
+
+    return _svg(draw, name, f"Recall of {len(changes)} classes, before and after", 56 + 18 * len(changes))
 
 
-def _svg(title: str, description: str, *children: str) -> Markup:
-    return tag(
-        "svg",
-        tag("title", title),
-        tag("desc", description),
-        *children,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        class_="chart",
-    )
+def _scale(metric: Metric) -> int:
+    return 100 if metric.is_rate else 1
 
 
-def _vertical(values: Sequence[float], includes_top: bool = True) -> tuple[_Axis, list[float]]:
-    """The vertical axis and its ticks."""
-    ticks = _ticks(min(values), max(values), 5)
-    high = ticks[-1] if includes_top else max(values) or 1.0
-    ticks = [tick for tick in ticks if tick <= high]
-    return _Axis(ticks[0], high, HEIGHT - _BOTTOM, _TOP), ticks
+def _svg(draw: Callable[[Axes], None], name: str, label: str, height: int = HEIGHT) -> Markup:
+    """Return what ``draw`` draws as SVG to stand in a page, with ids that begin with ``name``."""
+    content = io.StringIO()
+    with _styled():
+        figure = Figure((WIDTH / 72, height / 72), layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(content.getvalue())
+    names = {colour: variable for variable, colour in palette().items()}
+    for element in root.iter():
+        _fit_into_page(element, name, names)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "class": "chart", "role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Choose about ``count`` round numbers, from at most ``low`` to at least ``high``."""
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+def _fit_into_page(element: ElementTree.Element, name: str, variables: Mapping[str, str]) -> None:
+    """Change one element of matplotlib's SVG: ids, colours, fonts, tips; and leave out what a page has."""
+    element.tag = element.tag.rpartition("}")[2]  # in a page, elements need no name space
+    for child in element.findall("{*}style"):
+        element.remove(child)  # it would style the whole page
+    given = dict(element.attrib)
+    element.attrib.clear()
+    for key, value in given.items():
+        key = key.rpartition("}")[2]
+        if key == "style":
+            value = re.sub(r"#[0-9a-f]{6}\b", lambda found: f"var(--{variables[found[0]]})", value)
+            value = re.sub(r"font: (\S+px)[^;]*", r"font-size: \1", value)
+            value = re.sub(r"font-family: [^;]*;? ?", "", value)
+        elif key in ("href", "clip-path"):
+            value = value.replace("#", f"#{name}-")
+        elif key == "id":
+            if value.startswith(_TIP):
+                tip = ElementTree.Element("title")
+                tip.text = value.removeprefix(_TIP)
+                element.insert(0, tip)
+            if element.tag == "g":  # nothing refers to groups
+                continue
+            value = f"{name}-{value}"
+        else:
+            value = " ".join(re.sub(r"\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", value).split())
+        element.set(key, value)
+    if element.tag not in ("text", "title"):
+        element.text = None
+    element.tail = None
 
 
-def _grid(x: _Axis, y: _Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> Markup:
-    def draw() -> Iterator[Markup]:
-        for tick in y_ticks:
-            yield tag("path", d=f"M{_LEFT} {y(tick):.1f}H{WIDTH - _RIGHT}", class_="grid")
-            yield tag("text", f"{tick:.6g}", x=_LEFT - 6, y=y(tick) + 4, class_="tick", text_anchor="end")
-        for tick in x_ticks:
-            yield tag("path", d=f"M{x(tick):.1f} {_TOP}V{HEIGHT - _BOTTOM}", class_="grid")
-            text = f"{tick:.3g}".replace("0.", ".", 1) if 0 < tick < 1 else f"{tick:.3g}"
-            yield tag("text", text, x=x(tick), y=HEIGHT - _BOTTOM + 14, class_="tick", text_anchor="middle")
-        middle = (_LEFT + WIDTH - _RIGHT) / 2
-        below = HEIGHT - (5 if x_ticks else _BOTTOM - 16)
-        yield tag("text", x_label, x=middle, y=below, class_="tick", text_anchor="middle")
-
-    return join(draw())
+def _tip(text: str) -> str:
+    return _TIP + _plain(text)
 
 
-def _mark(kind: str, x: float, y: float, text: str) -> Markup:
-    """Draw a mark: a square for the identity, a diamond for the best, so that colour isn't needed."""
-    d = (
-        f"M{x - 5:.1f} {y - 5:.1f}h10v10h-10z"
-        if kind == "identity"
-        else f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7-7z"
-    )
-    return tag("path", tag("title", text), d=d, class_=f"mark {kind}")
+def _plain(text: str) -> str:
+    """Text that may stand in XML."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in visible(text))
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) if points else ""
+def _short(name: str) -> str:
+    name = _plain(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

@@ -9,9 +9,8 @@ from typing import Any
 
 from bnpatch.core.io import temporary_folder, write_text, writing_to
 from bnpatch.models.base import Model
-from bnpatch.report.curves import plot_curves
-from bnpatch.report.findings import Training
-from bnpatch.report.page import report_page
+from bnpatch.report.charts import write_curves
+from bnpatch.report.html import Training, report_page
 from bnpatch.search.config import Trial
 from bnpatch.search.result import TuneResult
 
@@ -56,7 +55,7 @@ def write_results(
     model.apply(result.recipe)
     with writing_to(folder), temporary_folder(folder) as made:
         pickled = not model.save(made / patched.name, result.recipe)
-        curves = [curve] if plot_curves(result, made / curve.name) else []
+        curves = [curve] if write_curves(result, made / curve.name) else []
         page = report_page(result, model, recipe, patched, pickled, training)
         write_text(made / report.name, page)
         for path in made.iterdir():
@@ -78,7 +77,7 @@ def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:
     names = list(trials[0].scores) if trials else []
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["rung", "trial", *_PARAMS, "examples", *(c for name in names for c in (name, f"{name} error"))]
+        ["candidate", "trial", *_PARAMS, "examples", *(c for name in names for c in (name, f"{name} error"))]
     )
     for trial in trials:
         scores = (f"{part[name]:.8g}" for name in names for part in (trial.scores, trial.errors))

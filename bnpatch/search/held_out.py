@@ -23,11 +23,13 @@ class Evidence:
         before: scores without the patch by name of metric, of shape (N,), or one per set of examples.
         after: scores with the patch, likewise.
         targets: classes of the examples, of shape (N,); empty where they have none.
+        indices: positions of the examples in the data set, of shape (N,).
     """
 
     before: Mapping[str, Values]
     after: Mapping[str, Values]
     targets: npt.NDArray[np.int64]
+    indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @staticmethod
     def joined(parts: Sequence["Evidence"]) -> "Evidence":
@@ -36,7 +38,8 @@ class Evidence:
         def join(which: str) -> dict[str, Values]:
             return {n: np.concatenate([getattr(p, which)[n] for p in parts]) for n in parts[0].before}
 
-        return Evidence(join("before"), join("after"), np.concatenate([part.targets for part in parts]))
+        targets, indices = (np.concatenate([getattr(p, n) for p in parts]) for n in ("targets", "indices"))
+        return Evidence(join("before"), join("after"), targets, indices)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Verdict:
         changed: number of examples whose answer changed; None where answers are not classes.
         classes: target, answer before and answer after of each example, (3, N); None without labels.
         num_examples: number of held-out examples, or of sets of them.
+        indices: positions of the held-out examples in the data set, of shape (N,).
+        confidences: confidence before and after of each example, (2, N); None without labels.
     """
 
     comparisons: list[Comparison]
@@ -58,6 +63,8 @@ class Verdict:
     changed: int | None = None
     classes: npt.NDArray[np.int64] | None = field(default=None, repr=False)
     num_examples: int = 0
+    indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    confidences: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """The verdict in words: gain, loss, or no significant change."""
@@ -120,7 +127,7 @@ def gather(
     second = first if before.computes_like(after) else scores(model, examples, objective, after, indices)
     read = _readable(examples, objective, indices)
     labelled = examples.classes and examples.labelled[read].all()
-    return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64))
+    return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64), read)
 
 
 def scores(
@@ -158,11 +165,11 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
     comparisons = [paired(metric, before[metric.name], after[metric.name]) for metric in metrics]
     count = max(len(values) for values in before.values())
     if PREDICTION.name not in before:
-        return Verdict(comparisons, num_examples=count)
+        return Verdict(comparisons, num_examples=count, indices=evidence.indices)
     answers = [side[PREDICTION.name].astype(np.int64) for side in (before, after)]
     changed = int(np.sum(answers[0] != answers[1]))
     if ACCURACY.name not in before or len(evidence.targets) != count:
-        return Verdict(comparisons, changed=changed, num_examples=count)
+        return Verdict(comparisons, changed=changed, num_examples=count, indices=evidence.indices)
     sure = [Answers(side[CONFIDENCE.name], side[ACCURACY.name]) for side in (before, after)]
     return Verdict(
         comparisons,
@@ -171,6 +178,8 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
         changed,
         np.stack([evidence.targets, *answers]),
         count,
+        evidence.indices,
+        np.stack([one.confidence for one in sure]),
     )
 
 

@@ -8,6 +8,7 @@ from bnpatch.evaluation.metrics import Comparison, Metric
 from bnpatch.search.config import Candidate, Trial, kept
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.latency_limit import Point
+from bnpatch.search.samples import Samples
 
 
 @dataclass(repr=False)
@@ -31,6 +32,7 @@ class TuneResult:
         notes: notes for the user.
         interrupted: whether the user stopped the search early.
         trade_off: gain and latency of ever more norm layers, the baseline first, if there was a limit.
+        samples: small pictures of some held-out examples.
         seconds: wall time.
         recipe: the recommended weights and their provenance, to keep and to apply.
         is_recommended: whether held-out examples support the chosen candidate, so that ``recipe`` applies it.
@@ -51,6 +53,7 @@ class TuneResult:
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
     trade_off: list[Point] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples, repr=False)
     seconds: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
     is_recommended: bool = False

@@ -36,6 +36,7 @@ from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
 from bnpatch.search.parts import parts_of
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
+from bnpatch.search.samples import drawn
 from bnpatch.search.task import Task
 
 #: Seconds to measure latencies for, where there is a latency limit.
@@ -189,6 +190,7 @@ def _run(
                 [*notes, *searches.notes, *_notes(task, searches, decision)],
                 searches.interrupted,
                 trade_off=points,
+                samples=drawn(decision.verdict, task.test_examples, task.plan.seed),
                 recipe=model.recipe(state),
                 is_recommended=decision.is_recommended,
                 candidate_recipe=model.recipe(found)

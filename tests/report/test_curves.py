@@ -1,14 +1,21 @@
 import math
-import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from bnpatch.core.patch import PatchWeights
-from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Comparison, Estimate, Metric
-from bnpatch.report.curves import global_search_curves, plot_curves
-from bnpatch.report.summary import distances, is_identity, training_sentence, verdict_sentence, weight_axis
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, TOP5, Comparison, Estimate, Metric
+from bnpatch.report.curves import global_search_curves
+from bnpatch.report.text import (
+    distances,
+    interval,
+    patches_nothing,
+    shown,
+    training_sentence,
+    verdict_sentence,
+    weight_axis,
+)
 from bnpatch.search.config import Candidate, Trial
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.result import TuneResult
@@ -48,8 +55,8 @@ def test_a_curve_has_each_weight_once():
     accuracy, entropy = global_search_curves(result(trials=TRIALS))
     assert (accuracy.metric, entropy.metric) == (ACCURACY, CROSS_ENTROPY)
     assert [point.weight for point in accuracy.points] == [0.0, 0.01, 0.25, 1.0]
-    assert [point.is_whole for point in accuracy.points] == [True, True, True, False]
-    assert accuracy.identity.value == 0.5
+    assert [point.examples for point in accuracy.points] == [100, 100, 100, 20]
+    assert accuracy.baseline.value == 0.5
     assert (accuracy.best.weight, accuracy.best.value) == (
         0.25,
         0.6,
@@ -64,6 +71,27 @@ def test_intervals_of_rates_stay_between_0_and_1():
     assert (points[0.0].low, points[0.0].high) == (0.5, 0.5)
 
 
+def test_no_band_or_interval_of_a_mean_cross_entropy_goes_below_0():
+    unsure = replace(TRIALS[2], errors={"accuracy": 0.01, "cross-entropy": 0.5})
+    _, entropy = global_search_curves(result(trials=[TRIALS[0], unsure]))
+    assert entropy.points[1].low == 0
+    assert entropy.points[1].high == pytest.approx(0.4 + 1.96 * 0.5, abs=1e-3)
+    estimate = Estimate(0.1, -0.2, 0.4)
+    assert interval(CROSS_ENTROPY, estimate, signed=False) == "0.0000 to 0.4000"
+    assert interval(CROSS_ENTROPY, estimate) == "-0.2000 to +0.4000"  # a change may
+    mine = Metric("mine", CROSS_ENTROPY.score)
+    assert interval(mine, estimate, signed=False) == "-0.2000 to 0.4000"
+
+
+@pytest.mark.parametrize(("classes", "number"), [(2, 0), (5, 0), (6, 1), (1000, 1)])
+def test_top5_of_few_classes_is_shown_to_those_who_ask_for_it(classes, number):
+    model = SimpleNamespace(num_outputs=lambda: classes)
+    gain = result().comparisons[0]
+    both = [gain, replace(gain, metric=TOP5)]
+    assert [c.metric for c in shown(both, model, ACCURACY)] == [ACCURACY, TOP5][: 1 + number]
+    assert [c.metric for c in shown(both[::-1], model, TOP5)] == [TOP5, ACCURACY]
+
+
 def test_the_tuned_metric_comes_first():
     assert [c.metric.name for c in global_search_curves(result(metric=CROSS_ENTROPY, trials=TRIALS))] == [
         "cross-entropy",
@@ -75,35 +103,18 @@ def test_the_tuned_metric_comes_first():
     ("origins", "label"),
     [
         ({"a": 0.0, "b": 0.0}, "alpha, the weight of the example"),
-        ({"a": 1.0, "b": 1.0}, "1 - alpha, the weight of the running moments"),
+        ({"a": 1.0, "b": 1.0}, "1 - alpha, the weight of the running statistics"),
         ({"a": 0.0, "b": 1.0}, "alpha (Group Norm: 1 - alpha)"),
     ],
 )
-def test_weights_are_distances_from_the_identity(origins, label):
+def test_weights_are_distances_from_the_baseline(origins, label):
     found = result(origins=origins, trials=TRIALS)
     assert weight_axis(found) == label
     assert distances(found) == {"a": 0.25, "b": 0.25}
     assert global_search_curves(found)[0].best.weight == 0.25
-    assert not is_identity(found)
-    assert is_identity(replace(found, weights=found.candidates[0].weights))
-    assert not is_identity(replace(found, weights=PatchWeights(origins, {"a": 0.5, "b": 0.0})))
-
-
-@pytest.mark.parametrize("trials", [TRIALS, TRIALS[::2]], ids=["some partial", "all whole"])
-def test_a_picture(trials, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert plot_curves(result(trials=trials), tmp_path / "curve.png")
-    image = Image.open(tmp_path / "curve.png").convert("RGB")
-    colours = {colour for _, colour in image.getcolors(1 << 24)}
-    assert {(0xC0, 0x39, 0x2B), (0x1F, 0x7A, 0x4D)} <= colours  # both marks
-    assert ((0xB3, 0xBD, 0xC7) in colours) == (trials is TRIALS)
-
-
-def test_no_race_no_picture(tmp_path):
-    assert not plot_curves(result(), tmp_path / "curve.png")
-    assert not plot_curves(result(trials=TRIALS[-1:]), tmp_path / "curve.png")
-    assert not list(tmp_path.iterdir())
+    assert not patches_nothing(found)
+    assert patches_nothing(replace(found, weights=found.candidates[0].weights))
+    assert not patches_nothing(replace(found, weights=PatchWeights(origins, {"a": 0.5, "b": 0.0})))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,7 @@ def test_sentences():
     assert kept.startswith(f"No significant gain in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep")
     unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
     kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
-    assert kept.startswith("Nobody knows whether the model gains: its accuracy changes by +10.00 points")
+    assert kept.startswith("It is unknown whether the model gains: its accuracy changes by +10.00 points")
     nothing = [replace(gain.candidates[0], chosen=True), replace(gain.candidates[1], chosen=False)]
     kept = replace(
         gain, candidates=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])

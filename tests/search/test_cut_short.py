@@ -8,7 +8,7 @@ import pytest
 import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
-from bnpatch.report.summary import verdict_sentence
+from bnpatch.report.text import verdict_sentence
 from bnpatch.search import cross_fit, tune
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.objective import LabelledObjective

@@ -1,0 +1,378 @@
+"""The report of a search: one HTML page that needs no other files. The template has its prose."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.inventory import SkippedNorm
+from bnpatch.core.text import visible
+from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
+from bnpatch.models.base import Model
+from bnpatch.report import text
+from bnpatch.report.charts import curve_chart, depth_chart, recall_chart, trade_off_chart
+from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
+from bnpatch.report.curves import global_search_curves
+from bnpatch.report.pictures import galleries
+from bnpatch.search.latency_limit import dominated, knee
+from bnpatch.search.result import TuneResult
+
+#: Maximum number of rows in the tables of classes and of mistakes.
+MOST_CLASSES = 15
+
+# Number of unreadable images, and of norms of one kind, that are named; the others are counted.
+_NAMED_IMAGES, _NAMED_NORMS = 5, 4
+
+_SYMBOLS = {"baseline": "■", "best": "◆"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The results of fine-tuning a network before alpha was tuned.
+
+    Attributes:
+        comparisons: the fine-tuned and patched model against the checkpoint, on held-out examples.
+        contributions: name, accuracy, change, cross-entropy and change for each technique, as cells.
+    """
+
+    comparisons: Sequence[Comparison]
+    contributions: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what it says.
+        notes: what stands below it, in small letters.
+        kind: "gain" or "loss" colours the last note, "chosen" stresses the cell.
+    """
+
+    text: str
+    notes: Sequence[str] = ()
+    kind: str = ""
+
+
+Row = Sequence[Cell | str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its name.
+
+    Attributes:
+        caption: the caption.
+        columns: heads of the columns.
+        rows: cells of each row, one per column.
+        kind: "words" for a table that has no numbers.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title, and a symbol, its kind and its meaning for each mark."""
+
+    title: str
+    chart: Markup
+    keys: Sequence[tuple[str, str, str]] = ()
+
+
+def report_page(
+    result: TuneResult,
+    model: Model[Any],
+    recipe: Path,
+    patched: Path,
+    pickled: bool = False,
+    training: Training | None = None,
+) -> str:
+    """Make the report as self-contained HTML, without scripts or external files.
+
+    Args:
+        result: the result of a search.
+        model: the model that was tuned.
+        recipe: path of the recipe.
+        patched: path of the patched model.
+        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+        training: results of training the model before the search.
+    """
+    verdict, sentence = str(result.verdict), text.verdict_sentence(result)
+    if training is not None:
+        verdict = next(c for c in training.comparisons if c.metric.name == result.metric.name).verdict
+        sentence = (
+            f"{text.training_sentence(training.comparisons, result.metric)} Example weighing: {sentence}"
+        )
+    shapes = _shapes(model)
+    return _template().render(
+        result=result,
+        name=model.name,
+        command="tune-alpha" if training is None else "fine-tune",
+        metric=text.title(result.metric),
+        verdict=verdict if verdict in ("gain", "loss") else "",
+        sentence=sentence,
+        training=None if training is None else _trained(training, result, model),
+        contributions=_contributions(training) if training and training.contributions else None,
+        before_and_after=_before_and_after(result, model),
+        facts=_facts(result),
+        notes=_notes(result, model),
+        galleries=galleries(result, model.class_names),
+        of_candidates=text.OF_CANDIDATES,
+        candidates=_candidates(result),
+        curves=_curves(result),
+        depth=_depth(result, shapes),
+        depth_texts=_depth_texts(result),
+        weights=None if text.patches_nothing(result) else _weights(result, shapes),
+        shapes=shapes,
+        trade_off=_trade_off(result) if result.trade_off else None,
+        classes=_classes(result, model.class_names),
+        skipped=_skipped_norms(model.inventory().skipped_norms),
+        patched=patched,
+        snippets=[]
+        if text.patches_nothing(result)
+        else text.snippets(result, model, recipe, patched, pickled),
+        again=str(result.recipe.provenance.get("command") or "").removeprefix("bnpatch "),
+        origin=Table("Of this result.", ["what", "value"], text.origin(result.recipe), "words"),
+    )
+
+
+@cache
+def _template() -> Template:
+    """The template; text that is not markup yet is escaped, and can't reorder what is beside it."""
+    environment = Environment(
+        loader=PackageLoader("bnpatch.report", ""),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keep="\n"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
+    """Spatial shapes by name of norm layer; empty where the model does not take a blank image."""
+    try:
+        return {name: shape for name, shape in model.norm_shapes().items() if shape}
+    except BnpatchError:
+        return {}
+
+
+# Scores before and after.
+
+
+def _before_and_after(result: TuneResult, model: Model[Any]) -> Table:
+    """All metrics on the held-out examples."""
+    verdict, where = result.verdict, text.scored_on(result)
+    comparisons = text.shown(verdict.all_comparisons, model, result.metric)
+    if (
+        text.patches_nothing(result)
+        and not verdict.changed
+        and not any(c.change.value for c in result.comparisons)
+    ):
+        rows = [[_metric(c.metric), _estimate(c.metric, c.before)] for c in comparisons]
+        caption = f"The model as it is, on {where}. Small: 95% intervals."
+        return Table(caption, ["metric", "as it is"], rows)
+    patched = "patched" if str(verdict) != "loss" else "patched (not kept)"
+    caption = f"On {where}. Small: 95% intervals; the change is paired, example by example."
+    return Table(caption, ["metric", "as it is", patched, "change"], [_compared(c) for c in comparisons])
+
+
+def _facts(result: TuneResult) -> list[tuple[str, str]]:
+    """Numbers of answers that changed; none where none did."""
+    verdict, facts = result.verdict, []
+    if not verdict.changed:
+        return []
+    if verdict.flips is not None:
+        facts.append(("wrong, now right", f"{verdict.flips.gained:,}"))
+        facts.append(("right, now wrong", f"{verdict.flips.lost:,}"))
+    return [*facts, ("answers changed", f"{verdict.changed:,} of {verdict.num_examples:,}")]
+
+
+def _trained(training: Training, result: TuneResult, model: Model[Any]) -> Table:
+    caption = f"On {text.scored_on(result)}. Small: 95% intervals; the change is paired, example by example."
+    rows = [_compared(c) for c in text.shown(training.comparisons, model, result.metric)]
+    return Table(caption, ["metric", "checkpoint", "fine-tuned", "change"], rows)
+
+
+def _contributions(training: Training) -> Table:
+    """What each technique contributes alone, and all together."""
+    rows = [
+        (name, Cell(accuracy, [change]), Cell(entropy, [other]))
+        for name, accuracy, change, entropy, other in training.contributions
+    ]
+    caption = "Means over seeds, on held-out examples. Small: changes from training with none of them."
+    return Table(caption, ["trained with", "accuracy", "cross-entropy"], rows)
+
+
+def _compared(comparison: Comparison) -> Row:
+    metric, change, verdict = comparison.metric, comparison.change, comparison.verdict
+    sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
+    notes = [text.interval(metric, change), sign]
+    before, after = (_estimate(metric, estimate) for estimate in (comparison.before, comparison.after))
+    return [_metric(metric), before, after, Cell(metric.format(change.value, signed=True), notes, verdict)]
+
+
+def _metric(metric: Metric) -> Cell:
+    return Cell(text.title(metric), [] if metric.higher_is_better else ["(lower is better)"])
+
+
+def _estimate(metric: Metric, estimate: Estimate) -> Cell:
+    return Cell(metric.format(estimate.value), [text.interval(metric, estimate, signed=False)])
+
+
+def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
+    notes = [*result.notes, *model.notes]
+    if result.interrupted:
+        notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
+    if skipped := result.skipped:
+        shown = [f"{name} ({why})" for name, why in list(skipped.items())[:_NAMED_IMAGES]]
+        more = f" and {len(skipped) - _NAMED_IMAGES} others" if len(skipped) > _NAMED_IMAGES else ""
+        notes.append(f"Left out, because they can't be read: {', '.join(shown)}{more}.")
+    return notes
+
+
+# What the search found.
+
+
+def _candidates(result: TuneResult) -> Table:
+    """The candidates, without intervals: the examples that chose one can't say how good it is."""
+    metric = result.metric
+    mark = "chosen, but not kept" if str(result.verdict) == "loss" else "chosen"
+    rows: list[Row] = []
+    for candidate in result.candidates:
+        name = text.name_of(candidate)
+        first = Cell(f"✓ {name}", [mark], "chosen") if candidate.chosen else Cell(name)
+        change = metric.format(candidate.change.value, signed=True) if rows else "reference"
+        rows.append([first, metric.format(candidate.mean), change])
+    columns = ["candidate", text.title(metric), "change from the baseline"]
+    return Table("On the selection examples.", columns, rows)
+
+
+def _curves(result: TuneResult) -> list[Figure]:
+    """Charts of the metrics against one alpha for all norm layers; none where that was not tried."""
+    label, figures = text.weight_label(result), []
+    for number, curve in enumerate(global_search_curves(result)):
+        metric = curve.metric
+        unit = " (%)" if metric.is_rate else "" if metric.higher_is_better else " (lower is better)"
+        keys = [(_SYMBOLS[kind], kind, meaning) for kind, _, meaning in curve.marked(label)]
+        if few := {point.examples for point in curve.points} - {curve.most}:
+            span = f"{min(few):,}" if len(few) == 1 else f"{min(few):,} to {max(few):,}"
+            keys.append(("○", "few", f"scored on {span} of {curve.most:,} examples"))
+        chart = curve_chart(curve, text.weight_axis(result), label, f"curve{number}")
+        figures.append(Figure(f"{text.title(metric)}{unit}", chart, keys))
+    return figures
+
+
+def _kept_weights(result: TuneResult) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Name, meaning and values by norm layer of alpha and of lambda."""
+    alpha = text.weight_label(result), text.weight_axis(result), text.distances(result)
+    meaning = "lambda, the weight of the re-estimated statistics"
+    return [alpha, ("lambda", meaning, result.weights.lambdas)]
+
+
+def _depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> list[Figure]:
+    """Charts of the weights that differ between norm layers."""
+    return [
+        Figure(meaning, depth_chart(weights, shapes, label, f"depth{number}"))
+        for number, (label, meaning, weights) in enumerate(_kept_weights(result))
+        if len(set(weights.values())) > 1
+    ]
+
+
+def _depth_texts(result: TuneResult) -> list[str]:
+    """Sentences about the weights that are the same at all norm layers, but do something."""
+    same = [(meaning, set(weights.values()), weights) for _, meaning, weights in _kept_weights(result)]
+    return [
+        f"{meaning[0].upper()}{meaning[1:]}, is {max(values):.4g} at all {len(weights)} norm layers."
+        for meaning, values, weights in same
+        if len(values) == 1 and any(values)
+    ]
+
+
+def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
+    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
+    if any(result.weights.lambdas.values()):
+        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
+    if shapes:
+        columns["feature map"] = {
+            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"
+            for name in result.norm_layers
+        }
+    rows = [[name, *(column[name] for column in columns.values())] for name in result.norm_layers]
+    return Table("From input to output.", ["norm layer", *columns], rows)
+
+
+def _trade_off(result: TuneResult) -> tuple[Figure, Table]:
+    """The chart and the table of gain against time, for patches of ever more norm layers."""
+    measured, metric = result.trade_off, result.comparisons[0].metric
+    best = knee(measured)
+    rows: list[Row] = []
+    for point, is_dominated in zip(measured, dominated(measured), strict=True):
+        marks = ["as it is"] if point is measured[0] else []
+        marks += ["knee"] if point is best else ["another is better"] if is_dominated else []
+        latency = point.latency
+        time = Cell(f"{latency.ratio:.2f}x", [f"{latency.low:.2f} to {latency.high:.2f}"])
+        rows.append([Cell(str(point.num_norms), marks), time, text.points(metric, point.gain)])
+    heading = f"gain in {text.title(metric)}"
+    chart = trade_off_chart(measured, metric, "tradeoff")
+    figure = Figure(f"{heading}{' (points)' if metric.is_rate else ''}", chart)
+    caption = "On the selection examples. Small: 95% intervals of the time."
+    return figure, Table(caption, ["patched norm layers", "time", heading], rows)
+
+
+def _classes(result: TuneResult, names: Sequence[str] | None) -> tuple[Figure, Table, Table, int] | None:
+    """The changes class by class, and how many classes are left out; None where no answer changed."""
+    known = result.verdict.classes
+    if known is None or not result.verdict.changed:
+        return None
+
+    name = partial(text.class_name, names)
+    changes = class_changes(known)
+    shown = most_changed(changes, MOST_CLASSES)
+    called = [name(c.target) for c in shown]
+    recalls = []
+    for c in shown:
+        before, after = (100 * right / c.examples for right in (c.before, c.after))
+        cells = f"{c.examples:,}", f"{before:.1f}%", f"{after:.1f}%", f"{after - before:+.1f}"
+        recalls.append([name(c.target), *cells])
+    mistakes = [
+        [f"{name(m.target)} → {name(m.answer)}", f"{m.before:,}", f"{m.after:,}", f"{m.after - m.before:+,}"]
+        for m in mistake_changes(known, MOST_CLASSES)
+    ]
+    head = ["as it is", "patched", "change"]
+    return (
+        Figure("recall, as it is (○) and patched (●)", recall_chart(shown, called, "recall")),
+        Table("Recall.", ["class", "examples", *head], recalls),
+        Table(
+            "Mistakes that change most, target → answer: how often they are made.",
+            ["mistake", *head],
+            mistakes,
+        ),
+        len(changes) - len(shown),
+    )
+
+
+def _skipped_norms(norms: Sequence[SkippedNorm]) -> Table | None:
+    """The normalization layers that can't be patched, and the reasons."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for norm in norms:
+        groups.setdefault((norm.kind, norm.reason), []).append(norm.name)
+    rows: list[Row] = []
+    for (kind, reason), members in groups.items():
+        more = len(members) - _NAMED_NORMS
+        named = ", ".join(islice(members, _NAMED_NORMS)) + (f" and {more} others" if more > 0 else "")
+        rows.append([Cell(kind, [f"{len(members)} times"]), Cell(reason, [named])])
+    if not rows:
+        return None
+    return Table("Normalization layers that are not rewritten.", ["layer", "why, and which"], rows, "words")

@@ -1,0 +1,232 @@
+"""The result of a search in words, for users: sentences, numbers, commands, and where it comes from."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.recipe import Recipe
+from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, worth_showing
+from bnpatch.models.base import Model
+from bnpatch.search.config import Candidate
+from bnpatch.search.result import TuneResult
+
+#: What people must know of the scores of candidates, wherever these are listed.
+OF_CANDIDATES = (
+    "These examples chose the candidate, so they overstate how good it is: "
+    "the held-out evaluation is the number to believe."
+)
+
+_TITLES = {
+    "top5": "top-5 accuracy",
+    "unlabeled": "unlabeled objective",
+    "information": "information objective",
+}
+
+
+def verdict_sentence(result: TuneResult) -> str:
+    """Describe the verdict in one sentence that a user can act on."""
+    tuned = result.comparisons[0]
+    metric, change = tuned.metric, tuned.change
+    where = f"on {scored_on(result)}"
+    if len(result.candidates) == 1:
+        return "Keep the model as it is: the search ended before anything else was tried."
+    # To patch nothing is a change too, maybe a gain, for a model that had alphas before the search.
+    same = not any(c.change.value for c in result.comparisons)
+    if same and (patches_nothing(result) or result.chosen is result.candidates[0]):
+        return (
+            "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
+        )
+    if str(result.verdict) == "gain":
+        way = "rises" if change.value > 0 else "falls"
+        values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
+        lost = [title(c.metric) for c in result.comparisons if c.verdict == "loss"]
+        if (calibration := result.verdict.calibration) is not None and calibration.verdict == "loss":
+            lost.append("calibration")
+        but = f" It loses in {' and '.join(lost)}, though." if lost else ""
+        return f"Patched, the model gains: its {title(metric)} {way} {values} {where}.{but}"
+    if str(result.verdict) == "loss":
+        return (
+            f"Keep the model as it is: {name_of(result.chosen)} did best in tuning, but makes its "
+            f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
+        )
+    if not abs(change.high - change.low) < float("inf"):
+        return (
+            f"It is unknown whether the model gains: its {title(metric)} changes by "
+            f"{points(metric, change.value)} {where}, too few for an interval. Judge by more of them."
+        )
+    by = f"{points(metric, change.value)}, {interval(metric, change)}"
+    return (
+        f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is, "
+        "although the files hold the patch."
+    )
+
+
+def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
+    """Describe the effect of fine-tuning a checkpoint in one sentence that a user can act on."""
+    tuned = next(c for c in comparisons if c.metric.name == metric.name)
+    values = f"{title(metric)} {metric.format(tuned.before.value)} → {metric.format(tuned.after.value)}"
+    by = f"{values}, {points(metric, tuned.change.value)}, {interval(metric, tuned.change)}"
+    return {
+        "gain": f"Fine-tuned, the model is better than the checkpoint: {by}.",
+        "loss": f"Keep the checkpoint, the fine-tuned model is worse: {by}. Try a lower --lr or more epochs.",
+    }.get(tuned.verdict, f"The fine-tuned model is not better than the checkpoint beyond doubt: {by}.")
+
+
+def scored_on(result: TuneResult) -> str:
+    """Describe the examples that gave the verdict."""
+    count = f"{result.num_held_out:,} examples"
+    if result.num_parts > 1:
+        return f"{count}, each left out of the search that it judged (cross-fitting)"
+    return f"{count} that the search did not see"
+
+
+def title(metric: Metric) -> str:
+    """The name of a metric in a sentence."""
+    return _TITLES.get(metric.name, metric.name)
+
+
+def name_of(candidate: Candidate) -> str:
+    """The name of a candidate for people; the weights that change nothing are the baseline."""
+    return "baseline" if candidate.name == "identity" else candidate.name
+
+
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """The name of a class, or its number where the names are unknown."""
+    return names[index] if names and index < len(names) else str(index)
+
+
+def shown(
+    comparisons: Sequence[Comparison], model: Model[Any], tuned: Metric | None = None
+) -> list[Comparison]:
+    """The comparisons that tell something: top-5 accuracy does not where the model has few classes.
+
+    Args:
+        comparisons: comparisons by any metrics.
+        model: the model that was scored.
+        tuned: the metric that the user asked for, which is always shown.
+    """
+    kept = shown_metrics([c.metric for c in comparisons], model)
+    return [c for c in comparisons if c.metric in kept or c.metric == tuned]
+
+
+def shown_metrics(metrics: Sequence[Metric], model: Model[Any]) -> list[Metric]:
+    """The metrics that tell something about the model, see :func:`shown`."""
+    if TOP5 not in metrics:
+        return list(metrics)
+    try:
+        return worth_showing(metrics, model.num_outputs())
+    except BnpatchError:  # it takes no blank image
+        return list(metrics)
+
+
+def points(metric: Metric, change: float, signed: bool = True) -> str:
+    """Format a change of a metric, in percentage points for a rate."""
+    text = metric.format(change, signed=True)
+    return f"{text if signed else text.lstrip('+-')}{' points' if metric.is_rate else ''}"
+
+
+def interval(metric: Metric, estimate: Estimate, signed: bool = True) -> str:
+    """Format a 95% interval, of a change if signed, else of a mean; it is unknown if there is one value."""
+    if not abs(estimate.high - estimate.low) < float("inf"):
+        return "interval unknown"
+    low, high = (end if signed else metric.clip(end) for end in (estimate.low, estimate.high))
+    return f"{metric.format(low, signed)} to {metric.format(high, signed)}"
+
+
+def baseline_alphas(result: TuneResult) -> Mapping[str, float]:
+    """The alphas, by name of norm layer, with which the model computes the same as before any patch."""
+    return result.candidates[0].weights.alphas
+
+
+def patches_nothing(result: TuneResult) -> bool:
+    """Do the weights that are kept change nothing?"""
+    return result.weights.is_identity(baseline_alphas(result))
+
+
+def weight_label(result: TuneResult) -> str:
+    """The name of the distance of a norm layer's alpha from the alpha that changes nothing."""
+    kinds = set(baseline_alphas(result).values())
+    if kinds == {1.0}:
+        return "1 - alpha"
+    return "alpha" if 1.0 not in kinds else "alpha (Group Norm: 1 - alpha)"
+
+
+def weight_axis(result: TuneResult) -> str:
+    """The label of an axis for that distance."""
+    label = weight_label(result)
+    meaning = {"alpha": "the weight of the example", "1 - alpha": "the weight of the running statistics"}
+    return f"{label}, {meaning[label]}" if label in meaning else label
+
+
+def distances(result: TuneResult) -> dict[str, float]:
+    """By name of norm layer: alpha for Batch Norm, 1 - alpha for Group Norm; 0 changes nothing."""
+    return {name: abs(result.weights.alphas[name] - alpha) for name, alpha in baseline_alphas(result).items()}
+
+
+def snippets(
+    result: TuneResult, model: Model[Any], recipe: Path, patched: Path, pickled: bool
+) -> list[tuple[str, str]]:
+    """What to do with the patched model, and the command or code that does it.
+
+    Args:
+        result: the result of a search.
+        model: the model that was tuned.
+        recipe: path of the recipe.
+        patched: path of the patched model.
+        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+    """
+    data = (result.recipe.provenance.get("data") or {}).get("name") or "DATA"
+    quoted = shlex.quote(str(patched))
+    unsafe = " --unsafe-load" if pickled else ""
+    evaluate = f"bnpatch evaluate {quoted} --data {shlex.quote(str(data))}{unsafe}"
+    if model.runs_onnx:
+        original = shlex.quote(f"{model.name}.onnx")
+        export = f"bnpatch export {original} --recipe {shlex.quote(str(recipe))} -o {quoted}"
+        code = f"import onnxruntime\n\nsession = onnxruntime.InferenceSession({json.dumps(str(patched))})"
+        return [
+            ("Evaluate the patched model on other data", evaluate),
+            ("Use it from Python", code),
+            ("Write the patched ONNX file again", export),
+        ]
+    code = (
+        "import bnpatch\n\n"
+        "# model: the torch module that was tuned, as you build and load it\n"
+        f"model = bnpatch.apply(model, {json.dumps(str(recipe))})  # in place"
+    )
+    onnx = shlex.quote(str(patched.with_suffix(".onnx")))
+    return [
+        ("Evaluate the patched model on other data", evaluate),
+        ("Use it from Python", code),
+        ("Export it as ONNX", f"bnpatch export {quoted} -o {onnx}{unsafe}"),
+    ]
+
+
+def origin(recipe: Recipe) -> list[tuple[str, str]]:
+    """Names and values of what a result depends on: model, data, settings, seed and versions."""
+    about: Mapping[str, Any] = recipe.provenance
+    data = about.get("data") or {}
+    norm_layers = json.dumps({layer.name: layer.fingerprint for layer in recipe.norm_layers}, sort_keys=True)
+    stored = about.get("preprocessing")
+    facts = {
+        "made": about.get("created"),
+        "model": about.get("model"),
+        "architecture": about.get("architecture"),
+        "model fingerprint": hashlib.sha256(norm_layers.encode()).hexdigest()[:16],
+        "preprocessing": "none: inputs were given as they are"
+        if stored is None
+        else f"{Preprocessing.from_json(stored, '')}, from {stored.get('source', 'unknown origin')}",
+        "data": data.get("name"),
+        "held-out data": data.get("test_name"),
+        "data fingerprint": data.get("fingerprint"),
+        "metric": about.get("metric"),
+        "granularity": about.get("granularity"),
+        "passes over the tuning examples": about.get("passes"),
+        "seed": about.get("seed"),
+        "versions": ", ".join(f"{name} {value}" for name, value in (about.get("versions") or {}).items()),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
