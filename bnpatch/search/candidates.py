@@ -18,9 +18,10 @@ from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import METRICS, Metric, Values
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
+from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
 from bnpatch.search.coordinate_search import Coordinate, coordinate_search
-from bnpatch.search.global_search import GlobalSearchResult, Runner, global_search
+from bnpatch.search.global_search import GlobalSearchResult, GlobalTrial, global_search
 from bnpatch.search.gradient_search import CHECKS, STEP_COST, Course, Groups, NoGradientError, learn
 from bnpatch.search.objective import Judge, in_sets
 from bnpatch.search.score_cache import ScoreCache, blocks_of
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
 
-#: First points of a global search for alpha, as square roots, which resolve the small alphas that are often
-#: useful. A search of few trials covers the range with them; one of more trials leaves no gap wide enough to
-#: miss the second peak of a curve.
-FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
+#: First points of a global search for alpha. Their square roots are evenly spread, because small alphas are
+#: often useful. A search of few trials covers the range with them; one of more trials leaves no gap wide
+#: enough to miss the second peak of a curve.
+FIRST_ALPHAS = (0.01, 0.1225, 0.4225, 1.0, 0.04, 0.25, 0.64, 0.81, 0.49)
 
 #: Maximum numbers of examples. Learning by gradient needs no more than the first. Coordinate search scores
 #: the second, and ranks the values to try by the third, a subset of them.
@@ -186,19 +187,17 @@ class CandidateSearch:
         name = name or kind
         if kind == "lambda":
             self._re_estimate()
-        key = "lambda" if kind == "lambda" else "sqrt_alpha"
-        first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ROOTS
+        first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ALPHAS
 
         def weights(params: Mapping[str, float]) -> PatchWeights:
-            value = params[key]
-            return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
+            return start if params[kind] == 0 else self._moved(kind, start, params[kind])
 
         result = self._global_search(
             name,
             weights,
-            {key: (0.0, 1.0)},
-            {key: 0.0},
-            [{key: v} for v in first],
+            {kind: (0.0, 1.0)},
+            {kind: 0.0},
+            [{kind: v} for v in first],
             start if any(start.lambdas.values()) else None,
         )
         return weights(result.best.params)
@@ -218,9 +217,9 @@ class CandidateSearch:
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._cache.by_block(weights(params), blocks, name)
 
-        def report(runner: Runner, standing: GlobalSearchResult) -> None:
+        def report(runner: GlobalTrial, standing: GlobalSearchResult) -> None:
             state = self.base.with_weights(weights(runner.params))
-            trial = replace(_as_trial(name, runner, standing.identity.means, sizes), state=state)
+            trial = replace(_as_trial(name, runner, standing.baseline.means, sizes), state=state)
             self.trials.append(trial)
             metric = self.judge.metric
             score = metric.sign * trial.scores[metric.name]
@@ -234,20 +233,23 @@ class CandidateSearch:
         result = global_search(
             study,
             evaluate_blocks,
-            sizes,
-            metric=self.judge.metric,
-            space=space,
-            identity=origin,
-            first=first,
-            max_passes=passes,
-            max_trials=trials,
+            GlobalSearchConfig(
+                sizes,
+                self.judge.metric,
+                space,
+                origin,
+                first,
+                by_root=("alpha",),
+                max_passes=passes,
+                max_trials=trials,
+                seed=self.plan.seed,
+            ),
             timeout=self._left(),
-            seed=self.plan.seed,
             on_trial=report,
         )
         # The result also has the trials that an earlier run of this study finished.
         self.trials = [t for t in self.trials if t.candidate != name]
-        self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
+        self.trials += [_as_trial(name, r, result.baseline.means, sizes) for r in result.trials if r.means]
         self.interrupted = self.interrupted or result.interrupted
         return result
 
@@ -416,7 +418,12 @@ class CandidateSearch:
             self.plan.storage,
             name if candidate == "alpha" else f"{name}.{candidate.replace(', ', '+')}",
             direction="maximize" if higher else "minimize",
-            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": candidate},
+            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "candidate": candidate},
+            about={
+                "metric": self.judge.metric.name,
+                "model": self.model.name,
+                "data": f"{len(order)} examples",
+            },
         )
 
     def _out_of_time(self) -> bool:
@@ -428,7 +435,7 @@ class CandidateSearch:
         return max(0.0, self.plan.timeout - (time.monotonic() - self._started))
 
 
-def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
+def _as_trial(candidate: str, runner: GlobalTrial, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
     """Convert a trial of a global search, with its scores extrapolated to all examples.
 
     ``whole`` has the scores on all examples of the setting that the global search started from.
@@ -452,9 +459,7 @@ def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes:
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
     """Parameters of a global search as :class:`Trial` documents them."""
-    if "sqrt_alpha" in params:
-        return {"weight": params["sqrt_alpha"] ** 2}
-    return {"weight" if name == "lambda" else name: value for name, value in params.items()}
+    return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 
 def _digest(weights: PatchWeights) -> str:

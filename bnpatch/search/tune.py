@@ -25,6 +25,7 @@ from bnpatch.search.objective import Goal
 from bnpatch.search.parts import parts_of
 from bnpatch.search.progress import Progress
 from bnpatch.search.result import TuneResult
+from bnpatch.search.storages import Storage
 
 
 def tune_alpha(
@@ -109,7 +110,7 @@ def tune_alpha(
             timeout=timeout,
             seed=seed,
             batch_size=config.batch_size,
-            storage=config.storage,
+            storage=None if config.storage is None else Storage(config.storage),
             study=config.study,
         ),
         Progress(progress),
