@@ -105,7 +105,7 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
     if url.startswith("journal:") or ("://" not in url and url.endswith((".journal", ".log"))):
         name = PurePath(url.removeprefix("journal:")).stem or "study"
         raise BnpatchError(
-            f"{url!r} is a journal, which does not show whether a search was killed or still runs",
+            f"{masked(url)!r} is a journal, which does not show whether a search was killed or still runs",
             f"give a database such as sqlite:///{name}.db",
         )
     if "://" not in url:
@@ -158,13 +158,13 @@ def usable(url: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Optuna wraps the error of the database, and SQLAlchemy that of the driver.
-        reason = masked(url, _reason(root_cause(error)))
-        raise StorageError(
-            f"cannot use {masked(url)} for a study: {reason}",
-            "wait until no other program uses it, or give another database"
-            if "locked" in reason
-            else "give a database that can be written, or one that isn't there yet",
-        ) from error
+        cause = root_cause(error)
+        reason, remedy = _reason(cause), "give a database that can be written, or one that isn't there yet"
+        if isinstance(cause, ImportError):
+            remedy = "install its driver, or give a database such as sqlite:///study.db"
+        elif "locked" in reason:
+            remedy = "wait until no other program uses it, or give another database"
+        raise StorageError(f"cannot use {masked(url)} for a study: {masked(url, reason)}", remedy) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,5 @@
 import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -7,6 +8,7 @@ from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
 from bnpatch.search.comparison import Comparison, GlobalSearchConfig
 from bnpatch.search.global_search import block_sizes, global_search
+from bnpatch.search.storages import Storage
 from bnpatch.search.studies import StoredTrial, open_study
 
 GRID = np.linspace(0, 1, 101)
@@ -207,6 +209,15 @@ def test_two_parameters():
     result = run(Plane(1000, best=0.0), space=space, baseline={"x": 0.0, "y": 0.0}, first=first)
     assert result.passes <= 3
     assert np.hypot(result.best.params["x"] - 0.5, result.best.params["y"] - 0.2) < 0.2
+
+
+def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = open_study(Storage(url), direction="maximize")
+    result = run(Problem(20), ACCURACY, study, max_passes=float("inf"), max_trials=7)
+    best = optuna.load_study(study_name="bnpatch", storage=url).best_trial
+    assert (best.params, best.value) == (result.best.params, result.best.means["accuracy"])
+    assert sum(trial.means["accuracy"] == best.value for trial in result.trials) > 1
 
 
 class Interrupted(Problem):

@@ -343,6 +343,15 @@ def readonly(storage):
     _each_connection(storage, "pragma query_only = on")
 
 
+def locked(storage):
+    lock = sqlite3.connect(storage.url.removeprefix("sqlite:///"))
+    lock.execute("begin exclusive")
+    LOCKS.append(lock)
+
+
+LOCKS = []
+
+
 def _each_connection(storage, statement):
     storage.database.engine.dispose()  # those that are open
     sqlalchemy.event.listen(storage.database.engine, "connect", lambda c, _: c.execute(statement))
@@ -350,12 +359,16 @@ def _each_connection(storage, statement):
 
 @pytest.mark.parametrize(
     ("trouble", "said"),
-    [(full, "database or disk is full"), (readonly, "attempt to write a readonly database")],
+    [
+        (full, "database or disk is full"),
+        (readonly, "attempt to write a readonly database"),
+        (locked, "database is locked"),
+    ],
 )
 def test_a_database_that_fails_in_mid_search_is_said_once_and_the_search_goes_on(
     url, tmp_path, trouble, said, uninterrupted
 ):
-    storage, log = Storage(url), tmp_path / "log"
+    storage, log = Storage(url, lock_seconds=0.01), tmp_path / "log"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BnpatchWarning)
         found = race_worker.run(storage, log, on_line=lambda count: trouble(storage) if count == 15 else None)
