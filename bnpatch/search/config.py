@@ -44,7 +44,7 @@ class SearchConfig:
         recover_folded: take convolutions that a Batch Norm was fused into as norm layers.
         batch_size: examples per batch.
         storage: where the trials are kept, so that a search that was killed can continue:
-            an SQLAlchemy URL such as ``sqlite:///x.db``; None for memory.
+            a database such as ``sqlite:///x.db``; None for memory.
         study: name of the study in the storage.
     """
 

@@ -214,10 +214,10 @@ def test_two_parameters():
 def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     study = open_study(Storage(url), direction="maximize")
-    result = run(Problem(20), ACCURACY, study, max_passes=float("inf"), max_trials=7)
+    result = run(Problem(20, steepness=1.0), ACCURACY, study, max_passes=float("inf"), max_trials=7)
     best = optuna.load_study(study_name="bnpatch", storage=url).best_trial
     assert (best.params, best.value) == (result.best.params, result.best.means["accuracy"])
-    assert sum(trial.means["accuracy"] == best.value for trial in result.trials) > 1
+    assert sum(trial.means.get("accuracy") == best.value for trial in result.trials) > 1
 
 
 class Interrupted(Problem):
