@@ -89,7 +89,7 @@ def fine_tune(
         val_examples = _opened(val, loaded, seed, options)
         settings = training.settings(metric, reading.batch_size, reading.workers, seed, len(examples))
         accelerator = new_accelerator(settings, loaded.device)
-        settings = techniques.settle(loaded, examples, settings, output / "choose.journal", resume)
+        settings = techniques.settle(loaded, examples, settings, output / "choose.db", resume)
         opt.say(f"training       {settings.spec}; decay {_decay(settings)}")
         opt.say(
             f"               {settings.epochs} epochs, {settings.optimizer}, learning rate {settings.lr:g}"

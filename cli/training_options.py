@@ -61,7 +61,7 @@ class Techniques:
         model: "TorchModel",
         examples: "Examples",
         settings: "FineTuneSettings",
-        journal: Path,
+        database: Path,
         resume: bool,
     ) -> "FineTuneSettings":
         """Settings with the techniques that are asked for, or chosen; says why."""
@@ -72,7 +72,7 @@ class Techniques:
         self._check()
         is_auto = self.ghost_batch_size == "auto" and self.channels_per_group is None
         if is_auto or self.norm_weight_decay == "auto":
-            chosen = self._choose(model, examples, settings, journal, resume)
+            chosen = self._choose(model, examples, settings, database, resume)
             for reason in chosen.reasons:
                 opt.say(f"               {reason}")
             settings = chosen.settings(settings)
@@ -117,7 +117,7 @@ class Techniques:
         model: "TorchModel",
         examples: "Examples",
         settings: "FineTuneSettings",
-        journal: Path,
+        database: Path,
         resume: bool,
     ) -> "Choice":
         from bnpatch.finetune.techniques import by_guidance, by_search
@@ -137,7 +137,7 @@ class Techniques:
                 settings,
                 trials=self.choose_trials,
                 epochs=self.choose_epochs,
-                journal=journal,
+                database=database,
                 resume=resume,
                 on_trial=show,
                 progress=progress,

@@ -104,7 +104,7 @@ def tune_alpha(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="Keep the trials in sqlite:///x.db or x.journal: the same command goes on after a kill.",
+            help="Keep the trials in a database, e.g. sqlite:///x.db: the same command goes on after a kill.",
             rich_help_panel=_SEARCH,
         ),
     ] = None,

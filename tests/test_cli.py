@@ -17,7 +17,6 @@ import onnx.parser
 import pytest
 import timm
 import torch
-from bnpatch_cli import main
 from PIL import Image
 
 import bnpatch
@@ -25,6 +24,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.dataset import split
+from bnpatch_cli import main
 from tests.data.test_examples import BROKEN, break_images
 
 QUICK = ["--granularity", "global", "--holdout", "0.5", "-j", "0"]

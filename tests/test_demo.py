@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bnpatch_cli import main
 
 import bnpatch
+from bnpatch_cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 NUMBER = r"(?<!\w)[+-]?\d+(,\d{3})*(\.\d+)?%?"  # not that of top5

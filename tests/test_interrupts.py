@@ -11,14 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from bnpatch_cli import main
-from bnpatch_cli import options as opt
 
 from bnpatch.core import leftovers
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.leftovers import is_alive
 from bnpatch.core.recipe import Recipe
 from bnpatch.search import cross_fit
+from bnpatch_cli import main
+from bnpatch_cli import options as opt
 from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
 from tests.test_leftovers import living, names, start_of, wait_for  # noqa: F401 - a fixture
 
@@ -215,7 +215,7 @@ def search(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     endless = ("--granularity", "global", "--max-passes", "1e9", "--trials", "1000000", "--holdout", "0.5")
     decoding = ("-j", "2", "--cache-gb", "0")
-    command = ("tune-alpha", checkpoint, "--data", folder, *endless, *decoding, "--storage", "s.journal")
+    command = ("tune-alpha", checkpoint, "--data", folder, *endless, *decoding, "--storage", "sqlite:///s.db")
     process = subprocess.Popen(
         [sys.executable, "-m", "bnpatch", *map(str, command)],
         stderr=subprocess.PIPE,
@@ -269,7 +269,7 @@ def test_a_killed_search_goes_on_in_its_folder(search, cli, checkpoint, folder):
     search.communicate()
     wait_for(lambda: group_is_gone(search.pid), 20)
     assert {"recipe.partial.json", "trials.partial.csv"} <= names("bnpatch-out")
-    options = (*QUICK, "--trials", 5, "--storage", "s.journal")
+    options = (*QUICK, "--trials", 5, "--storage", "sqlite:///s.db")
     code, out, err = cli("tune-alpha", checkpoint, "--data", folder, *options)
     assert code == 0, err
     assert "in the storage already" in out

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from bnpatch_cli.tune import _command
 
 from bnpatch.core.text import masked, visible
+from bnpatch_cli.tune import _command
 from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
 
 
@@ -21,7 +21,7 @@ from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
         ("me:secret@host/db", "me:***@host/db"),
         ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
         ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
-        ("x.journal", "x.journal"),
+        ("x.db", "x.db"),
     ],
 )
 def test_passwords_of_databases_are_masked(place, shown):

@@ -82,7 +82,7 @@ def by_search(
     trials: int = 12,
     epochs: int = 3,
     holdout: float = 0.2,
-    journal: Path | None = None,
+    database: Path | None = None,
     resume: bool = False,
     on_trial: Callable[[str, float | None], None] = lambda name, score: None,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -99,14 +99,14 @@ def by_search(
         trials: number of runs.
         epochs: number of epochs of each run.
         holdout: fraction of the examples that is held out, stratified by class.
-        journal: file that keeps the runs as an Optuna study, so that a search that was killed can continue;
-            None for memory.
-        resume: whether to continue from the journal, if it exists; otherwise the search starts again.
+        database: SQLite file that keeps the runs as an Optuna study, so that a search that was killed can
+            continue; None for memory.
+        resume: whether to continue from the database, if it exists; otherwise the search starts again.
         on_trial: called after each run with its techniques, and its score unless it was pruned.
         progress: see :func:`bnpatch.finetune.trainer.train`.
 
     Raises:
-        BnpatchError: no run ended with a finite loss, or the journal is of another search.
+        BnpatchError: no run ended with a finite loss, or the database is of another search.
     """
     processes = start()
     subset, selection = split(examples.strata, holdout, settings.seed)
@@ -164,7 +164,7 @@ def by_search(
         on_trial(_describe(choice(trial.params)), trial.value if is_complete else None)
 
     with quiet():
-        study = _opened(journal, resume, search, metric.higher_is_better, processes)
+        study = _opened(database, resume, search, metric.higher_is_better, processes)
         while (number := sum(map(_ended, study.trials))) < trials:
             # The techniques of a run depend on the ended runs alone, so that a run that was interrupted is
             # repeated with the same techniques.
@@ -180,7 +180,7 @@ def by_search(
 
 
 def _opened(
-    journal: Path | None,
+    database: Path | None,
     resume: bool,
     search: Mapping[str, Any],
     higher_is_better: bool,
@@ -188,10 +188,10 @@ def _opened(
 ) -> optuna.Study:
     """Open the study of a search; the first of several processes stores it, the others have copies."""
     if processes is None:
-        return _stored(journal, resume, search, higher_is_better)
+        return _stored(database, resume, search, higher_is_better)
     if processes.rank == 0:
         try:
-            study = _stored(journal, resume, search, higher_is_better)
+            study = _stored(database, resume, search, higher_is_better)
         except BnpatchError as error:
             processes.tell(error)  # the others wait for a message
             raise
@@ -206,13 +206,13 @@ def _opened(
 
 
 def _stored(
-    journal: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
+    database: Path | None, resume: bool, search: Mapping[str, Any], higher_is_better: bool
 ) -> optuna.Study:
-    """Open the study of a search in its journal."""
-    storage = None if journal is None else f"journal://{journal}"
+    """Open the study of a search in its database."""
+    storage = None if database is None else f"sqlite:///{database}"
     with usable(storage or "memory"):
-        if journal is not None and not resume:
-            journal.unlink(missing_ok=True)
+        if database is not None and not resume:
+            database.unlink(missing_ok=True)
         study = optuna.create_study(
             storage=None if storage is None else connect(storage),
             study_name="choose",
@@ -223,7 +223,7 @@ def _stored(
         wanted = json.loads(json.dumps(search))
         if study.trials and (key := difference(study.user_attrs.get(_SEARCH), wanted)) is not None:
             raise BnpatchError(
-                f"{journal} is of another search: {key} differs",
+                f"{database} is of another search: {key} differs",
                 "repeat the command as it was, or leave out --resume",
             )
         study.set_user_attr(_SEARCH, wanted)

@@ -15,8 +15,9 @@ from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import METRICS, Values
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
+from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
-from bnpatch.search.global_search import GlobalSearchResult, Runner, global_search
+from bnpatch.search.global_search import GlobalSearchResult, GlobalTrial, global_search
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.objective import Objective
 from bnpatch.search.progress import Budget
@@ -27,10 +28,10 @@ from bnpatch.search.studies import Study, open_study
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
 
-#: First points of a global search for alpha, as square roots, which resolve the small alphas that are often
-#: useful. A search of few trials covers the range with them; one of more trials leaves no gap wide enough to
-#: miss the second peak of a curve.
-FIRST_ROOTS = (0.1, 0.35, 0.65, 1.0, 0.2, 0.5, 0.8, 0.9, 0.7)
+#: First points of a global search for alpha. Their square roots are evenly spread, because small alphas are
+#: often useful. A search of few trials covers the range with them; one of more trials leaves no gap wide
+#: enough to miss the second peak of a curve.
+FIRST_ALPHAS = (0.01, 0.1225, 0.4225, 1.0, 0.04, 0.25, 0.64, 0.81, 0.49)
 
 # With fewer blocks than this, successive halving is pointless: this many trials are scored on all blocks.
 _LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 7
@@ -177,19 +178,17 @@ class CandidateSearch:
         """One weight for all norm layers; the others stay as in ``start``."""
         if kind == "lambda":
             self._re_estimate()
-        key = "lambda" if kind == "lambda" else "sqrt_alpha"
-        first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ROOTS
+        first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ALPHAS
 
         def weights(params: Mapping[str, float]) -> PatchWeights:
-            value = params[key]
-            return start if value == 0 else self._moved(kind, start, value if kind == "lambda" else value**2)
+            return start if params[kind] == 0 else self._moved(kind, start, params[kind])
 
         return self._global_search(
             name,
             weights,
-            {key: (0.0, 1.0)},
-            {key: 0.0},
-            [{key: v} for v in first],
+            {kind: (0.0, 1.0)},
+            {kind: 0.0},
+            [{kind: v} for v in first],
             start if any(start.lambdas.values()) else None,
         )
 
@@ -244,8 +243,8 @@ class CandidateSearch:
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._cache.by_block(weights(params), blocks, name)
 
-        def report(runner: Runner, standing: GlobalSearchResult) -> None:
-            trial = _as_trial(name, runner, standing.identity.means, sizes)
+        def report(runner: GlobalTrial, standing: GlobalSearchResult) -> None:
+            trial = _as_trial(name, runner, standing.baseline.means, sizes)
             self._report(
                 replace(trial, state=self.base.with_weights(weights(runner.params))),
                 standing.best.number == runner.number,
@@ -256,20 +255,23 @@ class CandidateSearch:
         result = global_search(
             study,
             evaluate_blocks,
-            sizes,
-            metric=self.objective.metric,
-            space=space,
-            identity=origin,
-            first=first,
-            max_passes=passes,
-            max_trials=trials,
+            GlobalSearchConfig(
+                sizes,
+                self.objective.metric,
+                space,
+                origin,
+                first,
+                by_root=("alpha",),
+                max_passes=passes,
+                max_trials=trials,
+                seed=self.plan.seed,
+            ),
             timeout=self.budget.seconds_left(),
-            seed=self.plan.seed,
             on_trial=report,
         )
         # The result also has the trials that an earlier run of this study finished.
         self.trials = [t for t in self.trials if t.candidate != name]
-        self.trials += [_as_trial(name, r, result.identity.means, sizes) for r in result.runners if r.means]
+        self.trials += [_as_trial(name, r, result.baseline.means, sizes) for r in result.trials if r.means]
         self.interrupted = self.interrupted or result.interrupted
         return {name: weights(result.best.params)}
 
@@ -311,11 +313,16 @@ class CandidateSearch:
             self.plan.storage,
             name if candidate == "alpha" else f"{name}.{candidate.replace(', ', '+')}",
             direction="maximize" if higher else "minimize",
-            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "rung": candidate},
+            fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "candidate": candidate},
+            about={
+                "metric": self.objective.metric.name,
+                "model": self.model.name,
+                "data": f"{len(order)} examples",
+            },
         )
 
 
-def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
+def _as_trial(candidate: str, runner: GlobalTrial, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
     """Convert a trial of a global search, with its scores extrapolated to all examples.
 
     ``whole`` has the scores on all examples of the setting that the global search started from.
@@ -339,9 +346,7 @@ def _as_trial(candidate: str, runner: Runner, whole: Mapping[str, float], sizes:
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
     """Parameters of a global search as :class:`Trial` documents them."""
-    if "sqrt_alpha" in params:
-        return {"weight": params["sqrt_alpha"] ** 2}
-    return {"weight" if name == "lambda" else name: value for name, value in params.items()}
+    return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 
 def _digest(weights: PatchWeights) -> str:

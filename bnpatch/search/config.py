@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.corruptions import parse_kinds
 from bnpatch.evaluation.metrics import Estimate
+
+if TYPE_CHECKING:
+    from bnpatch.search.storages import Storage
 
 Granularity = Literal["auto", "global", "stage", "layer"]
 
@@ -43,7 +46,7 @@ class SearchConfig:
         recover_folded: take convolutions that a Batch Norm was fused into as norm layers.
         batch_size: examples per batch.
         storage: where the trials are kept, so that a search that was killed can continue:
-            ``sqlite:///x.db`` or ``x.journal``; None for memory.
+            a database such as ``sqlite:///x.db``; None for memory.
         study: name of the study in the storage.
     """
 
@@ -108,13 +111,15 @@ class Plan:
     reach: int | None = None
     seed: int = 0
     batch_size: int = 64
-    storage: str | None = None
+    storage: "Storage | None" = None
     study: str | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: SearchConfig, granularity: Granularity, timeout: float | None, seed: int) -> "Plan":
         """Make a plan of the user's options."""
+        from bnpatch.search.storages import Storage  # imports Optuna, which takes time
+
         return cls(
             granularity=granularity,
             recalibrate=granularity == "auto" if config.recalibrate is None else config.recalibrate,
@@ -124,7 +129,7 @@ class Plan:
             timeout=timeout,
             seed=seed,
             batch_size=config.batch_size,
-            storage=config.storage,
+            storage=None if config.storage is None else Storage(config.storage),
             study=config.study,
         )
 

@@ -1,50 +1,133 @@
-"""Storages of Optuna's studies: open databases and journals, and repair damaged journals."""
+"""Databases that keep Optuna's studies, and what is said where one can't be used."""
 
-import json
-import os
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, get_storage
 
-from bnpatch.core.errors import BnpatchError, first_line, root_cause
+from bnpatch.core.errors import BnpatchError, BnpatchWarning, first_line, root_cause
 from bnpatch.core.text import masked
 
-# Every line of a journal begins with this.
-_RECORD = b'{"op_code":'
-# The lock is held for one short write, so a process that holds it longer was killed. Optuna's default is 30.
-_GRACE_SECONDS = 5
-_DAMAGE = (OSError, ValueError, KeyError, AssertionError)
-# Symbolic links need a privilege on Windows.
-_Lock: Any = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock
+#: Seconds between two heartbeats of a running trial, and after which a trial without one has no process any
+#: more. A heartbeat is a small write. A process may miss some while the machine is busy or another process
+#: locks the database (up to LOCK_SECONDS), so the second is several times the first; who starts a killed
+#: search again waits that long at most.
+HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
+
+#: Seconds to wait for other processes that write to the same SQLite file; a write takes milliseconds.
+LOCK_SECONDS = 20
 
 
-def connect(storage: str) -> BaseStorage:
-    """Open a database or a journal; create it if it doesn't exist.
+class StorageError(BnpatchError):
+    """A database can't be opened, read or written."""
+
+
+class Storage:
+    """A database for the studies of one search; it is opened when the first study is.
+
+    A database that fails when studies are in it, because the disk is full or the server is gone, is not asked
+    again: the search goes on in memory, because its results are worth more than its continuation.
+
+    Attributes:
+        url: the database, as an SQLAlchemy URL.
+        failed: whether the database failed after it had been opened.
+        heartbeat_seconds: seconds between two heartbeats.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        heartbeat_seconds: int = HEARTBEAT_SECONDS,
+        grace_seconds: int = GRACE_SECONDS,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
+        self.url, self.failed = url, False
+        self.heartbeat_seconds = heartbeat_seconds
+        self._grace_seconds, self._lock_seconds = grace_seconds, lock_seconds
+
+    @cached_property
+    def database(self) -> RDBStorage:
+        """The database as Optuna opens it.
+
+        Raises:
+            StorageError: the database can't be used.
+            BnpatchError: the URL names no database.
+        """
+        with usable(self.url), experimental():
+            return connect(
+                self.url,
+                lock_seconds=self._lock_seconds,
+                heartbeat_interval=self.heartbeat_seconds,
+                grace_period=self._grace_seconds,
+                heartbeat_stale_trial_callback=retry(),
+            )
+
+    @cached_property
+    def backend(self) -> BaseStorage:
+        """The database behind Optuna's cache of finished trials."""
+        return get_storage(self.database)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the database has been opened."""
+        return "database" in vars(self)
+
+    def give_up(self, error: StorageError) -> None:
+        """Ask the database no more, and warn of it."""
+        if not self.failed:
+            self.failed = True
+            warnings.warn(
+                f"{error.problem}; the search goes on in memory",
+                BnpatchWarning,
+                stacklevel=2,
+            )
+
+
+def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> RDBStorage:
+    """Open a database, and create Optuna's tables where it has none.
 
     Args:
-        storage: a database as an SQLAlchemy URL (``sqlite:///x.db``), or a journal: ``x.journal``, ``x.log``,
-            ``journal:///absolute/path``.
+        url: an SQLAlchemy URL, such as ``sqlite:///x.db``.
+        lock_seconds: how long to wait for other processes that write to the same SQLite file.
+        options: further arguments of ``optuna.storages.RDBStorage``.
 
     Raises:
-        BnpatchError: the text names no storage. :func:`usable` handles errors of the storage itself.
+        BnpatchError: the text is not the URL of a database. :func:`usable` handles errors of the database.
     """
-    if storage.startswith("journal://"):
-        return _journal(Path(storage.removeprefix("journal://")))
-    if "://" in storage:
-        return _database(storage)
-    if storage.endswith((".journal", ".log")):
-        return _journal(Path(storage))
-    raise BnpatchError(
-        f"{masked(storage)!r} names no storage for a study",
-        "give a database such as sqlite:///study.db, or a journal such as study.journal",
-    )
+    if url.startswith("journal:") or ("://" not in url and url.endswith((".journal", ".log"))):
+        name = PurePath(url.removeprefix("journal:")).stem or "study"
+        raise BnpatchError(
+            f"{masked(url)!r} is a journal, which does not show whether a search was killed or still runs",
+            f"give a database such as sqlite:///{name}.db",
+        )
+    if "://" not in url:
+        raise BnpatchError(
+            f"{masked(url)!r} names no storage for a study", "give a database such as sqlite:///study.db"
+        )
+    engine = {"connect_args": {"timeout": lock_seconds}} if url.startswith("sqlite") else {}
+    for _ in range(3):
+        try:
+            return RDBStorage(url, engine_kwargs=engine, **options)
+        except Exception as error:
+            # If two processes create the tables at the same time, one of them gets these errors.
+            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
+                raise
+            time.sleep(0.2)
+    return RDBStorage(url, engine_kwargs=engine, **options)
+
+
+def retry() -> Callable[[optuna.Study, optuna.trial.FrozenTrial], None]:
+    """Optuna's callback that enqueues a failed trial again, with all that is known of it."""
+    with experimental():
+        return RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
 
 
 @contextmanager
@@ -59,109 +142,32 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def usable(storage: str) -> Iterator[None]:
-    """Turn errors of databases and files into an error that names the storage."""
-    from sqlalchemy.exc import SQLAlchemyError
+def experimental() -> Iterator[None]:
+    """Silence the warning that Optuna's heartbeats may change in later versions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+@contextmanager
+def usable(url: str) -> Iterator[None]:
+    """Turn errors of a database into a StorageError that names it, without its password."""
+    from sqlalchemy.exc import SQLAlchemyError  # slow to import
 
     try:
         yield
-    except _DAMAGE as error:
-        raise BnpatchError(
-            f"cannot use {masked(storage)} for a study: {masked(storage, _reason(error))}",
-            "choose another storage",
-        ) from error
-    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
+    except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Optuna wraps the error of the database, and SQLAlchemy that of the driver.
-        raise BnpatchError(
-            f"cannot use {masked(storage)} for a study: {masked(storage, _reason(error))}",
-            "give a database that can be written, or one that isn't there yet",
-        ) from error
+        cause = root_cause(error)
+        reason, remedy = _reason(cause), "give a database that can be written, or one that isn't there yet"
+        if isinstance(cause, ImportError):
+            remedy = "install its driver, or give a database such as sqlite:///study.db"
+        elif "locked" in reason:
+            remedy = "wait until no other program uses it, or give another database"
+        raise StorageError(f"cannot use {masked(url)} for a study: {masked(url, reason)}", remedy) from error
 
 
 def _reason(error: BaseException) -> str:
-    error = root_cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return first_line(error)
-
-
-def _database(url: str) -> BaseStorage:
-    # Processes that share a SQLite file wait for each other.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    for _ in range(3):
-        try:
-            return get_storage(RDBStorage(url, engine_kwargs=options))
-        except Exception as error:
-            # If two processes create the tables at the same time, one of them gets these errors.
-            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
-                raise
-            time.sleep(0.2)
-    return get_storage(RDBStorage(url, engine_kwargs=options))
-
-
-def _journal(path: Path) -> BaseStorage:
-    lock = _RepairingLock(path)
-    if path.exists():
-        _check_is_journal(path)
-        lock.acquire()  # repairs the end of the journal
-        lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-class _RepairingLock(_Lock):  # type: ignore[misc]
-    """Optuna's lock of a journal, which removes an incomplete last line whenever it is acquired.
-
-    The holder of the lock is the only writer, so an incomplete last line was left by a dead process or a full
-    disk. Optuna would append the next record to that line, and could then not read the journal any more.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), grace_period=_GRACE_SECONDS)
-        self.path = path
-
-    def acquire(self) -> bool:
-        """Wait for the lock, then repair the journal."""
-        acquired: bool = super().acquire()
-        try:
-            _repair(self.path)
-        except BaseException:
-            self.release()
-            raise
-        return acquired
-
-
-def _repair(path: Path) -> None:
-    """Remove a last line that has no line end."""
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if end == 0 or _last_byte(file) == b"\n":
-            return
-        file.seek(0)
-        whole = file.read().rpartition(b"\n")[0]
-        file.truncate(len(whole) + 1 if whole else 0)
-
-
-def _last_byte(file: IO[bytes]) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-def _check_is_journal(path: Path) -> None:
-    """Check that every line is a record, and an incomplete last line the beginning of one.
-
-    Raises:
-        ValueError: a line is not a record.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            torn = not line.endswith(b"\n")
-            if not line.startswith(_RECORD[: len(line)]) or not (torn or _is_json(line)):
-                raise ValueError(f"line {number} is no record of an Optuna journal")
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

@@ -1,48 +1,44 @@
-"""Optuna studies that can be continued after a process was killed, and shared by several processes.
+"""Optuna studies whose trials are scored block by block, by one process or by several that share a database.
 
-A study is in memory, in a database or in a journal. Every change is one write, made at once: a new trial with
-its parameters, or the scores of a finished block of examples. So a process may be killed at any moment, and
-the next one finds everything that was finished.
-
-**Owners of trials.** A trial that a process works on has an owner: host, process number and start time of the
-process. An owner on this host is alive while that process is; an owner on another host counts as alive for
-``STALE_SECONDS`` after its last block. Any process may continue a running trial whose owner is not alive.
+Every change is one write, made at once, so that a process may be killed at any moment, and the next one finds
+what was finished. A process records heartbeats for the trials that it works on. Where they stop, Optuna
+fails the trial and enqueues it again with its parameters, scores and intermediate values, and any process
+takes it over where it stopped. A process that ends by itself hands its trials over at once in the same way.
 """
 
 import base64
 import json
-import os
-import socket
-import time
+import threading
 import zlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.metrics import Values
-from bnpatch.search.storages import connect, quiet, usable
-
-#: Seconds for which an owner on another host counts as alive after its last write.
-STALE_SECONDS = 600.0
+from bnpatch.search.storages import Storage, StorageError, experimental, quiet, retry, usable
 
 BlockScores = Mapping[str, Values]
+Direction = Literal["minimize", "maximize"]
+T = TypeVar("T")
 
-# Names of user attributes.
-_FINGERPRINT, _OPENED, _RUNG = "bnpatch:fingerprint", "bnpatch:opened", "bnpatch:rung"
-_OWNER, _BLOCK = "bnpatch:owner", "bnpatch:block:"
-_KEPT = "bnpatch:kept:"
+# User attributes of a trial, besides the means of its metrics.
+_ROUND, _SCORES, _FAILURE = "bnpatch:round", "bnpatch:block scores", "bnpatch:failure"
+# User attributes of a study, besides those that say what it is about.
+_MADE_WITH, _FORMAT, _OPENED = "bnpatch:made with", "bnpatch:format", "bnpatch:opened"
+_FORMAT_NUMBER = 2
+_OLD_FINGERPRINT = "bnpatch:fingerprint"  # of studies of format 1
 
 
 @dataclass(frozen=True)
@@ -50,233 +46,319 @@ class StoredTrial:
     """A trial as it is stored in the study.
 
     Attributes:
-        number: number in the order in which trials began.
+        number: number in the order in which trials began. A trial that was enqueued again keeps its number.
         params: values by name of parameter.
-        rung: rung of successive halving on which the trial began.
+        round: round of successive halving in which the trial began.
         blocks: scores by name of metric, by number of finished block.
         state: Optuna's state of the trial.
-        owner: the process that works on the trial; "" where none does.
-        seen: time of the owner's last write, in seconds since 1970.
+        value: Optuna's value of a trial that is complete.
+        is_own: whether this process works on the trial.
+        stored: the number that Optuna gave the trial.
     """
 
     number: int
     params: Mapping[str, float]
-    rung: int
+    round: int
     blocks: Mapping[int, BlockScores]
     state: TrialState
-    owner: str
-    seen: float
+    value: float | None = None
+    is_own: bool = False
+    stored: int = -1
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Is the trial neither complete nor pruned nor failed?"""
-        return self.state == TrialState.RUNNING
+        return not self.state.is_finished()
 
     @property
-    def busy(self) -> bool:
-        """Does another process, which is alive, work on the trial?"""
-        return self.running and self.owner not in ("", this_process()) and _alive(self.owner, self.seen)
+    def num_blocks(self) -> int:
+        """The number of leading blocks that the trial was scored on."""
+        count = 0
+        while count in self.blocks:
+            count += 1
+        return count
 
 
 class Study:
     """An Optuna study whose trials are scored block by block; :func:`open_study` makes it.
 
     Attributes:
-        storage: Optuna's storage, to open the same study with other tools.
-        name: name of the study.
+        optuna_study: the study, to look at it with Optuna.
     """
 
-    def __init__(self, storage: BaseStorage, study_id: int, name: str) -> None:
-        self.storage, self.name = storage, name
-        self._id = study_id
+    def __init__(self, optuna_study: optuna.Study, backend: BaseStorage, storage: Storage | None) -> None:
+        self.optuna_study = optuna_study
+        self._backend, self._storage = backend, storage
+        self._id = backend.get_study_id_from_name(optuna_study.study_name)
+        self._own: set[int] = set()  # identifiers of the trials that this process works on
+        self._latest: list[FrozenTrial] = []
         self._decoded: dict[tuple[int, int], BlockScores] = {}
 
-    @cached_property
-    def direction(self) -> StudyDirection:
-        """Minimize or maximize."""
-        return self.storage.get_study_directions(self._id)[0]
-
     def trials(self) -> list[StoredTrial]:
-        """All trials that have parameters, in the order of their numbers."""
-        frozen = self.storage.get_all_trials(self._id, deepcopy=False)
-        return [self._stored(trial) for trial in frozen if _RUNG in trial.user_attrs]
+        """All trials, in the order in which they began.
 
-    def add(self, params: Mapping[str, float], space: Mapping[str, tuple[float, float]], rung: int) -> None:
-        """Add a running trial, owned by this process, in one atomic write."""
-        template = create_trial(
-            state=TrialState.RUNNING,
+        Failed trials without a reason are left out: they were enqueued again, or ended before any score.
+        """
+        self._latest = self._do(lambda study: study.get_trials(deepcopy=False))
+        ours = [t for t in self._latest if _ROUND in t.user_attrs]
+        kept = [t for t in ours if t.state != TrialState.FAIL or _FAILURE in t.user_attrs]
+        # Optuna notes in a trial that it enqueues again the number of the first that failed.
+        kept.sort(key=lambda t: (t.system_attrs.get("failed_trial", t.number), t.number))
+        return [self._stored(number, trial) for number, trial in enumerate(kept)]
+
+    def begin(
+        self, params: Mapping[str, float], space: Mapping[str, tuple[float, float]], number: int = 0
+    ) -> None:
+        """Enqueue a trial in one write, and take it over; ``number`` is that of its round."""
+        trial = create_trial(
+            state=TrialState.WAITING,
             params=dict(params),
             distributions={name: FloatDistribution(low, high) for name, (low, high) in space.items()},
-            user_attrs={_RUNG: rung, _OWNER: [this_process(), time.time()]},
+            user_attrs={_ROUND: number},
         )
-        template.datetime_start = datetime.now()
-        self.storage.create_new_trial(self._id, template)
+        self._do(lambda study: self._take_over(self._backend.create_new_trial(self._id, trial)))
 
-    def claim(self, trial: StoredTrial) -> None:
-        """Make this process the owner of a trial that has no live owner."""
-        if trial.owner != this_process():
-            with _unless_ended():
-                self._set(trial.number, _OWNER, [this_process(), time.time()])
+    def take_over(self) -> None:
+        """Work on all trials that wait, among them those whose process was killed."""
 
-    def release(self) -> None:
-        """Give up ownership of this process's running trials, so that others may continue them."""
-        for trial in self.trials():
-            if trial.running and trial.owner == this_process():
-                with _unless_ended():
-                    self._set(trial.number, _OWNER, ["", time.time()])
+        def act(study: optuna.Study) -> None:
+            with experimental():
+                fail_stale_trials(study)
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                if _ROUND in trial.user_attrs:
+                    self._take_over(trial._trial_id)
 
-    def record(self, number: int, block: int, scores: BlockScores, value: float) -> None:
-        """Store the scores of a finished block, and the mean over blocks so far as intermediate value."""
-        packed = {name: _pack(values) for name, values in scores.items()}
-        with _unless_ended():
-            self.storage.set_trial_intermediate_value(self._trial_id(number), block, value)
-            self._set(number, f"{_BLOCK}{block}", {"at": time.time(), "scores": packed})
+        self._do(act)
 
-    def finish(
-        self,
-        number: int,
-        state: TrialState,
-        value: float | None = None,
-        notes: Mapping[str, float] | None = None,
+    def _take_over(self, trial_id: int) -> None:
+        """Start a waiting trial, unless another process does.
+
+        Optuna's ``ask`` would start it before it has a heartbeat, and a process that is killed in between
+        would leave a trial that never counts as stale. It would also add a trial where none waits any more.
+        """
+        self._record_heartbeat(trial_id)
+        with suppress(UpdateFinishedTrialError):
+            if self._backend.set_trial_state_values(trial_id, TrialState.RUNNING):
+                self._own.add(trial_id)
+
+    def record(self, trial: StoredTrial, examples: int, mean: float) -> None:
+        """Store the scores of a running trial.
+
+        Args:
+            trial: the trial, with the scores of all blocks that are finished.
+            examples: number of examples in these blocks.
+            mean: mean of the tuned metric over these examples, which becomes an intermediate value.
+        """
+        packed = {
+            block: {name: _pack(values) for name, values in scores.items()}
+            for block, scores in trial.blocks.items()
+        }
+
+        def act(study: optuna.Study) -> None:
+            trial_id = self._trial_id(trial)
+            with suppress(UpdateFinishedTrialError):  # another process took this one for dead
+                self._backend.set_trial_user_attr(trial_id, _SCORES, packed)
+                self._backend.set_trial_intermediate_value(trial_id, examples, mean)
+
+        self._do(act)
+
+    def end(
+        self, trial: StoredTrial, state: TrialState, value: float, others: Mapping[str, float] | None = None
     ) -> None:
-        """End a trial; ``notes`` become user attributes, which other tools show."""
-        with _unless_ended():
-            for name, note in (notes or {}).items():
-                self._set(number, name, note)
-            values = None if value is None else [value]
-            self.storage.set_trial_state_values(self._trial_id(number), state, values)
+        """End a trial as complete, with its value, or as pruned: then its value is the last intermediate one.
+
+        Args:
+            trial: the trial.
+            state: COMPLETE or PRUNED.
+            value: mean of the tuned metric.
+            others: means of other metrics by name, which become user attributes.
+        """
+        self._end(trial, state, value if state == TrialState.COMPLETE else None, others or {})
+
+    def fail(self, trial: StoredTrial, reason: str = "") -> None:
+        """End a trial that has no value; without a reason, as if it had never begun."""
+        self._end(trial, TrialState.FAIL, None, {_FAILURE: reason} if reason else {})
+
+    def _end(
+        self, trial: StoredTrial, state: TrialState, value: float | None, attributes: Mapping[str, Any]
+    ) -> None:
+        def act(study: optuna.Study) -> None:
+            with suppress(UpdateFinishedTrialError):  # another process took this one for dead
+                for name, attribute in attributes.items():
+                    self._backend.set_trial_user_attr(self._trial_id(trial), name, attribute)
+            study.tell(trial.stored, value, state, skip_if_finished=True)
+
+        self._do(act)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Record heartbeats of this process's trials meanwhile, and then hand over those that still run."""
+        over, thread = threading.Event(), None
+        if self._storage is not None:
+            thread = threading.Thread(target=self._beat, args=(over, self._storage), daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if thread is not None:
+                thread.join()
+            self._hand_over()
 
     def remember(self, key: str, value: Any) -> None:
         """Store a plain value with the study."""
-        self.storage.set_study_user_attr(self._id, f"{_KEPT}{key}", value)
+        self._do(lambda study: study.set_user_attr(f"bnpatch:{key}", value))
 
     def recall(self, key: str) -> Any:
         """The value that was stored under a key; None if there is none."""
-        return self.storage.get_study_user_attrs(self._id).get(f"{_KEPT}{key}")
+        return self._do(lambda study: study.user_attrs.get(f"bnpatch:{key}"))
 
-    def check(self, direction: str, fingerprint: Mapping[str, Any]) -> None:
-        """Write the fingerprint into a new study; compare it with the fingerprint of an existing one.
+    def _beat(self, over: threading.Event, storage: Storage) -> None:
+        while not over.wait(storage.heartbeat_seconds):
+            with suppress(StorageError), usable(storage.url):  # the next write says what is wrong
+                for trial_id in tuple(self._own):
+                    self._record_heartbeat(trial_id)
 
-        Running trials that bnpatch did not make were left by other tools, and are ended as failed.
+    def _record_heartbeat(self, trial_id: int) -> None:
+        if self._storage is not None:
+            self._storage.database.record_heartbeat(trial_id)
 
-        Raises:
-            BnpatchError: the study has another fingerprint or direction, or trials of other tools.
-        """
-        wanted = json.loads(json.dumps(fingerprint))
-        if self.direction != StudyDirection[direction.upper()]:
-            raise self._other(f"has the direction {self.direction.name.lower()}, not {direction}")
-        found = self.storage.get_study_user_attrs(self._id).get(_FINGERPRINT)
-        if found is None:
-            if self.storage.get_n_trials(self._id):
-                raise self._other("has trials that bnpatch did not make")
-            self.storage.set_study_user_attr(self._id, _FINGERPRINT, wanted)
-            return
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                raise self._other(f"was made with another {key} ({_brief(found.get(key))}, "
-                                  f"now {_brief(wanted.get(key))})")  # fmt: skip
-        # This write fails on a read-only storage before any work is done.
-        self.storage.set_study_user_attr(self._id, _OPENED, datetime.now().isoformat())
-        for trial in self.storage.get_all_trials(self._id, deepcopy=False):
-            if trial.state == TrialState.RUNNING and _RUNG not in trial.user_attrs:
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    def _hand_over(self) -> None:
+        """Fail and enqueue again the running trials of this process, as Optuna does with stale ones."""
 
-    def _other(self, how: str) -> BnpatchError:
-        return BnpatchError(
-            f"the study {self.name!r} {how}", "choose another name for this one, or another storage"
-        )
+        def act(study: optuna.Study) -> None:
+            for trial in study.get_trials(states=(TrialState.RUNNING,)):
+                if trial._trial_id in self._own:
+                    study.tell(trial.number, state=TrialState.FAIL)
+                    retry()(study, trial)
+            self._own.clear()
 
-    def _trial_id(self, number: int) -> int:
-        return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        self._do(act)
 
-    def _set(self, number: int, key: str, value: Any) -> None:
-        self.storage.set_trial_user_attr(self._trial_id(number), key, value)
+    def _do(self, act: Callable[[optuna.Study], T]) -> T:
+        """Do something with the study; where its database fails, with a copy of it in memory from then on."""
+        if self._storage is None:
+            return act(self.optuna_study)
+        try:
+            with usable(self._storage.url):
+                return act(self.optuna_study)
+        except StorageError as error:
+            self._storage.give_up(error)
+        name, direction = self.optuna_study.study_name, self.optuna_study.direction
+        self._storage, self._backend = None, InMemoryStorage()
+        self.optuna_study = _created(self._backend, name, direction)
+        self._id = self._backend.get_study_id_from_name(name)
+        self.optuna_study.add_trials(self._latest)
+        # Nothing is heard any more of the trials of other processes.
+        running = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._own = {t._trial_id for t in running}
+        return act(self.optuna_study)
 
-    def _stored(self, trial: FrozenTrial) -> StoredTrial:
-        owner, seen = trial.user_attrs.get(_OWNER, ["", 0.0])
+    def _trial_id(self, trial: StoredTrial) -> int:
+        return self._backend.get_trial_id_from_study_id_trial_number(self._id, trial.stored)
+
+    def _stored(self, number: int, trial: FrozenTrial) -> StoredTrial:
         blocks: dict[int, BlockScores] = {}
-        for key, value in trial.user_attrs.items():
-            if key.startswith(_BLOCK):
-                block = int(key.removeprefix(_BLOCK))
-                seen = max(seen, value["at"])
-                if (trial.number, block) not in self._decoded:
-                    unpacked = {name: _unpack(text) for name, text in value["scores"].items()}
-                    self._decoded[trial.number, block] = unpacked
-                blocks[block] = self._decoded[trial.number, block]
+        for name, packed in trial.user_attrs.get(_SCORES, {}).items():
+            key = trial.number, int(name)
+            if key not in self._decoded:
+                self._decoded[key] = {metric: _unpack(text) for metric, text in packed.items()}
+            blocks[int(name)] = self._decoded[key]
         return StoredTrial(
-            trial.number, trial.params, trial.user_attrs[_RUNG], blocks, trial.state, owner, seen
+            number,
+            trial.params,
+            trial.user_attrs[_ROUND],
+            blocks,
+            trial.state,
+            trial.value if trial.state == TrialState.COMPLETE else None,
+            trial._trial_id in self._own,
+            trial.number,
         )
 
 
 def open_study(
-    storage: str | None = None,
+    storage: Storage | None = None,
     name: str | None = None,
     *,
-    direction: Literal["minimize", "maximize"] = "minimize",
+    direction: Direction = "minimize",
     fingerprint: Mapping[str, Any] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Study:
     """Open a study, or create it.
 
     Args:
-        storage: None for memory; a database as an SQLAlchemy URL, such as ``sqlite:///x.db``; or a journal
-            ``x.journal``, ``x.log`` or ``journal:///absolute/path``.
-        name: name of the study; several studies may share a storage.
+        storage: a database; None for memory.
+        name: name of the study; several studies may share a database.
         direction: minimize or maximize.
         fingerprint: what the scores depend on, as plain values by name: model, data, metric, range. A study
             whose fingerprint differs is refused.
+        about: what people read about the study in other tools, by name.
 
     Raises:
-        BnpatchError: the storage can't be used, or the study has another fingerprint.
+        BnpatchError: the database can't be used, or the study has another fingerprint. Where the database
+            fails after it had been opened, the study is kept in memory.
     """
     name = name or "bnpatch"
-    with usable(storage or "memory"), quiet():
-        where = InMemoryStorage() if storage is None else connect(storage)
-        optuna.create_study(storage=where, study_name=name, direction=direction, load_if_exists=True)
-        study = Study(where, where.get_study_id_from_name(name), name)
-        study.check(direction, fingerprint or {})
-    return study
+    if storage is not None and not storage.failed:
+        was_open = storage.is_open
+        try:
+            backend = storage.backend
+            with usable(storage.url):
+                optuna_study = _created(backend, name, direction)
+                _check(optuna_study, direction, fingerprint or {})
+                for key, text in (about or {}).items():
+                    optuna_study.set_user_attr(key, text)
+            return Study(optuna_study, backend, storage)
+        except StorageError as error:
+            if not was_open:
+                raise
+            storage.give_up(error)
+    backend = InMemoryStorage()
+    return Study(_created(backend, name, direction), backend, None)
 
 
-def _unless_ended() -> AbstractContextManager[None]:
-    """Ignore writes to a trial that another process has ended because it took the owner for dead."""
-    return suppress(optuna.exceptions.UpdateFinishedTrialError)
+def _created(backend: BaseStorage, name: str, direction: Direction | StudyDirection) -> optuna.Study:
+    with quiet():
+        return optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
+
+
+def _check(study: optuna.Study, direction: str, fingerprint: Mapping[str, Any]) -> None:
+    """Write the fingerprint into a new study; compare it with the fingerprint of an existing one.
+
+    Raises:
+        BnpatchError: the study has another fingerprint, direction or format, or trials of other tools.
+    """
+    wanted = json.loads(json.dumps(fingerprint))
+    attributes = study.user_attrs
+    found = attributes.get(_MADE_WITH)
+    if study.direction != StudyDirection[direction.upper()]:
+        raise _other(study, f"has the direction {study.direction.name.lower()}, not {direction}")
+    if attributes.get(_FORMAT, _FORMAT_NUMBER) != _FORMAT_NUMBER or _OLD_FINGERPRINT in attributes:
+        raise _other(study, "was made by another version of bnpatch")
+    if found is None:
+        if study.get_trials(deepcopy=False):
+            raise _other(study, "has trials that bnpatch did not make")
+        study.set_user_attr(_MADE_WITH, wanted)
+        study.set_user_attr(_FORMAT, _FORMAT_NUMBER)
+        study.set_user_attr("bnpatch", __version__)
+        return
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            values = f"{_brief(found.get(key))}, now {_brief(wanted.get(key))}"
+            raise _other(study, f"was made with another {key} ({values})")
+    # This write fails on a read-only database before any work is done.
+    study.set_user_attr(_OPENED, datetime.now().isoformat())
+
+
+def _other(study: optuna.Study, how: str) -> BnpatchError:
+    return BnpatchError(
+        f"the study {study.study_name!r} {how}", "choose another name for this one, or another storage"
+    )
 
 
 def as_stored(values: Values) -> Values:
     """Round scores to the precision of a study, so that they are the same when they are read again."""
     return values.astype(np.float32).astype(np.float64)
-
-
-def this_process() -> str:
-    """The name of this process as an owner of trials."""
-    return _named(os.getpid())
-
-
-@cache
-def _named(pid: int) -> str:
-    return f"{socket.gethostname()}:{pid}:{_start(pid)}"
-
-
-def _alive(owner: str, seen: float) -> bool:
-    host, pid, start = owner.rsplit(":", 2)
-    if host != socket.gethostname() or os.name != "posix":
-        return time.time() - seen < STALE_SECONDS
-    try:
-        os.kill(int(pid), 0)  # signal 0 only tests whether it exists
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # the process of another user
-    return _start(int(pid)) == start
-
-
-def _start(pid: int) -> str:
-    """The start time of a process, because process numbers are reused; "" where it is unknown."""
-    try:
-        # The name in parentheses may contain anything; the start time is the 20th field after it.
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _pack(values: Values) -> str:

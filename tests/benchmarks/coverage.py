@@ -78,7 +78,6 @@ def populations(size, rng):
     """Changes (N,) by name of population."""
     # Imported here, so that tests of the rest are quick.
     from bnpatch_cli.demo import _digits
-
     from tests import closed_form
     from tests.benchmarks.search import shifted
     from tests.conftest import DIGITS

@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from bnpatch_cli.demo import _digits, _train
 
 import bnpatch
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
-from bnpatch.search.candidates import FIRST_ROOTS
+from bnpatch.search.candidates import FIRST_ALPHAS
+from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.global_search import block_sizes, global_search
 from bnpatch.search.studies import open_study
+from bnpatch_cli.demo import _digits, _train
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 
 METRICS = (CROSS_ENTROPY, ACCURACY)
@@ -55,7 +56,7 @@ class Scorer:
     def blocks_of(self, params, blocks):
         """Scores by block, of several at a time."""
         parts = [self.blocks[block] for block in blocks]
-        scores = self(params["sqrt_alpha"], np.concatenate(parts))
+        scores = self(params["alpha"] ** 0.5, np.concatenate(parts))
         ends = np.cumsum([len(part) for part in parts])[:-1]
         split = {name: np.split(values, ends) for name, values in scores.items()}
         return [{name: values[index] for name, values in split.items()} for index in range(len(parts))]
@@ -88,13 +89,16 @@ def found_globally(blocks_of, sizes, metric):
     result = global_search(
         open_study(direction="maximize" if metric.higher_is_better else "minimize"),
         blocks_of,
-        sizes,
-        metric=metric,
-        space={"sqrt_alpha": (0.0, 1.0)},
-        identity={"sqrt_alpha": 0.0},
-        first=[{"sqrt_alpha": root} for root in FIRST_ROOTS],
+        GlobalSearchConfig(
+            sizes,
+            metric,
+            {"alpha": (0.0, 1.0)},
+            {"alpha": 0.0},
+            [{"alpha": alpha} for alpha in FIRST_ALPHAS],
+            by_root=("alpha",),
+        ),
     )
-    return result.best.params["sqrt_alpha"]
+    return result.best.params["alpha"] ** 0.5
 
 
 def in_another_order(curve, sizes, metric, seed):
@@ -106,7 +110,7 @@ def in_another_order(curve, sizes, metric, seed):
         return {name: values[order] for name, values in curve[round(root * (len(curve) - 1))].items()}
 
     def blocks_of(params, blocks):
-        split = {name: np.split(values, ends) for name, values in at(params["sqrt_alpha"]).items()}
+        split = {name: np.split(values, ends) for name, values in at(params["alpha"] ** 0.5).items()}
         return [{name: values[block] for name, values in split.items()} for block in blocks]
 
     return at(found_globally(blocks_of, sizes, metric))[metric.name], order

@@ -21,7 +21,7 @@ from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
 LIMITS = (1.05, 1.15, 1.3)
 
 
-def rows(name, model, x, y, journal):
+def rows(name, model, x, y, storage):
     """The trade-off of a model, then what each limit leaves of the patch on held-out images."""
     for limit in LIMITS:
         result = bnpatch.tune_alpha(
@@ -29,7 +29,7 @@ def rows(name, model, x, y, journal):
             (x[:TUNING], y[:TUNING]),
             test_data=(x[TUNING:], y[TUNING:]),
             max_overhead=limit,
-            storage=str(journal),  # searched once, measured for each limit
+            storage=storage,  # searched once, measured for each limit
         )
         if limit == LIMITS[0]:
             best = knee(result.trade_off)
@@ -63,8 +63,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             bnpatch.export_onnx(model, path := Path(folder) / "model.onnx")
             exported = bnpatch.load(path, preprocessing=VALUES)
-            limits += rows(f"{name}, torch", model, x, labels, Path(folder) / "torch.journal")
-            limits += rows(f"{name}, onnxruntime", exported, x, labels, Path(folder) / "onnx.journal")
+            limits += rows(f"{name}, torch", model, x, labels, f"sqlite:///{folder}/torch.db")
+            limits += rows(f"{name}, onnxruntime", exported, x, labels, f"sqlite:///{folder}/onnx.db")
     print("\n| model | limit | patched norm layers | top-1 |\n| --- | --- | --- | --- |")
     print("\n".join(limits))
 

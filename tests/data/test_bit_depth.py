@@ -5,7 +5,6 @@ import zlib
 
 import numpy as np
 import pytest
-from bnpatch_cli.options import Reading
 from PIL import Image
 
 import bnpatch
@@ -14,6 +13,7 @@ from bnpatch.data.bit_depth import BitDepth, of_files
 from bnpatch.data.images import FileImages, as_mode
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY
+from bnpatch_cli.options import Reading
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.engine import Engine
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import NotFiniteLossError
-from bnpatch.search.storages import connect
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +114,11 @@ def _score(spec, rate):
     ],
 )
 def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_path, number, error):
-    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
-    options = {"trials": 9, "epochs": 2, "journal": journal}
+    settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
+    options = {"trials": 9, "epochs": 2, "database": database}
     whole = results(_score, monkeypatch)
     best = techniques.by_search(residual, examples, settings, **options)
-    runs = [(trial.params, trial.value) for trial in _trials(journal)]
+    runs = [(trial.params, trial.value) for trial in _trials(database)]
     first = []
 
     def cut_off(spec, rate):
@@ -134,7 +133,7 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
     rest = results(_score, monkeypatch)
     assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
     assert rest == whole[number - 1 :]  # the run that was cut off comes first
-    assert [(t.params, t.value) for t in _trials(journal) if t.number != number - 1] == runs
+    assert [(t.params, t.value) for t in _trials(database) if t.number != number - 1] == runs
     again = results(_score, monkeypatch)
     assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
     assert not again
@@ -143,8 +142,8 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
 def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
     residual, examples, monkeypatch, tmp_path
 ):
-    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
-    options = {"trials": 9, "epochs": 2, "journal": journal}
+    settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
+    options = {"trials": 9, "epochs": 2, "database": database}
 
     def score(spec, rate):
         return None if not rate else _score(spec, rate)
@@ -153,7 +152,7 @@ def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
     best = techniques.by_search(residual, examples, settings, **options)
     assert (str(NormSpec.batch()), 0.0) in whole
     ended = []
-    journal.unlink()
+    database.unlink()
     while len(ended) < 9:
         runs = []
 
@@ -193,8 +192,8 @@ def as_process(residual, examples, monkeypatch, tmp_path):
     def search(rank, **changes):
         processes.rank = rank
         settings = replace(FineTuneSettings(batch_size=8), **changes)
-        journal = tmp_path / "choose.journal"
-        return techniques.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+        database = tmp_path / "choose.db"
+        return techniques.by_search(residual, examples, settings, trials=5, database=database, resume=True)
 
     return search
 
@@ -205,8 +204,8 @@ def test_processes_have_the_same_runs_before_them_and_refuse_alike(as_process, m
     assert len(first) == 5
     second = results(_score, monkeypatch)
     assert as_process(1) == best
-    assert second == first  # both train; one keeps the journal
-    assert len(_trials(tmp_path / "choose.journal")) == 5
+    assert second == first  # both train; one keeps the database
+    assert len(_trials(tmp_path / "choose.db")) == 5
     refused = []
     for rank in (0, 1):
         with pytest.raises(BnpatchError, match=r"of another search: settings\.lr differs") as caught:
@@ -235,19 +234,19 @@ def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
     with pytest.raises(BnpatchError, match=r"settings\.workers differs"):
         as_process(0, workers=2)
     monkeypatch.setattr(techniques, "start", lambda: None)
-    settings, journal = FineTuneSettings(batch_size=8), tmp_path / "choose.journal"
-    with pytest.raises(BnpatchError, match=r"choose\.journal is of another search: processes differs"):
-        techniques.by_search(residual, examples, settings, trials=5, journal=journal, resume=True)
+    settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
+    with pytest.raises(BnpatchError, match=r"choose\.db is of another search: processes differs"):
+        techniques.by_search(residual, examples, settings, trials=5, database=database, resume=True)
 
 
-def test_a_journal_that_cannot_be_removed_is_named(residual, examples, tmp_path):
-    (journal := tmp_path / "choose.journal").mkdir()
-    with pytest.raises(BnpatchError, match=r"cannot use journal://.*choose\.journal for a study"):
-        techniques.by_search(residual, examples, FineTuneSettings(batch_size=8), journal=journal)
+def test_a_database_that_cannot_be_removed_is_named(residual, examples, tmp_path):
+    (database := tmp_path / "choose.db").mkdir()
+    with pytest.raises(BnpatchError, match=r"cannot use sqlite:///.*choose\.db for a study"):
+        techniques.by_search(residual, examples, FineTuneSettings(batch_size=8), database=database)
 
 
-def _trials(journal):
-    return optuna.load_study(study_name="choose", storage=connect(str(journal))).trials
+def _trials(database):
+    return optuna.load_study(study_name="choose", storage=f"sqlite:///{database}").trials
 
 
 def test_search_survives_runs_that_diverge_unless_all_do(residual, examples, monkeypatch):
@@ -270,7 +269,7 @@ def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeyp
 
     monkeypatch.setattr(Engine, "step", ruin)
     settings = FineTuneSettings(batch_size=8)
-    options = {"trials": 3, "epochs": 1, "journal": tmp_path / "choose.journal"}
+    options = {"trials": 3, "epochs": 1, "database": tmp_path / "choose.db"}
     best = techniques.by_search(
         residual, examples, settings, **options, on_trial=lambda name, score: told.append(score)
     )

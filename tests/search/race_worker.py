@@ -14,10 +14,13 @@ import scipy.optimize
 import scipy.stats  # noqa: F401
 
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
+from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.global_search import global_search
+from bnpatch.search.storages import Storage
 from bnpatch.search.studies import open_study
 
 SIZES = [64] * 12  # a batch each, so that each is a line of its own
+GRACE_SECONDS = 3
 FINGERPRINT = {"model": "a", "data": "b"}
 
 
@@ -25,15 +28,23 @@ def evaluate_block(params, block):
     """Examples whose best weights lie around 0.4."""
     rng = np.random.default_rng(block)
     best, steepness = rng.normal(0.4, 0.1, SIZES[block]), rng.uniform(1, 2, SIZES[block])
-    return {"cross-entropy": 1 + steepness * (params["x"] - best) ** 2}
+    score = 1 + steepness * (params["x"] - best) ** 2
+    return {"cross-entropy": score, "twice": 2 * score}
 
 
-def run(storage, log=None, seconds_a_block=0.0, peers=()):
+def run(storage, log=None, seconds_a_block=0.0, peers=(), on_line=lambda count: None):
+    if isinstance(storage, str):
+        storage = Storage(storage, heartbeat_seconds=1, grace_seconds=GRACE_SECONDS)
+    count = 0
+
     def scored(params, blocks):
         return [score(params, block) for block in blocks]
 
     def score(params, block):
+        nonlocal count
         time.sleep(seconds_a_block)
+        count += 1
+        on_line(count)
         if log is not None:
             with log.open("a") as file:
                 file.write(f"{params['x']} {block}\n")
@@ -44,16 +55,15 @@ def run(storage, log=None, seconds_a_block=0.0, peers=()):
     result = global_search(
         open_study(storage, "test", direction="minimize", fingerprint=FINGERPRINT),
         scored,
-        SIZES,
-        metric=CROSS_ENTROPY,
-        space={"x": (0.0, 1.0)},
-        identity={"x": 0.0},
-        first=[{"x": x} for x in (0.2, 0.6, 1.0)],
+        GlobalSearchConfig(
+            SIZES, CROSS_ENTROPY, {"x": (0.0, 1.0)}, {"x": 0.0}, [{"x": x} for x in (0.2, 0.6, 1.0)]
+        ),
     )
     return {
         "best": result.best.params,
+        "best value": result.best.means["cross-entropy"],
         "passes": result.passes,
-        "runners": [[r.params, r.blocks, r.state.name, dict(r.means)] for r in result.runners],
+        "trials": [[t.params, t.blocks, t.state.name, dict(t.means)] for t in result.trials],
     }
 
 

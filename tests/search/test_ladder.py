@@ -10,11 +10,11 @@ from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.search import layer_search
 from bnpatch.search.candidates import _as_trial
-from bnpatch.search.global_search import Runner
+from bnpatch.search.comparison import Difference
+from bnpatch.search.global_search import GlobalTrial
 from bnpatch.search.gradient_search import Course, Groups
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.score_cache import ScoreCache, blocks_of
-from bnpatch.search.standings import Difference
 
 
 def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
@@ -46,7 +46,7 @@ def test_a_study_of_other_examples_is_refused(tiny, folder, tmp_path):
         copy.write_bytes(path.read_bytes())
     broken = min(data.rglob("*.png"))
     content = broken.read_bytes()
-    run = {"granularity": "global", "storage": str(tmp_path / "s.journal"), "trials": 2, "holdout": 0.5}
+    run = {"granularity": "global", "storage": f"sqlite:///{tmp_path}/s.db", "trials": 2, "holdout": 0.5}
     broken.write_bytes(b"no image")
     assert bnpatch.tune_alpha(tiny, data, **run).skipped
     broken.write_bytes(content)
@@ -128,8 +128,8 @@ def test_other_targets_change_the_scores_of_lambdas_alone():
 
 def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     change = {name: Difference(0.4, 0.1, 8) for name in ("accuracy", "cross-entropy")}
-    runner = Runner(1, {"sqrt_alpha": 0.5}, 1, TrialState.PRUNED, {}, change)
-    trial = _as_trial("alpha", runner, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
+    found = GlobalTrial(1, {"alpha": 0.25}, 1, TrialState.PRUNED, {}, change)
+    trial = _as_trial("alpha", found, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
     assert trial.scores == {"accuracy": 1.0, "cross-entropy": pytest.approx(1.2)}
     assert trial.weight == 0.25
 

@@ -1,12 +1,14 @@
 import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.search.comparison import Comparison, GlobalSearchConfig
 from bnpatch.search.global_search import block_sizes, global_search
-from bnpatch.search.standings import Rules, Standings
+from bnpatch.search.storages import Storage
 from bnpatch.search.studies import StoredTrial, open_study
 
 GRID = np.linspace(0, 1, 101)
@@ -47,13 +49,14 @@ class Flat(Problem):
 
 def run(problem, metric=CROSS_ENTROPY, study=None, **options):
     direction = "maximize" if metric.higher_is_better else "minimize"
-    settings = {"space": {"x": (0.0, 1.0)}, "identity": {"x": 0.0}, "first": FIRST, **options}
+    what = {"space": {"x": (0.0, 1.0)}, "baseline": {"x": 0.0}, "first": FIRST, **options}
+    how = {name: what.pop(name) for name in ("timeout", "on_trial") if name in what}
 
     def evaluate_blocks(params, blocks):
         return [problem(params, block) for block in blocks]
 
     study = study or open_study(direction=direction)
-    return global_search(study, evaluate_blocks, problem.sizes, metric=metric, **settings)
+    return global_search(study, evaluate_blocks, GlobalSearchConfig(problem.sizes, metric, **what), **how)
 
 
 def regret(problem, result):
@@ -97,7 +100,7 @@ def test_where_the_identity_is_best_it_wins_and_the_rest_is_dropped_early():
     problem.bests = np.abs(problem.bests) / 100
     result = run(problem)
     assert result.best.params["x"] < 0.01
-    assert all(r.blocks <= 3 for r in result.runners if r.params["x"] >= 0.1)
+    assert all(r.blocks <= 3 for r in result.trials if r.params["x"] >= 0.1)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_a_failing_candidate_fails_alone():
 
     problem = Fragile(400, best=0.4)
     result = run(problem)
-    failed = [r for r in result.runners if r.state == TrialState.FAIL]
+    failed = [r for r in result.trials if r.state == TrialState.FAIL]
     assert {r.params["x"] for r in failed} >= {0.6, 1.0}
     assert all(r.blocks == 0 for r in failed)
     assert regret(problem, result) < 0.02  # 400 examples, of which the first rung saw few
@@ -165,8 +168,8 @@ def test_scores_that_are_not_numbers_are_refused():
 def test_enough_passes_make_it_a_plain_search():
     problem = Problem(100)
     result = run(problem, max_passes=float("inf"), max_trials=9)
-    assert [r.blocks for r in result.runners] == [len(problem.sizes)] * 9
-    assert {r.state for r in result.runners} == {TrialState.COMPLETE}
+    assert [r.blocks for r in result.trials] == [len(problem.sizes)] * 9
+    assert {r.state for r in result.trials} == {TrialState.COMPLETE}
     assert result.passes == 9
     with pytest.raises(BnpatchError, match="nothing bounds"):
         run(problem, max_passes=float("inf"))
@@ -175,13 +178,13 @@ def test_enough_passes_make_it_a_plain_search():
 @pytest.mark.parametrize("budget", [{"max_passes": 1.0}, {"max_passes": 0.0}, {"max_trials": 1}])
 def test_no_budget_leaves_the_identity(budget):
     result = run(Problem(100), **budget)
-    assert [r.params["x"] for r in result.runners] == [0.0]
+    assert [r.params["x"] for r in result.trials] == [0.0]
     assert result.best.state == TrialState.COMPLETE
     assert result.passes == 1
 
 
 def test_out_of_time_the_identity_stands():
-    assert len(run(Problem(100), timeout=0.0).runners) == 1
+    assert len(run(Problem(100), timeout=0.0).trials) == 1
 
 
 def test_two_passes_leave_no_room_to_explore_but_a_trial_to_compare():
@@ -191,8 +194,8 @@ def test_two_passes_leave_no_room_to_explore_but_a_trial_to_compare():
 
 def test_the_same_seed_gives_the_same_race():
     first, again, other = (run(Problem(300), seed=seed) for seed in (1, 1, 2))
-    assert first.runners == again.runners
-    assert first.runners != other.runners
+    assert first.trials == again.trials
+    assert first.trials != other.trials
 
 
 def test_two_parameters():
@@ -203,9 +206,18 @@ def test_two_parameters():
 
     first = [{"x": x, "y": y} for x in (0.2, 0.8) for y in (0.2, 0.8)]
     space = {"x": (0.0, 1.0), "y": (0.0, 2.0)}
-    result = run(Plane(1000, best=0.0), space=space, identity={"x": 0.0, "y": 0.0}, first=first)
+    result = run(Plane(1000, best=0.0), space=space, baseline={"x": 0.0, "y": 0.0}, first=first)
     assert result.passes <= 3
     assert np.hypot(result.best.params["x"] - 0.5, result.best.params["y"] - 0.2) < 0.2
+
+
+def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = open_study(Storage(url), direction="maximize")
+    result = run(Problem(20, steepness=1.0), ACCURACY, study, max_passes=float("inf"), max_trials=7)
+    best = optuna.load_study(study_name="bnpatch", storage=url).best_trial
+    assert (best.params, best.value) == (result.best.params, result.best.means["accuracy"])
+    assert sum(trial.means.get("accuracy") == best.value for trial in result.trials) > 1
 
 
 class Interrupted(Problem):
@@ -231,7 +243,7 @@ def test_an_interrupted_race_keeps_the_best_so_far_and_can_go_on():
         assert part.best.blocks == len(block_sizes(300))
         rest = Problem(300)
         result = run(rest, study=study)
-        assert result.runners == whole.runners
+        assert result.trials == whole.trials
         assert not result.interrupted
         assert result.passes - part.passes == pytest.approx(rest.scored / 300)
 
@@ -245,10 +257,10 @@ def test_trials_are_told():
     problem, told = Problem(300), []
     result = run(
         problem,
-        on_trial=lambda runner, standing: told.append((runner, standing.best.number == runner.number)),
+        on_trial=lambda trial, so_far: told.append((trial, so_far.best.number == trial.number)),
     )
-    assert sorted(runner.number for runner, _ in told) == [r.number for r in result.runners]
-    assert [runner.number for runner, is_best in told if is_best][-1] == result.best.number
+    assert sorted(trial.number for trial, _ in told) == [r.number for r in result.trials]
+    assert [trial.number for trial, is_best in told if is_best][-1] == result.best.number
     assert told[0][0].params == {"x": 0.0}
 
 
@@ -271,18 +283,19 @@ def test_what_is_said_of_a_trial_uses_what_is_known_of_the_examples():
             trial(0, {"x": 0.0}, base, TrialState.COMPLETE),
             trial(1, {"x": 0.5}, better[:2], TrialState.PRUNED),
         ]
-        standings = Standings(Rules([20] * 8, CROSS_ENTROPY, {"x": (0, 1)}, {"x": 0.0}), trials)
-        change = standings.change(trials[1])
+        config = GlobalSearchConfig([20] * 8, CROSS_ENTROPY, {"x": (0, 1)}, {"x": 0.0})
+        comparison = Comparison(config, trials)
+        change = comparison.change(trials[1])
         truth = (better - base).mean()
         errors.append(change.value - truth)
-        gains.append(standings.difference(trials[1], trials[0]).value - truth)
-        assert change.stderr < standings.difference(trials[1], trials[0]).stderr / 1.5
+        gains.append(comparison.difference(trials[1], trials[0]).value - truth)
+        assert change.stderr < comparison.difference(trials[1], trials[0]).stderr / 1.5
     assert np.std(errors) < np.std(gains) / 2
     whole = trial(1, {"x": 0.5}, better, TrialState.COMPLETE)
-    paired = standings.difference(whole, trials[0])
-    assert standings.change(whole) == paired
+    paired = comparison.difference(whole, trials[0])
+    assert comparison.change(whole) == paired
 
 
 def trial(number, params, blocks, state):
     scores = {block: {"cross-entropy": values} for block, values in enumerate(blocks)}
-    return StoredTrial(number, params, 0, scores, state, "", 0.0)
+    return StoredTrial(number, params, 0, scores, state)

@@ -1,25 +1,28 @@
 import json
 import multiprocessing
-import os
 import random
+import sqlite3
 import time
+import warnings
+from contextlib import suppress
 
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
-from bnpatch.core.errors import BnpatchError
-from bnpatch.search import studies
-from bnpatch.search.studies import as_stored, open_study, this_process
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.search.storages import Storage, StorageError, connect
+from bnpatch.search.studies import as_stored, open_study
 from tests.search import race_worker
 
 SPACE = {"x": (0.0, 1.0)}
 
 
-@pytest.fixture(params=["sqlite", "journal"])
-def storage(request, tmp_path):
-    return f"sqlite:///{tmp_path}/study.db" if request.param == "sqlite" else str(tmp_path / "study.journal")
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/study.db"
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.search.race_worker"])
 
 
-def start(storage, log, result, *peers):
-    process = PROCESSES.Process(target=race_worker.main, args=(storage, log, result, *peers))
+def start(url, log, result, *peers):
+    process = PROCESSES.Process(target=race_worker.main, args=(url, log, result, *peers))
     process.start()
     return process
 
@@ -46,43 +49,70 @@ def finish(process, log):
     process.join(120)
     said = log.with_suffix(".stderr").read_text()
     assert process.exitcode == 0, said
-    assert said == ""  # Optuna's chatter is none of the user's business
+    assert said == ""  # Optuna's messages don't help the user
 
 
-def states(storage, name="test"):
-    return [t.state for t in open_study(storage, name, fingerprint=race_worker.FINGERPRINT).trials()]
+def optuna_trials(url):
+    return optuna.load_study(study_name="test", storage=url).trials
+
+
+def kill_after(url, log, result, count, delay=0.0):
+    process = start(url, log, result)
+    while len(lines(log)) < count and process.is_alive():
+        time.sleep(0.005)
+    time.sleep(delay)  # anywhere in the block, or in what is written after it
+    assert process.is_alive(), "it was over before it was killed"
+    process.kill()
+    process.join()
 
 
 @pytest.mark.slow
-def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storage, tmp_path, uninterrupted):
+def test_a_search_that_is_killed_again_and_again_ends_as_if_it_had_not_been(url, tmp_path, uninterrupted):
     log, result = tmp_path / "log", tmp_path / "result"
-    chance = random.Random(storage.startswith("sqlite"))
+    chance = random.Random(0)
     for kill_at in (chance.randint(1, 12), chance.randint(13, 24)):
-        process = start(storage, log, result)
-        while len(lines(log)) < kill_at and process.is_alive():
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.01))  # anywhere in the block, or in what is written after it
-        assert process.is_alive(), "it was over before it was killed"
-        process.kill()
-        process.join()
-    finish(start(storage, log, result), log)
+        kill_after(url, log, result, kill_at, chance.uniform(0, 0.01))
+        time.sleep(race_worker.GRACE_SECONDS + 2)  # databases round times to seconds
+    finish(start(url, log, result), log)
     assert json.loads(result.read_text()) == uninterrupted
-    assert TrialState.RUNNING not in states(storage)
+    trials = optuna_trials(url)
+    assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    assert any("failed_trial" in t.system_attrs for t in trials)
     # Only the block that was being scored at each kill is scored again.
     assert 0 <= len(lines(log)) - len(set(lines(log))) <= 2
 
 
-def test_running_it_again_scores_nothing(storage, tmp_path, uninterrupted):
-    assert race_worker.run(storage) == uninterrupted
+@pytest.mark.slow
+def test_a_killed_search_is_continued_at_once_and_waits_only_for_trials_that_it_needs(url, tmp_path):
+    log, result = tmp_path / "log", tmp_path / "result"
+    kill_after(url, log, result, 14)  # the baseline is done; a trial of the first round runs
+    started = time.monotonic()
+    finish(start(url, log, result), log)
+    assert time.monotonic() - started < race_worker.GRACE_SECONDS + 30
+    found = json.loads(result.read_text())
+    assert found["best"]["x"] == pytest.approx(0.4, abs=0.05)
+    assert all(t.state.is_finished() for t in optuna_trials(url))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A database with the study of a search, and what the search found."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('searched')}/study.db"
+    return url, race_worker.run(url)
+
+
+def test_running_it_again_scores_nothing(searched, tmp_path, uninterrupted):
+    url, found = searched
+    assert found == uninterrupted
     log = tmp_path / "log"
-    assert race_worker.run(storage, log) == uninterrupted
+    assert race_worker.run(url, log) == uninterrupted
     assert lines(log) == []
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_study(storage, tmp_path):
+def test_two_processes_share_a_study(url, tmp_path):
     logs, results = [tmp_path / "log1", tmp_path / "log2"], [tmp_path / "r1", tmp_path / "r2"]
-    processes = [start(storage, logs[i], results[i], logs[1 - i]) for i in (0, 1)]
+    processes = [start(url, logs[i], results[i], logs[1 - i]) for i in (0, 1)]
     for process, log in zip(processes, logs, strict=True):
         finish(process, log)
     found = [json.loads(path.read_text()) for path in results]
@@ -90,65 +120,112 @@ def test_two_processes_share_a_study(storage, tmp_path):
     assert found[0]["best"]["x"] == pytest.approx(0.4, abs=0.05)
     assert found[0]["passes"] <= 3.5  # both may begin what the budget has room for only once
     assert all(map(lines, logs))  # both worked
-    everything = lines(logs[0]) + lines(logs[1])
-    identity = [line for line in everything if line.startswith("0.0 ")]
-    assert len(identity) <= len(race_worker.SIZES) + 1
-    assert set(states(storage)) <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    baseline = [line for line in lines(logs[0]) + lines(logs[1]) if line.startswith("0.0 ")]
+    assert len(baseline) <= len(race_worker.SIZES) + 1
+    assert all(t.state.is_finished() for t in optuna_trials(url))
 
 
-def test_optuna_reads_the_study_like_any_other(storage):
-    found = race_worker.run(storage)
-    where = optuna.storages.get_storage(storage) if "://" in storage else studies.connect(storage)
-    study = optuna.load_study(study_name="test", storage=where)
-    assert study.best_params == found["best"]
+def test_optuna_reads_the_study_like_any_other(searched):
+    url, found = searched
+    study = optuna.load_study(study_name="test", storage=url)
+    best = study.best_trial
+    assert best.params == found["best"]
+    assert best.value == found["best value"]
     assert study.trials[0].params == {"x": 0.0}
-    assert len(study.trials[0].intermediate_values) == len(race_worker.SIZES)
-    last = max(study.trials[0].intermediate_values)
-    assert study.trials[0].value == pytest.approx(study.trials[0].intermediate_values[last])
-    assert study.trials[0].user_attrs["cross-entropy"] == study.trials[0].value
+    for trial in study.trials:
+        assert trial.value == trial.intermediate_values[trial.last_step]
+        assert trial.user_attrs["twice"] == pytest.approx(2 * trial.value)
+        assert set(trial.user_attrs) == {"bnpatch:round", "bnpatch:block scores", "twice"}
+    assert list(study.trials[0].intermediate_values) == np.cumsum(race_worker.SIZES).tolist()
+    assert {t.state for t in study.trials[1:]} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
-def test_scores_come_back_as_they_were_stored(storage):
+def test_scores_come_back_as_they_were_stored(url):
     scores = {"a": as_stored(np.random.default_rng(0).normal(size=100)), "b": np.ones(1), "c": np.ones(0)}
-    study = open_study(storage)
-    study.add({"x": 0.25}, SPACE, 1)
-    study.record(0, 3, scores, 0.5)
-    (trial,) = open_study(storage).trials()
+    study = open_study(Storage(url))
+    study.begin({"x": 0.25}, SPACE, 1)
+    (trial,) = study.trials()
+    trial.blocks[3] = scores
+    study.record(trial, 100, 0.5)
+    (trial,) = study.trials()
+    assert trial.is_own
+    (trial,) = open_study(Storage(url)).trials()
+    assert (trial.number, trial.round, trial.state) == (0, 1, TrialState.RUNNING)
+    assert not trial.is_own
     assert trial.params == {"x": 0.25}
-    assert (trial.number, trial.rung, trial.state, trial.owner) == (0, 1, TrialState.RUNNING, this_process())
     assert list(trial.blocks) == [3]
     for name, values in scores.items():
         np.testing.assert_array_equal(trial.blocks[3][name], values)
 
 
-def owned_by(storage, owner, at):
-    study = open_study(storage)
-    study.add({"x": 0.5}, SPACE, 0)
-    study._set(0, "bnpatch:owner", [owner, at])
-    return study.trials()[0]
+@pytest.fixture
+def short(url):
+    return Storage(url, heartbeat_seconds=1, grace_seconds=2)
 
 
 @pytest.mark.slow
-def test_a_trial_is_left_to_whoever_lives(storage):
-    host, pid, began = this_process().rsplit(":", 2)
-    now = time.time()
-    assert not owned_by(storage, this_process(), now).busy
-    assert not owned_by(storage, "", now).busy
-    assert owned_by(storage, f"{host}:{os.getppid()}:{studies._start(os.getppid())}", 0.0).busy
-    assert not owned_by(storage, f"{host}:{os.getppid()}:another start", now).busy
-    assert owned_by(storage, f"elsewhere:{pid}:{began}", now - studies.STALE_SECONDS / 2).busy
-    assert not owned_by(storage, f"elsewhere:{pid}:{began}", now - studies.STALE_SECONDS * 2).busy
-    gone = PROCESSES.Process(target=int)
-    gone.start()
-    gone.join()
-    assert not owned_by(storage, f"{host}:{gone.pid}:", now).busy
+def test_a_trial_is_its_processs_while_that_lives_however_long_it_takes(url, short):
+    study, other = open_study(short), open_study(Storage(url, grace_seconds=2))
+    with study.at_work():
+        study.begin({"x": 0.5}, SPACE)
+        time.sleep(5)
+        other.take_over()
+        assert [t.is_own for t in other.trials()] == [False]
+        assert [t.is_own for t in study.trials()] == [True]
 
 
-def test_what_another_tool_left_running_fails(storage):
+@pytest.mark.slow
+def test_whoever_was_taken_for_dead_writes_to_nobodys_trial(url, short):
+    study, other = open_study(short), open_study(Storage(url, grace_seconds=2))
+    study.begin({"x": 0.5}, SPACE)  # and no heartbeat follows, as of a process that is suspended
+    (before,) = study.trials()
+    before.blocks[0] = {"a": np.ones(1)}
+    study.record(before, 1, 0.5)
+    time.sleep(4)
+    other.take_over()
+    (taken,) = other.trials()
+    assert taken.is_own
+    assert taken.number == before.number
+    assert list(taken.blocks) == [0]
+    assert [t.is_own for t in study.trials()] == [False]
+    study.record(before, 2, 0.6)
+    study.end(before, TrialState.COMPLETE, 0.6)
+    assert other.trials() == [taken]
+    assert [t.state for t in study.optuna_study.trials] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_who_ends_hands_its_trials_over_at_once(url):
+    study = open_study(Storage(url))
+    with suppress(KeyboardInterrupt), study.at_work():
+        study.begin({"x": 0.5}, SPACE, 1)
+        (trial,) = study.trials()
+        trial.blocks[0] = {"a": np.ones(1)}
+        study.record(trial, 8, 0.25)
+        raise KeyboardInterrupt
+    other = open_study(Storage(url))
+    other.take_over()
+    (trial,) = other.trials()
+    assert trial.is_own
+    assert (trial.number, trial.round, list(trial.blocks)) == (0, 1, [0])
+    assert other.optuna_study.trials[1].intermediate_values == {8: 0.25}
+
+
+def test_a_trial_has_a_heartbeat_before_it_runs(url, monkeypatch):
+    """Killed in between, a process would otherwise leave a trial that never counts as stale."""
+    storage = Storage(url)
     study = open_study(storage)
-    study.storage.create_new_trial(study._id)
-    open_study(storage)
-    assert [t.state for t in study.storage.get_all_trials(study._id)] == [TrialState.FAIL]
+    monkeypatch.setattr(storage.backend, "set_trial_state_values", stop)
+    with pytest.raises(KeyboardInterrupt):
+        study.begin({"x": 0.5}, SPACE)
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        assert database.execute("select count(*) from trial_heartbeats").fetchone() == (1,)
+    study = open_study(Storage(url))
+    study.take_over()
+    assert [t.is_own for t in study.trials()] == [True]
+
+
+def stop(*args):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -158,7 +235,8 @@ def test_what_another_tool_left_running_fails(storage):
         ({"range": [0, 1]}, "another range (null, now [0, 1])"),
     ],
 )
-def test_another_question_needs_another_study(storage, changed, named):
+def test_another_question_needs_another_study(url, changed, named):
+    storage = Storage(url)
     open_study(storage, fingerprint={"model": "a", "data": 1.5})
     open_study(storage, fingerprint={"data": 1.5, "model": "a"})
     with pytest.raises(BnpatchError) as error:
@@ -167,80 +245,147 @@ def test_another_question_needs_another_study(storage, changed, named):
     open_study(storage, "other", fingerprint=changed)
 
 
-def test_another_direction_is_refused(storage):
-    open_study(storage, direction="minimize")
+def test_another_direction_is_refused(url):
+    open_study(Storage(url), direction="minimize")
     with pytest.raises(BnpatchError, match="has the direction minimize, not maximize"):
-        open_study(storage, direction="maximize")
+        open_study(Storage(url), direction="maximize")
 
 
-def test_a_study_of_another_tool_is_refused(storage):
-    where = studies.connect(storage)
-    study = optuna.create_study(study_name="bnpatch", storage=where)
+def test_a_study_of_another_tool_is_refused(url):
+    study = optuna.create_study(study_name="bnpatch", storage=url)
     study.optimize(lambda trial: trial.suggest_float("y", 0, 1), n_trials=1)
     with pytest.raises(BnpatchError, match="has trials that bnpatch did not make"):
-        open_study(storage)
+        open_study(Storage(url))
 
 
-@pytest.mark.parametrize("torn", [b'{"op_code":8,"worker_id":"', b'{"op', b"{"])
-def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path, torn):
-    path = tmp_path / "study.journal"
-    study = open_study(str(path))
-    study.add({"x": 0.5}, SPACE, 0)
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
-    again = open_study(str(path))
-    assert [t.params for t in again.trials()] == [{"x": 0.5}]
-    assert path.read_bytes().startswith(whole)
-    again.add({"x": 0.6}, SPACE, 0)
-    path.write_bytes(path.read_bytes() + torn)  # another process died while this one lives
-    again.add({"x": 0.7}, SPACE, 0)
-    assert [t.params["x"] for t in open_study(str(path)).trials()] == [0.5, 0.6, 0.7]
+@pytest.mark.parametrize("attributes", [{"bnpatch:fingerprint": {}}, {"bnpatch:format": 3}])
+def test_a_study_of_another_format_is_refused(url, attributes):
+    study = optuna.create_study(study_name="bnpatch", storage=url)
+    for name, value in attributes.items():
+        study.set_user_attr(name, value)
+    study.add_trial(
+        optuna.create_trial(
+            value=1.0,
+            params={"sqrt_alpha": 0.5},
+            distributions={"sqrt_alpha": optuna.distributions.FloatDistribution(0, 1)},
+            user_attrs={"bnpatch:rung": 0},
+        )
+    )
+    with pytest.raises(BnpatchError, match="made by another version of bnpatch; choose another name"):
+        open_study(Storage(url))
+    open_study(Storage(url), "another name")
 
 
-@pytest.mark.parametrize(
-    "content", [b"once upon a time", b"once upon a time\n", b'{"op_code":0}\n{"op_co\n', b"\0" * 100]
-)
-def test_what_is_no_journal_is_left_alone(tmp_path, content):
-    path = tmp_path / "notes.log"
-    path.write_bytes(content)
-    with pytest.raises(BnpatchError, match="is no record of an Optuna journal; choose another storage"):
-        open_study(str(path))
-    assert path.read_bytes() == content
-
-
-def test_a_lock_that_a_killed_process_left_is_broken(tmp_path, monkeypatch):
-    path = tmp_path / "study.journal"
-    open_study(str(path))
-    os.symlink(path, f"{path}.lock")
-    monkeypatch.setattr("bnpatch.search.storages._GRACE_SECONDS", 1)
-    with pytest.warns(UserWarning, match="grace_period"):
-        open_study(str(path)).add({"x": 0.5}, SPACE, 0)
+def test_what_people_enqueue_or_run_themselves_is_left_alone(url):
+    study = open_study(Storage(url))
+    study.begin({"x": 0.5}, SPACE)
+    study.optuna_study.enqueue_trial({"x": 0.1})
+    study.optuna_study.add_trial(optuna.create_trial(state=TrialState.WAITING))
+    study.take_over()
+    assert [t.params for t in study.trials()] == [{"x": 0.5}]
 
 
 @pytest.mark.parametrize(
     ("place", "problem"),
     [
         ("sqlite:////nowhere/at/all/x.db", "unable to open database file"),
-        ("/nowhere/at/all/x.journal", "no such file or directory"),
-        ("journal:///nowhere/x", "no such file or directory"),
         ("study.txt", "names no storage"),
         ("nonsense://x", "nonsense"),
+        ("postgres://me:geheim@localhost/x", "postgres"),
         ("sqlite:///{tmp}/notes.txt", "file is not a database"),
-        ("{tmp}/folder.journal", "is a directory"),
     ],
 )
 def test_places_that_hold_no_study(tmp_path, place, problem):
     (tmp_path / "notes.txt").write_text("once upon a time " * 100)
-    (tmp_path / "folder.journal").mkdir()
     with pytest.raises(BnpatchError) as error:
-        open_study(place.format(tmp=tmp_path))
+        open_study(Storage(place.format(tmp=tmp_path)))
     assert problem in str(error.value)
     assert error.value.remedy
     assert "\n" not in str(error.value)
+    assert "geheim" not in str(error.value)
 
 
-def test_a_database_that_cannot_be_written_is_refused_at_once(tmp_path):
-    path = tmp_path / "study.db"
-    open_study(f"sqlite:///{path}")
-    with pytest.raises(BnpatchError, match="readonly database"):
-        open_study(f"sqlite:///file:{path}?mode=ro&uri=true")
+@pytest.mark.parametrize(
+    "place", ["a/study.journal", "study.log", "journal://study.x", "journal:////a/study"]
+)
+def test_journals_are_refused_and_the_remedy_works(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BnpatchError, match="does not show whether a search was killed") as error:
+        open_study(Storage(place))
+    assert error.value.remedy == "give a database such as sqlite:///study.db"
+    open_study(Storage(error.value.remedy.split()[-1]))
+    assert (tmp_path / "study.db").exists()
+
+
+def test_a_database_that_cannot_be_written_is_refused_at_once(url):
+    open_study(Storage(url))
+    path = url.removeprefix("sqlite:///")
+    with pytest.raises(StorageError, match="readonly database; give a database that can be written"):
+        open_study(Storage(f"sqlite:///file:{path}?mode=ro&uri=true"))
+
+
+def test_a_locked_database_is_refused(url):
+    connect(url)
+    lock = sqlite3.connect(url.removeprefix("sqlite:///"))
+    lock.execute("begin exclusive")
+    with pytest.raises(StorageError, match="database is locked; wait until no other program uses it"):
+        open_study(Storage(url, lock_seconds=0.01))
+    lock.close()
+    open_study(Storage(url))
+
+
+def full(storage):
+    """Let the disk be full: the file may not grow."""
+    _each_connection(storage, "pragma max_page_count = 1")
+
+
+def readonly(storage):
+    _each_connection(storage, "pragma query_only = on")
+
+
+def locked(storage):
+    lock = sqlite3.connect(storage.url.removeprefix("sqlite:///"))
+    lock.execute("begin exclusive")
+    LOCKS.append(lock)
+
+
+LOCKS = []
+
+
+def _each_connection(storage, statement):
+    storage.database.engine.dispose()  # those that are open
+    sqlalchemy.event.listen(storage.database.engine, "connect", lambda c, _: c.execute(statement))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (full, "database or disk is full"),
+        (readonly, "attempt to write a readonly database"),
+        (locked, "database is locked"),
+    ],
+)
+def test_a_database_that_fails_in_mid_search_is_said_once_and_the_search_goes_on(
+    url, tmp_path, trouble, said, uninterrupted
+):
+    storage, log = Storage(url, lock_seconds=0.01), tmp_path / "log"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BnpatchWarning)
+        found = race_worker.run(storage, log, on_line=lambda count: trouble(storage) if count == 15 else None)
+        again = open_study(storage, "another candidate's")
+    assert found == uninterrupted
+    assert len(lines(log)) - len(set(lines(log))) <= 1  # what was found so far is kept
+    said_to_user = [str(w.message) for w in caught if issubclass(w.category, BnpatchWarning)]
+    assert said_to_user == [f"cannot use {url} for a study: {said}; the search goes on in memory"]
+    again.begin({"x": 0.5}, SPACE)
+    assert len(again.trials()) == 1
+
+
+def test_a_database_that_is_gone_when_the_next_study_is_opened_costs_nothing(url):
+    storage = Storage(url)
+    open_study(storage)
+    readonly(storage)
+    with pytest.warns(BnpatchWarning, match="the search goes on in memory"):
+        study = open_study(storage, "another candidate's")
+    study.begin({"x": 0.5}, SPACE)
+    assert len(study.trials()) == 1

@@ -485,7 +485,7 @@ def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, t
 
 
 def test_a_study_of_other_calibration_data_is_refused(tiny, dim, plain, tmp_path):
-    run = {"granularity": "global", "recalibrate": True, "storage": str(tmp_path / "s.journal"), "trials": 2}
+    run = {"granularity": "global", "recalibrate": True, "storage": f"sqlite:///{tmp_path}/s.db", "trials": 2}
     bnpatch.tune_alpha(tiny, dim, **run, calib_data=dim[0][:50])
     with pytest.raises(BnpatchError, match="another calibration data"):
         bnpatch.tune_alpha(tiny, dim, **run, calib_data=plain[0][:50])

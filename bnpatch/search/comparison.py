@@ -1,0 +1,222 @@
+"""Comparison of the trials of a global search, by the examples that they were scored on so far."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.trial import TrialState
+
+from bnpatch.evaluation.metrics import Metric, Values
+from bnpatch.search.studies import StoredTrial
+
+# The slope of a regression on few examples is uncertain: it is shrunk as if so many more had shown none.
+_PRIOR_UNITS = 20
+# The level of significance at which a trial is worse than another, and the fewest paired differences that
+# show their variance.
+_LEVEL, _FEWEST_PAIRS = 0.05, 8
+
+
+@dataclass(frozen=True)
+class GlobalSearchConfig:
+    """What a global search looks for, and what it may cost.
+
+    Attributes:
+        sizes: number of examples in each block; the blocks should be similar, as random parts are.
+        metric: the metric to tune.
+        space: lowest and highest value by name of parameter.
+        baseline: the parameters that change nothing; of equally good trials the nearest to it goes on.
+        first: parameters to try before the sampler proposes any.
+        by_root: names of the parameters whose square root matters, so that small values are told apart.
+        max_passes: budget of the whole study, in passes over all blocks. Below 2 only the baseline is scored.
+        max_trials: budget of the whole study in trials, the baseline included.
+        seed: seed of the sampler.
+    """
+
+    sizes: Sequence[int]
+    metric: Metric
+    space: Mapping[str, tuple[float, float]]
+    baseline: Mapping[str, float]
+    first: Sequence[Mapping[str, float]] = ()
+    by_root: Collection[str] = ()
+    max_passes: float = 3.0
+    max_trials: int | None = None
+    seed: int = 0
+
+    def scaled(self, params: Mapping[str, float]) -> dict[str, float]:
+        """The parameters on the scale that matters: some by their square root."""
+        return {name: math.sqrt(v) if name in self.by_root else v for name, v in params.items()}
+
+    def unscaled(self, scaled: Mapping[str, float]) -> dict[str, float]:
+        """The inverse of :meth:`scaled`."""
+        return {name: v**2 if name in self.by_root else v for name, v in scaled.items()}
+
+    def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
+        """The sum of the distances of the parameters on their scale, each as a fraction of its range."""
+        a, b = self.scaled(params), self.scaled(others)
+        low = self.scaled({name: low for name, (low, _) in self.space.items()})
+        high = self.scaled({name: high for name, (_, high) in self.space.items()})
+        return sum(abs(a[name] - b[name]) / (high[name] - low[name]) for name in self.space)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference, its standard error, and the number of pairs."""
+
+    value: float
+    stderr: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trials of a study, with estimates of their scores on all examples."""
+
+    config: GlobalSearchConfig
+    trials: Sequence[StoredTrial]
+
+    @property
+    def baseline(self) -> StoredTrial | None:
+        """The trial that changes nothing; None before it began."""
+        return next((t for t in self._not_failed if t.params == self.config.baseline), None)
+
+    @property
+    def running(self) -> list[StoredTrial]:
+        """The trials that have not ended, of all processes."""
+        return [t for t in self.trials if t.is_running]
+
+    @property
+    def best(self) -> StoredTrial | None:
+        """The trial that Optuna calls best: of those that are complete, the first that no other beats."""
+        complete = [t for t in self.trials if t.value is not None]
+        return min(complete, key=lambda t: (self.sign * (t.value or 0.0), t.stored), default=None)
+
+    @property
+    def spent(self) -> int:
+        """Number of examples that all processes have scored."""
+        return sum(self.config.sizes[block] for trial in self.trials for block in trial.blocks)
+
+    @property
+    def sign(self) -> float:
+        """1 where lower is better, otherwise -1."""
+        return -1.0 if self.config.metric.higher_is_better else 1.0
+
+    def mean(self, trial: StoredTrial, metric: str | None = None, blocks: int | None = None) -> float:
+        """The mean of a metric over the leading blocks; by default over all blocks of the trial."""
+        values, weights = self._scores(trial, trial.num_blocks if blocks is None else blocks, metric)
+        return float(np.average(values, weights=weights))
+
+    def difference(self, trial: StoredTrial, other: StoredTrial) -> Difference:
+        """The difference of a trial from another, on the leading blocks that both have."""
+        blocks = min(trial.num_blocks, other.num_blocks)
+        (a, weights), (b, _) = self._scores(trial, blocks), self._scores(other, blocks)
+        return Difference(float(np.average(a - b, weights=weights)), _stderr(a - b, weights), len(a))
+
+    def is_significantly_worse(self, trial: StoredTrial) -> bool:
+        """Is another trial significantly better on the same examples?
+
+        Student's t-test of the paired differences, with the level divided by the number of tests.
+        """
+        blocks = trial.num_blocks
+        rivals = [t for t in self._not_failed if t is not trial and t.num_blocks >= blocks]
+        if not blocks or not rivals:
+            return False
+        difference = self.difference(trial, min(rivals, key=lambda t: self.rank(t, blocks)))
+        if difference.pairs < _FEWEST_PAIRS:
+            return False
+        from scipy.stats import t as student  # slow to import
+
+        bound = student.isf(_LEVEL / len(self.config.sizes), difference.pairs - 1) * difference.stderr
+        return bool(self.sign * difference.value > bound)
+
+    def estimate(self, trial: StoredTrial, blocks: int) -> float:
+        """Estimate the score of a trial on all blocks from its leading ones."""
+        baseline = self.baseline
+        if baseline is None or baseline.num_blocks < len(self.config.sizes):
+            return self.mean(trial, blocks=blocks)
+        return self.mean(baseline) + self.change(trial, blocks).value
+
+    def change(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> Difference:
+        """Estimate the change from the baseline to a trial on all blocks from its leading ones.
+
+        The baseline is a control variate: its scores on all blocks show whether the leading blocks are easier
+        than the others, and a regression corrects the trial's change for that.
+
+        Args:
+            trial: a trial with scores on leading blocks; the baseline must have scores on all blocks.
+            blocks: number of leading blocks to use; by default all that the trial has.
+            metric: name of the metric; by default the tuned one.
+        """
+        baseline = self.baseline
+        assert baseline is not None
+        blocks = trial.num_blocks if blocks is None else blocks
+        values, weights = self._scores(trial, blocks, metric)
+        base, _ = self._scores(baseline, blocks, metric)
+        change, here = values - base, float(np.average(base, weights=weights))
+        if blocks == len(self.config.sizes):
+            return Difference(float(np.average(change, weights=weights)), _stderr(change, weights), len(base))
+        whole, all_weights = self._scores(baseline, len(self.config.sizes), metric)
+        covariance = float(np.average((base - here) * change, weights=weights))
+        variance = float(np.average((base - here) ** 2, weights=weights))
+        slope = covariance / variance * len(base) / (len(base) + _PRIOR_UNITS) if variance > 0 else 0.0
+        easier = float(np.average(whole, weights=all_weights)) - here
+        value = float(np.average(change, weights=weights)) + slope * easier
+        rest = _stderr(change - slope * base, weights)  # the residual of the regression
+        return Difference(value, math.hypot(rest, slope * _stderr(whole, all_weights)), len(base))
+
+    def extrapolated(self) -> dict[int, float]:
+        """Scores of the trials extrapolated to all blocks, by number.
+
+        A trial with fewer blocks than the furthest is assumed to differ from it on the missing blocks as it
+        does on those that it has. A failed trial gets the worst score of all.
+        """
+        scored = [t for t in self._not_failed if t.num_blocks]
+        baseline = self.baseline
+        others = [t for t in scored if t is not baseline] or scored
+        if not others:
+            return {}
+        most = max(t.num_blocks for t in others)
+        leader = min((t for t in others if t.num_blocks == most), key=lambda t: self.rank(t, most))
+        level = self.estimate(leader, most)
+        scores = {}
+        for trial in scored:
+            blocks = min(trial.num_blocks, most)
+            scores[trial.number] = level + self.estimate(trial, blocks) - self.estimate(leader, blocks)
+        worst = max(scores.values(), key=lambda score: self.sign * score)
+        known = [t.params for t in scored]
+        failed = (t for t in self.trials if t.state == TrialState.FAIL and t.params not in known)
+        return scores | {trial.number: worst for trial in failed}
+
+    def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
+        """A sort key, best first: the estimate, then the distance from the baseline, then the number."""
+        away = self.config.distance(trial.params, self.config.baseline)
+        return self.sign * self.estimate(trial, blocks), away, trial.number
+
+    def is_repeated(self, trial: StoredTrial) -> bool:
+        """Does an older trial have the same parameters?
+
+        That happens when two processes begin trials at the same moment, or when the sampler repeats a point.
+        """
+        return any(t.number < trial.number and t.params == trial.params for t in self._not_failed)
+
+    @property
+    def _not_failed(self) -> list[StoredTrial]:
+        return [t for t in self.trials if t.state != TrialState.FAIL]
+
+    def _scores(self, trial: StoredTrial, blocks: int, metric: str | None = None) -> tuple[Values, Values]:
+        """Scores of the leading blocks, and their weights: each block is weighted by its examples."""
+        values = [trial.blocks[block][metric or self.config.metric.name] for block in range(blocks)]
+        weights = [
+            np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.config.sizes, strict=False)
+        ]
+        return np.concatenate(values), np.concatenate(weights)
+
+
+def _stderr(values: Values, weights: Values) -> float:
+    """The standard error of a weighted mean."""
+    n = len(values)
+    if n < 2:
+        return math.inf
+    mean = np.average(values, weights=weights)
+    variance = float(np.sum((weights * (values - mean)) ** 2)) / float(np.sum(weights)) ** 2
+    return math.sqrt(variance * n / (n - 1))
