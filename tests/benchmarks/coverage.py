@@ -80,7 +80,7 @@ def populations(size, rng):
     from bnpatch_cli.demo import _digits
 
     from tests import closed_form
-    from tests.benchmarks.search import shifted
+    from tests.benchmarks.candidates import shifted
     from tests.conftest import DIGITS
 
     images, labels = _digits()

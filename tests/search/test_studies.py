@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from bnpatch.core.errors import BnpatchError
 from bnpatch.search import studies
 from bnpatch.search.studies import as_stored, open_study, this_process
-from tests.search import race_worker
+from tests.search import global_search_worker
 
 SPACE = {"x": (0.0, 1.0)}
 
@@ -24,16 +24,16 @@ def storage(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    return json.loads(json.dumps(race_worker.run(None)))
+    return json.loads(json.dumps(global_search_worker.run(None)))
 
 
 # Copies of one process that has imported everything: what is tested is how they end, not how they begin.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.search.race_worker"])
+PROCESSES.set_forkserver_preload(["tests.search.global_search_worker"])
 
 
 def start(storage, log, result, *peers):
-    process = PROCESSES.Process(target=race_worker.main, args=(storage, log, result, *peers))
+    process = PROCESSES.Process(target=global_search_worker.main, args=(storage, log, result, *peers))
     process.start()
     return process
 
@@ -50,7 +50,7 @@ def finish(process, log):
 
 
 def states(storage, name="test"):
-    return [t.state for t in open_study(storage, name, fingerprint=race_worker.FINGERPRINT).trials()]
+    return [t.state for t in open_study(storage, name, fingerprint=global_search_worker.FINGERPRINT).trials()]
 
 
 @pytest.mark.slow
@@ -73,9 +73,9 @@ def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storag
 
 
 def test_running_it_again_scores_nothing(storage, tmp_path, uninterrupted):
-    assert race_worker.run(storage) == uninterrupted
+    assert global_search_worker.run(storage) == uninterrupted
     log = tmp_path / "log"
-    assert race_worker.run(storage, log) == uninterrupted
+    assert global_search_worker.run(storage, log) == uninterrupted
     assert lines(log) == []
 
 
@@ -92,17 +92,17 @@ def test_two_processes_share_a_study(storage, tmp_path):
     assert all(map(lines, logs))  # both worked
     everything = lines(logs[0]) + lines(logs[1])
     identity = [line for line in everything if line.startswith("0.0 ")]
-    assert len(identity) <= len(race_worker.SIZES) + 1
+    assert len(identity) <= len(global_search_worker.SIZES) + 1
     assert set(states(storage)) <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
 
 
 def test_optuna_reads_the_study_like_any_other(storage):
-    found = race_worker.run(storage)
+    found = global_search_worker.run(storage)
     where = optuna.storages.get_storage(storage) if "://" in storage else studies.connect(storage)
     study = optuna.load_study(study_name="test", storage=where)
     assert study.best_params == found["best"]
     assert study.trials[0].params == {"x": 0.0}
-    assert len(study.trials[0].intermediate_values) == len(race_worker.SIZES)
+    assert len(study.trials[0].intermediate_values) == len(global_search_worker.SIZES)
     last = max(study.trials[0].intermediate_values)
     assert study.trials[0].value == pytest.approx(study.trials[0].intermediate_values[last])
     assert study.trials[0].user_attrs["cross-entropy"] == study.trials[0].value
