@@ -59,7 +59,7 @@ def clean(digits):
 
 @pytest.fixture(scope="session")
 def foggy(clean, classifier):
-    """The other digits with so little contrast that the classifier knows a third of them: (images, labels)."""
+    """The other digits, with so little contrast that the classifier knows a third: (images, labels)."""
     from tests import closed_form
 
     return closed_form.fog(classifier, *clean), clean[1]

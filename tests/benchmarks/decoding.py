@@ -1,7 +1,7 @@
 """Decoding in threads, as bnpatch does, in the processes of a data loader, and where the images are needed.
 
-``python -m tests.benchmarks.decoding [--images 1024] [--size 500x375] [--workers 2] [--rounds 5]``: JPEG files
-made on the spot, decoded for an input of at most 224 x 224. Medians over the rounds, all ways in each.
+``python -m tests.benchmarks.decoding [--images 1024] [--size 500x375] [--workers 2] [--rounds 5]`` decodes
+JPEG files that it makes, for an input of at most 224 x 224. Medians over the rounds, all ways in each.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Arrays(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index):
-        return np.array(self.examples.transform(self.examples.source.read(index)))
+        return np.asarray(self.examples.transform(self.examples.source.read(index)))
 
 
 def timed(run):
