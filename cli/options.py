@@ -139,7 +139,13 @@ class Reading:
     ] = 64
     workers: Annotated[
         int | None,
-        _option("--workers", "-j", min=0, help="Decoding processes. Default: what suits.", panel=_DATA),
+        _option(
+            "--workers",
+            "-j",
+            min=0,
+            help="Decoding threads; in training, processes. Default: what suits.",
+            panel=_DATA,
+        ),
     ] = None
     class_map: Annotated[
         Path | None,

@@ -4,10 +4,10 @@ Its convolutions are random, its running statistics are those of the training im
 linear discriminant of their features, solved in float64. A trained network is not: a CPU that rounds
 otherwise trains another one, of which other things are true.
 
-What is true of it, over ten seeds and 600 other digits: 82% to 89% top-1; 10% to 38% with contrast x 0.6;
-there the best single alpha lies between 0.4 and 0.7 and gives 33% to 61%. Contrast multiplies what the first
+What is true of it, over ten seeds and 600 other digits: 82% to 89% top-1. Contrast multiplies what the first
 convolution returns (it has no bias, and inputs are centred), so that the first norm with its statistics
-re-estimated, lambda = 1, undoes all of it.
+re-estimated, lambda = 1, undoes all of it. :func:`fog` leaves as much contrast as makes a third of the answers
+right, whatever the seed; there the best single alpha lies between 0.15 and 0.45 and gives 52% to 68%.
 """
 
 import numpy as np
@@ -43,6 +43,28 @@ def save(model, path):
     args = {"img_size": SIDE, "mean": [0.5], "std": [0.5], "crop_pct": 1.0, "interpolation": "bilinear"}
     names = [str(digit) for digit in range(10)]
     torch.save({"arch": ARCH, "state_dict": model.state_dict(), "args": args, "class_names": names}, path)
+
+
+def contrast(images, factor):
+    """Bytes with another distance from mid-gray."""
+    return (127.5 + factor * (images.astype(float) - 127.5)).round().astype(np.uint8)
+
+
+def fog(model, images, labels):
+    """The images with the most contrast, in percent, with which at most a third of the answers are right.
+
+    With no contrast at all, all answers are the same; with all of it, most are right.
+    """
+    none, whole = 0, 100
+    while whole - none > 1:
+        percent = (none + whole) // 2
+        with torch.inference_mode():
+            answers = model(as_inputs(contrast(images, percent / 100))).argmax(1).numpy()
+        if (answers == labels).mean() > 1 / 3:
+            whole = percent
+        else:
+            none = percent
+    return contrast(images, none / 100)
 
 
 def as_inputs(images):

@@ -46,12 +46,20 @@ def digits():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(digits, tmp_path_factory, request):
+def classifier(digits, request):
     """A classifier of digits whose truth is known on every machine, see :mod:`tests.closed_form`."""
     from tests import closed_form
 
+    return closed_form.fitted(*digits[0], seed=request.config.getoption("--fixture-seed"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(classifier, tmp_path_factory):
+    """The same as a file."""
+    from tests import closed_form
+
     path = tmp_path_factory.mktemp("digits") / "model.pt"
-    closed_form.save(closed_form.fitted(*digits[0], seed=request.config.getoption("--fixture-seed")), path)
+    closed_form.save(classifier, path)
     return path
 
 
@@ -62,10 +70,11 @@ def clean(digits):
 
 
 @pytest.fixture(scope="session")
-def foggy(digits):
-    """The other digits with little contrast: (images, labels)."""
-    images, labels = digits[1]
-    return (127.5 + 0.6 * (images.astype(float) - 127.5)).round().astype("uint8"), labels
+def foggy(clean, classifier):
+    """The other digits, with so little contrast that the classifier knows a third: (images, labels)."""
+    from tests import closed_form
+
+    return closed_form.fog(classifier, *clean), clean[1]
 
 
 @pytest.fixture(scope="session")

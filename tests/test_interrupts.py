@@ -178,18 +178,12 @@ def test_a_thread_leaves_signals_alone(monkeypatch, capsys):
 
 # Processes.
 
-DECODING = """
+LOADING = """
 import multiprocessing, time
-import numpy as np
-from PIL import Image
-from bnpatch.data.decoding import decoded
+from bnpatch.finetune.workers import loaded
 
-class Grey:
-    def read(self, index):
-        return Image.new("L", (1000, 1000))
-
-items = decoded(Grey(), np.asarray, list(range(10_000)), 2)
-next(items)
+batches = loaded({"dataset": range(10_000), "batch_size": 1000}, 2)
+next(batches)
 print(*(process.pid for process in multiprocessing.active_children()), flush=True)
 time.sleep(600)
 """
@@ -197,10 +191,11 @@ time.sleep(600)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_decoding_processes_end_with_the_main_process(number):
-    with subprocess.Popen(
-        [sys.executable, "-c", DECODING], stdout=subprocess.PIPE, text=True
-    ) as main_process:
+def test_loading_processes_end_with_the_main_process(number, tmp_path):
+    """The script has no ``if __name__ == "__main__"``: a process that ran it again would start others."""
+    script = tmp_path / "script.py"
+    script.write_text(LOADING)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as main_process:
         workers = [int(word) for word in main_process.stdout.readline().split()]
         time.sleep(1)  # they fill the pipes that nobody empties
         assert len(workers) == 2
@@ -211,7 +206,7 @@ def test_decoding_processes_end_with_the_main_process(number):
 
 @pytest.fixture
 def search(checkpoint, folder, tmp_path, monkeypatch):
-    """A search that would take hours, begun: it has scored something, with two decoding processes."""
+    """A search that would take hours, begun: it has scored something, with two decoding threads."""
     monkeypatch.chdir(tmp_path)
     endless = ("--granularity", "global", "--max-passes", "1e9", "--trials", "1000000", "--holdout", "0.5")
     decoding = ("-j", "2", "--cache-gb", "0")

@@ -16,9 +16,6 @@ from bnpatch.models.running_stats import calibrate, target_moments
 from tests.nn.test_surgery import images
 from tests.test_calibration import DATA, INPUTS, group_norm, small
 
-# Of foggy digits some classifiers (--fixture-seed 3) know no more than chance, and the search says so.
-pytestmark = pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.core.errors.BnpatchWarning")
-
 LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
 

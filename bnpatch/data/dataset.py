@@ -44,7 +44,8 @@ class Examples:
         transform: converts an image to bytes (C, H, W).
         classes: whether the targets are class indices.
         labelled: which examples have a target, of shape (N,); by default those whose class is known.
-        num_workers: number of decoding processes; None for a number that suits the machine and the data.
+        num_workers: number of decoding threads; None for a number that suits the machine and the data, which
+            is 0 for a data set of the user's own, because it may not be safe to read from several threads.
         cache_gb: memory for decoded examples, in units of 10^9 bytes.
         strict: raise an error at the first example that can't be read.
         pin_memory: return batches in pinned memory, from which a GPU copies asynchronously.
@@ -76,7 +77,7 @@ class Examples:
         self.skipped: dict[int, str] = {}
         self.left_out: dict[str, str] = {}
         self.as_they_are = False  # the inputs are floats, to which no preprocessing is applied
-        self.in_memory = False  # the source is in memory, so that it needs no cache and no processes
+        self.in_memory = False  # the source is in memory, so that it needs no cache and no threads
         self._cache = _Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:

@@ -165,7 +165,8 @@ def _suffixes() -> frozenset[str]:
 
 
 def _readable_suffixes() -> frozenset[str]:
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    kinds = dict(Image.registered_extensions())  # a copy: another thread may register a format meanwhile
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN)
 
 
 def _is_image(path: str) -> bool:

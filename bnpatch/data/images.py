@@ -34,6 +34,8 @@ class FileImages:
         problems: why some of the paths can't be read, if that is known.
     """
 
+    thread_safe = True
+
     def __init__(
         self,
         paths: Sequence[Path],
@@ -93,6 +95,8 @@ class ArrayInputs:
         mode: mode of PIL to convert images to, or None if the array has inputs as the model takes them.
     """
 
+    thread_safe = True
+
     def __init__(self, x: Array | Tensor, mode: str | None) -> None:
         self.x, self.mode = torch.as_tensor(x) if mode is None else x, mode
 
@@ -119,12 +123,20 @@ class ArrayInputs:
 
 
 class IndexedImages:
-    """A source over a map-style data set of images or (image, target) pairs, as in torchvision and timm."""
+    """A source over a map-style data set of images or (image, target) pairs, as in torchvision and timm.
 
-    def __init__(self, dataset: Any, preprocessing: Preprocessing) -> None:
+    Args:
+        dataset: the data set.
+        preprocessing: preprocessing of the model.
+        thread_safe: whether several threads may read at the same time. A data set may share an open file
+            among its examples, or a connection that belongs to one thread.
+    """
+
+    def __init__(self, dataset: Any, preprocessing: Preprocessing, thread_safe: bool = False) -> None:
         # timm's wrapper silently returns the next image if one is broken; its reader raises an error.
         self.dataset, self.preprocessing = getattr(dataset, "reader", dataset), preprocessing
         self.bit_depth = STANDARD
+        self.thread_safe = thread_safe
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -262,14 +262,17 @@ def _open_named(name: str, model: ImageModel, how: _How) -> tuple[Source, Array 
             f"cannot open the data set {name}: {first_line(error)}",
             "see --data-root and --split, and that it is downloaded",
         ) from error
-    return _open_dataset(dataset, model, how)
+    # timm's readers share nothing among examples but names and arrays.
+    return _open_dataset(dataset, model, how, thread_safe=True)
 
 
-def _open_dataset(dataset: Any, model: ImageModel, how: _How) -> tuple[Source, Array | None]:
+def _open_dataset(
+    dataset: Any, model: ImageModel, how: _How, thread_safe: bool = False
+) -> tuple[Source, Array | None]:
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise BnpatchError("the data set is a stream", "give a DataLoader of it, or write it to a folder")
-    source = IndexedImages(dataset, model.preprocessing)
+    source = IndexedImages(dataset, model.preprocessing, thread_safe)
     if how.bit_depth:
         source.bit_depth = given(how.bit_depth)
     else:

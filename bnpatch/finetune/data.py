@@ -1,7 +1,7 @@
 """Training images: augmented by timm, and shuffled in an order that a resumed run repeats."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data import image_files
 from bnpatch.data.class_maps import composed
 from bnpatch.data.dataset import Examples, Indices
-from bnpatch.data.decoding import serve_the_main_process
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.finetune.config import Augmentation
+from bnpatch.finetune.workers import loaded
 
 #: Function from (class indices (N,), batch size, random generator) to the batches of an epoch.
 Batching = Callable[[Indices, int, np.random.Generator], Sequence[Indices]]
@@ -56,15 +56,14 @@ class TrainingImages(Dataset[tuple[int, Tensor | None, str]]):
 
 def load_batches(
     images: TrainingImages, targets: Indices, batches: Sequence[Indices], workers: int
-) -> DataLoader[Any]:
+) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
     """Load batches: inputs (N, C, H, W), class indices (N,), and reasons by index of unreadable images."""
-    return DataLoader(
-        images,
-        batch_sampler=[batch.tolist() for batch in batches],
-        collate_fn=_Collate(targets),
-        num_workers=workers,
-        worker_init_fn=serve_the_main_process,
-    )
+    options = {
+        "dataset": images,
+        "batch_sampler": [batch.tolist() for batch in batches],
+        "collate_fn": _Collate(targets),
+    }
+    return loaded(options, workers)
 
 
 class _Collate:
@@ -93,7 +92,7 @@ class TrainingData:
         images: augmented inputs of the examples.
         batching: how an epoch is divided into batches.
         seed: seed of the run.
-        workers: number of processes that decode.
+        workers: number of processes that load the images, see :func:`bnpatch.finetune.workers.affordable`.
         rank: number of this process.
         processes: number of processes that share the batches.
     """
@@ -115,7 +114,7 @@ class TrainingData:
         whole = len(batches) // per_step * per_step
         return [self.subset[batch] for batch in batches[:whole][self.rank :: self.processes]]
 
-    def load(self, batches: Sequence[Indices]) -> DataLoader[Any]:
+    def load(self, batches: Sequence[Indices]) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """See :func:`load_batches`."""
         return load_batches(self.images, self.examples.targets, batches, self.workers)
 

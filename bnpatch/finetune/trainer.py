@@ -20,6 +20,7 @@ from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
 from bnpatch.finetune.moments import merge_processes, recalibrate
+from bnpatch.finetune.workers import affordable
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 
@@ -133,13 +134,14 @@ class _Run:
         self.examples, self.val_examples = train_examples, val_examples
         self.selection = np.arange(len(val_examples)) if selection is None else selection
         self.accelerator = accelerator or new_accelerator(settings, model.device)
+        images = TrainingImages(train_examples, model.preprocessing, settings.augmentation)
         self.data = TrainingData(
             train_examples,
             np.arange(len(train_examples)) if subset is None else subset,
-            TrainingImages(train_examples, model.preprocessing, settings.augmentation),
+            images,
             batching,
             settings.seed,
-            settings.workers,
+            0 if train_examples.in_memory else affordable(images, settings.workers),
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )

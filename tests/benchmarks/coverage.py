@@ -79,7 +79,7 @@ def populations(size, rng):
     # Imported here, so that tests of the rest are quick.
     from bnpatch_cli.demo import _digits
     from tests import closed_form
-    from tests.benchmarks.search import shifted
+    from tests.benchmarks.candidates import shifted
     from tests.conftest import DIGITS
 
     images, labels = _digits()

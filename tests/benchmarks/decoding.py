@@ -1,7 +1,7 @@
-"""What it costs a process to be sent decoded images by others: as tensors one by one, or as bnpatch does.
+"""Decoding in threads, as bnpatch does, in the processes of a data loader, and where the images are needed.
 
-``python -m tests.benchmarks.decoding [--images 1024] [--workers 2] [--rounds 5]``: JPEG files of 500 x 375
-pixels, made on the spot, decoded for an input of 224 x 224. Medians over the rounds, both ways in each.
+``python -m tests.benchmarks.decoding [--images 1024] [--size 500x375] [--workers 2] [--rounds 5]`` decodes
+JPEG files that it makes, for an input of at most 224 x 224. Medians over the rounds, all ways in each.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 import bnpatch
 
 
-class OneByOne(Dataset):
-    """Images as tensors, as most data sets return them."""
+class Arrays(Dataset):
+    """Decoded images as arrays, which a process sends faster than tensors."""
 
     def __init__(self, examples):
         self.examples = examples
@@ -29,8 +29,7 @@ class OneByOne(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index):
-        image = self.examples.transform(self.examples.source.read(index))
-        return torch.from_numpy(np.asarray(image).copy())
+        return np.asarray(self.examples.transform(self.examples.source.read(index)))
 
 
 def timed(run):
@@ -44,24 +43,40 @@ def timed(run):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--size", default="500x375")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
+    width, height = map(int, args.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         for index in range(args.images):
             path = Path(folder) / str(index % 4) / f"{index}.jpg"
             path.parent.mkdir(exist_ok=True)
             coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-        model = bnpatch.load(timm.create_model("test_resnet", num_classes=4), preprocessing={"img_size": 224})
-        found = {"tensors, one by one": [], "bnpatch": []}
+            coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
+        side = min(224, width, height)
+        model = bnpatch.load(
+            timm.create_model("test_resnet", num_classes=4), preprocessing={"img_size": side}
+        )
+
+        def threads(number):
+            return bnpatch.open_examples(folder, model, num_workers=number).batches(64)
+
+        def processes():
+            examples = Arrays(bnpatch.open_examples(folder, model))
+            return DataLoader(examples, 8, num_workers=args.workers, collate_fn=list, prefetch_factor=4)
+
+        ways = {
+            "where they are needed": lambda: threads(0),
+            f"{args.workers} threads": lambda: threads(args.workers),
+            f"{args.workers} processes": processes,
+        }
+        found = {way: [] for way in ways}
         for _ in range(args.rounds):
-            examples = bnpatch.open_examples(folder, model, num_workers=args.workers)
-            loader = DataLoader(OneByOne(examples), batch_size=None, num_workers=args.workers)
-            found["tensors, one by one"].append(timed(lambda loader=loader: loader))
-            found["bnpatch"].append(timed(lambda examples=examples: examples.batches(64)))
+            for way, run in ways.items():
+                found[way].append(timed(run))
     print("| way | wall clock | main process, per image |")
     print("| --- | --- | --- |")
     for way, seconds in found.items():

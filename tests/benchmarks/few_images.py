@@ -14,7 +14,7 @@ import numpy as np
 import bnpatch
 from bnpatch.core.errors import BnpatchWarning
 from tests.benchmarks import fashion_mnist
-from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
+from tests.benchmarks.candidates import HELD_OUT, TUNING, VALUES, shifted, trained
 
 
 def main():

@@ -16,7 +16,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.search.latency_limit import knee
 from tests.benchmarks import fashion_mnist
-from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
+from tests.benchmarks.candidates import HELD_OUT, TUNING, VALUES, shifted, trained
 
 LIMITS = (1.05, 1.15, 1.3)
 

@@ -1,4 +1,7 @@
+import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,14 +17,19 @@ from bnpatch.data.images import FileImages, as_mode
 class Counting:
     """A source that counts its reads; some indices are broken."""
 
+    thread_safe = True
+
     def __init__(self, size, broken=()):
         self.size, self.broken, self.reads = size, set(broken), []
+        self.readers, self.seconds = set(), lambda index: 0
 
     def __len__(self):
         return self.size
 
     def read(self, index):
         self.reads.append(index)
+        self.readers.add(threading.get_ident())
+        time.sleep(self.seconds(index))
         if index in self.broken:
             raise OSError("broken")
         return Image.new("L", (4, 4), index % 256)
@@ -67,6 +75,25 @@ def test_the_unreadable_are_left_out_and_counted(num_workers):
     for _ in range(2):
         assert values(data.batches(4)) == [1, 2, 3, 4, 6, 7, 8, 9]
     assert data.skipped == {0: "OSError: broken", 5: "OSError: broken"}
+
+
+def test_threads_read_a_few_dozen_examples_ahead_and_in_order():
+    source, data = examples(1000, num_workers=2)
+    source.seconds = lambda index: 0.001 * (index % 3)
+    batches = data.batches(4)
+    assert values([next(batches), next(batches)]) == list(range(8))
+    batches.close()
+    assert len(source.reads) < 8 + 2 * 40
+    assert threading.get_ident() not in source.readers
+
+
+@pytest.mark.parametrize("thread_safe", [True, False])
+def test_by_default_several_threads_read_only_what_is_safe_to_read(thread_safe, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    source, data = examples(300, num_workers=None)
+    source.thread_safe = thread_safe
+    list(data.batches(100))
+    assert (threading.get_ident() in source.readers) == (not thread_safe)
 
 
 def test_strict_stops_at_the_first():
@@ -201,8 +228,6 @@ def model(checkpoint):
 @pytest.fixture
 def images(folder, tmp_path):
     """A copy of the folder of images, to spoil."""
-    import shutil
-
     return shutil.copytree(folder, tmp_path / "val")
 
 

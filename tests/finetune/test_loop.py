@@ -104,8 +104,10 @@ def test_the_seed_decides_everything(opened):
     assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(first).items())
 
 
+@pytest.mark.slow
 def test_worker_processes_and_mixup(opened):
-    settings = replace(SETTINGS, workers=2, augmentation=Augmentation(mixup=0.2, cutmix=1.0), smoothing=0.1)
+    augmentation = Augmentation(mixup=0.2, cutmix=1.0, auto_augment="rand-m9")
+    settings = replace(SETTINGS, workers=2, augmentation=augmentation, smoothing=0.1)
     first, again = (run(opened, replace(settings, epochs=1))[0] for _ in range(2))
     assert_same(weights(first), weights(again))
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.search.storages import Storage, StorageError, connect
 from bnpatch.search.studies import as_stored, open_study
-from tests.search import race_worker
+from tests.search import global_search_worker
 
 SPACE = {"x": (0.0, 1.0)}
 
@@ -27,16 +27,16 @@ def url(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    return json.loads(json.dumps(race_worker.run(None)))
+    return json.loads(json.dumps(global_search_worker.run(None)))
 
 
 # Copies of one process that has imported everything: what is tested is how they end, not how they begin.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.search.race_worker"])
+PROCESSES.set_forkserver_preload(["tests.search.global_search_worker"])
 
 
 def start(url, log, result, *peers):
-    process = PROCESSES.Process(target=race_worker.main, args=(url, log, result, *peers))
+    process = PROCESSES.Process(target=global_search_worker.main, args=(url, log, result, *peers))
     process.start()
     return process
 
@@ -72,7 +72,7 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_it_had_not_been(url,
     chance = random.Random(0)
     for kill_at in (chance.randint(1, 12), chance.randint(13, 24)):
         kill_after(url, log, result, kill_at, chance.uniform(0, 0.01))
-        time.sleep(race_worker.GRACE_SECONDS + 2)  # databases round times to seconds
+        time.sleep(global_search_worker.GRACE_SECONDS + 2)  # databases round times to seconds
     finish(start(url, log, result), log)
     assert json.loads(result.read_text()) == uninterrupted
     trials = optuna_trials(url)
@@ -88,7 +88,7 @@ def test_a_killed_search_is_continued_at_once_and_waits_only_for_trials_that_it_
     kill_after(url, log, result, 14)  # the baseline is done; a trial of the first round runs
     started = time.monotonic()
     finish(start(url, log, result), log)
-    assert time.monotonic() - started < race_worker.GRACE_SECONDS + 30
+    assert time.monotonic() - started < global_search_worker.GRACE_SECONDS + 30
     found = json.loads(result.read_text())
     assert found["best"]["x"] == pytest.approx(0.4, abs=0.05)
     assert all(t.state.is_finished() for t in optuna_trials(url))
@@ -98,14 +98,14 @@ def test_a_killed_search_is_continued_at_once_and_waits_only_for_trials_that_it_
 def searched(tmp_path_factory):
     """A database with the study of a search, and what the search found."""
     url = f"sqlite:///{tmp_path_factory.mktemp('searched')}/study.db"
-    return url, race_worker.run(url)
+    return url, global_search_worker.run(url)
 
 
 def test_running_it_again_scores_nothing(searched, tmp_path, uninterrupted):
     url, found = searched
     assert found == uninterrupted
     log = tmp_path / "log"
-    assert race_worker.run(url, log) == uninterrupted
+    assert global_search_worker.run(url, log) == uninterrupted
     assert lines(log) == []
 
 
@@ -121,7 +121,7 @@ def test_two_processes_share_a_study(url, tmp_path):
     assert found[0]["passes"] <= 3.5  # both may begin what the budget has room for only once
     assert all(map(lines, logs))  # both worked
     baseline = [line for line in lines(logs[0]) + lines(logs[1]) if line.startswith("0.0 ")]
-    assert len(baseline) <= len(race_worker.SIZES) + 1
+    assert len(baseline) <= len(global_search_worker.SIZES) + 1
     assert all(t.state.is_finished() for t in optuna_trials(url))
 
 
@@ -136,7 +136,7 @@ def test_optuna_reads_the_study_like_any_other(searched):
         assert trial.value == trial.intermediate_values[trial.last_step]
         assert trial.user_attrs["twice"] == pytest.approx(2 * trial.value)
         assert set(trial.user_attrs) == {"bnpatch:round", "bnpatch:block scores", "twice"}
-    assert list(study.trials[0].intermediate_values) == np.cumsum(race_worker.SIZES).tolist()
+    assert list(study.trials[0].intermediate_values) == np.cumsum(global_search_worker.SIZES).tolist()
     assert {t.state for t in study.trials[1:]} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
@@ -371,7 +371,9 @@ def test_a_database_that_fails_in_mid_search_is_said_once_and_the_search_goes_on
     storage, log = Storage(url, lock_seconds=0.01), tmp_path / "log"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BnpatchWarning)
-        found = race_worker.run(storage, log, on_line=lambda count: trouble(storage) if count == 15 else None)
+        found = global_search_worker.run(
+            storage, log, on_line=lambda count: trouble(storage) if count == 15 else None
+        )
         again = open_study(storage, "another candidate's")
     assert found == uninterrupted
     assert len(lines(log)) - len(set(lines(log))) <= 1  # what was found so far is kept

@@ -18,7 +18,8 @@ from bnpatch.search.held_out import scores
 from bnpatch.search.label_free import Seen, infomax, unlabeled_step
 from bnpatch.search.latency_limit import Choice
 from bnpatch.search.objective import LabelledObjective, ObjectiveSpec
-from tests.search.tiny import of_one_norm, small
+from tests.closed_form import contrast
+from tests.search.tiny import Opposites, of_one_norm, small
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def tuned(checkpoint, foggy):
 
 
 @pytest.fixture(scope="module")
-def climbed(tiny_module, dim):
-    """all candidates, of the tiny classifier."""
+def searched(tiny_module, dim):
+    """All candidates, of the tiny classifier."""
     return bnpatch.tune_alpha(tiny_module, dim, metric="cross-entropy")
 
 
@@ -39,8 +40,9 @@ def test_one_alpha_gains_under_a_shift(tuned):
     assert tuned.chosen.name == "alpha"
     accuracy = tuned.comparisons[0]
     assert accuracy.metric.name == "accuracy"
-    assert accuracy.after.value > accuracy.before.value + 0.2
-    assert 0.05 < tuned.alpha < 0.9
+    # Ten seeds of the classifier gained 21 to 36 points, of deviation 5, with an alpha of 0.12 to 0.42.
+    assert accuracy.after.value > accuracy.before.value + 0.08
+    assert 0.01 < tuned.alpha < 0.9
     assert tuned.num_tuning == tuned.num_held_out == 300
     assert tuned.verdict.flips.gained - tuned.verdict.flips.lost == round(300 * accuracy.change.value)
     assert tuned.verdict.classes.shape == (3, 300)
@@ -55,8 +57,8 @@ def test_one_alpha_costs_at_most_three_passes(tuned):
     assert tuned.alpha == best.weight
 
 
-def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
-    names = [candidate.name for candidate in climbed.candidates]
+def test_other_candidates_go_beyond_one_alpha(searched, tiny, plain, dim):
+    names = [candidate.name for candidate in searched.candidates]
     assert names == [
         "identity",
         "alpha",
@@ -66,8 +68,8 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
         "lambda and alpha per layer",
         "refined",
     ]
-    means = {candidate.name: candidate.mean for candidate in climbed.candidates}
-    assert climbed.chosen.mean == min(means.values())
+    means = {candidate.name: candidate.mean for candidate in searched.candidates}
+    assert searched.chosen.mean == min(means.values())
     assert means["alpha per layer"] <= means["alpha"]  # it begins there
     assert means["lambda and alpha per layer"] <= means["lambda, alpha"]
     tuning, _ = bnpatch.data.dataset.split(dim[1].astype(np.int64), 0.5, seed=0)
@@ -75,22 +77,22 @@ def test_the_ladder_climbs_beyond_one_alpha(climbed, tiny, plain, dim):
     with tiny.borrowed():  # a global search compares on all tuning examples
         tiny.set_target(target_moments(tiny, examples, indices=tuning, batch_size=250))
         found_globally = []
-        for candidate in climbed.candidates[:4]:
+        for candidate in searched.candidates[:4]:
             tiny.set_weights(candidate.weights)
             found_globally.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
     identity, one_alpha, one_lambda, both = found_globally
-    assert one_alpha < 0.8 * identity  # six seeds: 0.06 to 0.60 of it, on part of these examples
-    assert one_lambda < 0.5 * identity
+    assert one_alpha < 0.5 * identity  # ten seeds: 0.11 to 0.29 of it, on part of these examples
+    assert one_lambda < 0.3 * identity  # ten seeds: at most 0.10
     assert both < one_lambda * (1 + 1e-4)
     # Lambda alone undoes contrast: what is gained is all that was lost, and one alpha does not reach it.
-    found = {c.metric.name: c.after.value for c in climbed.comparisons}
+    found = {c.metric.name: c.after.value for c in searched.comparisons}
     without_loss = held_out_scores(tiny, plain)
-    one_alpha = held_out_scores(tiny, dim, climbed.candidates[1].weights)
-    lost = climbed.comparisons[0].before.value - without_loss.mean(CROSS_ENTROPY)
-    assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # six seeds: at most 0.07
-    assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.08  # six seeds: at most 0.04 less
-    assert found["cross-entropy"] < one_alpha.mean(CROSS_ENTROPY)  # six seeds: 0.29 to 0.90 of it
-    assert climbed.verdict.calibration.change.high < 0
+    one_alpha = held_out_scores(tiny, dim, searched.candidates[1].weights)
+    lost = searched.comparisons[0].before.value - without_loss.mean(CROSS_ENTROPY)
+    assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # ten seeds: at most 0.04
+    assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.1  # ten seeds: at most 0.04 less
+    assert found["cross-entropy"] < 0.9 * one_alpha.mean(CROSS_ENTROPY)  # ten seeds: 0.27 to 0.54 of it
+    assert searched.verdict.calibration.change.high < 0
 
 
 def held_out_scores(model, data, weights=None):
@@ -112,11 +114,11 @@ def test_scores_are_those_of_the_patched_model(model, foggy, tuned):
     assert tuned.comparisons[0].after.value == pytest.approx(correct, abs=1e-12)
 
 
-def test_a_recipe_applied_gives_what_the_verdict_says(tiny, dim, climbed):
-    path_free = bnpatch.Recipe.from_json(json.loads(json.dumps(climbed.recipe.to_json())))
+def test_a_recipe_applied_gives_what_the_verdict_says(tiny, dim, searched):
+    path_free = bnpatch.Recipe.from_json(json.loads(json.dumps(searched.recipe.to_json())))
     tiny.apply(path_free)
     scores = held_out_scores(tiny, dim)
-    assert scores.mean(CROSS_ENTROPY) == pytest.approx(climbed.comparisons[0].after.value, rel=1e-5)
+    assert scores.mean(CROSS_ENTROPY) == pytest.approx(searched.comparisons[0].after.value, rel=1e-5)
 
 
 def test_is_reproducible(tiny, dim):
@@ -220,7 +222,7 @@ def test_no_gain_is_claimed_where_there_is_none(tiny, plain):
     assert np.median(ends) < 0.02
 
 
-def test_the_whole_ladder_claims_no_gain_where_there_is_none(tiny, plain):
+def test_all_candidates_claim_no_gain_where_there_is_none(tiny, plain):
     result = bnpatch.tune_alpha(tiny, (plain[0], drawn_labels(tiny, plain[0])))
     assert str(result.verdict) != "gain"
 
@@ -291,25 +293,46 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
         bnpatch.tune_alpha(tiny, (dim[0][:250], dim[1][:250]), **run)
 
 
-def test_onnx_is_tuned_without_gradients(tiny_onnx, dim):
-    result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", recalibrate=False)
+@pytest.mark.parametrize("make", ["torch", "onnx"])
+def test_each_layer_gets_the_weight_that_it_needs(make, tmp_path):
+    """With gradients, and without."""
+    module = Opposites().eval()
+    x, y = module.examples(600)
+    model = bnpatch.load(module)
+    if make == "onnx":
+        bnpatch.export_onnx(model, tmp_path / "model.onnx", torch.from_numpy(x[:2]))
+        model = bnpatch.load(tmp_path / "model.onnx")
+    result = bnpatch.tune_alpha(model, (x, y), metric="cross-entropy", recalibrate=False)
     means = {candidate.name: candidate.mean for candidate in result.candidates}
-    assert means["alpha per layer"] < means["alpha"] < means["identity"]
+    assert means["alpha per layer"] < 0.5 * means["alpha"] < 0.5 * means["identity"]
+    assert result.weights.alphas == pytest.approx({"keep": 0.0, "remove": 1.0}, abs=0.1)
     assert str(result.verdict) == "gain"
 
 
-def test_labels_are_not_needed(tiny, plain, dim, monkeypatch):
-    """Lambda alone undoes contrast: most of what it took is given back."""
-    without_loss = evaluate(tiny, bnpatch.open_examples(plain, tiny)).mean(ACCURACY)
-    as_it_is = evaluate(tiny, bnpatch.open_examples(dim, tiny)).mean(ACCURACY)
+def share_given_back(model, data, seen, result):
+    """Of the accuracy that is lost between two data sets, the share that a recipe gives back."""
+    without_loss, before = (evaluate(model, bnpatch.open_examples(some, model)) for some in (data, seen))
+    model.apply(result.recipe)
+    after = evaluate(model, bnpatch.open_examples(seen, model)).mean(ACCURACY)
+    return (after - before.mean(ACCURACY)) / (without_loss.mean(ACCURACY) - before.mean(ACCURACY))
+
+
+def test_labels_are_not_needed(digits, plain, monkeypatch):
+    """The only norm is of the image, so that lambda undoes contrast, and there is no local minimum."""
     monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
-    result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
+    model = bnpatch.load(of_one_norm(small(digits[0][0]), digits[0][1]))
+    dim = contrast(plain[0], 0.4), plain[1]
+    result = bnpatch.tune_alpha(model, dim[0], metric="unlabeled", trials=4)
     assert result.comparisons[0].metric.name == "unlabeled"
     assert result.verdict.flips is None
-    assert result.verdict.changed > 60  # of 300; six seeds: 116 to 235
-    tiny.apply(result.recipe)
-    accuracy = evaluate(tiny, bnpatch.open_examples(dim, tiny)).mean(ACCURACY)
-    assert accuracy > as_it_is + 0.25 * (without_loss - as_it_is)
+    assert share_given_back(model, plain, dim, result) > 0.95  # 0.98 to 1.00, at contrasts from 0.3 to 0.6
+
+
+def test_several_norms_are_tuned_without_labels(tiny, plain, dim, monkeypatch):
+    monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
+    result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
+    assert result.verdict.changed > 100  # of 300; ten seeds: 179 to 211
+    assert share_given_back(tiny, plain, dim, result) > 0.4  # ten seeds: 0.68 to 1.00, of deviation 0.11
 
 
 @pytest.mark.parametrize(("sets", "classes", "labels"), [(4, 10, True), (3, 10, False), (4, 11, False)])
@@ -447,7 +470,7 @@ def test_bad_data_for_a_search_is_refused(tiny, dim):
 def test_the_recipe_says_where_it_comes_from(tuned):
     about = tuned.recipe.provenance
     assert about["held_out"]["accuracy"]["change"]["low"] > 0
-    assert about["held_out"]["flips"]["gained"] > 50
+    assert about["held_out"]["flips"]["gained"] > 30  # ten seeds: 89 to 130
     assert about["data"]["tuning_examples"] == 300
     assert about["verdict"] == "gain"
     assert [candidate["rung"] for candidate in about["ladder"]] == ["identity", "alpha"]

@@ -14,10 +14,9 @@ from tests import closed_form
 WIDTHS = (8, 16, 32)  # of the norms, at 8 x 8, 4 x 4 and 2 x 2
 
 
-def small(images, contrast=1.0):
+def small(images):
     """Digits (N, 32, 32) at 8 x 8, as bytes."""
-    values = images.reshape(-1, 8, 4, 8, 4).mean((2, 4)) - 127.5
-    return (127.5 + contrast * values).round().astype(np.uint8)
+    return images.reshape(-1, 8, 4, 8, 4).mean((2, 4)).round().astype(np.uint8)
 
 
 def classifier(images, labels, seed=0):
@@ -39,6 +38,36 @@ def classifier(images, labels, seed=0):
 def of_one_norm(images, labels):
     """A norm of the image itself, and a linear discriminant of what is brighter than its mean."""
     return _with_head([nn.BatchNorm2d(1, momentum=1.0), nn.ReLU()], closed_form.as_inputs(images), labels)
+
+
+class Opposites(nn.Module):
+    """Two norms, of which one must have alpha = 0 and the other alpha = 1; takes inputs (N, 2, 4, 4).
+
+    The first bit of the class is the brightness of the first channel, which alpha = 1 takes away. The second
+    bit is the sign of a pattern in the second channel, which ReLU hides unless alpha = 1 takes the brightness
+    away.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.keep, self.remove = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+        self.register_buffer("pattern", torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2))
+        self.pretrained_cfg = {"input_size": (2, 4, 4), "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+
+    def forward(self, x):
+        first = self.keep(x[:, :1]).mean((1, 2, 3))
+        second = (torch.relu(self.remove(x[:, 1:])) * self.pattern).mean((1, 2, 3))
+        return 4 * torch.stack([-first - second, -first + second, first - second, first + second], 1)
+
+    def examples(self, count):
+        """Inputs, and classes 0 to 3."""
+        rng = np.random.default_rng(0)
+        labels = np.arange(count) % 4
+        first, second = 2 * (labels // 2) - 1, 2 * (labels % 2) - 1
+        pattern = self.pattern.numpy()
+        bright = np.stack([first, rng.choice([-1, 1], count)], 1)[:, :, None, None]
+        shape = np.stack([np.broadcast_to(pattern, (count, 4, 4)), second[:, None, None] * pattern], 1)
+        return (bright + shape + rng.normal(0, 0.2, shape.shape)).astype(np.float32), labels
 
 
 def _with_head(layers, x, labels):

@@ -1,6 +1,6 @@
 """What ``--augment`` insures against, and what it costs: tuned on clean images, judged on shifted ones.
 
-``python -m tests.benchmarks.insurance [--checkpoints DIR]``: Fashion-MNIST, two networks, 2,000 clean images
+``python -m tests.benchmarks.robustness [--checkpoints DIR]``: Fashion-MNIST, two networks, 2,000 clean images
 to tune on, 4,000 others clean and shifted to judge by; prints the table of docs/results.md.
 """
 
@@ -13,7 +13,7 @@ import bnpatch
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY
 from tests.benchmarks import fashion_mnist
-from tests.benchmarks.search import HELD_OUT, TUNING, VALUES, shifted, trained
+from tests.benchmarks.candidates import HELD_OUT, TUNING, VALUES, shifted, trained
 
 KINDS = ("none", "contrast x 0.4", "brightness x 0.35", "noise 0.25", "mixed")
 

@@ -1,7 +1,7 @@
 """The whole search on shifted Fashion-MNIST: one alpha, the list of candidates with labels, the list of
 candidates without.
 
-``python -m tests.benchmarks.ladder [--data DIR] [--models NAME ...] [--shifts NAME ...]`` trains what it
+``python -m tests.benchmarks.candidates [--data DIR] [--models NAME ...] [--shifts NAME ...]`` trains what it
 needs and prints the table of docs/results.md. Tuned on 2,000 images, judged on 4,000 others. With
 ``--onnx`` it is the models' ONNX files that are tuned, which have no gradients.
 """
@@ -23,8 +23,8 @@ VALUES = {"img_size": 32, "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "inter
 SEARCHES = {
     "one alpha": {"granularity": "global", "recalibrate": False},
     "alpha per layer": {"recalibrate": False},
-    "ladder": {},
-    "ladder, no labels": {"metric": "unlabeled"},
+    "candidates": {},
+    "candidates, no labels": {"metric": "unlabeled"},
 }
 
 

@@ -38,6 +38,19 @@ def test_a_lower_score_may_be_better():
     assert found.alphas == START.alphas | best
 
 
+def test_a_change_that_overflows_is_not_made():
+    """The next best is, though only all examples show that the best overflows."""
+    best = {"s3": 0.5, "s17": 0.2}
+    scores = scored(best)
+    found = coordinate_search(
+        lambda weights: None if weights.alphas["s3"] == 0.5 else scores(weights),
+        START,
+        KNOBS,
+        higher_is_better=True,
+    )
+    assert found.alphas == START.alphas | {"s3": 0.2, "s17": 0.2}
+
+
 @pytest.mark.parametrize(("gain", "taken"), [(0.5, False), (3.0, True)])
 def test_takes_no_step_that_may_be_chance(gain, taken):
     """Of so many standard errors."""
