@@ -252,6 +252,8 @@ def learn(
     costs = [total for total, _ in reached]
     best = int(np.argmin(costs))
     (lowest, weights), learner = reached[best], learners[best]
+    if weights is None or not lowest < math.inf:
+        return None
     every, idle = max(1, (course.steps - trial) // CHECKS), 0
     while idle < _PATIENCE and learner.steps < course.steps and not problem.stop():
         total, found = _cost_after(learner, min(every, course.steps - learner.steps), cost)
@@ -260,7 +262,7 @@ def learn(
         idle += 1
         if total < lowest:
             lowest, weights, idle = total, found, 0
-    return None if weights is None or not lowest < math.inf else Learned(weights, starts[best])
+    return Learned(weights, starts[best])
 
 
 def _cost_after(

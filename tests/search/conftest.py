@@ -1,22 +1,17 @@
 import copy
-from functools import partial
 
 import pytest
 
 import bnpatch
-from bnpatch.search import layer_search, tune
-from bnpatch.search.gradient_search import Course, learn
+from bnpatch.search import tune
 from tests import closed_form
 from tests.search.tiny import classifier, small
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick():
-    """A small network on easy images learns in fewer steps, and its latency is measured sooner."""
+    """The latency of a small network is measured sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_search, "learn", partial(learn, checks=5))
-        patch.setattr(Course, "of", lambda examples, set_size=1: Course(24, max(128, set_size)))
-        patch.setattr(layer_search, "_OTHER_STARTS", ())
         patch.setattr(tune, "LATENCY_SECONDS", 0.3)
         yield
 

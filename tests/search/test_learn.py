@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,16 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
 from bnpatch.models.running_stats import target_moments
-from bnpatch.search.gradient_search import Course, Groups, NoGradientError, learn
+from bnpatch.search.gradient_search import (
+    STEP_COST,
+    Course,
+    Groups,
+    Learner,
+    NoGradientError,
+    Problem,
+    Start,
+    learn,
+)
 from bnpatch.search.objective import ObjectiveSpec
 
 
@@ -17,7 +28,8 @@ def task(tiny, dim):
     model = tiny
     examples = bnpatch.open_examples(dim, model)
     names = list(model.alphas())
-    return model, examples, PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)), names
+    zeros = dict.fromkeys(names, 0.0)
+    return model, examples, PatchWeights(zeros, zeros, zeros), names
 
 
 def loss(model, batches):
@@ -34,43 +46,62 @@ def cost_on(model, examples, indices):
     return cost
 
 
+def all_of(names):
+    return Groups({name: name for name in names}, {}, {name: name for name in names})
+
+
 def test_gains_on_examples_that_it_does_not_learn_from(task):
     model, examples, start, names = task
     cost = cost_on(model, examples, np.arange(400, 600))
     with model.borrowed():
         before = cost(start)
-        found = learn(
-            model,
-            examples,
-            np.arange(400),
-            loss,
-            cost,
-            start=start,
-            base=model.state,
-            groups=Groups({name: name for name in names}, {}),
-            course=Course(25, 128),
-            checks=5,
-        )
+        problem = Problem(model, examples, np.arange(400), loss, model.state, 100, 100)
+        found = learn(problem, [Start(start, all_of(names))], cost, Course(100, 0, 24)).weights
         assert cost(found) < 0.6 * before
     assert len(set(found.alphas.values())) == 3
+    assert len(set(found.slopes.values()) - {0.0}) == 3
     assert found.lambdas == start.lambdas
     assert model.alphas() == start.alphas  # borrowed
     assert all(parameter.requires_grad for parameter in model.module.parameters())
 
 
-def test_sites_of_a_group_share_their_weight(task):
+def test_norm_layers_of_a_group_share_their_weight(task):
+    """The loss is given: it rises with the alphas of one group and falls with those of the other."""
     model, examples, start, names = task
     groups = {name: "odd" if index % 2 else "even" for index, name in enumerate(names)}
+
+    def opposed(model, batches):
+        layers = [layer.module for layer in model.inventory().norm_layers]
+        yield layers[0].alpha + layers[2].alpha - layers[1].alpha
+
     with model.borrowed():
-        found = learn(
-            model, examples, np.arange(200), loss, cost_on(model, examples, np.arange(200, 300)),
-            start=start, base=model.state,
-            groups=Groups(groups, {}), course=Course(4, 128),
-        )  # fmt: skip
-    assert len(set(found.alphas.values())) == 2
+        problem = Problem(model, examples, np.arange(100), opposed, model.state, 16, 16)
+        start = PatchWeights(dict.fromkeys(names, 0.5), start.lambdas, start.slopes)
+        found = Learner(problem, Start(start, Groups(groups, {}, {})), 4, 0.4).advance(4).alphas
+    assert found[names[0]] == found[names[2]] < 0.5 < found[names[1]]
 
 
-def test_the_start_is_kept_where_nothing_is_better(task):
+def test_the_best_of_several_starts_goes_on(task):
+    """Costs are given, so that the second start is the best after its trial."""
+    model, examples, start, names = task
+    asked = []
+
+    def cost(weights):
+        asked.append(weights)
+        return [3.0, 1.0, 2.0][len(asked) - 1] if len(asked) <= 3 else 0.5 / len(asked)
+
+    others = [PatchWeights(dict.fromkeys(names, a), start.lambdas, start.slopes) for a in (0.2, 0.5, 0.8)]
+    starts = [Start(weights, all_of(names)) for weights in others]
+    taken = []
+    with model.borrowed():
+        problem = Problem(model, examples, np.arange(100), loss, model.state, 16, 16, on_batch=taken.append)
+        found = learn(problem, starts, cost, Course(16, 2, 6))
+    assert found.start is starts[1]
+    assert found.weights is asked[-1]
+    assert sum(taken) == 16 * (3 * 2 + 4)
+
+
+def test_learning_ends_where_nothing_is_gained(task):
     model, examples, start, names = task
     calls = []
 
@@ -79,25 +110,42 @@ def test_the_start_is_kept_where_nothing_is_better(task):
         return float(len(calls))  # ever worse
 
     with model.borrowed():
-        found = learn(
-            model, examples, np.arange(100), loss, cost,
-            start=start, base=model.state,
-            groups=Groups({n: n for n in names}, {}), course=Course(8, 128), checks=8,
-        )  # fmt: skip
-    assert found == start
-    assert len(calls) == 1 + 3  # and no more, as nothing is gained
+        problem = Problem(model, examples, np.arange(100), loss, model.state, 16, 16)
+        found = learn(problem, [Start(start, all_of(names))], cost, Course(16, 0, 8))
+    assert found.weights is calls[0]
+    assert len(calls) == 1 + 2  # and no more
+
+
+def test_outputs_that_are_never_finite_are_no_result(task):
+    model, examples, start, names = task
+    with model.borrowed():
+        problem = Problem(model, examples, np.arange(100), loss, model.state, 16, 16)
+        assert learn(problem, [Start(start, all_of(names))], lambda w: float("inf"), Course(16, 0, 8)) is None
 
 
 def test_is_reproducible_and_stops_when_told(task):
     model, examples, start, names = task
-    groups = Groups({name: name for name in names}, {})
-    run = {"start": start, "base": model.state, "groups": groups, "course": Course(3, 128), "checks": 3}
+    starts = [Start(start, all_of(names))]
     cost = cost_on(model, examples, np.arange(100, 200))
     with model.borrowed():
-        first = learn(model, examples, np.arange(100), loss, cost, **run)
-        again = learn(model, examples, np.arange(100), loss, cost, **run)
+        problem = Problem(model, examples, np.arange(100), loss, model.state, 64, 64)
+        first, again = (learn(problem, starts, cost, Course(64, 0, 4)) for _ in range(2))
         assert first == again
-        assert learn(model, examples, np.arange(100), loss, cost, **run, stop=lambda: True) == start
+        assert first.weights.alphas != start.alphas
+        stopped = learn(replace(problem, stop=lambda: True), starts, cost, Course(64, 0, 4))
+    nearest = set(stopped.weights.alphas.values())
+    assert len(nearest) == 1
+    assert nearest.pop() == pytest.approx(0.01)  # of those that can be learned
+
+
+@pytest.mark.parametrize(
+    ("examples", "starts", "set_size"), [(2000, 4, 1), (400, 4, 1), (60, 3, 1), (210, 4, 250)]
+)
+def test_learning_costs_about_ten_passes(examples, starts, set_size):
+    course = Course.of(examples, starts, set_size)
+    passes = STEP_COST * course.num_examples(starts) / examples
+    assert passes <= (10 if set_size == 1 else 20) + 3 * STEP_COST * course.batch_size / examples
+    assert course.steps > course.trial_steps >= 2
 
 
 @pytest.mark.parametrize("metric", ["cross-entropy", "unlabeled"])
@@ -110,22 +158,21 @@ def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, m
         return forward(self, x)
 
     monkeypatch.setattr(type(model), "forward", watched)
-    groups = Groups({name: name for name in names}, {name: name for name in names})
-    judge = ObjectiveSpec.of(metric, None, 64).objective(model, examples, np.arange(200))
+    by_name = {name: name for name in names}
+    objective = ObjectiveSpec.of(metric, None, 64).objective(model, examples, np.arange(200))
     found = {}
     with model.borrowed():
         model.set_target(target_moments(model, examples, indices=np.arange(200)))
-        for batch_size in (20, 100):
+        for part_size in (20, 100):
             sizes.clear()
-            found[batch_size] = learn(
-                model, examples, np.arange(200), judge.loss, lambda weights: -len(sizes),
-                start=start, base=model.state,
-            groups=groups, course=Course(3, 100), batch_size=batch_size,
-            )  # fmt: skip
-            assert max(sizes) == batch_size
-    for kind in ("alphas", "lambdas"):
+            problem = Problem(model, examples, np.arange(200), objective.loss, model.state, 100, part_size)
+            found[part_size] = Learner(
+                problem, Start(start, Groups(by_name, by_name, by_name)), 3, 0.4
+            ).advance(3)
+            assert max(sizes) == part_size
+    for kind in ("alphas", "lambdas", "slopes"):
         some, others = (list(getattr(weights, kind).values()) for weights in found.values())
-        np.testing.assert_allclose(some, others, rtol=1e-3)
+        np.testing.assert_allclose(some, others, rtol=1e-3, atol=1e-4)
         assert some != list(getattr(start, kind).values())
 
 
@@ -148,11 +195,9 @@ def test_half_precision_has_the_range_of_gradients(checkpoint, foggy):
 
 def test_a_loss_without_gradient_is_said_so(task):
     model, examples, start, names = task
+    problem = Problem(
+        model, examples, np.arange(50), lambda model, batches: iter([torch.ones(())]), model.state
+    )
     with model.borrowed(), pytest.raises(NoGradientError):
-        learn(
-            model, examples, np.arange(50),
-            lambda model, batches: iter([torch.ones(())]), lambda weights: 1.0,
-            start=start, base=model.state,
-            groups=Groups({name: name for name in names}, {}), course=Course(4, 50),
-        )  # fmt: skip
+        learn(problem, [Start(start, all_of(names))], lambda weights: 1.0, Course(50, 0, 4))
     assert all(parameter.requires_grad for parameter in model.module.parameters())

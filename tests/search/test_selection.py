@@ -16,7 +16,7 @@ def chosen(scores, cross_entropies=None):
         return values[weights][10 * blocks.start : 10 * blocks.stop]
 
     judge = LabelledObjective(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
-    board = SimpleNamespace(blocks=range(8), on=on)
+    board = SimpleNamespace(blocks=np.arange(80).reshape(8, 10), on=on)
     return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
 
 
@@ -48,8 +48,10 @@ def test_the_cross_entropy_may_settle_what_few_answers_do_not():
     assert chosen(accuracies, {**losses, "alpha": losses["identity"] + noise}) == "identity"
     two_more = {**accuracies, "lambda": one_more, "lambda, alpha": np.maximum(one_more, np.arange(80) >= 78)}
     losses |= {"alpha": 0.7 - right / 2, "lambda": 0.6 - right / 2, "lambda, alpha": 0.8 - right / 2}
-    assert chosen(two_more, losses) == "lambda"  # as good as the last, but for one answer of 20
+    assert chosen(two_more, losses) == "lambda"  # its rate is within a standard error of the best
     losses |= {"alpha": 0.6 + noise / 8 - right / 2, "lambda": 0.6 - right / 2}
-    assert chosen(two_more, losses) == "alpha"  # within a standard error
+    assert chosen(two_more, losses) == "alpha"  # its cross-entropy is within a standard error of the best
+    far_better = {**two_more, "lambda, alpha": np.ones(80)}
+    assert chosen(far_better, losses) == "lambda, alpha"  # whatever the cross-entropy
     one_less = {"identity": one_more, "alpha": right}
     assert chosen(one_less, {**losses, "alpha": 0.8 - right / 2}) == "identity"
