@@ -143,6 +143,7 @@ def test_slopes_can_stay_adjustable(checkpoint, exported, exporter, tmp_path, ki
             assert_close(torch.from_numpy(y), source.predict(X))
 
 
+@pytest.mark.slow
 def test_a_model_of_several_kinds_of_norm_is_exported_with_slopes(tmp_path):
     """Batch/Group Norm, Group Norm away from and at its identity, single values, a fused convolution."""
 
