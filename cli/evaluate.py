@@ -32,7 +32,7 @@ def evaluate(
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation.evaluate import evaluate as score
     from bnpatch.evaluation.metrics import ACCURACY
-    from bnpatch.report.text import shown, shown_metrics
+    from bnpatch.report.text import recommendation, shown, shown_metrics
 
     from .render import comparison_table, interval, progress_bar, table
 
@@ -44,6 +44,8 @@ def evaluate(
             raise BnpatchError(
                 f"{model} is patched already", "leave out --recipe, or give the model as it was"
             )
+        if says := recommendation(chosen):
+            opt.say(f"recipe         {says}")
         loaded.apply(chosen)
         patched = loaded.weights
         loaded.set_state(loaded.baseline())

@@ -37,6 +37,7 @@ def export(
     bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
     """
     from bnpatch import BnpatchError, export_onnx, open_examples
+    from bnpatch.report.text import recommendation
 
     if output.suffix != ".onnx":
         raise BnpatchError(f"{output} does not end in .onnx", "name a file that does")
@@ -45,6 +46,8 @@ def export(
     chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
     if chosen is not None:
+        if says := recommendation(chosen):
+            opt.say(f"recipe         {says}")
         loaded.apply(chosen)
     images = None
     if data is not None:

@@ -58,6 +58,14 @@ def tune_alpha(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
+    slopes: Annotated[
+        bool,
+        typer.Option(
+            "--slopes/--no-slopes",
+            help="Let the weight of an example depend on how far it is from the running statistics.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = True,
     trials: Annotated[
         int | None,
         typer.Option(help="At most so many weights in each global search.", rich_help_panel=_SEARCH),
@@ -130,6 +138,14 @@ def tune_alpha(
             rich_help_panel=_VERDICT,
         ),
     ] = None,
+    fail_unless_gain: Annotated[
+        bool,
+        typer.Option(
+            "--fail-unless-gain",
+            help="Exit with 1 unless held-out images support a patch. The files are written all the same.",
+            rich_help_panel=_VERDICT,
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "bnpatch-out"
     ),
@@ -143,10 +159,10 @@ def tune_alpha(
     alpha is the weight of the example in the statistics that normalize it, lambda that of running
     statistics re-estimated on your images. The search tries several candidates, one weight for all layers,
     then one per layer, and keeps what images that it did not learn from support. The verdict is given on
-    further images.
+    further images, and only a gain there is applied.
 
-    Writes recipe.json, patched.pt (or patched.onnx), report.html, alpha-curve.png and trials.csv. What it
-    has found so far is in recipe.partial.json and trials.partial.csv until then.
+    Writes recipe.json and patched.pt (or patched.onnx) with what is recommended, candidate-recipe.json where
+    the best candidate is not, report.html, alpha-curve.png and trials.csv. What it has found so far is in recipe.partial.json and trials.partial.csv until then.
 
     Examples:
     bnpatch tune-alpha model.pt --data val/
@@ -169,6 +185,7 @@ def tune_alpha(
     # These checks come first, so that a mistake shows before the model is loaded and the search has run.
     config = SearchConfig(
         recalibrate=recalibrate,
+        slopes=slopes,
         trials=trials,
         max_passes=max_passes,
         holdout=holdout,
@@ -212,7 +229,9 @@ def tune_alpha(
             )
         if not is_first():  # only the first of several processes prints and writes
             return
-        result.recipe.provenance["command"] = _command(storage)
+        for recipe in (result.recipe, result.candidate_recipe):
+            if recipe is not None:
+                recipe.provenance["command"] = _command(storage)
         files = write_results(result, loaded, output)
         if as_json:
             content = {
@@ -221,12 +240,15 @@ def tune_alpha(
                 "alpha": result.alpha,
                 "alphas": dict(result.weights.alphas),
                 "lambdas": dict(result.weights.lambdas),
+                "slopes": result.weights.varying(),
                 "files": [str(f) for f in files],
                 **result.recipe.provenance,
             }
             typer.echo(json.dumps(content))
         else:
             _show(result, loaded, files)
+        if fail_unless_gain and not result.is_recommended:
+            raise typer.Exit(1)
 
 
 def _command(storage: str | None) -> str:

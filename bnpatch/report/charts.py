@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bnpatch.core.io import atomic_path
+from bnpatch.core.moments import SMALLEST_DISTANCE
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Metric
 from bnpatch.report.confusion import ClassChange
@@ -36,6 +38,9 @@ WIDTH, HEIGHT = 360, 240
 
 #: Ticks of the weight's axis, which has a square-root scale because useful weights are small.
 WEIGHT_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
+
+# Range of distances to draw. That of a clean image is about 0.01 to 0.1, that of a strange one 1 to 10.
+_DISTANCES = (0.01, 30.0)
 
 # Shape and colour of marks; the shapes differ so that colour isn't needed.
 _MARKS = {"baseline": ("s", "ink"), "best": ("D", "good")}
@@ -205,6 +210,29 @@ def depth_chart(
 
     span = f"from {min(weights.values()):.3g} to {max(weights.values()):.3g}"
     return _svg(draw, name, f"{label} of {len(weights)} norm layers by depth, {span}")
+
+
+def distance_chart(weights: PatchWeights, name: str) -> Markup:
+    """Draw the weight of an example against its distance, a line per norm layer whose slope is not 0.
+
+    Args:
+        weights: the weights of a patch.
+        name: see :func:`curve_chart`.
+    """
+    distance = np.geomspace(*_DISTANCES, 61)
+    slopes = weights.varying()
+
+    def draw(axes: Axes) -> None:
+        colours = palette()
+        for each, slope in slopes.items():
+            alpha = weights.alphas[each]
+            odds = alpha / (1 - alpha) * (distance + SMALLEST_DISTANCE) ** slope
+            tip = _tip(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
+            axes.plot(distance, odds / (1 + odds), color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
+        axes.set_xscale("log")
+        axes.set(xlim=_DISTANCES, ylim=(0, 1), xlabel="distance of the example", ylabel="its weight")
+
+    return _svg(draw, name, f"weight against distance at {len(slopes)} norm layers")
 
 
 def trade_off_chart(points: Sequence[Point], metric: Metric, name: str) -> Markup:

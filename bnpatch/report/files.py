@@ -18,6 +18,9 @@ from bnpatch.search.result import TuneResult
 #: folder stays whole beside them.
 RECIPE_SO_FAR, TRIALS_SO_FAR = "recipe.partial.json", "trials.partial.csv"
 
+#: The best candidate, where held-out examples don't support it.
+CANDIDATE = "candidate-recipe.json"
+
 _PARAMS = ("weight", "scale", "threshold")
 
 
@@ -39,7 +42,8 @@ def write_results(
         training: results of training the model before the search, for the report.
 
     Returns:
-        The files: ``recipe.json``, ``patched.pt`` or ``patched.onnx``, ``alpha-curve.png`` where there was a
+        The files: ``recipe.json`` and ``patched.pt`` or ``patched.onnx`` with what is recommended,
+        ``candidate-recipe.json`` where the best candidate is not, ``alpha-curve.png`` where there was a
         global search for one alpha, ``trials.csv``, ``report.html``.
 
     Raises:
@@ -49,7 +53,7 @@ def write_results(
     recipe, curve, trials, report = (
         folder / name for name in ("recipe.json", "alpha-curve.png", "trials.csv", "report.html")
     )
-    patched = folder / f"patched{model.suffix}"
+    patched, candidate = folder / f"patched{model.suffix}", folder / CANDIDATE
     result.recipe.save(folder / RECIPE_SO_FAR)
     write_trials(result.trials, folder / TRIALS_SO_FAR)
     model.apply(result.recipe)
@@ -60,11 +64,15 @@ def write_results(
         write_text(made / report.name, page)
         for path in made.iterdir():
             path.replace(folder / path.name)
-        if not curves:
-            curve.unlink(missing_ok=True)  # it would be an earlier search's
+        if result.candidate_recipe is not None:
+            result.candidate_recipe.save(candidate)
+        for path, is_written in ((curve, bool(curves)), (candidate, result.candidate_recipe is not None)):
+            if not is_written:
+                path.unlink(missing_ok=True)  # it would be an earlier search's
         (folder / TRIALS_SO_FAR).replace(trials)
         (folder / RECIPE_SO_FAR).replace(recipe)
-    return [recipe, patched, *curves, trials, report]
+    candidates = [] if result.candidate_recipe is None else [candidate]
+    return [recipe, *candidates, patched, *curves, trials, report]
 
 
 def write_trials(trials: Sequence[Trial], path: str | os.PathLike[str]) -> None:

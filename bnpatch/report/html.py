@@ -16,7 +16,8 @@ from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.models.base import Model
 from bnpatch.report import text
-from bnpatch.report.charts import curve_chart, depth_chart, recall_chart, trade_off_chart
+from bnpatch.report.charts import curve_chart, depth_chart,
+    distance_chart, recall_chart, trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.curves import global_search_curves
 from bnpatch.report.pictures import galleries
@@ -275,7 +276,7 @@ def _curves(result: TuneResult) -> list[Figure]:
 
 
 def _kept_weights(result: TuneResult) -> list[tuple[str, str, Mapping[str, float]]]:
-    """Name, meaning and values by norm layer of alpha and of lambda."""
+    """Name, meaning and values by norm layer of alpha and of lambda; slopes have a chart of their own."""
     alpha = text.weight_label(result), text.weight_axis(result), text.distances(result)
     meaning = "lambda, the weight of the re-estimated statistics"
     return [alpha, ("lambda", meaning, result.weights.lambdas)]
@@ -283,11 +284,15 @@ def _kept_weights(result: TuneResult) -> list[tuple[str, str, Mapping[str, float
 
 def _depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> list[Figure]:
     """Charts of the weights that differ between norm layers."""
-    return [
+    bars = [
         Figure(meaning, depth_chart(weights, shapes, label, f"depth{number}"))
         for number, (label, meaning, weights) in enumerate(_kept_weights(result))
         if len(set(weights.values())) > 1
     ]
+    if result.weights.varying():
+        meaning = "the weight of an example by its distance from the running statistics, per norm layer"
+        bars.append(Figure(meaning, distance_chart(result.weights, "distance")))
+    return bars
 
 
 def _depth_texts(result: TuneResult) -> list[str]:
@@ -304,6 +309,8 @@ def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
     columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
     if any(result.weights.lambdas.values()):
         columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
+    if result.weights.varying():
+        columns["slope"] = {name: f"{slope:.3g}" for name, slope in result.weights.slopes.items()}
     if shapes:
         columns["feature map"] = {
             name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"

@@ -13,6 +13,7 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, worth_showing
 from bnpatch.models.base import Model
 from bnpatch.search.config import Candidate
+from bnpatch.search.objective import LABEL_FREE
 from bnpatch.search.result import TuneResult
 
 #: What people must know of the scores of candidates, wherever these are listed.
@@ -47,6 +48,11 @@ def verdict_sentence(result: TuneResult) -> str:
         lost = [title(c.metric) for c in result.comparisons if c.verdict == "loss"]
         if (calibration := result.verdict.calibration) is not None and calibration.verdict == "loss":
             lost.append("calibration")
+        if metric.name in LABEL_FREE:
+            return (
+                f"Patched, the {title(metric)} improves: it {way} {values} {where}. "
+                "Whether answers get better is unknown without labels."
+            )
         but = f" It loses in {' and '.join(lost)}, though." if lost else ""
         return f"Patched, the model gains: its {title(metric)} {way} {values} {where}.{but}"
     if str(result.verdict) == "loss":
@@ -54,16 +60,29 @@ def verdict_sentence(result: TuneResult) -> str:
             f"Keep the model as it is: {name_of(result.chosen)} did best in tuning, but makes its "
             f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
         )
+    by = f"{points(metric, change.value)}, {interval(metric, change)}"
+    if result.is_recommended:  # tuned for shifts that these examples don't have
+        return (
+            f"Patched, the model gains on shifted images, and its {title(metric)} changes by no more than "
+            f"chance ({by}) {where}."
+        )
     if not abs(change.high - change.low) < float("inf"):
         return (
             f"It is unknown whether the model gains: its {title(metric)} changes by "
             f"{points(metric, change.value)} {where}, too few for an interval. Judge by more of them."
         )
-    by = f"{points(metric, change.value)}, {interval(metric, change)}"
-    return (
-        f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is, "
-        "although the files hold the patch."
-    )
+    return f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is."
+
+
+def recommendation(recipe: Recipe) -> str:
+    """Describe what a recipe says of itself, in one sentence; "" where it says nothing."""
+    about = recipe.provenance
+    if about.get("recommended") is True:
+        return "held-out examples support it"
+    if about.get("recommended") is not False:
+        return ""
+    reason = str(about.get("reason") or "no candidate was better beyond doubt on held-out examples")
+    return f"not recommended: {reason}"
 
 
 def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
