@@ -162,7 +162,8 @@ def tune_alpha(
     further images, and only a gain there is applied.
 
     Writes recipe.json and patched.pt (or patched.onnx) with what is recommended, candidate-recipe.json where
-    the best candidate is not, report.html, alpha-curve.png and trials.csv. What it has found so far is in recipe.partial.json and trials.partial.csv until then.
+    the best candidate is not, report.html, alpha-curve.png and trials.csv. What it has found so far is in
+    recipe.partial.json and trials.partial.csv until then.
 
     Examples:
     bnpatch tune-alpha model.pt --data val/

@@ -16,8 +16,7 @@ from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.models.base import Model
 from bnpatch.report import text
-from bnpatch.report.charts import curve_chart, depth_chart,
-    distance_chart, recall_chart, trade_off_chart
+from bnpatch.report.charts import curve_chart, depth_chart, distance_chart, recall_chart, trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.curves import global_search_curves
 from bnpatch.report.pictures import galleries
