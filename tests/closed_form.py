@@ -4,10 +4,10 @@ Its convolutions are random, its running statistics are those of the training im
 linear discriminant of their features, solved in float64. A trained network is not: a CPU that rounds
 otherwise trains another one, of which other things are true.
 
-What is true of it, over ten seeds and 600 other digits: 82% to 89% top-1. Contrast multiplies what the first
-convolution returns (it has no bias, and inputs are centred), so that the first norm with its statistics
-re-estimated, lambda = 1, undoes all of it. :func:`fog` leaves as much contrast as makes a third of the answers
-right, whatever the seed; there the best single alpha lies between 0.15 and 0.45 and gives 52% to 68%.
+What is true of it, over ten seeds and 600 other digits: 82% to 89% top-1. Contrast multiplies what the
+first convolution returns (it has no bias, and inputs are centred), so that the first norm with its statistics
+re-estimated, lambda = 1, undoes all of it. :func:`fog` leaves as much contrast as makes a third of the
+answers right, whatever the seed; there the best single alpha lies between 0.15 and 0.45 and gives 52% to 68%.
 """
 
 import numpy as np

