@@ -1,6 +1,7 @@
 """Processes that load training images: how many, and which process they come from."""
 
 import os
+import sys
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_what_cannot_be_sent_is_loaded_in_the_main_process(monkeypatch):
 
     with pytest.warns(BnpatchWarning, match="loaded by the main process: .* can't be sent"):
         assert affordable(Local(), 2) == 0
-    monkeypatch.setattr(Parents, "__module__", "__main__")  # as in a script or a notebook
+    # As in a script or a notebook:
+    monkeypatch.setattr(Parents, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Parents", Parents, raising=False)
     with pytest.warns(BnpatchWarning, match="can't be sent"):
         assert affordable(Parents(), 2) == 0
 

@@ -144,7 +144,7 @@ def test_a_failing_candidate_fails_alone():
     failed = [r for r in result.trials if r.state == TrialState.FAIL]
     assert {r.params["x"] for r in failed} >= {0.6, 1.0}
     assert all(r.blocks == 0 for r in failed)
-    assert regret(problem, result) < 0.02  # 400 examples, of which the first rung saw few
+    assert regret(problem, result) < 0.02  # 400 examples, of which the first round saw few
 
 
 def test_a_failing_identity_is_the_models_fault():
@@ -192,7 +192,7 @@ def test_two_passes_leave_no_room_to_explore_but_a_trial_to_compare():
     assert result.passes <= 2
 
 
-def test_the_same_seed_gives_the_same_race():
+def test_the_same_seed_gives_the_same_search():
     first, again, other = (run(Problem(300), seed=seed) for seed in (1, 1, 2))
     assert first.trials == again.trials
     assert first.trials != other.trials
@@ -234,7 +234,7 @@ class Interrupted(Problem):
         return super().__call__(params, block)
 
 
-def test_an_interrupted_race_keeps_the_best_so_far_and_can_go_on():
+def test_an_interrupted_search_keeps_the_best_so_far_and_can_go_on():
     whole = run(Problem(300))
     for after in (40, 60, 75):
         study = open_study()

@@ -211,12 +211,12 @@ def test_no_gain_is_claimed_where_there_is_none(tiny, plain):
         for parameter in tiny.module[-1].parameters():
             parameter.mul_(0.2)  # unsure: which labels are drawn is much of what a search sees
     claims, ends = 0, []
-    for seed in range(20):
+    for seed in range(10):
         data = images, drawn_labels(tiny, images, seed)
         result = bnpatch.tune_alpha(tiny, data, granularity="global", trials=5, seed=seed)
         claims += str(result.verdict) == "gain"
         ends.append(result.alpha)
-    assert claims <= 2
+    assert claims <= 1  # ten seeds: none of 20
     assert np.median(ends) < 0.02
 
 
@@ -401,7 +401,7 @@ def test_other_objectives_run(tiny, dim, objective):
     assert any(objective in note for note in result.notes)
 
 
-def test_augmentation_insures_against_what_the_data_does_not_show(digits):
+def test_augmentation_helps_with_what_the_data_does_not_show(digits):
     """All images have the same values in other places: alpha changes nothing, and undoes brightness."""
 
     def of_same_values(images):
