@@ -1,5 +1,7 @@
 """Devices without having one: PyTorch's fake tensors know where they are, and refuse to be mixed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 from bnpatch.search import label_free
-from bnpatch.search.gradient_search import Groups, _set_learned
+from bnpatch.search.gradient_search import Groups, Learner, Start
 from bnpatch.search.objective import _seen
 
 DEVICE = torch.device("cuda", 0)
@@ -86,17 +88,15 @@ def test_moments_may_be_anywhere(model, where):
     assert model.predict(images()).device == DEVICE
 
 
-def test_weights_that_are_learned_meet_their_layers(model):
+def test_learned_weights_stay_on_the_device(model):
+    names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
     channels = {norm_layer.name: norm_layer.num_channels for norm_layer in model.inventory().norm_layers}
     model.set_target({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
     model.set_weights(everywhere(model, 0.0, 0.0))
-    names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
-    groups = Groups({name: name for name in names}, dict.fromkeys(names, "all"))
-    logits = {
-        "alpha": {name: torch.zeros((), device=DEVICE, requires_grad=True) for name in names},
-        "lambda": {"all": torch.zeros((), device=DEVICE, requires_grad=True)},
-    }
-    _set_learned(model, groups, logits)
+    by_name = {name: name for name in names}
+    start = Start(everywhere(model, 0.3, 0.5), Groups(by_name, dict.fromkeys(names, "all"), by_name))
+    learner = Learner(SimpleNamespace(model=model), start, 4, 0.4)
+    learner._set_learned()
     assert model.forward(images()).device == DEVICE
 
 

@@ -289,7 +289,9 @@ def test_a_loss_is_not_kept(tuned, written):
 def test_no_significant_change_is_said_plainly(tuned, written):
     first, *others = tuned.comparisons
     first = replace(first, change=replace(first.change, value=0.01, low=-0.02, high=0.04))
-    result = replace(tuned, verdict=replace(tuned.verdict, comparisons=[first, *others]))
+    result = replace(
+        tuned, verdict=replace(tuned.verdict, comparisons=[first, *others]), is_recommended=False
+    )
     assert (
         "No significant gain in accuracy (+1.00 points, -2.00 to +4.00) on 150 examples"
         in written(result).text

@@ -103,7 +103,7 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny,
         return loss(self, *args)
 
     monkeypatch.setattr(LabelledObjective, "loss", interrupt)
-    climbed = recorded(monkeypatch)
+    searched = recorded(monkeypatch)
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
@@ -202,7 +202,7 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
 
 def test_a_part_whose_search_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
     """It would have found the identity, and made the verdict say that little is gained."""
-    clock, scores, climbing = Clock(monkeypatch), LabelledObjective.scores, []
+    clock, scores, searching = Clock(monkeypatch), LabelledObjective.scores, []
 
     class Watched(CandidateSearch):
         def find(self):
@@ -291,7 +291,7 @@ def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
 
 
 def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
-    scores, find, climbed = LabelledObjective.scores, CandidateSearch.find, []
+    scores, find, searched = LabelledObjective.scores, CandidateSearch.find, []
 
     def overflow(self, model, examples, indices):
         if searched and max(tiny.alphas().values()) > 0:
