@@ -65,7 +65,8 @@ class Loading:
         ),
     ] = False
     output_name: Annotated[
-        str | None, _option(help="Which output of an ONNX file to read.", panel=_LOADING)
+        str | None,
+        _option(help="Name or number of the output with the classes, if there are several.", panel=_LOADING),
     ] = None
     device: Annotated[
         str | None,
@@ -96,17 +97,19 @@ class Loading:
     def open(self, model: str, recipe: "Recipe | None" = None) -> "TorchModel | OnnxModel":
         """Load a model, and say what there is to know about it.
 
-        A recipe was found with a certain preprocessing, which is used unless options ask for another.
+        A recipe was found with a certain preprocessing and output, which are used unless options ask for
+        others.
         """
         from bnpatch import load
         from bnpatch.data.preprocessing import Preprocessing
 
+        provenance = recipe.provenance if recipe is not None else {}
         loaded = load(
             model,
             arch=self.arch,
             use_ema=self.use_ema,
             unsafe_load=self.unsafe_load,
-            output=self.output_name,
+            output=self.output_name or provenance.get("output") or None,
             device=self.device,
             amp=self.amp,
             include_1x1=self.include_1x1,
@@ -119,7 +122,7 @@ class Loading:
             },
         )
         asked = (self.img_size, self.mean, self.std, self.crop_pct, self.interpolation)
-        stored = recipe.provenance.get("preprocessing") if recipe is not None else None
+        stored = provenance.get("preprocessing")
         if stored and all(value is None for value in asked):
             loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
         say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))

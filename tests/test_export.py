@@ -38,7 +38,7 @@ def exporter(graph_of_checkpoint, monkeypatch):
     """What torch's exporter makes of the checkpoint, made once: these tests are about what follows it."""
     from bnpatch.models import torch_export
 
-    def once(module, x):
+    def once(module, x, names):
         assert not any(isinstance(m, ExampleWeightedNorm) for m in module.modules())
         assert x.shape[1:] == (1, 32, 32)
         return graph_of_checkpoint.clone()
@@ -100,8 +100,8 @@ def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
 def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monkeypatch):
     from bnpatch.models import torch_export
 
-    def spoil(module, x):
-        made = exporter(module, x)
+    def spoil(module, x, names):
+        made = exporter(module, x, names)
         for value in made.graph.initializers.values():
             if value.name.endswith("running_var"):
                 value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)

@@ -12,6 +12,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.export import export_onnx
+from bnpatch.models.outputs import Kind
 from bnpatch.models.running_stats import calibrate, target_moments
 from tests.nn.test_surgery import images
 from tests.test_calibration import DATA, INPUTS, group_norm, small
@@ -262,8 +263,9 @@ def test_probabilities_are_told_from_logits(tmp_path, last):
 
 def test_an_output_is_chosen(tmp_path):
     model = graph(["n", 3, 8, 8], last="softmax", outputs=2)
-    assert opened(tmp_path, model).signature.is_probability
-    assert not opened(tmp_path, model, output="p").signature.is_probability
+    softmax, logits = opened(tmp_path, model), opened(tmp_path, model, output="p")
+    assert [m.output_for(BYTES).kind for m in (softmax, logits)] == [Kind.SOFTMAX, Kind.LOGITS]
+    torch.testing.assert_close(softmax.predict(BYTES).softmax(1), logits.predict(BYTES).softmax(1))
     with pytest.raises(BnpatchError, match="no output 'nope'; choose --output-name among"):
         opened(tmp_path, model, output="nope")
 

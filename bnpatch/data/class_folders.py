@@ -211,7 +211,7 @@ def open_folder(
     targets = (
         _targets(folder, list(by_class), model, names, class_map is not None, optional) if by_class else {}
     )
-    if model.class_names is None and targets and len(targets) == model.num_outputs():
+    if model.class_names is None and targets and len(targets) == model.num_outputs(None, len(targets)):
         model.class_names = tuple(sorted(targets, key=lambda name: targets[name]))
     pairs = [(path, -1) for path in outside]
     pairs += [(path, targets.get(name, -1)) for name, paths in by_class.items() for path in paths]
@@ -275,7 +275,7 @@ def _targets(
     try:
         targets = targets_of_folders(
             names,
-            num_outputs=model.num_outputs(),
+            num_outputs=model.num_outputs(None, len(class_names) if sure and class_names else len(names)),
             class_names=class_names,
             order=ClassOrder(model.class_order),
             sure=sure,

@@ -168,5 +168,5 @@ class ImageModel(Protocol):
     class_order: str
     preprocessing: Preprocessing
 
-    def num_outputs(self, example: Tensor | None = None) -> int:
-        """Return K, the number of classes."""
+    def num_outputs(self, example: Tensor | None = None, classes: int | None = None) -> int:
+        """Return K, the number of classes; ``classes`` is the number that the data has, if it is known."""

@@ -187,14 +187,14 @@ def _check_targets(
         if targets.ndim != 1 or targets.dtype.kind not in "iu":
             return False
         with contextlib.suppress(BnpatchError):  # the model is no classifier; the evaluation reports that
-            return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x))
+            return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x, _count(targets)))
         return False
     remedy = "give one class index per image, or a metric of your own for other targets"
     if targets.ndim != 1:
         raise BnpatchError(f"targets of shape {targets.shape} are no classes", remedy)
     if not np.array_equal(targets, targets.astype(np.int64)):
         raise BnpatchError("the classes are not whole numbers", remedy)
-    num_outputs = model.num_outputs(x)
+    num_outputs = model.num_outputs(x, _count(targets))
     wrong = (targets >= num_outputs) | (targets < lowest)
     if wrong.any():
         raise BnpatchError(
@@ -203,6 +203,11 @@ def _check_targets(
             "use the data set that the model was trained for",
         )
     return True
+
+
+def _count(targets: Array) -> int | None:
+    """Return the number of classes that the targets have, if there are any."""
+    return int(targets.max()) + 1 if len(targets) else None
 
 
 def _changes(transform: Any, image: Image.Image) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnpatch.core.errors import BnpatchError
 from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.norm_decay import decay_norms, parameter_groups
-from bnpatch.models.torch_model import TorchModel, output_tensor
+from bnpatch.models.torch_model import TorchModel
 
 
 class Engine:
@@ -38,6 +38,7 @@ class Engine:
         from timm.utils import ModelEmaV3
 
         self.settings, self.accelerator, self.module = settings, accelerator, model.module
+        self.model = model
         augmentation = settings.augmentation
         self.mixup = None
         if augmentation.mixup or augmentation.cutmix:
@@ -91,7 +92,7 @@ class Engine:
         # Processes wait for each other once per step, not once per batch.
         with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
             with self.accelerator.autocast():
-                outputs = output_tensor(self._wrapped(x))
+                outputs = self.model.classes_of(self._wrapped(x))
             loss = F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
             self.accelerator.backward(loss / parts)
         return loss.detach()
@@ -197,8 +198,9 @@ def _may_leave_out_parameters(model: TorchModel) -> bool:
     try:
         module = copy.deepcopy(model.module).train()  # running it may change it
         x = torch.zeros(2, *model.preprocessing.input_size, device=model.device)
+        model.output_for(x)  # here, because it looks at values
         with _Decisions() as decisions:
-            outputs = output_tensor(module(x))
+            outputs = model.classes_of(module(x))
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
     except Exception:  # e.g. it can't be copied, or needs another batch; training reports errors

@@ -6,7 +6,7 @@ compares the outputs with those of the model. The file gets its name only if the
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,13 @@ def _compare(
     The deviations are relative to the largest output of the batch.
     """
     graph = io.load(written)
-    signature = read_signature(graph, source.output_name)
+    signature = read_signature(graph)
     device = source.device if source.runs_onnx else torch.device("cpu")
-    exported = OnnxModel(graph, "exported", signature, source.preprocessing, device=device)
-    generator = torch.Generator().manual_seed(0)
     like = torch.zeros(1, *source.preprocessing.input_size) if example_input is None else example_input
+    output = source.output_for(like)
+    output = replace(output, name=list(signature.outputs)[output.position])
+    exported = OnnxModel(graph, "exported", signature, source.preprocessing, device=device, output=output)
+    generator = torch.Generator().manual_seed(0)
     shape = like.shape[1:]
     batches = [torch.randn(n, *shape, generator=generator).to(like.dtype) for n in _PARITY_BATCHES]
     if images is not None:

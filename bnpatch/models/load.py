@@ -52,7 +52,8 @@ def load(
             it is found by the names and shapes of the tensors.
         use_ema: load the averaged weights of a checkpoint.
         unsafe_load: allow pickled modules, which can run any code that their author wants.
-        output: name of the output of an ONNX file to read; the first by default.
+        output: name of the output that has the classes, or its number, from 0, if the model returns several.
+            By default it is found by its shape and by the number of classes.
         device: the device that computes; None for the accelerator if there is one, or for that of a module.
         amp: compute in half precision where autocast allows it.
         include_1x1: also weight examples with one value per channel (1 x 1 maps, or after flattening). They
@@ -83,6 +84,7 @@ def load(
         loaded,
         device=pick_device(device or "auto"),
         amp=amp,
+        wanted_output=output if output is not None else loaded.wanted_output,
         _state=replace(loaded.state, include_1x1=include_1x1 or loaded.state.include_1x1),
         preprocessing=loaded.preprocessing.override(channels=channels, **(preprocessing or {})),
     )
@@ -204,6 +206,7 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
             values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
         model.preprocessing = values
+        model.wanted_output = stored.get("output") or None
         if recipe.norm_layers:
             model.apply(recipe)
             if any(recipe.alphas.values()):

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchState
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import check_kind, reading
-from bnpatch.models.metadata import read_foreign_metadata, read_metadata
+from bnpatch.models.metadata import read_foreign_metadata, read_metadata, stored_output
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
@@ -31,7 +32,7 @@ def load_onnx(
     Args:
         path: an ONNX file, with its external data in the same folder; or a ``.pt2`` file of torch.export,
             which is exported to ONNX.
-        output: name of the output to read; the first by default.
+        output: see :func:`bnpatch.load`.
         device: cpu or cuda; the CPU by default.
         preprocessing: values that replace those of the file, see :func:`bnpatch.load`.
         include_1x1: see :func:`bnpatch.load`.
@@ -43,7 +44,7 @@ def load_onnx(
     if path.exists():
         check_kind(path)
     graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
-    signature = read_signature(graph, output)
+    signature = read_signature(graph)
     wanted = dict(preprocessing or {})
     channels, height, width = signature.size
     with reading(path, "a file whose metadata can be read", "export it again"):
@@ -70,8 +71,14 @@ def load_onnx(
         class_names=class_names,
         device=device or torch.device("cpu"),
         notes=notes,
+        wanted_output=output if output is not None else stored_output(graph),
         _state=PatchState(include_1x1=include_1x1),
     )
+    if output is not None and output not in signature.outputs and not output.isdecimal():
+        raise BnpatchError(
+            f"the graph has no output {output!r}",
+            f"choose --output-name among {', '.join(signature.outputs)}",
+        )
     if len(model.fused_convs()) > len(model.inventory().norm_layers):
         notes.append(
             f"{len(model.fused_convs())} convolutions look as if a Batch Norm was fused into them: "

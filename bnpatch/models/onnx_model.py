@@ -33,6 +33,7 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model, Watch, in_use
 from bnpatch.models.metadata import write_metadata
 from bnpatch.models.onnx_sessions import MomentNames, WeightedSession, open_by_batch, open_weighted
+from bnpatch.models.outputs import Output
 from bnpatch.onnx import match
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
@@ -69,13 +70,12 @@ class OnnxModel(Model[AnyNormLayer]):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
     arch: None = None
-    returns_probabilities: bool | None = None
+    output: Output | None = None
+    wanted_output: str | None = None
     # A field, so that it goes along where dataclasses.replace makes another of this model.
     _state: PatchState = field(default_factory=PatchState, repr=False)
 
     def __post_init__(self) -> None:
-        if self.returns_probabilities is None:
-            self.returns_probabilities = self.signature.is_probability
         self._open_anew(self._state)
         self.set_state(self._state)
 
@@ -186,15 +186,26 @@ class OnnxModel(Model[AnyNormLayer]):
         Raises:
             BnpatchError: the graph does not take this input.
         """
+        output = self.output_for(x)
         if self.weights.is_identity(self.identities()):
-            session = self._plain = self._plain or open_session(self.graph, self.device)
-            return self._as_logits(torch.from_numpy(self.run(session, [self.signature.output], x)[0]))
-        self._weighted = self._weighted or self._open_weighted()
-        return self._as_logits(
-            torch.from_numpy(
-                self.run(self._weighted.session, [self.signature.output], x, self._feeds(self._weighted))[0]
-            )
-        )
+            (y,) = self.run(self._plain_session(), [output.name], x)
+        else:
+            opened = self._weighted = self._weighted or self._open_weighted()
+            (y,) = self.run(opened.session, [output.name], x, self._feeds(opened))
+        return output.read(torch.from_numpy(y))
+
+    def _plain_session(self) -> Any:
+        self._plain = self._plain or open_session(self.graph, self.device)
+        return self._plain
+
+    def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        names = list(self.signature.outputs)
+        arrays = self.run(self._plain_session(), names, x)
+        return {name: torch.from_numpy(y) for name, y in zip(names, arrays, strict=True)}
+
+    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
+        operators = self.signature.outputs
+        return self._returned(x), [name for name, operator in operators.items() if operator == "Sigmoid"]
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`predict` does. There are no gradients.
@@ -205,9 +216,10 @@ class OnnxModel(Model[AnyNormLayer]):
         """
         opened = self._observed = self._observed or self._open_weighted(observe=True)
         names = [name for pairs in opened.moments.values() for pair in pairs for name in pair]
-        outputs, *parts = self.run(opened.session, [self.signature.output, *names], x, self._feeds(opened))
+        output = self.output_for(x)
+        y, *parts = self.run(opened.session, [output.name, *names], x, self._feeds(opened))
         by_name = {name: torch.from_numpy(part).flatten(1) for name, part in zip(names, parts, strict=True)}
-        return self._as_logits(torch.from_numpy(outputs)), {
+        return output.read(torch.from_numpy(y)), {
             module: Moments(*(torch.cat([by_name[n] for n in part]) for part in zip(*pairs, strict=True)))
             for module, pairs in opened.moments.items()
         }
@@ -272,12 +284,6 @@ class OnnxModel(Model[AnyNormLayer]):
             portions.append([result[: len(portion)] for result in results])
         return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
 
-    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
-        raise BnpatchError(
-            f"{self.name} returns {shape} as {self.signature.output!r} for one image",
-            "choose another with --output-name",
-        )
-
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it can be inferred.
 
@@ -309,11 +315,6 @@ class OnnxModel(Model[AnyNormLayer]):
             return {conv.name: Moments(mean, var) for conv, mean, var in pairs}
 
         return watch if convs else None
-
-    @property
-    def output_name(self) -> str | None:
-        """Name of the output that is read."""
-        return self.signature.output
 
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
         """Write the patched file, which needs no recipe to be loaded."""
@@ -369,7 +370,8 @@ class OnnxModel(Model[AnyNormLayer]):
                 alpha_inputs=alpha_inputs,
                 include_1x1=self._state.include_1x1,
             ).patched
-        write_metadata(graph, self.preprocessing, self.class_names)
+        chosen = self.output.name if self.output else self.wanted_output
+        write_metadata(graph, self.preprocessing, self.class_names, chosen)
         return graph, patched
 
     def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:

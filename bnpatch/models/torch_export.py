@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel
 
 
-def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
+def module_to_graph(
+    module: nn.Module, example_input: Tensor, output_names: Sequence[str] = ("output",)
+) -> ir.Model:
     """Export a module in evaluation mode, for batches of any size.
 
     Args:
         module: the module; its modes are not changed.
         example_input: inputs (N, ...), with N >= 2, because torch.export takes a size of 1 for a constant.
+        output_names: names of the outputs, in the order of :func:`bnpatch.models.outputs.tensors_of`.
 
     Raises:
         BnpatchError: torch can't export the module.
@@ -41,7 +44,7 @@ def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
             module,
             (example_input,),
             input_names=["input"],
-            output_names=["output"],
+            output_names=list(output_names),
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )
 
@@ -113,9 +116,10 @@ def patched_graph(
     alphas, identities = source.alphas(), source.identities()
     moments = source.statistics_in_use()
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
+    output, names = source.output_for(example_input), source.output_names(example_input)
     with source.unpatched() as module, _norms_without_moments(module, moments):
-        graph = module_to_graph(module, example_input.to(source.device))
-    write_metadata(graph, source.preprocessing, source.class_names)
+        graph = module_to_graph(module, example_input.to(source.device), names)
+    write_metadata(graph, source.preprocessing, source.class_names, names[output.position])
     # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
     reached = source.norm_shapes(example_input)
     alphas = {name: alpha for name, alpha in alphas.items() if name in reached}

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from bnpatch.core.recipe import Recipe, fingerprint
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.base import Model, Watch
+from bnpatch.models.outputs import Output, Sigmoids, tensors_of
 from bnpatch.models.torch_export import patched_graph
 from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, forget, is_convolution, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
@@ -44,6 +45,7 @@ class TorchModel(Model[NormLayer]):
         amp: compute in half precision where autocast allows it (bfloat16 if gradients are computed).
         notes: what a person should know about how it was loaded.
         train_batch_size: examples per training step and device, or None if the checkpoint does not say it.
+        output: see :class:`~bnpatch.models.base.Model`, as for ``wanted_output``.
         state: see :class:`~bnpatch.models.base.Model`. The first state has the weights of the module, which
             may be patched already, and from ``_state`` what a module does not have.
     """
@@ -62,7 +64,8 @@ class TorchModel(Model[NormLayer]):
     amp: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
-    returns_probabilities: bool | None = None
+    output: Output | None = None
+    wanted_output: str | None = None
     # A field, so that it goes along where dataclasses.replace makes another of this model.
     _state: PatchState = field(default_factory=PatchState, repr=False)
 
@@ -221,7 +224,7 @@ class TorchModel(Model[NormLayer]):
         seen: dict[str, list[Moments[Tensor]]] = {}
         modules = {name: self.module.get_submodule(name) for name in names}
         with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
-            self.forward(x)
+            self._returned(x)
         return {name: joined(parts) for name, parts in seen.items()}
 
     @torch.inference_mode()
@@ -239,8 +242,46 @@ class TorchModel(Model[NormLayer]):
             Logits (N, K), or outputs of another shape if the model has them, on its device.
 
         Raises:
-            BnpatchError: the model does not take this input, or returns no tensor.
+            BnpatchError: the model does not take this input, returns no tensor, or several of which none is
+                chosen.
         """
+        output = self.output_for(x)
+        tensors = self._returned(x)
+        if output.name not in tensors:
+            raise BnpatchError(f"{self.name} returned no {output.name} this time", "wrap it so that it does")
+        return output.read(tensors[output.name])
+
+    def classes_of(self, returned: Any) -> Tensor:
+        """Return the logits (N, K) of the classes in what the module returned for a batch in training.
+
+        Some models return auxiliary outputs after the main one then, and the main one alone at inference.
+        """
+        output, tensors = self.output_for(self._blank()), tensors_of(returned)
+        return self.as_classes(output.read(tensors.get(output.name, next(iter(tensors.values())))))
+
+    def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        y = self._run(x)
+        tensors = tensors_of(y)
+        if not tensors:
+            raise BnpatchError(
+                f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor"
+            )
+        return tensors
+
+    def output_names(self, example: Tensor) -> list[str]:
+        """Return the names that the outputs have in an export."""
+        with self.evaluating(), torch.inference_mode():
+            return [name or "output" for name in self._returned(example[:1])]
+
+    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
+        try:
+            with Sigmoids() as sigmoids:
+                tensors = self._returned(x)
+        except BnpatchError:  # compiled code may refuse to run within such a mode
+            return self._returned(x), ()
+        return tensors, {name for name, y in tensors.items() if y in sigmoids}
+
+    def _run(self, x: Tensor) -> Any:
         x = x.to(self.device, non_blocking=True)
         if not x.is_floating_point():
             mean, std = self._mean_and_std()
@@ -250,7 +291,7 @@ class TorchModel(Model[NormLayer]):
         dtype = torch.bfloat16 if torch.is_grad_enabled() else None
         with torch.autocast(self.device.type, dtype, enabled=self.amp):
             try:
-                y = self.module(x)
+                return self.module(x)
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise NotEnoughMemoryError(self.device, len(x)) from error
@@ -258,7 +299,6 @@ class TorchModel(Model[NormLayer]):
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
                     "set --img-size, or look at the data",
                 ) from error
-        return self._as_logits(output_tensor(y))
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`forward` does.
@@ -275,6 +315,7 @@ class TorchModel(Model[NormLayer]):
         norms = {
             norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers
         } | uncalibrated(self.module)
+        self.output_for(x)  # before the hooks are there, because it runs inputs of its own
         watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
         with torch.inference_mode(not gradients), watch:
             outputs = self.forward(x)
@@ -307,7 +348,7 @@ class TorchModel(Model[NormLayer]):
                 if isinstance(norm_layer.module, ExampleWeightedNorm)
             }
             with at_inputs(layers, normalize_by):
-                self.forward(x)
+                self._returned(x)
         return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -317,11 +358,6 @@ class TorchModel(Model[NormLayer]):
             mean, std = ((255 * torch.tensor(v)).view(1, -1, 1, 1).to(self.device) for v in values)
             self._normalization = (self.preprocessing, mean, std)
         return self._normalization[1:]
-
-    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
-        raise BnpatchError(
-            f"{self.name} returns {shape} for one image, not one number per class", "give a classifier"
-        )
 
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, found by running one input.
@@ -400,7 +436,11 @@ class TorchModel(Model[NormLayer]):
         """
         content: dict[str, Any] = {
             "class_names": list(self.class_names) if self.class_names else None,
-            "bnpatch": {"recipe": recipe.to_json(), "preprocessing": self.preprocessing.to_json()},
+            "bnpatch": {
+                "recipe": recipe.to_json(),
+                "preprocessing": self.preprocessing.to_json(),
+                "output": self.output.name if self.output else self.wanted_output,
+            },
         }
         by_name = self.arch is not None and self._is_built_by(self.arch)
         if by_name:
@@ -429,19 +469,6 @@ class TorchModel(Model[NormLayer]):
         return own.shape == other.shape and torch.allclose(
             own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
         )
-
-
-def output_tensor(y: Any) -> Tensor:
-    """Return the output tensor in the return value of a module, which may be a mapping or a tuple."""
-    if isinstance(y, Mapping):
-        y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))
-    elif isinstance(y, (tuple, list)) and y:
-        y = y[0]
-    elif not isinstance(y, Tensor):
-        y = getattr(y, "logits", y)
-    if not isinstance(y, Tensor):
-        raise BnpatchError(f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor")
-    return y
 
 
 def _fingerprint(num_channels: int, parameters: Iterable[Tensor | None]) -> str:

@@ -1,6 +1,7 @@
 """Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import torch
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.onnx import io
 
-_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Cast")
+_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Slice", "Gather")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The input and the output of a graph.
+    """The input and the outputs of a graph.
 
     Attributes:
         input: name of the image input.
@@ -26,8 +27,7 @@ class Signature:
         channels_last: whether the input is (N, H, W, C).
         size: (channels, height, width) of the input, None for what the graph leaves open.
         batch: number of images that the graph takes at a time, None for any.
-        output: name of the output that bnpatch reads.
-        is_probability: whether the output comes from a Softmax; bnpatch then takes its logarithm as logits.
+        outputs: by name of output, the operator that computes it, past those that only rearrange it.
     """
 
     input: str
@@ -35,19 +35,14 @@ class Signature:
     channels_last: bool
     size: tuple[int | None, int | None, int | None]
     batch: int | None
-    output: str
-    is_probability: bool
+    outputs: Mapping[str, str]
 
 
-def read_signature(model: ir.Model, output: str | None = None) -> Signature:
+def read_signature(model: ir.Model) -> Signature:
     """Read the signature of a graph.
 
-    Args:
-        model: the graph.
-        output: name of the output to read; the first output by default.
-
     Raises:
-        BnpatchError: the graph doesn't take one batch of images, or has no output of this name.
+        BnpatchError: the graph doesn't take one batch of images.
     """
     graph = model.graph
     inputs = [value for value in graph.inputs if not value.is_initializer()]
@@ -67,19 +62,13 @@ def read_signature(model: ir.Model, output: str | None = None) -> Signature:
     channels_last = dims[3] in (1, 3) and dims[1] not in (1, 3)
     batch, *rest = dims
     height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
-    outputs = {value.name: value for value in graph.outputs}
-    if output is not None and output not in outputs:
-        names = ", ".join(str(name) for name in outputs)
-        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output-name among {names}")
-    chosen = outputs[output] if output is not None else graph.outputs[0]
     return Signature(
         input=inputs[0].name or "",
         dtype=dtype.numpy(),
         channels_last=channels_last,
         size=(channels, height, width),
         batch=batch,
-        output=chosen.name or "",
-        is_probability=_is_probability(chosen),
+        outputs={value.name or "": _last_operator(value) for value in graph.outputs},
     )
 
 
@@ -127,9 +116,9 @@ def _with_open_dimensions(model: ir.Model) -> ir.Model:
     return model
 
 
-def _is_probability(value: ir.Value) -> bool:
-    """Tell whether the value comes from a Softmax, perhaps through operators that only rearrange it."""
+def _last_operator(value: ir.Value) -> str:
+    """Return the type of the operator that computes a value, past those that only rearrange it."""
     node = value.producer()
     while node is not None and node.op_type in _PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node is not None and node.op_type == "Softmax"
+    return node.op_type if node is not None else ""

@@ -151,6 +151,7 @@ def _provenance(result: TuneResult, job: Job, data: Any, test_data: Any) -> dict
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         "architecture": str(model.arch) if model.arch else None,
+        "output": model.output.name if model.output else None,
         "preprocessing": None if job.examples.as_they_are else model.preprocessing.to_json(),
         "data": {
             "name": named(data),
