@@ -270,7 +270,7 @@ def test_an_output_is_chosen(tmp_path):
         opened(tmp_path, model, output="nope")
 
 
-@pytest.mark.parametrize("dims", [["n", 3], ["n", 3, 8, 8, 8]])
+@pytest.mark.parametrize("dims", [["n", 3], ["n", 3, 8, 8, 8, 8]])
 def test_what_takes_no_images_is_refused(tmp_path, dims):
     model = graph(["n", 3, 8, 8])
     del model.graph.input[0].type.tensor_type.shape.dim[:]

@@ -63,6 +63,11 @@ class Model(ABC, Generic[NormLayerT]):
     norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
     _state: PatchState
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers that the model computes with."""
+
     # The patch.
 
     @property

@@ -76,7 +76,8 @@ def export_onnx(
         model: a patched module, or what :func:`bnpatch.load` returns.
         path: the file to write.
         example_input: inputs (N, ...) with which a module is exported; by default blank images of the size
-            of its preprocessing.
+            of its preprocessing. The file computes in float32, whatever the type of the module, or in
+            float16 if this is of that type.
         alpha_inputs: None writes alphas as constants. ``"global"`` adds one graph input for all alphas,
             ``"per-site"`` one for each norm layer; the inputs have the current alphas as defaults.
         images: a real batch (N, ...) to compare on, besides random ones.
@@ -91,8 +92,7 @@ def export_onnx(
     """
     source = load(model) if isinstance(model, nn.Module) else model
     graph, patched = source.rewritten(alpha_inputs, example_input)
-    dtype = torch.float32 if example_input is None else example_input.dtype
-    target = Path(path)
+    target, given = Path(path), [] if example_input is None else [example_input.dtype]
     with (
         writing_to(target),
         temporary_folder(_folder_of(target)) as folder,
@@ -101,7 +101,7 @@ def export_onnx(
         written = io.save(graph, folder / target.name, external_data_threshold=external_data_threshold)
         deviations, batches = _compare(source, written, example_input, images)
         worst = max(high for high, _ in deviations)
-        if not worst <= TOLERANCE[dtype]:
+        if not worst <= max(TOLERANCE[dtype] for dtype in (source.dtype, *given)):
             raise ParityError(
                 f"the exported graph deviates by {worst:.2g} of the largest output, more than rounding",
                 "report it with the model's architecture; no file was written",

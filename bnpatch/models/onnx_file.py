@@ -46,7 +46,7 @@ def load_onnx(
     graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
     signature = read_signature(graph)
     wanted = dict(preprocessing or {})
-    channels, height, width = signature.size
+    channels, height, width = signature.size if len(signature.size) == 3 else (signature.size[0], None, None)
     with reading(path, "a file whose metadata can be read", "export it again"):
         base, class_names = read_metadata(graph)
         foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
@@ -58,7 +58,9 @@ def load_onnx(
         base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
     if base is None:
         source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
-        if height is None and wanted.get("img_size") is None:
+        if len(signature.size) != 3:
+            notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
+        elif height is None and wanted.get("img_size") is None:
             notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
         size = (channels or 3, height or 224, width or 224)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -40,6 +40,14 @@ from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 from bnpatch.onnx.runtime import Signature, open_session
 
 
+_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+}
+
+
 @dataclass
 class OnnxModel(Model[AnyNormLayer]):
     """Runs and patches an ONNX graph. :func:`bnpatch.load` makes one of an ONNX file.
@@ -119,6 +127,13 @@ class OnnxModel(Model[AnyNormLayer]):
         """Name the convolutions that a Batch Norm may have been fused into and that are not recovered yet."""
         candidates = find_fused_convs(self.graph)
         return tuple(c.name for c in candidates if c.name + FUSED not in self._state.running)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the largest weights."""
+        weights = (value.const_value for value in self.graph.graph.initializers.values())
+        floats = [w for w in weights if w is not None and w.dtype in _DTYPES]
+        return _DTYPES[max(floats, key=lambda w: w.size).dtype] if floats else torch.float32
 
     @property
     def opset(self) -> int:
@@ -279,7 +294,7 @@ class OnnxModel(Model[AnyNormLayer]):
             except Exception as error:  # onnxruntime's exceptions have no common class that is public
                 raise BnpatchError(
                     f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
-                    "set --img-size, or look at the data",
+                    "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
                 ) from error
             portions.append([result[: len(portion)] for result in results])
         return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
@@ -294,6 +309,8 @@ class OnnxModel(Model[AnyNormLayer]):
         if len(shapes) == len(self.weights.alphas):
             return shapes
         size = list(self.preprocessing.input_size if example is None else example.shape[1:])
+        if len(size) != len(self.signature.size):
+            return shapes
         if self.signature.channels_last:
             size = [*size[1:], size[0]]
         graph = self._with_norms(self.state.running)
@@ -397,6 +414,7 @@ class OnnxModel(Model[AnyNormLayer]):
             x = (x.float() - mean) / std
         if self.signature.channels_last and x.ndim == 4:
             x = x.movedim(1, -1)
+        x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no such type
         return np.ascontiguousarray(x.cpu().numpy().astype(self.signature.dtype))
 
     def _open_weighted(self, observe: bool = False) -> WeightedSession:

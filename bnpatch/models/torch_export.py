@@ -1,5 +1,6 @@
 """Export a torch model to an ONNX graph that keeps its Batch Norm, and rewrite that graph."""
 
+import copy
 import io
 import logging
 import os
@@ -105,6 +106,9 @@ def patched_graph(
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """Export the unpatched torch model, and rewrite the graph with the model's current state.
 
+    The graph computes in float32, or in float16 if the example is of that type. onnxruntime has no
+    convolutions in bfloat16 and in double precision on a CPU.
+
     Args:
         source: the model.
         example_input: inputs (N, ...) with which it is exported.
@@ -116,9 +120,10 @@ def patched_graph(
     alphas, identities = source.alphas(), source.identities()
     moments = source.statistics_in_use()
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
+    dtype = example_input.dtype if example_input.dtype == torch.float16 else torch.float32
     output, names = source.output_for(example_input), source.output_names(example_input)
     with source.unpatched() as module, _norms_without_moments(module, moments):
-        graph = module_to_graph(module, example_input.to(source.device), names)
+        graph = module_to_graph(_in_dtype(module, dtype), example_input.to(source.device, dtype), names)
     write_metadata(graph, source.preprocessing, source.class_names, names[output.position])
     # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
     reached = source.norm_shapes(example_input)
@@ -141,6 +146,14 @@ def patched_graph(
         include_1x1=source.state.include_1x1,
     )
     return graph, done.patched
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the module, or a copy in this type if it has parameters of another floating-point type."""
+    tensors = (*module.parameters(), *module.buffers())
+    if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
+        return module
+    return copy.deepcopy(module).to(dtype)
 
 
 @contextmanager

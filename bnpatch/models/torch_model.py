@@ -76,6 +76,12 @@ class TorchModel(Model[NormLayer]):
         self._statistics: dict[int, tuple[Moments[Any], Moments[Tensor]]] = {}
         self._state = self._as_patched(self._state)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        floats = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floats, torch.float32)
+
     def adopt(self, module: nn.Module) -> None:
         """Take another module in the place of the present one, or the same after its layers were changed."""
         self.module = module.to(self.device)
@@ -286,7 +292,7 @@ class TorchModel(Model[NormLayer]):
         if not x.is_floating_point():
             mean, std = self._mean_and_std()
             x = (x.float() - mean) / std
-        x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
+        x = x.to(self.dtype if any(True for _ in self.module.parameters()) else x.dtype)
         # Gradients use bfloat16, because they would underflow in float16 without a scaled loss.
         dtype = torch.bfloat16 if torch.is_grad_enabled() else None
         with torch.autocast(self.device.type, dtype, enabled=self.amp):
@@ -297,7 +303,7 @@ class TorchModel(Model[NormLayer]):
                     raise NotEnoughMemoryError(self.device, len(x)) from error
                 raise BnpatchError(
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
-                    "set --img-size, or look at the data",
+                    "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
                 ) from error
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:

@@ -25,7 +25,8 @@ class Signature:
         input: name of the image input.
         dtype: NumPy type of the input; bytes mean that the graph normalizes images itself.
         channels_last: whether the input is (N, H, W, C).
-        size: (channels, height, width) of the input, None for what the graph leaves open.
+        size: (channels, *spatial) of the input, with None for what the graph leaves open; images have
+            (channels, height, width).
         batch: number of images that the graph takes at a time, None for any.
         outputs: by name of output, the operator that computes it, past those that only rearrange it.
     """
@@ -33,7 +34,7 @@ class Signature:
     input: str
     dtype: npt.DTypeLike
     channels_last: bool
-    size: tuple[int | None, int | None, int | None]
+    size: tuple[int | None, ...]
     batch: int | None
     outputs: Mapping[str, str]
 
@@ -53,20 +54,18 @@ def read_signature(model: ir.Model) -> Signature:
         )
     dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
     dtype = inputs[0].dtype
-    if dtype is None or (inputs[0].shape is not None and len(dims) != 4):
+    if dtype is None or (inputs[0].shape is not None and len(dims) not in (3, 4, 5)):
         raise BnpatchError(
             f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
-            "give a graph that takes images (N, C, H, W)",
+            "give a graph that takes images (N, C, H, W), or (N, C, L) or (N, C, D, H, W)",
         )
-    dims = dims or [None] * 4
-    channels_last = dims[3] in (1, 3) and dims[1] not in (1, 3)
-    batch, *rest = dims
-    height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
+    batch, *size = dims or [None] * 4
+    channels_last = len(size) == 3 and size[2] in (1, 3) and size[0] not in (1, 3)
     return Signature(
         input=inputs[0].name or "",
         dtype=dtype.numpy(),
         channels_last=channels_last,
-        size=(channels, height, width),
+        size=(size[2], *size[:2]) if channels_last else tuple(size),
         batch=batch,
         outputs={value.name or "": _last_operator(value) for value in graph.outputs},
     )
