@@ -270,6 +270,28 @@ def test_an_output_is_chosen(tmp_path):
         opened(tmp_path, model, output="nope")
 
 
+def test_a_rank_that_shapes_do_not_tell_is_found_by_running(tmp_path):
+    """How many sizes Compress keeps depends on its values."""
+    proto = graph(["n", 3, 8, 8], last="flat")
+    conv, norm, *rest = proto.graph.node
+    norm.input[0] = "reshaped"
+    between = [
+        helper.make_node("Shape", ["c"], ["shape"]),
+        helper.make_node("Compress", ["shape", "all"], ["sizes"]),
+        helper.make_node("Reshape", ["c", "sizes"], ["reshaped"]),
+    ]
+    nodes = [conv, *between, norm, *rest]
+    initializers = [*proto.graph.initializer, numpy_helper.from_array(np.ones(4, np.bool_), "all")]
+    made = helper.make_graph(nodes, "g", proto.graph.input, proto.graph.output, initializers)
+    proto = helper.make_model(made, opset_imports=proto.opset_import, ir_version=9)
+    model = opened(tmp_path, proto, preprocessing={"img_size": 8})
+    assert [norm.name for norm in model.inventory().norm_layers] == ["bn"]
+    model.set_alphas(0.3)
+    expected = opened(tmp_path, graph(["n", 3, 8, 8], last="flat"))
+    expected.set_alphas(0.3)
+    torch.testing.assert_close(model.predict(BYTES), expected.predict(BYTES))
+
+
 @pytest.mark.parametrize("dims", [["n", 3], ["n", 3, 8, 8, 8, 8]])
 def test_what_takes_no_images_is_refused(tmp_path, dims):
     model = graph(["n", 3, 8, 8])

@@ -16,7 +16,7 @@ from bnpatch.models.metadata import read_foreign_metadata, read_metadata, stored
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
-from bnpatch.onnx.runtime import read_signature
+from bnpatch.onnx.runtime import learn_ranks, read_signature
 
 
 def load_onnx(
@@ -65,11 +65,13 @@ def load_onnx(
         size = (channels or 3, height or 224, width or 224)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         base = Preprocessing(size, mean, std, "bilinear", source=source)
+    base = base.override(channels=channels, **wanted)
+    learn_ranks(graph, signature, base.input_size)
     model = OnnxModel(
         graph,
         path.stem,
         signature,
-        base.override(channels=channels, **wanted),
+        base,
         class_names=class_names,
         device=device or torch.device("cpu"),
         notes=notes,

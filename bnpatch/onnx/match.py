@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.onnx.group_norm import find_exported_group_norm
-from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
+from bnpatch.onnx.inference import NORMS, Array, Dims, TensorType, constant_of, infer_types, names_of
 
 #: Part of the name of every node and value that a rewrite adds.
 MARK = "/bnpatch/"
@@ -135,7 +135,7 @@ def _judge(
 ) -> NormLayer | SkippedNorm | None:
     if node.domain not in ("", "ai.onnx"):
         return None
-    if node.op_type not in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
+    if node.op_type not in NORMS:
         return None
     kind = node.op_type
     try:

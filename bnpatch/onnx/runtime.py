@@ -1,17 +1,19 @@
 """Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.onnx import io
+from bnpatch.onnx.inference import NORMS, infer_types
 
 _PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Slice", "Gather")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -100,6 +102,37 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "try a newer onnxruntime",
             ) from error
+
+
+def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> None:
+    """Run a graph on a blank input, and write into it the ranks and types of norm inputs that it leaves open.
+
+    Shape inference ends at operators that it does not know, and at shapes that are computed at run time. The
+    graph stays as it is if nothing is missing, or if it does not run.
+
+    Args:
+        model: the graph.
+        signature: its signature.
+        size: (channels, *spatial) of the input.
+    """
+    types = infer_types(model)
+    inputs = [node.inputs[0] for node in model.graph if node.op_type in NORMS and node.inputs]
+    unknown = {v.name: v for v in inputs if v is not None and not types[id(v)].dims and v.name}
+    if not unknown:
+        return
+    looked = model.clone()
+    values = {value.name: value for node in looked.graph for value in node.outputs}
+    looked.graph.outputs.extend(values[name] for name in unknown if not values[name].is_graph_output())
+    x = np.zeros((signature.batch or 1, *size), signature.dtype)
+    try:
+        session = open_session(looked, torch.device("cpu"))
+        feed = np.ascontiguousarray(np.moveaxis(x, 1, -1) if signature.channels_last else x)
+        arrays = session.run(list(unknown), {signature.input: feed})
+    except Exception:  # the norms are skipped then, with the reason that their rank is not known
+        return
+    for value, array in zip(unknown.values(), arrays, strict=True):
+        value.shape = ir.Shape([None] * array.ndim)
+        value.dtype = ir.DataType.from_numpy(array.dtype)
 
 
 def _with_open_dimensions(model: ir.Model) -> ir.Model:
