@@ -14,7 +14,7 @@ from bnpatch.core.recipe import Recipe
 from bnpatch.models.export import export_onnx
 from bnpatch.models.outputs import Kind
 from bnpatch.models.running_stats import calibrate, target_moments
-from tests.nn.test_surgery import images
+from tests.nn.test_surgery import images, settle
 from tests.test_calibration import DATA, INPUTS, group_norm, small
 
 # Of foggy digits some classifiers (--fixture-seed 3) know no more than chance, and the search says so.
@@ -511,3 +511,21 @@ def test_moments_of_sites_in_branches_are_missing(tmp_path):
     assert model.observe(x)[1] == {}
     model.set_alphas(0.2)
     assert model.predict(x).shape == (2, 6, 5, 4)
+
+
+def test_maps_that_become_1_x_1_at_run_time_are_those_of_torch(tmp_path):
+    """A file of any image size weights examples where torch does: not where a channel has one value."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.MaxPool2d(4), torch.nn.BatchNorm2d(4)
+    module = settle(torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
+    open_axes = ({axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)},)
+    program = torch.export.export(module, (images(2, 3, 16, 16),), dynamic_shapes=open_axes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    found, expected = bnpatch.load(tmp_path / "model.pt2"), bnpatch.load(module, device="cpu")
+    for model in (found, expected):
+        model.set_alphas(0.4)
+    bnpatch.export_onnx(found, tmp_path / "constant.onnx")
+    for side in (16, 4):
+        x = images(5, 3, side, side)
+        assert_close(found.predict(x), expected.predict(x))
+        assert_close(bnpatch.load(tmp_path / "constant.onnx").predict(x), expected.predict(x))

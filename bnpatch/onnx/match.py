@@ -97,8 +97,16 @@ class NormLayer:
 
         It is False for a Batch Norm that pools channels, because the pooled values have a variance.
         """
-        has_variance = self.channels_per_group > 1 and self.identity == 0
-        return not has_variance and all(size == 1 for size in self.dims[2:])
+        return not self._pools_channels and all(size == 1 for size in self.dims[2:])
+
+    @property
+    def may_have_single_values(self) -> bool:
+        """Whether an example may have one value per channel, because the graph leaves its size open."""
+        return not (self._pools_channels or any(isinstance(n, int) and n != 1 for n in self.dims[2:]))
+
+    @property
+    def _pools_channels(self) -> bool:
+        return self.channels_per_group > 1 and self.identity == 0
 
 
 def inventory(model: ir.Model) -> Inventory[NormLayer]:
