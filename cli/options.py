@@ -83,7 +83,9 @@ class Loading:
             panel=_LOADING,
         ),
     ] = False
-    img_size: Annotated[int | None, _option(min=1, help="Side in pixels.", panel=_IMAGES)] = None
+    img_size: Annotated[
+        str | None, _option(help="Side in pixels, or height,width: 48,192.", panel=_IMAGES)
+    ] = None
     mean: Annotated[str | None, _option(help="E.g. 0.485,0.456,0.406.", panel=_IMAGES)] = None
     std: Annotated[str | None, _option(help="E.g. 0.229,0.224,0.225.", panel=_IMAGES)] = None
     crop_pct: Annotated[
@@ -114,7 +116,7 @@ class Loading:
             amp=self.amp,
             include_1x1=self.include_1x1,
             preprocessing={
-                "img_size": self.img_size,
+                "img_size": _size(self.img_size),
                 "mean": _numbers(self.mean, "--mean"),
                 "std": _numbers(self.std, "--std"),
                 "crop_pct": self.crop_pct,
@@ -263,6 +265,19 @@ def skipped(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     return f"; left out, because they can't be read: {len(reasons)} ({some(list(reasons))})"
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    from bnpatch.core.errors import BnpatchError
+
+    if text is None:
+        return None
+    sides = [int(part) for part in text.split(",") if part.strip().isascii() and part.strip().isdecimal()]
+    if len(sides) != text.count(",") + 1 or len(sides) > 2 or not all(sides):
+        raise BnpatchError(
+            f"--img-size {text!r} is not a size in pixels", "write one side, 224, or height,width: 48,192"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

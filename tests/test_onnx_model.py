@@ -518,7 +518,7 @@ def test_maps_that_become_1_x_1_at_run_time_are_those_of_torch(tmp_path):
     torch.manual_seed(0)
     layers = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.MaxPool2d(4), torch.nn.BatchNorm2d(4)
     module = settle(torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
-    open_axes = ({axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)},)
+    open_axes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
     program = torch.export.export(module, (images(2, 3, 16, 16),), dynamic_shapes=open_axes)
     torch.export.save(program, tmp_path / "model.pt2")
     found, expected = bnpatch.load(tmp_path / "model.pt2"), bnpatch.load(module, device="cpu")
@@ -529,3 +529,24 @@ def test_maps_that_become_1_x_1_at_run_time_are_those_of_torch(tmp_path):
         x = images(5, 3, side, side)
         assert_close(found.predict(x), expected.predict(x))
         assert_close(bnpatch.load(tmp_path / "constant.onnx").predict(x), expected.predict(x))
+
+
+def test_a_file_of_any_size_runs_at_that_of_the_data_only(tmp_path, capfd):
+    """Its head is for 2 x 6 pixels, so that it runs at no other size."""
+    proto = graph(["n", 3, "h", "w"], last="flat")
+    arrays = [numpy_helper.from_array(np.ones((48, 2), np.float32), "head")]
+    pool, flat = (node for node in proto.graph.node if node.op_type in ("GlobalAveragePool", "Flatten"))
+    pool.op_type = "Identity"
+    proto.graph.node.append(helper.make_node("Gemm", [flat.output[0], "head"], ["logits"]))
+    proto.graph.initializer.extend(arrays)
+    del proto.graph.output[:]
+    proto.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2]))
+    x, labels = images(40, 3, 2, 6).numpy(), np.arange(40) % 2
+    model = opened(tmp_path, proto)
+    result = bnpatch.tune_alpha(model, (x, labels), granularity="global", trials=1)
+    model.save(tmp_path / "patched.onnx", result.recipe)
+    assert bnpatch.load(tmp_path / "patched.onnx").preprocessing.input_size == (3, 2, 6)
+    assert opened(tmp_path, proto, preprocessing={"img_size": (2, 6)}).num_outputs() == 2
+    with pytest.raises(BnpatchError, match="does not take an input"):
+        model.predict(torch.zeros(1, 3, 4, 6))
+    assert "onnxruntime" not in capfd.readouterr().err

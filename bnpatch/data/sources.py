@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,8 @@ def open_examples(
         )
     first = _first(source)
     x = first[None] if isinstance(first, Tensor) else None
+    if x is not None and x.is_floating_point() and x.ndim == 4:
+        _take_size(model, x)
     if targets is None:
         targets, labelled = np.full(len(source), -1), np.zeros(len(source), np.bool_)
         if classes:
@@ -203,6 +205,14 @@ def _check_targets(
             "use the data set that the model was trained for",
         )
     return True
+
+
+def _take_size(model: ImageModel, x: Tensor) -> None:
+    """Make the size of inputs that are used as they are that of the model's preprocessing."""
+    size = tuple(map(int, x.shape[1:]))
+    if size != model.preprocessing.input_size and size[0] == model.preprocessing.input_size[0]:
+        source = f"{model.preprocessing.source}, but the size of the data"
+        model.preprocessing = replace(model.preprocessing, input_size=size, source=source)  # type: ignore[arg-type]
 
 
 def _count(targets: Array) -> int | None:

@@ -58,8 +58,8 @@ def load(
         amp: compute in half precision where autocast allows it.
         include_1x1: also weight examples with one value per channel (1 x 1 maps, or after flattening). They
             have no variance, so that the weight mostly shrinks the signal.
-        preprocessing: values that replace those of the model: img_size, mean, std, interpolation, crop_pct,
-            crop_mode; None values are ignored.
+        preprocessing: values that replace those of the model: img_size (a side, or height and width), mean,
+            std, interpolation, crop_pct, crop_mode; None values are ignored.
 
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.

@@ -90,7 +90,7 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
     if provider not in onnxruntime.get_available_providers():
         raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only; onnxruntime raises them as well
+    options.log_severity_level = 4  # fatal ones only: onnxruntime raises errors as well as writing them
     options.intra_op_num_threads = threads or 0
     with tempfile.TemporaryDirectory() as folder:
         path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
