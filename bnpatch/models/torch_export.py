@@ -19,7 +19,9 @@ from bnpatch.core.errors import BnpatchError, first_line, root_cause
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.models.metadata import write_metadata
+from bnpatch.nn.frozen_norm import as_batch_norm, is_plain_frozen
 from bnpatch.nn.hooks import in_evaluation_mode
+from bnpatch.nn.surgery import swap
 from bnpatch.onnx.fused_conv import insert_norms
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 
@@ -122,7 +124,7 @@ def patched_graph(
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
     dtype = example_input.dtype if example_input.dtype == torch.float16 else torch.float32
     output, names = source.output_for(example_input), source.output_names(example_input)
-    with source.unpatched() as module, _norms_without_moments(module, moments):
+    with source.unpatched(), _frozen_as_batch_norm(source) as module, _norms_without_moments(module, moments):
         graph = module_to_graph(_in_dtype(module, dtype), example_input.to(source.device, dtype), names)
     write_metadata(graph, source.preprocessing, source.class_names, names[output.position])
     # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
@@ -146,6 +148,18 @@ def patched_graph(
         include_1x1=source.state.include_1x1,
     )
     return graph, done.patched
+
+
+@contextmanager
+def _frozen_as_batch_norm(source: "TorchModel") -> Iterator[nn.Module]:
+    """Yield the module with Batch Norm in the place of frozen ones, which export as Mul and Add otherwise."""
+    norms = [norm.module for norm in source.inventory().norm_layers]
+    frozen = {id(norm): as_batch_norm(norm) for norm in norms if is_plain_frozen(norm)}
+    before = {id(frozen[id(norm)]): norm for norm in norms if id(norm) in frozen}
+    try:
+        yield swap(source.module, frozen)
+    finally:
+        swap(source.module, before)
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
