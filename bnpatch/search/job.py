@@ -14,6 +14,7 @@ from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import warn_at_chance
+from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.evaluation.metrics import (
     ACCURACY,
     CALIBRATION_ERROR,
@@ -138,6 +139,8 @@ class Job:
             thinned, points = self._thinned(kept(candidates), search)
             candidates = [*(replace(candidate, chosen=False) for candidate in candidates), thinned]
         state, verdict, num_parts = self._verdict(before, candidates)
+        if verdict.classes is not None:
+            warn_if_permuted(verdict.classes[1], verdict.classes[0], self.model.class_names)
         if self.seen is not self.examples and len(self.parts) == 1:
             self.notes.append(self._robustness_note(before, state))
         recipe = self.model.recipe(state)

@@ -82,9 +82,7 @@ def test_what_torch_fx_traced_can_be_patched_but_not_the_other_way_round(tracer)
 
 def test_torchscript_traces_and_does_not_compile():
     module, x = patch(network(nn.BatchNorm2d(6)), 0.3), images(4, 3, 8, 8)
-    with pytest.raises(
-        BnpatchError, match=r"can't compile a patched layer; use torch\.jit\.trace"
-    ):
+    with pytest.raises(BnpatchError, match=r"can't compile a patched layer; use torch\.jit\.trace"):
         torch.jit.script(module)
     assert torch.equal(torch.jit.trace(module, x)(x), module(x))
 
