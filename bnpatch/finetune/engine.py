@@ -83,6 +83,9 @@ class Engine:
 
         Returns:
             The mean loss of the batch, without a gradient.
+
+        Raises:
+            BnpatchError: the batch has one example, and a norm has one value per channel to normalize.
         """
         x, targets = (t.to(self.device, non_blocking=True) for t in (x, targets))
         smoothing = self.settings.smoothing
@@ -92,10 +95,22 @@ class Engine:
         # Processes wait for each other once per step, not once per batch.
         with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
             with self.accelerator.autocast():
-                outputs = self.model.classes_of(self._wrapped(x))
+                outputs = self.model.classes_of(self._forward(x))
             loss = F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
             self.accelerator.backward(loss / parts)
         return loss.detach()
+
+    def _forward(self, x: Tensor) -> Any:
+        try:
+            return self._wrapped(x)
+        except ValueError as error:
+            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise BnpatchError(
+                "a batch has one example only (the others can't be read, perhaps), and a norm can't train on "
+                "one value per channel",
+                "raise --batch-size, and remove images that can't be read",
+            ) from error
 
     def step(self, update: int) -> None:
         """Take an optimizer step; ``update`` is its number in the whole run."""
