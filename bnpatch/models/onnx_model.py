@@ -31,6 +31,7 @@ from bnpatch.core.patch import PatchState, as_arrays
 from bnpatch.core.recipe import Recipe, fingerprint
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model, Watch, in_use
+from bnpatch.models.fingerprints import of_graph_norm
 from bnpatch.models.metadata import write_metadata
 from bnpatch.models.onnx_sessions import MomentNames, WeightedSession, open_by_batch, open_weighted
 from bnpatch.models.outputs import Output
@@ -38,7 +39,6 @@ from bnpatch.onnx import match
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 from bnpatch.onnx.runtime import Signature, open_session
-
 
 _DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -349,7 +349,7 @@ class OnnxModel(Model[AnyNormLayer]):
         """
         known = {*running, *self._state.running}
         there = (n for n in self._norm_layers.norm_layers if not n.needs_calibration or n.module in known)
-        hashes = {norm.module: _fingerprint(norm) for norm in there}
+        hashes = {norm.module: of_graph_norm(norm) for norm in there}
         for conv in find_fused_convs(self.graph):
             if conv.name + FUSED in known:  # hash the convolution, not the moments, which depend on data
                 hashes[conv.name + FUSED] = fingerprint(conv.parameters)
@@ -451,20 +451,6 @@ def _moments_of(norm_layer: match.NormLayer) -> Moments[Any]:
     assert norm_layer.running_mean is not None  # otherwise the state has running statistics
     assert norm_layer.running_var is not None
     return Moments(norm_layer.running_mean, norm_layer.running_var)
-
-
-def _fingerprint(norm_layer: match.NormLayer) -> str:
-    like = np.zeros(norm_layer.num_channels)
-    mean = like if norm_layer.running_mean is None else norm_layer.running_mean
-    var = like + 1 if norm_layer.running_var is None else norm_layer.running_var
-    return fingerprint(
-        [
-            np.broadcast_to(norm_layer.weight, like.shape),
-            np.broadcast_to(norm_layer.bias, like.shape),
-            mean,
-            var,
-        ]
-    )
 
 
 def _as_tensors(moments: Moments[Any]) -> Moments[Tensor]:

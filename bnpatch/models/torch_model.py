@@ -1,6 +1,5 @@
 """The torch backend: a torch module that can be patched and run."""
 
-import io
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,16 +12,18 @@ from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError, first_line
 from bnpatch.core.inventory import FUSED, Inventory, NormFacts, SkippedNorm
-from bnpatch.core.io import atomic_path
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.core.recipe import Recipe, fingerprint
+from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.base import Model, Watch
+from bnpatch.models.fingerprints import is_fused, of_module
 from bnpatch.models.outputs import Output, Sigmoids, tensors_of
 from bnpatch.models.torch_export import patched_graph
-from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, forget, is_convolution, recover
+from bnpatch.models.torch_file import save_checkpoint
+from bnpatch.models.torch_state import buffers_of, state_of
+from bnpatch.nn.fused_conv import find_fused_convs, forget, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import NormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
@@ -74,7 +75,7 @@ class TorchModel(Model[NormLayer]):
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
         # By id of moments: the moments, and their copy on the device.
         self._statistics: dict[int, tuple[Moments[Any], Moments[Tensor]]] = {}
-        self._state = self._as_patched(self._state)
+        self._state = state_of(self.inventory().norm_layers, self._state)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,31 +86,7 @@ class TorchModel(Model[NormLayer]):
     def adopt(self, module: nn.Module) -> None:
         """Take another module in the place of the present one, or the same after its layers were changed."""
         self.module = module.to(self.device)
-        self._state = self._as_patched(PatchState(include_1x1=self._state.include_1x1))
-
-    def _as_patched(self, given: PatchState) -> PatchState:
-        """Return the state of the module; ``given`` has the parts of the statistics that it mixed."""
-        alphas: dict[str, float] = {}
-        lambdas: dict[str, float] = {}
-        target, running = dict(given.target), dict(given.running)
-        groups: dict[str, int] = {}
-        include_1x1 = given.include_1x1
-        for norm in self.inventory().norm_layers:
-            alphas[norm.name], lambdas[norm.name] = norm.alpha, given.weights.lambdas.get(norm.name, 0.0)
-            if norm.kind == VirtualNorm.__name__:
-                running.setdefault(norm.name, _buffers(norm))
-            if not isinstance(layer := norm.module, ExampleWeightedNorm):
-                continue
-            include_1x1 = include_1x1 or layer.include_1x1
-            if norm.identity == 0 and layer.channels_per_group > 1:
-                groups[norm.name] = layer.channels_per_group
-            if layer.running is None or lambdas[norm.name] or norm.name in running:
-                continue
-            if norm.parameters()[2] is None:
-                running[norm.name] = layer.running
-            else:  # what they were mixed from is not known
-                target[norm.name], lambdas[norm.name] = layer.running, 1.0
-        return PatchState(PatchWeights(alphas, lambdas), target, running, groups, include_1x1)
+        self._state = state_of(self.inventory().norm_layers, PatchState(include_1x1=self._state.include_1x1))
 
     def inventory(self) -> Inventory[NormLayer]:
         """See :func:`bnpatch.inventory`."""
@@ -136,14 +113,14 @@ class TorchModel(Model[NormLayer]):
         if state.running is before:
             return
         gone, new = before.keys() - state.running.keys(), state.running.keys() - before.keys()
-        waiting = {name for name in new if not self._is_fused(name)}
+        waiting = {name for name in new if not is_fused(self.module, name)}
         self.module = calibrated(self.module, {n: self._on_device(state.running[n]) for n in waiting})
         for name, moments in state.running.items():
-            if self._is_fused(name) and moments is not before.get(name):
+            if is_fused(self.module, name) and moments is not before.get(name):
                 recover(self.module, {name.removesuffix(FUSED): self._on_device(moments)})
         self.module = unpatch(self.module, where=lambda norm: norm.name in gone)
         for name in gone:
-            if self._is_fused(name):
+            if is_fused(self.module, name):
                 forget(self.module, name.removesuffix(FUSED))
 
     def _use(self, state: PatchState) -> None:
@@ -161,14 +138,14 @@ class TorchModel(Model[NormLayer]):
                 source = self._on_device(state.running[norm.name])
             if weight:
                 target = self._on_device(state.target[norm.name])
-                source = mix(weight, target, source or _buffers(norm))
+                source = mix(weight, target, source or buffers_of(norm))
             layer.running = source
 
     def source(self, norm: NormLayer) -> Moments[Tensor]:
         """Return a norm layer's running statistics without lambda: from data if it has some, else its own."""
         if norm.name in self._state.running:
             return self._on_device(self._state.running[norm.name])
-        return _buffers(norm)
+        return buffers_of(norm)
 
     def target(self, norm: NormLayer) -> Moments[Tensor]:
         """Return the re-estimated statistics of a norm layer, on the device."""
@@ -201,9 +178,6 @@ class TorchModel(Model[NormLayer]):
             norm.name: NormFacts(self.source(norm), float(norm.module.eps))  # type: ignore[arg-type]
             for norm in self.inventory().norm_layers
         }
-
-    def _is_fused(self, name: str) -> bool:
-        return name.endswith(FUSED) and is_convolution(self.module, name.removesuffix(FUSED))
 
     def fused_convs(self, example: Tensor | None = None) -> tuple[str, ...]:
         """Name the convolutions that a Batch Norm may have been fused into, found by running one input.
@@ -385,20 +359,7 @@ class TorchModel(Model[NormLayer]):
         Args:
             running: names of further norms to include, which have no running statistics yet.
         """
-        hashes = {norm.name: self._fingerprint(norm) for norm in self.inventory().norm_layers}
-        waiting = uncalibrated(self.module)
-        hashes |= {n: _fingerprint_uncalibrated(waiting[n]) for n in waiting.keys() & set(running)}
-        return hashes | {name: self._fingerprint_fused(name) for name in running if self._is_fused(name)}
-
-    def _fingerprint(self, norm: NormLayer) -> str:
-        if norm.kind == VirtualNorm.__name__:  # hash the convolution, not the moments, which depend on data
-            return self._fingerprint_fused(norm.name)
-        return _fingerprint(norm.num_channels, norm.parameters())
-
-    def _fingerprint_fused(self, name: str) -> str:
-        convolution: Any = self.module.get_submodule(name.removesuffix(FUSED))
-        parts = (convolution.weight, convolution.bias)
-        return fingerprint(part.detach().float().cpu().numpy() for part in parts)
+        return of_module(self.module, running)
 
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
@@ -440,58 +401,4 @@ class TorchModel(Model[NormLayer]):
             Whether the file loads without ``--unsafe-load``. It does not if the architecture, built by its
             name, does not give this model again, because the module itself is pickled then.
         """
-        content: dict[str, Any] = {
-            "class_names": list(self.class_names) if self.class_names else None,
-            "bnpatch": {
-                "recipe": recipe.to_json(),
-                "preprocessing": self.preprocessing.to_json(),
-                "output": self.output.name if self.output else self.wanted_output,
-            },
-        }
-        by_name = self.arch is not None and self._is_built_by(self.arch)
-        if by_name:
-            content["arch"] = str(self.arch)
-            content["state_dict"] = self.module.state_dict()
-        else:
-            content["model"] = self.module
-        buffer = io.BytesIO()
-        torch.save(content, buffer)  # in memory, because torch's file writer hides errors of the disk
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        return by_name
-
-    def _is_built_by(self, arch: Architecture) -> bool:
-        """Tell whether the architecture, built by its name, computes the same with these weights."""
-        plain = PatchState(include_1x1=self.state.include_1x1)
-        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
-        try:
-            twin.module.load_state_dict(self.module.state_dict(), strict=False)
-            twin.apply(self.recipe())
-            x = torch.rand(2, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
-            with self.evaluating(), twin.evaluating():
-                own, other = self.predict(x).float().cpu(), twin.predict(x).float().cpu()
-        except (BnpatchError, RuntimeError):
-            return False
-        return own.shape == other.shape and torch.allclose(
-            own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
-        )
-
-
-def _fingerprint(num_channels: int, parameters: Iterable[Tensor | None]) -> str:
-    """Hash gamma, beta, running mean and variance; a missing one counts as the value without effect."""
-    zeros = torch.zeros(num_channels)
-    defaults = (zeros + 1, zeros, zeros, zeros + 1)
-    parts = (default if p is None else p for p, default in zip(parameters, defaults, strict=True))
-    return fingerprint(part.detach().float().cpu().numpy() for part in parts)
-
-
-def _fingerprint_uncalibrated(norm: Any) -> str:
-    num_channels = getattr(norm, "num_channels", None) or norm.num_features  # Group Norm, Batch Norm
-    return _fingerprint(num_channels, (norm.weight, norm.bias, None, None))
-
-
-def _buffers(norm: NormLayer) -> Moments[Tensor]:
-    _, _, mean, var = norm.parameters()
-    assert mean is not None  # callers use the running statistics of the state for norms without buffers
-    assert var is not None
-    return Moments(mean.detach(), var.detach())
+        return save_checkpoint(self, path, recipe)

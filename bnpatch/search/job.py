@@ -14,7 +14,6 @@ from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import warn_at_chance
-from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.evaluation.metrics import (
     ACCURACY,
     CALIBRATION_ERROR,
@@ -23,6 +22,7 @@ from bnpatch.evaluation.metrics import (
     Values,
     paired_difference,
 )
+from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.models.base import Model
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.config import Candidate, Plan, Trial, kept
