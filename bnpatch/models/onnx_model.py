@@ -33,7 +33,13 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model, Watch, in_use
 from bnpatch.models.fingerprints import of_graph_norm
 from bnpatch.models.metadata import write_metadata
-from bnpatch.models.onnx_sessions import MomentNames, WeightedSession, open_by_batch, open_weighted
+from bnpatch.models.onnx_sessions import (
+    MomentNames,
+    WeightedSession,
+    open_by_batch,
+    open_weighted,
+    run_in_portions,
+)
 from bnpatch.models.outputs import Output
 from bnpatch.onnx import match
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
@@ -272,7 +278,8 @@ class OnnxModel(Model[AnyNormLayer]):
 
         Args:
             session: a session of the graph, or of a graph that was made from it.
-            outputs: names of the outputs to return, of shape (N, ...), or (1, ...) for one value per batch.
+            outputs: names of the outputs to return; one axis of each is that of the batch, or it is of shape
+                (1, ...) for one value per batch.
             x: see :meth:`predict`.
             feeds: values of further inputs.
 
@@ -280,24 +287,13 @@ class OnnxModel(Model[AnyNormLayer]):
             BnpatchError: the graph does not take this input.
         """
         inputs = self._prepare(x)
-        step = self.signature.batch or max(1, len(inputs))
-        portions = []
-        for start in range(0, max(1, len(inputs)), step):
-            portion = inputs[start : start + step]
-            padded = portion
-            if self.signature.batch and len(
-                inputs
-            ):  # repeat examples to fill the batch, because padding would change the moments of a batch
-                padded = inputs.take(range(start, start + step), axis=0, mode="wrap")
-            try:
-                results = session.run(outputs, {self.signature.input: padded, **(feeds or {})})
-            except Exception as error:  # onnxruntime's exceptions have no common class that is public
-                raise BnpatchError(
-                    f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
-                    "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
-                ) from error
-            portions.append([result[: len(portion)] for result in results])
-        return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
+        try:
+            return run_in_portions(session, outputs, self.signature, inputs, feeds or {})
+        except Exception as error:  # onnxruntime's exceptions have no common class that is public
+            raise BnpatchError(
+                f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
+                "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
+            ) from error
 
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it can be inferred.

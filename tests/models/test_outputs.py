@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -216,6 +217,20 @@ def test_another_axis_may_be_the_batch():
     texts = labels[:, None] * np.ones((1, 2), np.int64)
     result = bnpatch.tune_alpha(model, (x, texts), metric=last_step, granularity="global", trials=1)
     assert result.comparisons[0].before.value == 1.0
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_another_axis_may_be_the_batch_of_a_file(batch, tmp_path):
+    """Five steps are more than the three inputs that find the axis."""
+    model = opened(as_recurrent)
+    bnpatch.export_onnx(model, tmp_path / "model.onnx")
+    if batch is not None:
+        proto = onnx.load(tmp_path / "model.onnx")
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+        onnx.save(proto, tmp_path / "model.onnx")
+    file, x = bnpatch.load(tmp_path / "model.onnx"), torch.from_numpy(data()[0][:3])
+    torch.testing.assert_close(file.predict(x), model.predict(x))
+    assert file.predict(x).shape == (3, 5, CLASSES)
 
 
 def test_one_class_folder_is_not_what_one_output_stands_for(tmp_path):
