@@ -31,7 +31,8 @@ def evaluate(
     from bnpatch import BnpatchError
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare, warn_at_chance
     from bnpatch.evaluation.evaluate import evaluate as score
-    from bnpatch.evaluation.metrics import ACCURACY
+    from bnpatch.evaluation.metrics import ACCURACY, PREDICTION
+    from bnpatch.evaluation.permutation import warn_if_permuted
     from bnpatch.report.text import recommendation, shown, shown_metrics
 
     from .render import comparison_table, interval, progress_bar, table
@@ -62,13 +63,15 @@ def evaluate(
 
         run: dict[str, Any] = {"batch_size": reading.batch_size, "on_batch": count}
         comparisons = compare(loaded, examples, patched, **run) if patched is not None else []
-        scores = score(loaded, examples, **run) if chosen is None else None
+        scores = score(loaded, examples, (*STANDARD_METRICS, PREDICTION), **run) if chosen is None else None
     left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
     number = len(examples) - len(left_out)
     opt.say(f"examples       {number}{opt.skipped(left_out)}")
     content: dict[str, Any] = {"model": loaded.name, "examples": number, "skipped": len(left_out)}
     if scores is not None:
         warn_at_chance(scores.mean(ACCURACY), examples)
+        answers = scores.values[PREDICTION.name].astype(int)
+        warn_if_permuted(answers, examples.targets[scores.indices], loaded.class_names)
         results = {metric: scores.estimate(metric) for metric in STANDARD_METRICS}
         content["scores"] = {metric.name: estimate.to_json() for metric, estimate in results.items()}
         if not as_json:

@@ -65,7 +65,8 @@ class Loading:
         ),
     ] = False
     output_name: Annotated[
-        str | None, _option(help="Which output of an ONNX file to read.", panel=_LOADING)
+        str | None,
+        _option(help="Name or number of the output with the classes, if there are several.", panel=_LOADING),
     ] = None
     device: Annotated[
         str | None,
@@ -82,7 +83,9 @@ class Loading:
             panel=_LOADING,
         ),
     ] = False
-    img_size: Annotated[int | None, _option(min=1, help="Side in pixels.", panel=_IMAGES)] = None
+    img_size: Annotated[
+        str | None, _option(help="Side in pixels, or height,width: 48,192.", panel=_IMAGES)
+    ] = None
     mean: Annotated[str | None, _option(help="E.g. 0.485,0.456,0.406.", panel=_IMAGES)] = None
     std: Annotated[str | None, _option(help="E.g. 0.229,0.224,0.225.", panel=_IMAGES)] = None
     crop_pct: Annotated[
@@ -96,22 +99,24 @@ class Loading:
     def open(self, model: str, recipe: "Recipe | None" = None) -> "TorchModel | OnnxModel":
         """Load a model, and say what there is to know about it.
 
-        A recipe was found with a certain preprocessing, which is used unless options ask for another.
+        A recipe was found with a certain preprocessing and output, which are used unless options ask for
+        others.
         """
         from bnpatch import load
         from bnpatch.data.preprocessing import Preprocessing
 
+        provenance = recipe.provenance if recipe is not None else {}
         loaded = load(
             model,
             arch=self.arch,
             use_ema=self.use_ema,
             unsafe_load=self.unsafe_load,
-            output=self.output_name,
+            output=self.output_name or provenance.get("output") or None,
             device=self.device,
             amp=self.amp,
             include_1x1=self.include_1x1,
             preprocessing={
-                "img_size": self.img_size,
+                "img_size": _size(self.img_size),
                 "mean": _numbers(self.mean, "--mean"),
                 "std": _numbers(self.std, "--std"),
                 "crop_pct": self.crop_pct,
@@ -119,7 +124,7 @@ class Loading:
             },
         )
         asked = (self.img_size, self.mean, self.std, self.crop_pct, self.interpolation)
-        stored = recipe.provenance.get("preprocessing") if recipe is not None else None
+        stored = provenance.get("preprocessing")
         if stored and all(value is None for value in asked):
             loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
         say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
@@ -266,6 +271,19 @@ def skipped(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     return f"; left out, because they can't be read: {len(reasons)} ({some(list(reasons))})"
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    from bnpatch.core.errors import BnpatchError
+
+    if text is None:
+        return None
+    sides = [int(part) for part in text.split(",") if part.strip().isascii() and part.strip().isdecimal()]
+    if len(sides) != text.count(",") + 1 or len(sides) > 2 or not all(sides):
+        raise BnpatchError(
+            f"--img-size {text!r} is not a size in pixels", "write one side, 224, or height,width: 48,192"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -611,3 +611,10 @@ def test_bad_benches(cli, checkpoint, args, message):
     assert code == 2
     assert message in one_line(err)
     assert out == ""
+
+
+def test_an_image_size_may_be_a_rectangle(cli, checkpoint, folder):
+    shown = cli("evaluate", checkpoint, "--data", folder, "--img-size", "24,40", "-j", 0)[2]
+    assert "40 x 24 out of" in shown
+    for wrong in ("24,", "0", "24,32,40", "big"):
+        assert "write one side" in one_line(cli("inspect", checkpoint, "--img-size", wrong)[2])

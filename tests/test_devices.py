@@ -12,6 +12,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.core.patch import PatchWeights
 from bnpatch.data.preprocessing import Preprocessing
+from bnpatch.models.outputs import Output
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 from bnpatch.search import label_free
@@ -42,7 +43,7 @@ def model():
         )
     module.to = lambda device: module  # it is there; fake parameters can't be moved
     values = Preprocessing(IMAGES[1:], (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
-    return TorchModel(module.eval(), "fake", values, device=DEVICE, returns_probabilities=False)
+    return TorchModel(module.eval(), "fake", values, device=DEVICE, output=Output("", (10,)))
 
 
 def images():

@@ -38,7 +38,7 @@ def exporter(graph_of_checkpoint, monkeypatch):
     """What torch's exporter makes of the checkpoint, made once: these tests are about what follows it."""
     from bnpatch.models import torch_export
 
-    def once(module, x):
+    def once(module, x, names):
         assert not any(isinstance(m, ExampleWeightedNorm) for m in module.modules())
         assert x.shape[1:] == (1, 32, 32)
         return graph_of_checkpoint.clone()
@@ -100,8 +100,8 @@ def test_alphas_can_stay_adjustable(checkpoint, exported, tmp_path, kind):
 def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monkeypatch):
     from bnpatch.models import torch_export
 
-    def spoil(module, x):
-        made = exporter(module, x)
+    def spoil(module, x, names):
+        made = exporter(module, x, names)
         for value in made.graph.initializers.values():
             if value.name.endswith("running_var"):
                 value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
@@ -249,3 +249,33 @@ def test_what_only_training_reaches_is_not_exported(tmp_path):
     assert len(bnpatch.inventory(model).norm_layers) == 2
     done = export_onnx(model, tmp_path / "m.onnx", images(2, 3, 16, 16))
     assert done.patched == ("body.1",)
+
+
+def of_axes(axes, seed=0):
+    """A small classifier of inputs (N, 3, *spatial) with so many spatial axes."""
+    torch.manual_seed(seed)
+    conv, norm = (getattr(nn, f"{name}{axes}d") for name in ("Conv", "BatchNorm"))
+    return settle(nn.Sequential(conv(3, 8, 3), norm(8), nn.ReLU(), conv(8, 4, 3), norm(4), nn.Flatten()))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_signals_images_and_volumes_are_exported(axes, tmp_path):
+    x = images(2, 3, *(6,) * axes)
+    done = bnpatch.export_onnx(bnpatch.patch(of_axes(axes), 0.2), tmp_path / "model.onnx", x)
+    assert len(done.patched) == 2
+    assert bnpatch.load(tmp_path / "model.onnx").predict(x).shape == (2, 4 * 2**axes)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_of_any_precision_is_exported(dtype, given, tmp_path):
+    """In float32, or in float16 if the inputs are: onnxruntime has no other convolutions on a CPU."""
+    module = bnpatch.patch(of_axes(2), 0.2).to(dtype)
+    x = images(2, 3, 6, 6)
+    bnpatch.export_onnx(module, tmp_path / "model.onnx", x.to(dtype) if given else x)
+    file = bnpatch.load(tmp_path / "model.onnx")
+    assert file.dtype == (dtype if given and dtype == torch.float16 else torch.float32)
+    expected = module(x.to(dtype)).float()
+    # Half of a unit of the eight bits of bfloat16, in each of a few layers.
+    assert_close(file.predict(x).float(), expected, 2e-2)
+    assert {p.dtype for p in module.parameters()} == {dtype}

@@ -23,6 +23,7 @@ from bnpatch.data.image_files import FoundImages, find_images
 from bnpatch.data.images import FileImages
 from bnpatch.data.preprocessing import ImageModel
 
+_SAY_WHICH = "say which is which with --class-map FILE: the folders, one a line, in the order of the outputs"
 _SYNSET = re.compile(r"n\d{8}")
 
 
@@ -92,6 +93,12 @@ def targets_of_folders(
     if partial and class_names:
         return {}
     if len(folders) == num_outputs:
+        if class_names and by_name.keys().isdisjoint(map(composed, folders)) and not _are_numbers(folders):
+            raise BnpatchError(
+                f"none of the class folders of {where} ({folders[0]!r}, ...) has the name of a class of the "
+                f"model ({class_names[0]!r}, ...)",
+                _SAY_WHICH,
+            )
         _warn_of_other_names(folders, class_names)
         if class_names or not _warn_of_numbers(folders, order):
             _warn_of_order(folders, order)
@@ -107,8 +114,12 @@ def targets_of_folders(
         return {name: int(name) for name in folders}
     raise BnpatchError(
         f"{where} has {len(folders)} class folders, the model has {num_outputs} outputs",
-        "say which is which with --class-map FILE: the folders, one a line, in the order of the outputs",
+        _SAY_WHICH,
     )
+
+
+def _are_numbers(folders: Sequence[str]) -> bool:
+    return all(name.isdecimal() for name in folders)
 
 
 def _imagenet_synsets(num_outputs: int) -> dict[str, int]:
@@ -133,7 +144,7 @@ def _warn_of_other_names(folders: Sequence[str], class_names: Sequence[str] | No
 
 def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:
     """Warn, and return True, if folders are named by numbers that aren't the indices of the outputs."""
-    if not all(name.isdecimal() for name in folders) or set(map(int, folders)) == set(range(len(folders))):
+    if not _are_numbers(folders) or set(map(int, folders)) == set(range(len(folders))):
         return False
     names = order.sort(folders)
     same = ClassOrder.PLAIN.sort(folders) == ClassOrder.NATURAL.sort(folders)
@@ -211,7 +222,7 @@ def open_folder(
     targets = (
         _targets(folder, list(by_class), model, names, class_map is not None, optional) if by_class else {}
     )
-    if model.class_names is None and targets and len(targets) == model.num_outputs():
+    if model.class_names is None and targets and len(targets) == model.num_outputs(None, len(targets)):
         model.class_names = tuple(sorted(targets, key=lambda name: targets[name]))
     pairs = [(path, -1) for path in outside]
     pairs += [(path, targets.get(name, -1)) for name, paths in by_class.items() for path in paths]
@@ -275,7 +286,7 @@ def _targets(
     try:
         targets = targets_of_folders(
             names,
-            num_outputs=model.num_outputs(),
+            num_outputs=model.num_outputs(None, len(class_names) if sure and class_names else len(names)),
             class_names=class_names,
             order=ClassOrder(model.class_order),
             sure=sure,

@@ -83,7 +83,8 @@ class Preprocessing:
 
         Args:
             channels: number of input channels.
-            values: attributes by name, or ``img_size``, the side of a square input in pixels.
+            values: attributes by name, or ``img_size``, the side of a square input in pixels, or its height
+                and width.
 
         Raises:
             BnpatchError: the number of values does not fit the channels, or the interpolation is not known.
@@ -104,8 +105,9 @@ class Preprocessing:
                 f"there is no interpolation {values['interpolation']!r}",
                 f"choose {', '.join(_INTERPOLATIONS)}",
             )
-        side = values.pop("img_size", None)
-        size = (channels or self.input_size[0], side or self.input_size[1], side or self.input_size[2])
+        size = values.pop("img_size", self.input_size[1:])
+        height, width = (size, size) if isinstance(size, int) else size
+        size = (channels or self.input_size[0], height, width)
         return replace(self, **values, input_size=size, source=source)
 
     @property
@@ -168,5 +170,5 @@ class ImageModel(Protocol):
     class_order: str
     preprocessing: Preprocessing
 
-    def num_outputs(self, example: Tensor | None = None) -> int:
-        """Return K, the number of classes."""
+    def num_outputs(self, example: Tensor | None = None, classes: int | None = None) -> int:
+        """Return K, the number of classes; ``classes`` is the number that the data has, if it is known."""

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,8 @@ def open_examples(
         )
     first = _first(source)
     x = first[None] if isinstance(first, Tensor) else None
+    if x is not None and x.is_floating_point() and x.ndim == 4:
+        _take_size(model, x)
     if targets is None:
         targets, labelled = np.full(len(source), -1), np.zeros(len(source), np.bool_)
         if classes:
@@ -187,14 +189,14 @@ def _check_targets(
         if targets.ndim != 1 or targets.dtype.kind not in "iu":
             return False
         with contextlib.suppress(BnpatchError):  # the model is no classifier; the evaluation reports that
-            return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x))
+            return bool(targets.min() >= lowest and targets.max() < model.num_outputs(x, _count(targets)))
         return False
     remedy = "give one class index per image, or a metric of your own for other targets"
     if targets.ndim != 1:
         raise BnpatchError(f"targets of shape {targets.shape} are no classes", remedy)
     if not np.array_equal(targets, targets.astype(np.int64)):
         raise BnpatchError("the classes are not whole numbers", remedy)
-    num_outputs = model.num_outputs(x)
+    num_outputs = model.num_outputs(x, _count(targets))
     wrong = (targets >= num_outputs) | (targets < lowest)
     if wrong.any():
         raise BnpatchError(
@@ -203,6 +205,19 @@ def _check_targets(
             "use the data set that the model was trained for",
         )
     return True
+
+
+def _take_size(model: ImageModel, x: Tensor) -> None:
+    """Make the size of inputs that are used as they are that of the model's preprocessing."""
+    size = tuple(map(int, x.shape[1:]))
+    if size != model.preprocessing.input_size and size[0] == model.preprocessing.input_size[0]:
+        source = f"{model.preprocessing.source}, but the size of the data"
+        model.preprocessing = replace(model.preprocessing, input_size=size, source=source)  # type: ignore[arg-type]
+
+
+def _count(targets: Array) -> int | None:
+    """Return the number of classes that the targets have, if there are any."""
+    return int(targets.max()) + 1 if len(targets) else None
 
 
 def _changes(transform: Any, image: Image.Image) -> bool:

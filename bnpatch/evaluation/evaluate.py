@@ -112,8 +112,11 @@ def evaluate(
             targets = batch.targets.to(outputs.device, non_blocking=True)
             # The scores stay on the device until the end, so that no batch waits for it.
             finite.append(torch.isfinite(outputs).reshape(len(outputs), -1).all(1))
+            by_class = any(metric.reads_classes for metric in metrics)
+            logits = model.as_classes(outputs) if by_class else outputs
             for metric in metrics:
-                scores[metric.name].append(score(metric, outputs, targets))
+                read = logits if metric.reads_classes else outputs
+                scores[metric.name].append(score(metric, read, targets))
             seen.append(batch.indices)
             on_batch(len(batch.indices))
     if not seen:

@@ -57,6 +57,11 @@ class Metric:
         """Whether it is one of :data:`METRICS`, which need class indices as targets."""
         return METRICS.get(self.name) is self
 
+    @property
+    def reads_classes(self) -> bool:
+        """Whether it takes logits (N, K) of classes; a metric of the user's own takes the outputs."""
+        return self in (*METRICS.values(), CONFIDENCE, PREDICTION)
+
     def better(self, a: float, b: float) -> bool:
         """Tell whether the score ``a`` is strictly better than ``b``."""
         return a > b if self.higher_is_better else a < b

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnpatch.core.errors import BnpatchError
 from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.norm_decay import decay_norms, parameter_groups
-from bnpatch.models.torch_model import TorchModel, output_tensor
+from bnpatch.models.torch_model import TorchModel
 
 
 class Engine:
@@ -38,6 +38,7 @@ class Engine:
         from timm.utils import ModelEmaV3
 
         self.settings, self.accelerator, self.module = settings, accelerator, model.module
+        self.model = model
         augmentation = settings.augmentation
         self.mixup = None
         if augmentation.mixup or augmentation.cutmix:
@@ -82,6 +83,9 @@ class Engine:
 
         Returns:
             The mean loss of the batch, without a gradient.
+
+        Raises:
+            BnpatchError: the batch has one example, and a norm has one value per channel to normalize.
         """
         x, targets = (t.to(self.device, non_blocking=True) for t in (x, targets))
         smoothing = self.settings.smoothing
@@ -91,10 +95,22 @@ class Engine:
         # Processes wait for each other once per step, not once per batch.
         with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
             with self.accelerator.autocast():
-                outputs = output_tensor(self._wrapped(x))
+                outputs = self.model.classes_of(self._forward(x))
             loss = F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
             self.accelerator.backward(loss / parts)
         return loss.detach()
+
+    def _forward(self, x: Tensor) -> Any:
+        try:
+            return self._wrapped(x)
+        except ValueError as error:
+            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise BnpatchError(
+                "a batch has one example only (the others can't be read, perhaps), and a norm can't train on "
+                "one value per channel",
+                "raise --batch-size, and remove images that can't be read",
+            ) from error
 
     def step(self, update: int) -> None:
         """Take an optimizer step; ``update`` is its number in the whole run."""
@@ -197,8 +213,9 @@ def _may_leave_out_parameters(model: TorchModel) -> bool:
     try:
         module = copy.deepcopy(model.module).train()  # running it may change it
         x = torch.zeros(2, *model.preprocessing.input_size, device=model.device)
+        model.output_for(x)  # here, because it looks at values
         with _Decisions() as decisions:
-            outputs = output_tensor(module(x))
+            outputs = model.classes_of(module(x))
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
     except Exception:  # e.g. it can't be copied, or needs another batch; training reports errors

@@ -48,7 +48,7 @@ def new_head(model: TorchModel, class_names: tuple[str, ...], seed: int = 0) -> 
         torch.manual_seed(seed)
         _replace_classifier(model, outputs, len(class_names))
     arch = replace(model.arch, num_classes=len(class_names)) if model.arch else None
-    return replace(model, class_names=class_names, arch=arch)
+    return replace(model, class_names=class_names, arch=arch, output=None)
 
 
 def _replace_classifier(model: TorchModel, outputs: int, num_classes: int) -> None:

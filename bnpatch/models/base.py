@@ -16,12 +16,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import AnyNormLayer, Inventory, NormFacts
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
 from bnpatch.core.recipe import NormRecipe, Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
+from bnpatch.models.outputs import PROBES, Output, choose, describe
 from bnpatch.onnx.rewrite import AlphaInputs
 
 #: Maps a batch to the moments (N, C) of each example, by name of module.
@@ -41,7 +43,8 @@ class Model(ABC, Generic[NormLayerT]):
         arch: the architecture, from which the module can be built again, or None.
         device: the device that computes.
         notes: what a person should know about how it was loaded.
-        returns_probabilities: the model ends with a softmax; None until the first batch decides it.
+        output: what is read of that which the model returns; None until the first batch.
+        wanted_output: name or number of the output that the user wants, or None.
     """
 
     if TYPE_CHECKING:  # fields of the backends, which are dataclasses
@@ -52,13 +55,18 @@ class Model(ABC, Generic[NormLayerT]):
         arch: Architecture | None
         device: torch.device
         notes: list[str]
-        returns_probabilities: bool | None
+        output: Output | None
+        wanted_output: str | None
     has_gradients: ClassVar[bool]  # whether forward computes gradients
     runs_onnx: ClassVar[bool] = False
     suffix: ClassVar[str]  # suffix of a file that holds the patched model
     norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
     _state: PatchState
-    _num_outputs: int | None = None
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers that the model computes with."""
 
     # The patch.
 
@@ -282,18 +290,18 @@ class Model(ABC, Generic[NormLayerT]):
 
     # Predictions.
 
-    @property
-    def output_name(self) -> str | None:
-        """Name of the output that is read, if the model has several named ones."""
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
         """Run a batch as :meth:`predict` does, with gradients if the model has them."""
         return self.predict(x)
 
     @abstractmethod
     def predict(self, x: Tensor) -> Tensor:
-        """Return the outputs for a batch of images as bytes, or of inputs as floats."""
+        """Return the outputs for a batch of images as bytes, or of inputs as floats.
+
+        Returns:
+            Logits (N, K), probabilities of a sigmoid, or outputs of another shape if the model has them; of
+            several outputs, those of :meth:`output_for`. Probabilities of a softmax become their logarithms.
+        """
 
     @abstractmethod
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
@@ -304,46 +312,79 @@ class Model(ABC, Generic[NormLayerT]):
         """Return the batch's moments (C,) at each norm layer's input, while Batch Norm normalizes by them."""
 
     @abstractmethod
-    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
-        """Raise a BnpatchError: the output for one image isn't one number per class."""
+    def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        """Run a batch, and return all tensors that the model returns, by name."""
 
-    def num_outputs(self, example: Tensor | None = None) -> int:
-        """Return K, the number of classes, found by running one input.
+    @abstractmethod
+    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
+        """Run a batch; return all tensors that the model returns, and the names of those from a sigmoid."""
+
+    def output_for(self, example: Tensor, classes: int | None = None) -> Output:
+        """Return what is read of that which the model returns, which is decided once.
+
+        Random inputs decide, which depend on nothing but the shape of the example; see
+        :func:`bnpatch.models.outputs.choose`.
+
+        Args:
+            example: inputs (N, ...), of which only the shape counts.
+            classes: number of classes that the data has, if it is known.
+
+        Raises:
+            BnpatchError: the model doesn't take the example, or it is not clear which output is meant.
+        """
+        if self.output is None:
+            with self.evaluating(), torch.inference_mode():
+                self._returned(example[:1])  # raises for an input that the model doesn't take
+                noise = torch.Generator().manual_seed(0)
+                tensors, sigmoids = self._probed(torch.randn(PROBES, *example.shape[1:], generator=noise))
+            found = describe(tensors, sigmoids)
+            if not found:
+                shapes = ", ".join(str(tuple(y.shape)) for y in tensors.values()) or "no tensor"
+                raise BnpatchError(
+                    f"{self.name} returns {shapes} for {PROBES} images", "give a model that returns a tensor"
+                )
+            known = len(self.class_names) if self.class_names else classes
+            self.output = choose(found, self.wanted_output, known, self.name)
+        return self.output
+
+    def as_classes(self, outputs: Tensor) -> Tensor:
+        """Return the logits (N, K) of the classes for outputs of :meth:`predict` or :meth:`forward`.
+
+        Raises:
+            BnpatchError: the output for one image isn't one number per class.
+        """
+        assert self.output is not None  # it was decided when these outputs were computed
+        self._check_classes(self.output)
+        return self.output.as_classes(outputs)
+
+    def num_outputs(self, example: Tensor | None = None, classes: int | None = None) -> int:
+        """Return K, the number of classes, found by running random inputs; 2 if the model has one output.
 
         Args:
             example: an input (1, ...); by default a blank image.
+            classes: number of classes that the data has, if it is known; it helps to choose an output.
 
         Raises:
-            BnpatchError: the output for one input isn't one number per class.
+            BnpatchError: the output for one input isn't one number per class, or it is not clear which of
+                several outputs is meant.
         """
-        if self._num_outputs is None:
-            y = self._run_one(example)
-            if y.ndim != 2:
-                self._refuse_outputs(tuple(y.shape))
-            self._num_outputs = y.shape[1]
-        return self._num_outputs
+        output = self.output_for(self._blank() if example is None else example, classes)
+        return self._check_classes(output)
 
-    def _run_one(self, example: Tensor | None = None) -> Tensor:
-        with self.evaluating():
-            return self.predict(
-                torch.zeros(1, *self.preprocessing.input_size) if example is None else example
+    def _check_classes(self, output: Output) -> int:
+        if output.num_classes is None:
+            raise BnpatchError(
+                f"{self.name} returns {output}, not one number per class",
+                "choose another output with --output-name, or give tune_alpha a metric of your own in Python",
             )
+        return output.num_classes
 
-    def _as_logits(self, y: Tensor) -> Tensor:
-        """Convert outputs (N, K, 1, 1) to (N, K), and probabilities to their logarithms.
+    def _blank(self) -> Tensor:
+        return torch.zeros(1, *self.preprocessing.input_size)
 
-        The softmax of these logarithms is the probabilities. The first batch decides: if no output is
-        negative and each row sums to 1, the model ends with a softmax.
-        """
-        y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
-        if self.returns_probabilities is None and len(y):
-            rows = y.detach().float()
-            self.returns_probabilities = (
-                y.ndim == 2 and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all())
-            )
-        if not self.returns_probabilities:
-            return y
-        return y.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    def _run_one(self, example: Tensor | None = None) -> None:
+        with self.evaluating(), torch.inference_mode():
+            self._returned(self._blank() if example is None else example)
 
 
 def in_use(state: PatchState, source: Mapping[str, Moments[Any]]) -> dict[str, Moments[Any]]:

@@ -13,7 +13,7 @@ from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import pick_device
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.models import architecture
+from bnpatch.models import architecture, renamed
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.foreign import reading
@@ -23,7 +23,7 @@ from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.published import published_weights, tagged_weights, torchvision_weights
 from bnpatch.models.stored_preprocessing import HUB_CONFIG, applied, beside, hub_config, in_checkpoint
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.models.weights import part_of
+from bnpatch.models.weights import StateDict, part_of, without_extras
 from bnpatch.nn.surgery import inventory
 
 
@@ -52,13 +52,14 @@ def load(
             it is found by the names and shapes of the tensors.
         use_ema: load the averaged weights of a checkpoint.
         unsafe_load: allow pickled modules, which can run any code that their author wants.
-        output: name of the output of an ONNX file to read; the first by default.
+        output: name of the output that has the classes, or its number, from 0, if the model returns several.
+            By default it is found by its shape and by the number of classes.
         device: the device that computes; None for the accelerator if there is one, or for that of a module.
         amp: compute in half precision where autocast allows it.
         include_1x1: also weight examples with one value per channel (1 x 1 maps, or after flattening). They
             have no variance, so that the weight mostly shrinks the signal.
-        preprocessing: values that replace those of the model: img_size, mean, std, interpolation, crop_pct,
-            crop_mode; None values are ignored.
+        preprocessing: values that replace those of the model: img_size (a side, or height and width), mean,
+            std, interpolation, crop_pct, crop_mode; None values are ignored.
 
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.
@@ -83,6 +84,7 @@ def load(
         loaded,
         device=pick_device(device or "auto"),
         amp=amp,
+        wanted_output=output if output is not None else loaded.wanted_output,
         _state=replace(loaded.state, include_1x1=include_1x1 or loaded.state.include_1x1),
         preprocessing=loaded.preprocessing.override(channels=channels, **(preprocessing or {})),
     )
@@ -114,10 +116,17 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     if colon and source in ("timm", "torchvision", "hf-hub", "hf_hub") and not path.exists():
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
     if (path / HUB_CONFIG).is_file():
-        return _load_timm("local-dir", model)
+        weights = [path / name for name in _TRANSFORMERS if (path / name).is_file()]
+        if "model_type" not in hub_config(path / HUB_CONFIG) or not weights:
+            return _load_timm("local-dir", model)
+        path = weights[0]  # Hugging Face's library saved the model, not timm
     if path.suffix not in SUFFIXES and not path.exists():
         raise BnpatchError(f"there is no file {model}", f"give a file or {_suggestion(model)}")
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)
+
+
+# Names of the weights in folders of Hugging Face's library.
+_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
 
 def _suggestion(name: str) -> str:
@@ -204,6 +213,7 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
             values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
         model.preprocessing = values
+        model.wanted_output = stored.get("output") or None
         if recipe.norm_layers:
             model.apply(recipe)
             if any(recipe.alphas.values()):
@@ -230,8 +240,7 @@ def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     named = hub_config(checkpoint.path).get("architecture")
     hint = checkpoint.arch or (named if isinstance(named, str) else None)
     library = checkpoint.library or ("timm" if named and hint == named else None)
-    state, left_out = part_of(checkpoint.state_dict, arch, checkpoint.path)
-    found = architecture.fit(arch, state) if arch else architecture.identify(state, hint, file_name, library)
+    state, found, left_out = _identified(checkpoint, arch, hint, library)
     published = tagged_weights(arch) or published_weights(found.name, file_name)
     if published is not None and arch is None:
         library = "timm" if isinstance(published, Mapping) else "torchvision"
@@ -251,9 +260,30 @@ def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         model.notes.append(f"architecture {found}, identified by its tensors{others}")
     if left_out:
         model.notes.append(left_out)
+    if found.num_classes == 0:
+        model.notes.append("the weights have no classifier: the outputs are features, not classes")
     if published is not None and hasattr(module, "transform_input"):
         module.transform_input = True  # torchvision's published Inception weights expect it
     return model
+
+
+def _identified(
+    checkpoint: Checkpoint, arch: str | None, hint: str | None, library: str | None
+) -> tuple[StateDict, Architecture, str]:
+    """Return the weights by the names of their architecture, the architecture, and a note or ""."""
+    state = renamed.of_hugging_face(checkpoint.state_dict) or checkpoint.state_dict
+    try:
+        part, note = part_of(state, arch, checkpoint.path)
+        if arch:
+            return part, architecture.fit(arch, part), note
+        return part, architecture.identify(part, hint, checkpoint.path.name, library), note
+    except BnpatchError:
+        match = None if arch else renamed.in_order_of_use(without_extras(state))
+        if match is None:
+            raise
+        found, part = match
+        note = f"its tensors have other names than those of {found}, and are taken in their order"
+        return part, found, f"{note}: see that the accuracy is what you know it to be"
 
 
 def _preprocessing(

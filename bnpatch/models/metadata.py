@@ -12,15 +12,23 @@ from bnpatch.models.stored_preprocessing import of_ultralytics
 
 # Keys of the metadata; the values are JSON. Files that users have contain these keys, so don't change them.
 _PREPROCESSING, _CLASS_NAMES = "bnpatch.preprocessing", "bnpatch.class_names"
+_OUTPUT = "bnpatch.output"  # the name of the output as it is; an earlier bnpatch does not read it
 
 
 def write_metadata(
-    graph: ir.Model, preprocessing: Preprocessing, class_names: tuple[str, ...] | None
+    graph: ir.Model, preprocessing: Preprocessing, class_names: tuple[str, ...] | None, output: str | None
 ) -> None:
-    """Write preprocessing and class names into the metadata of a graph."""
+    """Write preprocessing, class names and the name of the output to read into the metadata of a graph."""
     graph.metadata_props[_PREPROCESSING] = json.dumps(preprocessing.to_json())
     if class_names:
         graph.metadata_props[_CLASS_NAMES] = json.dumps(class_names)
+    if output is not None and len(graph.graph.outputs) > 1:
+        graph.metadata_props[_OUTPUT] = output
+
+
+def stored_output(graph: ir.Model) -> str | None:
+    """Return the name of the output to read that :func:`write_metadata` wrote, or None."""
+    return graph.metadata_props.get(_OUTPUT)
 
 
 def read_metadata(graph: ir.Model) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
@@ -63,6 +71,6 @@ def _literal(text: str) -> Any:
 
 
 def _num_outputs(graph: ir.Model) -> int | None:
-    """Return the last dimension of the first output, or None if the file leaves it open."""
-    shape = graph.graph.outputs[0].shape if graph.graph.outputs else None
+    """Return the last dimension of the only output, or None if the file leaves it open."""
+    shape = graph.graph.outputs[0].shape if len(graph.graph.outputs) == 1 else None
     return shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchState
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import check_kind, reading
-from bnpatch.models.metadata import read_foreign_metadata, read_metadata
+from bnpatch.models.metadata import read_foreign_metadata, read_metadata, stored_output
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
-from bnpatch.onnx.runtime import read_signature
+from bnpatch.onnx.runtime import learn_ranks, read_signature
 
 
 def load_onnx(
@@ -31,7 +32,7 @@ def load_onnx(
     Args:
         path: an ONNX file, with its external data in the same folder; or a ``.pt2`` file of torch.export,
             which is exported to ONNX.
-        output: name of the output to read; the first by default.
+        output: see :func:`bnpatch.load`.
         device: cpu or cuda; the CPU by default.
         preprocessing: values that replace those of the file, see :func:`bnpatch.load`.
         include_1x1: see :func:`bnpatch.load`.
@@ -43,9 +44,9 @@ def load_onnx(
     if path.exists():
         check_kind(path)
     graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
-    signature = read_signature(graph, output)
+    signature = read_signature(graph)
     wanted = dict(preprocessing or {})
-    channels, height, width = signature.size
+    channels, height, width = signature.size if len(signature.size) == 3 else (signature.size[0], None, None)
     with reading(path, "a file whose metadata can be read", "export it again"):
         base, class_names = read_metadata(graph)
         foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
@@ -57,21 +58,31 @@ def load_onnx(
         base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
     if base is None:
         source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
-        if height is None and wanted.get("img_size") is None:
+        if len(signature.size) != 3:
+            notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
+        elif height is None and wanted.get("img_size") is None:
             notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
         size = (channels or 3, height or 224, width or 224)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         base = Preprocessing(size, mean, std, "bilinear", source=source)
+    base = base.override(channels=channels, **wanted)
+    learn_ranks(graph, signature, base.input_size)
     model = OnnxModel(
         graph,
         path.stem,
         signature,
-        base.override(channels=channels, **wanted),
+        base,
         class_names=class_names,
         device=device or torch.device("cpu"),
         notes=notes,
+        wanted_output=output if output is not None else stored_output(graph),
         _state=PatchState(include_1x1=include_1x1),
     )
+    if output is not None and output not in signature.outputs and not output.isdecimal():
+        raise BnpatchError(
+            f"the graph has no output {output!r}",
+            f"choose --output-name among {', '.join(signature.outputs)}",
+        )
     if len(model.fused_convs()) > len(model.inventory().norm_layers):
         notes.append(
             f"{len(model.fused_convs())} convolutions look as if a Batch Norm was fused into them: "

@@ -31,12 +31,27 @@ from bnpatch.core.patch import PatchState, as_arrays
 from bnpatch.core.recipe import Recipe, fingerprint
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model, Watch, in_use
+from bnpatch.models.fingerprints import of_graph_norm
 from bnpatch.models.metadata import write_metadata
-from bnpatch.models.onnx_sessions import MomentNames, WeightedSession, open_by_batch, open_weighted
+from bnpatch.models.onnx_sessions import (
+    MomentNames,
+    WeightedSession,
+    open_by_batch,
+    open_weighted,
+    run_in_portions,
+)
+from bnpatch.models.outputs import Output
 from bnpatch.onnx import match
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 from bnpatch.onnx.runtime import Signature, open_session
+
+_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+}
 
 
 @dataclass
@@ -69,13 +84,12 @@ class OnnxModel(Model[AnyNormLayer]):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
     arch: None = None
-    returns_probabilities: bool | None = None
+    output: Output | None = None
+    wanted_output: str | None = None
     # A field, so that it goes along where dataclasses.replace makes another of this model.
     _state: PatchState = field(default_factory=PatchState, repr=False)
 
     def __post_init__(self) -> None:
-        if self.returns_probabilities is None:
-            self.returns_probabilities = self.signature.is_probability
         self._open_anew(self._state)
         self.set_state(self._state)
 
@@ -119,6 +133,13 @@ class OnnxModel(Model[AnyNormLayer]):
         """Name the convolutions that a Batch Norm may have been fused into and that are not recovered yet."""
         candidates = find_fused_convs(self.graph)
         return tuple(c.name for c in candidates if c.name + FUSED not in self._state.running)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the largest weights."""
+        weights = (value.const_value for value in self.graph.graph.initializers.values())
+        floats = [w for w in weights if w is not None and w.dtype in _DTYPES]
+        return _DTYPES[max(floats, key=lambda w: w.size).dtype] if floats else torch.float32
 
     @property
     def opset(self) -> int:
@@ -186,12 +207,26 @@ class OnnxModel(Model[AnyNormLayer]):
         Raises:
             BnpatchError: the graph does not take this input.
         """
+        output = self.output_for(x)
         if self.weights.is_identity(self.identities()):
-            session = self._plain = self._plain or open_session(self.graph, self.device)
-            return self._as_logits(torch.from_numpy(self.run(session, [self.signature.output], x)[0]))
-        opened = self._weighted = self._kept(self._weighted) or self._open_weighted()
-        outputs = self.run(opened.session, [self.signature.output], x, self._feeds(opened))
-        return self._as_logits(torch.from_numpy(outputs[0]))
+            (y,) = self.run(self._plain_session(), [output.name], x)
+        else:
+            opened = self._weighted = self._kept(self._weighted) or self._open_weighted()
+            (y,) = self.run(opened.session, [output.name], x, self._feeds(opened))
+        return output.read(torch.from_numpy(y))
+
+    def _plain_session(self) -> Any:
+        self._plain = self._plain or open_session(self.graph, self.device)
+        return self._plain
+
+    def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        names = list(self.signature.outputs)
+        arrays = self.run(self._plain_session(), names, x)
+        return {name: torch.from_numpy(y) for name, y in zip(names, arrays, strict=True)}
+
+    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
+        operators = self.signature.outputs
+        return self._returned(x), [name for name, operator in operators.items() if operator == "Sigmoid"]
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`predict` does. There are no gradients.
@@ -202,9 +237,10 @@ class OnnxModel(Model[AnyNormLayer]):
         """
         opened = self._observed = self._kept(self._observed) or self._open_weighted(observe=True)
         names = [name for pairs in opened.moments.values() for pair in pairs for name in pair]
-        outputs, *parts = self.run(opened.session, [self.signature.output, *names], x, self._feeds(opened))
+        output = self.output_for(x)
+        y, *parts = self.run(opened.session, [output.name, *names], x, self._feeds(opened))
         by_name = {name: torch.from_numpy(part).flatten(1) for name, part in zip(names, parts, strict=True)}
-        return self._as_logits(torch.from_numpy(outputs)), {
+        return output.read(torch.from_numpy(y)), {
             module: Moments(*(torch.cat([by_name[n] for n in part]) for part in zip(*pairs, strict=True)))
             for module, pairs in opened.moments.items()
         }
@@ -242,7 +278,8 @@ class OnnxModel(Model[AnyNormLayer]):
 
         Args:
             session: a session of the graph, or of a graph that was made from it.
-            outputs: names of the outputs to return, of shape (N, ...), or (1, ...) for one value per batch.
+            outputs: names of the outputs to return; one axis of each is that of the batch, or it is of shape
+                (1, ...) for one value per batch.
             x: see :meth:`predict`.
             feeds: values of further inputs.
 
@@ -250,30 +287,13 @@ class OnnxModel(Model[AnyNormLayer]):
             BnpatchError: the graph does not take this input.
         """
         inputs = self._prepare(x)
-        step = self.signature.batch or max(1, len(inputs))
-        portions = []
-        for start in range(0, max(1, len(inputs)), step):
-            portion = inputs[start : start + step]
-            padded = portion
-            if self.signature.batch and len(
-                inputs
-            ):  # repeat examples to fill the batch, because padding would change the moments of a batch
-                padded = inputs.take(range(start, start + step), axis=0, mode="wrap")
-            try:
-                results = session.run(outputs, {self.signature.input: padded, **(feeds or {})})
-            except Exception as error:  # onnxruntime's exceptions have no common class that is public
-                raise BnpatchError(
-                    f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
-                    "set --img-size, or look at the data",
-                ) from error
-            portions.append([result[: len(portion)] for result in results])
-        return [np.concatenate(parts) for parts in zip(*portions, strict=True)]
-
-    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
-        raise BnpatchError(
-            f"{self.name} returns {shape} as {self.signature.output!r} for one image",
-            "choose another with --output-name",
-        )
+        try:
+            return run_in_portions(session, outputs, self.signature, inputs, feeds or {})
+        except Exception as error:  # onnxruntime's exceptions have no common class that is public
+            raise BnpatchError(
+                f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
+                "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
+            ) from error
 
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it can be inferred.
@@ -285,6 +305,8 @@ class OnnxModel(Model[AnyNormLayer]):
         if len(shapes) == len(self.weights.alphas):
             return shapes
         size = list(self.preprocessing.input_size if example is None else example.shape[1:])
+        if len(size) != len(self.signature.size):
+            return shapes
         if self.signature.channels_last:
             size = [*size[1:], size[0]]
         graph = self._with_norms(self.state.running)
@@ -307,11 +329,6 @@ class OnnxModel(Model[AnyNormLayer]):
 
         return watch if convs else None
 
-    @property
-    def output_name(self) -> str | None:
-        """Name of the output that is read."""
-        return self.signature.output
-
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
         """Write the patched file, which needs no recipe to be loaded."""
         from bnpatch.models.export import export_onnx  # imported here because it imports this module
@@ -328,7 +345,7 @@ class OnnxModel(Model[AnyNormLayer]):
         """
         known = {*running, *self._state.running}
         there = (n for n in self._norm_layers.norm_layers if not n.needs_calibration or n.module in known)
-        hashes = {norm.module: _fingerprint(norm) for norm in there}
+        hashes = {norm.module: of_graph_norm(norm) for norm in there}
         for conv in find_fused_convs(self.graph):
             if conv.name + FUSED in known:  # hash the convolution, not the moments, which depend on data
                 hashes[conv.name + FUSED] = fingerprint(conv.parameters)
@@ -368,7 +385,8 @@ class OnnxModel(Model[AnyNormLayer]):
                 include_1x1=self._state.include_1x1,
                 slopes={n: s for n, s in weights.slopes_to_write(alpha_inputs).items() if n in there},
             ).patched
-        write_metadata(graph, self.preprocessing, self.class_names)
+        chosen = self.output.name if self.output else self.wanted_output
+        write_metadata(graph, self.preprocessing, self.class_names, chosen)
         return graph, patched
 
     def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:
@@ -394,6 +412,7 @@ class OnnxModel(Model[AnyNormLayer]):
             x = (x.float() - mean) / std
         if self.signature.channels_last and x.ndim == 4:
             x = x.movedim(1, -1)
+        x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no such type
         return np.ascontiguousarray(x.cpu().numpy().astype(self.signature.dtype))
 
     def _open_weighted(self, observe: bool = False) -> WeightedSession:
@@ -434,20 +453,6 @@ def _moments_of(norm_layer: match.NormLayer) -> Moments[Any]:
     assert norm_layer.running_mean is not None  # otherwise the state has running statistics
     assert norm_layer.running_var is not None
     return Moments(norm_layer.running_mean, norm_layer.running_var)
-
-
-def _fingerprint(norm_layer: match.NormLayer) -> str:
-    like = np.zeros(norm_layer.num_channels)
-    mean = like if norm_layer.running_mean is None else norm_layer.running_mean
-    var = like + 1 if norm_layer.running_var is None else norm_layer.running_var
-    return fingerprint(
-        [
-            np.broadcast_to(norm_layer.weight, like.shape),
-            np.broadcast_to(norm_layer.bias, like.shape),
-            mean,
-            var,
-        ]
-    )
 
 
 def _as_tensors(moments: Moments[Any]) -> Moments[Tensor]:

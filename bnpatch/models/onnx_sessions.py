@@ -20,7 +20,9 @@ from bnpatch.onnx.expressions import Tape
 from bnpatch.onnx.formulas import append_by_batch
 from bnpatch.onnx.fused_conv import observe_values
 from bnpatch.onnx.rewrite import rewrite
-from bnpatch.onnx.runtime import open_session
+from bnpatch.onnx.runtime import Signature, open_session
+
+Array = npt.NDArray[Any]
 
 #: By name of norm layer, pairs of names for mean and variance, one pair per call of the module.
 MomentNames = dict[str, list[tuple[str, str]]]
@@ -133,3 +135,23 @@ def open_by_batch(
     alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
     rewrite(graph, alphas, running=running, include_1x1=True, append=append)
     return open_session(graph, device), names
+
+
+def run_in_portions(
+    session: Any, outputs: list[str], signature: Signature, inputs: Array, feeds: Mapping[str, Array]
+) -> list[Array]:
+    """Run a session on a batch, in portions if the graph's batch size is fixed; see :meth:`OnnxModel.run`."""
+    size = signature.batch
+    if size is None or not len(inputs):
+        results: list[Array] = session.run(outputs, {signature.input: inputs, **feeds})
+        return results
+    parts: list[list[Array]] = [[] for _ in outputs]
+    axes = [0] * len(outputs)
+    for start in range(0, len(inputs), size):
+        # Examples are repeated to fill the batch, because padding would change the moments of a batch.
+        portion = inputs.take(range(start, start + size), axis=0, mode="wrap")
+        count = min(size, len(inputs) - start)
+        for n, result in enumerate(session.run(outputs, {signature.input: portion, **feeds})):
+            axes[n] = next((axis for axis, length in enumerate(result.shape) if length == size), 0)
+            parts[n].append(result.take(range(min(count, result.shape[axes[n]])), axis=axes[n]))
+    return [np.concatenate(part, axis=axis) for part, axis in zip(parts, axes, strict=True)]

@@ -1,10 +1,11 @@
 """Export a torch model to an ONNX graph that keeps its Batch Norm, and rewrite that graph."""
 
+import copy
 import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from bnpatch.core.errors import BnpatchError, first_line, root_cause
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.models.metadata import write_metadata
+from bnpatch.nn.frozen_norm import as_batch_norm, is_plain_frozen
 from bnpatch.nn.hooks import in_evaluation_mode
+from bnpatch.nn.surgery import swap
 from bnpatch.onnx.fused_conv import insert_norms
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 
@@ -26,12 +29,15 @@ if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel
 
 
-def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
+def module_to_graph(
+    module: nn.Module, example_input: Tensor, output_names: Sequence[str] = ("output",)
+) -> ir.Model:
     """Export a module in evaluation mode, for batches of any size.
 
     Args:
         module: the module; its modes are not changed.
         example_input: inputs (N, ...), with N >= 2, because torch.export takes a size of 1 for a constant.
+        output_names: names of the outputs, in the order of :func:`bnpatch.models.outputs.tensors_of`.
 
     Raises:
         BnpatchError: torch can't export the module.
@@ -41,7 +47,7 @@ def module_to_graph(module: nn.Module, example_input: Tensor) -> ir.Model:
             module,
             (example_input,),
             input_names=["input"],
-            output_names=["output"],
+            output_names=list(output_names),
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )
 
@@ -102,6 +108,9 @@ def patched_graph(
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """Export the unpatched torch model, and rewrite the graph with the model's current state.
 
+    The graph computes in float32, or in float16 if the example is of that type. onnxruntime has no
+    convolutions in bfloat16 and in double precision on a CPU.
+
     Args:
         source: the model.
         example_input: inputs (N, ...) with which it is exported.
@@ -113,9 +122,11 @@ def patched_graph(
     alphas, identities = source.alphas(), source.identities()
     moments = source.statistics_in_use()
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
-    with source.unpatched() as module, _norms_without_moments(module, moments):
-        graph = module_to_graph(module, example_input.to(source.device))
-    write_metadata(graph, source.preprocessing, source.class_names)
+    dtype = example_input.dtype if example_input.dtype == torch.float16 else torch.float32
+    output, names = source.output_for(example_input), source.output_names(example_input)
+    with source.unpatched(), _frozen_as_batch_norm(source) as module, _norms_without_moments(module, moments):
+        graph = module_to_graph(_in_dtype(module, dtype), example_input.to(source.device, dtype), names)
+    write_metadata(graph, source.preprocessing, source.class_names, names[output.position])
     # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
     reached = source.norm_shapes(example_input)
     alphas = {name: alpha for name, alpha in alphas.items() if name in reached}
@@ -138,6 +149,26 @@ def patched_graph(
         slopes={n: s for n, s in source.weights.slopes_to_write(alpha_inputs).items() if n in chosen},
     )
     return graph, done.patched
+
+
+@contextmanager
+def _frozen_as_batch_norm(source: "TorchModel") -> Iterator[nn.Module]:
+    """Yield the module with Batch Norm in the place of frozen ones, which export as Mul and Add otherwise."""
+    norms = [norm.module for norm in source.inventory().norm_layers]
+    frozen = {id(norm): as_batch_norm(norm) for norm in norms if is_plain_frozen(norm)}
+    before = {id(frozen[id(norm)]): norm for norm in norms if id(norm) in frozen}
+    try:
+        yield swap(source.module, frozen)
+    finally:
+        swap(source.module, before)
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the module, or a copy in this type if it has parameters of another floating-point type."""
+    tensors = (*module.parameters(), *module.buffers())
+    if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
+        return module
+    return copy.deepcopy(module).to(dtype)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """The torch backend: a torch module that can be patched and run."""
 
-import io
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -13,15 +12,18 @@ from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError, first_line
 from bnpatch.core.inventory import FUSED, Inventory, NormFacts, SkippedNorm
-from bnpatch.core.io import atomic_path
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.core.recipe import Recipe, fingerprint
+from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.base import Model, Watch
+from bnpatch.models.fingerprints import is_fused, of_module
+from bnpatch.models.outputs import Output, Sigmoids, tensors_of
 from bnpatch.models.torch_export import patched_graph
-from bnpatch.nn.fused_conv import VirtualNorm, find_fused_convs, forget, is_convolution, recover
+from bnpatch.models.torch_file import save_checkpoint
+from bnpatch.models.torch_state import buffers_of, state_of
+from bnpatch.nn.fused_conv import find_fused_convs, forget, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import NormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
@@ -44,6 +46,7 @@ class TorchModel(Model[NormLayer]):
         amp: compute in half precision where autocast allows it (bfloat16 if gradients are computed).
         notes: what a person should know about how it was loaded.
         train_batch_size: examples per training step and device, or None if the checkpoint does not say it.
+        output: see :class:`~bnpatch.models.base.Model`, as for ``wanted_output``.
         state: see :class:`~bnpatch.models.base.Model`. The first state has the weights of the module, which
             may be patched already, and from ``_state`` what a module does not have.
     """
@@ -62,7 +65,8 @@ class TorchModel(Model[NormLayer]):
     amp: bool = False
     notes: list[str] = field(default_factory=list)
     train_batch_size: int | None = None
-    returns_probabilities: bool | None = None
+    output: Output | None = None
+    wanted_output: str | None = None
     # A field, so that it goes along where dataclasses.replace makes another of this model.
     _state: PatchState = field(default_factory=PatchState, repr=False)
 
@@ -71,38 +75,18 @@ class TorchModel(Model[NormLayer]):
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
         # By id of moments: the moments, and their copy on the device.
         self._statistics: dict[int, tuple[Moments[Any], Moments[Tensor]]] = {}
-        self._state = self._as_patched(self._state)
+        self._state = state_of(self.inventory().norm_layers, self._state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        floats = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floats, torch.float32)
 
     def adopt(self, module: nn.Module) -> None:
         """Take another module in the place of the present one, or the same after its layers were changed."""
         self.module = module.to(self.device)
-        self._state = self._as_patched(PatchState(include_1x1=self._state.include_1x1))
-
-    def _as_patched(self, given: PatchState) -> PatchState:
-        """Return the state of the module; ``given`` has the parts of the statistics that it mixed."""
-        alphas: dict[str, float] = {}
-        lambdas: dict[str, float] = {}
-        slopes: dict[str, float] = {}
-        target, running = dict(given.target), dict(given.running)
-        groups: dict[str, int] = {}
-        include_1x1 = given.include_1x1
-        for norm in self.inventory().norm_layers:
-            alphas[norm.name], slopes[norm.name] = norm.alpha, norm.slope
-            lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
-            if norm.kind == VirtualNorm.__name__:
-                running.setdefault(norm.name, _buffers(norm))
-            if not isinstance(layer := norm.module, ExampleWeightedNorm):
-                continue
-            include_1x1 = include_1x1 or layer.include_1x1
-            if norm.identity == 0 and layer.channels_per_group > 1:
-                groups[norm.name] = layer.channels_per_group
-            if layer.running is None or lambdas[norm.name] or norm.name in running:
-                continue
-            if norm.parameters()[2] is None:
-                running[norm.name] = layer.running
-            else:  # what they were mixed from is not known
-                target[norm.name], lambdas[norm.name] = layer.running, 1.0
-        return PatchState(PatchWeights(alphas, lambdas, slopes), target, running, groups, include_1x1)
+        self._state = state_of(self.inventory().norm_layers, PatchState(include_1x1=self._state.include_1x1))
 
     def inventory(self) -> Inventory[NormLayer]:
         """See :func:`bnpatch.inventory`."""
@@ -129,14 +113,14 @@ class TorchModel(Model[NormLayer]):
         if state.running is before:
             return
         gone, new = before.keys() - state.running.keys(), state.running.keys() - before.keys()
-        waiting = {name for name in new if not self._is_fused(name)}
+        waiting = {name for name in new if not is_fused(self.module, name)}
         self.module = calibrated(self.module, {n: self._on_device(state.running[n]) for n in waiting})
         for name, moments in state.running.items():
-            if self._is_fused(name) and moments is not before.get(name):
+            if is_fused(self.module, name) and moments is not before.get(name):
                 recover(self.module, {name.removesuffix(FUSED): self._on_device(moments)})
         self.module = unpatch(self.module, where=lambda norm: norm.name in gone)
         for name in gone:
-            if self._is_fused(name):
+            if is_fused(self.module, name):
                 forget(self.module, name.removesuffix(FUSED))
 
     def _use(self, state: PatchState) -> None:
@@ -155,14 +139,14 @@ class TorchModel(Model[NormLayer]):
                 source = self._on_device(state.running[norm.name])
             if weight:
                 target = self._on_device(state.target[norm.name])
-                source = mix(weight, target, source or _buffers(norm))
+                source = mix(weight, target, source or buffers_of(norm))
             layer.running = source
 
     def source(self, norm: NormLayer) -> Moments[Tensor]:
         """Return a norm layer's running statistics without lambda: from data if it has some, else its own."""
         if norm.name in self._state.running:
             return self._on_device(self._state.running[norm.name])
-        return _buffers(norm)
+        return buffers_of(norm)
 
     def target(self, norm: NormLayer) -> Moments[Tensor]:
         """Return the re-estimated statistics of a norm layer, on the device."""
@@ -200,9 +184,6 @@ class TorchModel(Model[NormLayer]):
             for norm in self.inventory().norm_layers
         }
 
-    def _is_fused(self, name: str) -> bool:
-        return name.endswith(FUSED) and is_convolution(self.module, name.removesuffix(FUSED))
-
     def fused_convs(self, example: Tensor | None = None) -> tuple[str, ...]:
         """Name the convolutions that a Batch Norm may have been fused into, found by running one input.
 
@@ -228,7 +209,7 @@ class TorchModel(Model[NormLayer]):
         seen: dict[str, list[Moments[Tensor]]] = {}
         modules = {name: self.module.get_submodule(name) for name in names}
         with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
-            self.forward(x)
+            self._returned(x)
         return {name: joined(parts) for name, parts in seen.items()}
 
     @torch.inference_mode()
@@ -246,26 +227,63 @@ class TorchModel(Model[NormLayer]):
             Logits (N, K), or outputs of another shape if the model has them, on its device.
 
         Raises:
-            BnpatchError: the model does not take this input, or returns no tensor.
+            BnpatchError: the model does not take this input, returns no tensor, or several of which none is
+                chosen.
         """
+        output = self.output_for(x)
+        tensors = self._returned(x)
+        if output.name not in tensors:
+            raise BnpatchError(f"{self.name} returned no {output.name} this time", "wrap it so that it does")
+        return output.read(tensors[output.name])
+
+    def classes_of(self, returned: Any) -> Tensor:
+        """Return the logits (N, K) of the classes in what the module returned for a batch in training.
+
+        Some models return auxiliary outputs after the main one then, and the main one alone at inference.
+        """
+        output, tensors = self.output_for(self._blank()), tensors_of(returned)
+        return self.as_classes(output.read(tensors.get(output.name, next(iter(tensors.values())))))
+
+    def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        y = self._run(x)
+        tensors = tensors_of(y)
+        if not tensors:
+            raise BnpatchError(
+                f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor"
+            )
+        return tensors
+
+    def output_names(self, example: Tensor) -> list[str]:
+        """Return the names that the outputs have in an export."""
+        with self.evaluating(), torch.inference_mode():
+            return [name or "output" for name in self._returned(example[:1])]
+
+    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
+        try:
+            with Sigmoids() as sigmoids:
+                tensors = self._returned(x)
+        except BnpatchError:  # compiled code may refuse to run within such a mode
+            return self._returned(x), ()
+        return tensors, {name for name, y in tensors.items() if y in sigmoids}
+
+    def _run(self, x: Tensor) -> Any:
         x = x.to(self.device, non_blocking=True)
         if not x.is_floating_point():
             mean, std = self._mean_and_std()
             x = (x.float() - mean) / std
-        x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
+        x = x.to(self.dtype if any(True for _ in self.module.parameters()) else x.dtype)
         # Gradients use bfloat16, because they would underflow in float16 without a scaled loss.
         dtype = torch.bfloat16 if torch.is_grad_enabled() else None
         with torch.autocast(self.device.type, dtype, enabled=self.amp):
             try:
-                y = self.module(x)
+                return self.module(x)
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise NotEnoughMemoryError(self.device, len(x)) from error
                 raise BnpatchError(
                     f"{self.name} does not take an input of shape {tuple(x.shape)}: {first_line(error)}",
-                    "set --img-size, or look at the data",
+                    "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
                 ) from error
-        return self._as_logits(output_tensor(y))
 
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         """Run a batch as :meth:`forward` does.
@@ -282,6 +300,7 @@ class TorchModel(Model[NormLayer]):
         norms = {
             norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers
         } | uncalibrated(self.module)
+        self.output_for(x)  # before the hooks are there, because it runs inputs of its own
         watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
         with torch.inference_mode(not gradients), watch:
             outputs = self.forward(x)
@@ -314,7 +333,7 @@ class TorchModel(Model[NormLayer]):
                 if isinstance(norm_layer.module, ExampleWeightedNorm)
             }
             with at_inputs(layers, normalize_by):
-                self.forward(x)
+                self._returned(x)
         return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -324,11 +343,6 @@ class TorchModel(Model[NormLayer]):
             mean, std = ((255 * torch.tensor(v)).view(1, -1, 1, 1).to(self.device) for v in values)
             self._normalization = (self.preprocessing, mean, std)
         return self._normalization[1:]
-
-    def _refuse_outputs(self, shape: tuple[int, ...]) -> None:
-        raise BnpatchError(
-            f"{self.name} returns {shape} for one image, not one number per class", "give a classifier"
-        )
 
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, found by running one input.
@@ -350,20 +364,7 @@ class TorchModel(Model[NormLayer]):
         Args:
             running: names of further norms to include, which have no running statistics yet.
         """
-        hashes = {norm.name: self._fingerprint(norm) for norm in self.inventory().norm_layers}
-        waiting = uncalibrated(self.module)
-        hashes |= {n: _fingerprint_uncalibrated(waiting[n]) for n in waiting.keys() & set(running)}
-        return hashes | {name: self._fingerprint_fused(name) for name in running if self._is_fused(name)}
-
-    def _fingerprint(self, norm: NormLayer) -> str:
-        if norm.kind == VirtualNorm.__name__:  # hash the convolution, not the moments, which depend on data
-            return self._fingerprint_fused(norm.name)
-        return _fingerprint(norm.num_channels, norm.parameters())
-
-    def _fingerprint_fused(self, name: str) -> str:
-        convolution: Any = self.module.get_submodule(name.removesuffix(FUSED))
-        parts = (convolution.weight, convolution.bias)
-        return fingerprint(part.detach().float().cpu().numpy() for part in parts)
+        return of_module(self.module, running)
 
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
@@ -405,67 +406,4 @@ class TorchModel(Model[NormLayer]):
             Whether the file loads without ``--unsafe-load``. It does not if the architecture, built by its
             name, does not give this model again, because the module itself is pickled then.
         """
-        content: dict[str, Any] = {
-            "class_names": list(self.class_names) if self.class_names else None,
-            "bnpatch": {"recipe": recipe.to_json(), "preprocessing": self.preprocessing.to_json()},
-        }
-        by_name = self.arch is not None and self._is_built_by(self.arch)
-        if by_name:
-            content["arch"] = str(self.arch)
-            content["state_dict"] = self.module.state_dict()
-        else:
-            content["model"] = self.module
-        buffer = io.BytesIO()
-        torch.save(content, buffer)  # in memory, because torch's file writer hides errors of the disk
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        return by_name
-
-    def _is_built_by(self, arch: Architecture) -> bool:
-        """Tell whether the architecture, built by its name, computes the same with these weights."""
-        plain = PatchState(include_1x1=self.state.include_1x1)
-        twin = replace(self, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
-        try:
-            twin.module.load_state_dict(self.module.state_dict(), strict=False)
-            twin.apply(self.recipe())
-            x = torch.rand(2, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
-            with self.evaluating(), twin.evaluating():
-                own, other = self.predict(x).float().cpu(), twin.predict(x).float().cpu()
-        except (BnpatchError, RuntimeError):
-            return False
-        return own.shape == other.shape and torch.allclose(
-            own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
-        )
-
-
-def output_tensor(y: Any) -> Tensor:
-    """Return the output tensor in the return value of a module, which may be a mapping or a tuple."""
-    if isinstance(y, Mapping):
-        y = next((y[key] for key in ("logits", "out", "output") if key in y), next(iter(y.values()), None))
-    elif isinstance(y, (tuple, list)) and y:
-        y = y[0]
-    elif not isinstance(y, Tensor):
-        y = getattr(y, "logits", y)
-    if not isinstance(y, Tensor):
-        raise BnpatchError(f"the model returns a {type(y).__name__}", "wrap it so that it returns a tensor")
-    return y
-
-
-def _fingerprint(num_channels: int, parameters: Iterable[Tensor | None]) -> str:
-    """Hash gamma, beta, running mean and variance; a missing one counts as the value without effect."""
-    zeros = torch.zeros(num_channels)
-    defaults = (zeros + 1, zeros, zeros, zeros + 1)
-    parts = (default if p is None else p for p, default in zip(parameters, defaults, strict=True))
-    return fingerprint(part.detach().float().cpu().numpy() for part in parts)
-
-
-def _fingerprint_uncalibrated(norm: Any) -> str:
-    num_channels = getattr(norm, "num_channels", None) or norm.num_features  # Group Norm, Batch Norm
-    return _fingerprint(num_channels, (norm.weight, norm.bias, None, None))
-
-
-def _buffers(norm: NormLayer) -> Moments[Tensor]:
-    _, _, mean, var = norm.parameters()
-    assert mean is not None  # callers use the running statistics of the state for norms without buffers
-    assert var is not None
-    return Moments(mean.detach(), var.detach())
+        return save_checkpoint(self, path, recipe)

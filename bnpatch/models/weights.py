@@ -218,6 +218,11 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     return chosen, note
 
 
+def without_extras(state_dict: StateDict) -> StateDict:
+    """Return the tensors that are not, by their names, losses, metrics or copies of the model."""
+    return {key: t for key, t in state_dict.items() if not any(map(_is_extra, key.split(".")))}
+
+
 def _group(key: str, prefix: str) -> str:
     inside = prefix and key.startswith(f"{prefix}.")
     first = key.removeprefix(f"{prefix}.").split(".")[0] if inside else key.split(".")[0]

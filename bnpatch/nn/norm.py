@@ -14,8 +14,9 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from bnpatch.core.errors import BnpatchWarning, check_alpha, check_slope
+from bnpatch.core.errors import BnpatchError, BnpatchWarning, check_alpha, check_slope
 from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
 
 # For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
@@ -250,6 +251,11 @@ class ExampleWeightedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, *spatial), then apply ``drop`` and ``act`` if there are any."""
+        if _is_traced(x):
+            raise BnpatchError(
+                "torch.fx can't trace a patched layer, which looks at the shapes of its input",
+                "trace the model (or extract its features) before patching, and patch the result",
+            )
         if self._is_plain(x):
             y: Tensor = self.as_origin().forward(x)
             return y
@@ -263,6 +269,12 @@ class ExampleWeightedNorm(nn.Module):
             slope = 0.0 if self._is_constant or isinstance(alpha, float) else self._slope
             y = weighted_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group, slope)
         return self.finish(y)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse, when ``torch.jit.script`` asks for a form that it can compile."""
+        raise BnpatchError(
+            "torch.jit.script can't compile a patched layer", "use torch.jit.trace, or torch.export"
+        )
 
     def check_input(self, x: Tensor) -> None:
         """Raise the original's error if ``x`` has the wrong rank."""
@@ -436,6 +448,10 @@ def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
     """
     is_learned = running.mean.requires_grad or running.var.requires_grad
     return not is_learned and (weight is None or weight.dtype == running.mean.dtype)
+
+
+def _is_traced(x: object) -> bool:
+    return isinstance(x, Proxy)
 
 
 def _has_single_values(x: Tensor) -> bool:

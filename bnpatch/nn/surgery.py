@@ -1,8 +1,9 @@
 """Find the normalization layers of a torch model, and swap them for layers that weight the example.
 
 The exact class of a layer decides. A subclass may do anything in its forward, so a class that is not in the
-tables below is skipped, with a reason. The tables name classes instead of importing them, so that bnpatch
-loads timm and torchvision only if the model uses them.
+tables below is skipped, with a reason, unless it is seen to compute a frozen Batch Norm
+(:mod:`bnpatch.nn.frozen_norm`). The tables name classes instead of importing them, so that bnpatch loads timm
+and torchvision only if the model uses them.
 """
 
 import re
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
+from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm
 from bnpatch.nn.norm import ExampleWeightedNorm
 
 _TORCH = "torch.nn.modules"
@@ -205,7 +207,7 @@ def patch(
             swaps[id(norm_layer.module)] = ExampleWeightedNorm.take_over(
                 norm_layer.module,
                 alphas.get(norm_layer.name, 0.0),
-                always_inference=CONVERTIBLE[_qualified_name(type(norm_layer.module))],
+                always_inference=CONVERTIBLE.get(_qualified_name(type(norm_layer.module)), True),
                 include_1x1=bool(include_1x1),
                 slope=slopes.get(norm_layer.name, 0.0),
             )
@@ -304,7 +306,10 @@ def _why_not(module: Any) -> str | None:
     if name in LEFT_ALONE:
         return LEFT_ALONE[name]
     if name not in CONVERTIBLE:
-        return _why_not_unknown(module)
+        eps = epsilon_of_frozen_norm(module)
+        if eps is None:
+            return _why_not_unknown(module)
+        module.eps = eps  # some have it in their code alone
     if module.running_mean is None or module.running_var is None:
         return NEEDS_CALIBRATION
     if "forward" in vars(module):

@@ -17,6 +17,9 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 Array = NDArray[Any]
 
+#: Operators that normalize by moments.
+NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
+
 #: The most elements of a constant that is computed. No parameter of a norm and no shape is larger, but a
 #: damaged file may ask for any amount of memory.
 _MOST_ELEMENTS = 1 << 24

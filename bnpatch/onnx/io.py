@@ -15,22 +15,25 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, TopologicalSortPass
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import temporary_folder
 from bnpatch.core.leftovers import without_temporary
+from bnpatch.onnx.inference import NORMS
 
 #: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
 EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything that is no tensor
 
 _OLDEST_OPSET = 7  # in older opsets, operators broadcast by other rules
-_NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
 _SMALL = 1024  # bytes; a tensor up to this size stays in the model file
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read a model and check it. Tensors in external files are mapped into memory, not copied.
+
+    Nodes are sorted so that each comes after those that it reads. Some tools, such as converters to float16
+    that keep the types of inputs and outputs, append nodes at the end instead.
 
     Calls of model-local functions that contain norms are inlined (:func:`inline_norms`).
 
@@ -44,12 +47,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         _check_text(proto)
         model = ir.from_proto(proto)
+        was_sorted = not TopologicalSortPass()(model).modified
         external = [tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
     except Exception as error:  # the library raises errors of many types for a damaged file
         raise _not_valid(file, error) from error
     _open_external_data(file, model, external)
-    try:  # the checker finds external data only if it gets the path
-        onnx.checker.check_model(str(file) if external else proto)
+    try:
+        if was_sorted:  # the checker finds external data only if it gets the path
+            onnx.checker.check_model(str(file) if external else proto)
+        elif not external:
+            onnx.checker.check_model(ir.to_proto(model))
         for tensor in _tensors(model):
             tensor.numpy()  # raises if there are fewer numbers than the shape says; the checker does not
     except Exception as error:  # ValidationError, and errors of other types in the checker itself
@@ -248,6 +255,6 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 def _contains_norm(function: ir.Function) -> bool:
     return any(
-        node.domain in ("", "ai.onnx") and node.op_type in _NORMS
+        node.domain in ("", "ai.onnx") and node.op_type in NORMS
         for node in ir.traversal.RecursiveGraphIterator(function)
     )

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.onnx.group_norm import find_exported_group_norm
-from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
+from bnpatch.onnx.inference import NORMS, Array, Dims, TensorType, constant_of, infer_types, names_of
 
 #: Part of the name of every node and value that a rewrite adds.
 MARK = "/bnpatch/"
@@ -97,8 +97,16 @@ class NormLayer:
 
         It is False for a Batch Norm that pools channels, because the pooled values have a variance.
         """
-        has_variance = self.channels_per_group > 1 and self.identity == 0
-        return not has_variance and all(size == 1 for size in self.dims[2:])
+        return not self._pools_channels and all(size == 1 for size in self.dims[2:])
+
+    @property
+    def may_have_single_values(self) -> bool:
+        """Whether an example may have one value per channel, because the graph leaves its size open."""
+        return not (self._pools_channels or any(isinstance(n, int) and n != 1 for n in self.dims[2:]))
+
+    @property
+    def _pools_channels(self) -> bool:
+        return self.channels_per_group > 1 and self.identity == 0
 
 
 def inventory(model: ir.Model) -> Inventory[NormLayer]:
@@ -135,7 +143,7 @@ def _judge(
 ) -> NormLayer | SkippedNorm | None:
     if node.domain not in ("", "ai.onnx"):
         return None
-    if node.op_type not in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
+    if node.op_type not in NORMS:
         return None
     kind = node.op_type
     try:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import Inventory, SkippedNorm
 from bnpatch.core.moments import Moments
-from bnpatch.onnx.expressions import Tape
+from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import append_batch_norm, append_norm
 from bnpatch.onnx.inference import Array
 from bnpatch.onnx.match import MARK, NormLayer, inventory
@@ -147,6 +147,8 @@ def rewrite(
             slope = slope_inputs.get(norm_layer.name, slope_by_norm.get(norm_layer.name, 0.0))
             if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
                 options["slope"] = slope
+            if norm_layer.may_have_single_values and not include_1x1:
+                alpha = _unless_single_values(tape, norm_layer, alpha)
             result = append(tape, norm_layer, norm_moments, alpha, **options)
         _replace(norm_layer, tape, result)
     left = tuple(
@@ -262,6 +264,17 @@ def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[st
     graph.inputs.append(value)
     graph.register_initializer(value)
     return value
+
+
+def _unless_single_values(tape: Tape, norm_layer: NormLayer, alpha: float | ir.Value) -> ir.Value:
+    """Append nodes that return alpha, or the identity if an example has one value per channel at run time."""
+    sizes = Value(tape, tape.op("Shape", norm_layer.input, dtype=ir.DataType.INT64)).cast(ir.DataType.FLOAT)
+    spatial = tape.constant(np.arange(2, len(norm_layer.dims)), ir.DataType.INT64)
+    count = tape.op("ReduceProd", tape.op("Gather", sizes.value, spatial, dtype=sizes.dtype), keepdims=0)
+    more_than_one = tape.op("Min", (Value(tape, count) - 1.0).value, tape.constant(1.0, ir.DataType.FLOAT))
+    weight = Value(tape, alpha) if isinstance(alpha, ir.Value) else alpha
+    gated = Value(tape, more_than_one) * (weight - norm_layer.identity) + norm_layer.identity
+    return gated.value
 
 
 def _names(model: ir.Model) -> set[str]:

@@ -1,53 +1,51 @@
 """Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.onnx import io
+from bnpatch.onnx.inference import NORMS, infer_types
 
-_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Cast")
+_PASSED_THROUGH = ("Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Slice", "Gather")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The input and the output of a graph.
+    """The input and the outputs of a graph.
 
     Attributes:
         input: name of the image input.
         dtype: NumPy type of the input; bytes mean that the graph normalizes images itself.
         channels_last: whether the input is (N, H, W, C).
-        size: (channels, height, width) of the input, None for what the graph leaves open.
+        size: (channels, *spatial) of the input, with None for what the graph leaves open; images have
+            (channels, height, width).
         batch: number of images that the graph takes at a time, None for any.
-        output: name of the output that bnpatch reads.
-        is_probability: whether the output comes from a Softmax; bnpatch then takes its logarithm as logits.
+        outputs: by name of output, the operator that computes it, past those that only rearrange it.
     """
 
     input: str
     dtype: npt.DTypeLike
     channels_last: bool
-    size: tuple[int | None, int | None, int | None]
+    size: tuple[int | None, ...]
     batch: int | None
-    output: str
-    is_probability: bool
+    outputs: Mapping[str, str]
 
 
-def read_signature(model: ir.Model, output: str | None = None) -> Signature:
+def read_signature(model: ir.Model) -> Signature:
     """Read the signature of a graph.
 
-    Args:
-        model: the graph.
-        output: name of the output to read; the first output by default.
-
     Raises:
-        BnpatchError: the graph doesn't take one batch of images, or has no output of this name.
+        BnpatchError: the graph doesn't take one batch of images.
     """
     graph = model.graph
     inputs = [value for value in graph.inputs if not value.is_initializer()]
@@ -58,28 +56,20 @@ def read_signature(model: ir.Model, output: str | None = None) -> Signature:
         )
     dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
     dtype = inputs[0].dtype
-    if dtype is None or (inputs[0].shape is not None and len(dims) != 4):
+    if dtype is None or (inputs[0].shape is not None and len(dims) not in (3, 4, 5)):
         raise BnpatchError(
             f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
-            "give a graph that takes images (N, C, H, W)",
+            "give a graph that takes images (N, C, H, W), or (N, C, L) or (N, C, D, H, W)",
         )
-    dims = dims or [None] * 4
-    channels_last = dims[3] in (1, 3) and dims[1] not in (1, 3)
-    batch, *rest = dims
-    height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
-    outputs = {value.name: value for value in graph.outputs}
-    if output is not None and output not in outputs:
-        names = ", ".join(str(name) for name in outputs)
-        raise BnpatchError(f"the graph has no output {output!r}", f"choose --output-name among {names}")
-    chosen = outputs[output] if output is not None else graph.outputs[0]
+    batch, *size = dims or [None] * 4
+    channels_last = len(size) == 3 and size[2] in (1, 3) and size[0] not in (1, 3)
     return Signature(
         input=inputs[0].name or "",
         dtype=dtype.numpy(),
         channels_last=channels_last,
-        size=(channels, height, width),
+        size=(size[2], *size[:2]) if channels_last else tuple(size),
         batch=batch,
-        output=chosen.name or "",
-        is_probability=_is_probability(chosen),
+        outputs={value.name or "": _last_operator(value) for value in graph.outputs},
     )
 
 
@@ -100,7 +90,7 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
     if provider not in onnxruntime.get_available_providers():
         raise BnpatchError(f"this onnxruntime has no provider for {device.type}", "use --device cpu")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only; onnxruntime raises them as well
+    options.log_severity_level = 4  # fatal ones only: onnxruntime raises errors as well as writing them
     options.intra_op_num_threads = threads or 0
     with tempfile.TemporaryDirectory() as folder:
         path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
@@ -112,6 +102,37 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "try a newer onnxruntime",
             ) from error
+
+
+def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> None:
+    """Run a graph on a blank input, and write into it the ranks and types of norm inputs that it leaves open.
+
+    Shape inference ends at operators that it does not know, and at shapes that are computed at run time. The
+    graph stays as it is if nothing is missing, or if it does not run.
+
+    Args:
+        model: the graph.
+        signature: its signature.
+        size: (channels, *spatial) of the input.
+    """
+    types = infer_types(model)
+    inputs = [node.inputs[0] for node in model.graph if node.op_type in NORMS and node.inputs]
+    unknown = {v.name: v for v in inputs if v is not None and not types[id(v)].dims and v.name}
+    if not unknown:
+        return
+    looked = model.clone()
+    values = {value.name: value for node in looked.graph for value in node.outputs}
+    looked.graph.outputs.extend(values[name] for name in unknown if not values[name].is_graph_output())
+    x = np.zeros((signature.batch or 1, *size), signature.dtype)
+    try:
+        session = open_session(looked, torch.device("cpu"))
+        feed = np.ascontiguousarray(np.moveaxis(x, 1, -1) if signature.channels_last else x)
+        arrays = session.run(list(unknown), {signature.input: feed})
+    except Exception:  # the norms are skipped then, with the reason that their rank is not known
+        return
+    for value, array in zip(unknown.values(), arrays, strict=True):
+        value.shape = ir.Shape([None] * array.ndim)
+        value.dtype = ir.DataType.from_numpy(array.dtype)
 
 
 def _with_open_dimensions(model: ir.Model) -> ir.Model:
@@ -127,9 +148,9 @@ def _with_open_dimensions(model: ir.Model) -> ir.Model:
     return model
 
 
-def _is_probability(value: ir.Value) -> bool:
-    """Tell whether the value comes from a Softmax, perhaps through operators that only rearrange it."""
+def _last_operator(value: ir.Value) -> str:
+    """Return the type of the operator that computes a value, past those that only rearrange it."""
     node = value.producer()
     while node is not None and node.op_type in _PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node is not None and node.op_type == "Softmax"
+    return node.op_type if node is not None else ""

@@ -92,11 +92,11 @@ class LabelledObjective:
         count = sum(len(batch.indices) for batch in batches)
         for batch in batches:
             targets = batch.targets.to(model.device, non_blocking=True)
-            yield self._total_loss(model.forward(batch.x), targets) / count
+            yield self._total_loss(model, model.forward(batch.x), targets) / count
 
-    def _total_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _total_loss(self, model: Model[Any], outputs: Tensor, targets: Tensor) -> Tensor:
         if self.metric.of_classes:
-            return F.cross_entropy(outputs.float(), targets, reduction="sum")
+            return F.cross_entropy(model.as_classes(outputs).float(), targets, reduction="sum")
         return -self.metric.sign * self.metric.score(outputs, targets).float().sum()
 
 
@@ -145,7 +145,8 @@ class LabelFreeObjective:
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
         with model.evaluating():
             for batch in examples.batches(self.batch_size, indices):
-                logits, moments = model.observe(batch.x)
+                outputs, moments = model.observe(batch.x)
+                logits = model.as_classes(outputs)
                 parts.append((logits, moments))
                 for metric in self.metrics:
                     by_example[metric.name].append(score(metric, logits, batch.targets.to(logits.device)))
@@ -179,12 +180,13 @@ class LabelFreeObjective:
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The loss of all batches as one set, in one part."""
         if len(batches) == 1:
-            parts = [model.observe(batches[0].x, gradients=True)]
+            seen = [model.observe(batches[0].x, gradients=True)]
         else:  # the backward pass runs each again: not all activations fit into memory
-            parts = [
+            seen = [
                 checkpoint(model.observe, batch.x, True, use_reentrant=False, preserve_rng_state=False)
                 for batch in batches
             ]
+        parts = [(model.as_classes(outputs), moments) for outputs, moments in seen]
         yield self.step(_as_one(model, parts), self.norm_layers)
 
 

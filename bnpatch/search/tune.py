@@ -24,6 +24,7 @@ from bnpatch.evaluation.metrics import (
     ScoreFunction,
     paired_difference,
 )
+from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
 from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, kept
@@ -174,6 +175,8 @@ def _run(
             is_candidate = not before.computes_like(found)
             decision = decide(chosen.name if is_candidate else None, evidence, shifted, metrics)
             state = found if decision.is_recommended else before
+            if decision.verdict.classes is not None:
+                warn_if_permuted(decision.verdict.classes[1], decision.verdict.classes[0], model.class_names)
             if shifted is not None:
                 searches.notes.append(_robustness_note(metrics[0], shifted))
             result = TuneResult(
@@ -293,6 +296,7 @@ def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> di
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         "architecture": str(model.arch) if model.arch else None,
+        "output": model.output.name if model.output else None,
         "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
         "data": {
             "name": named(data),

@@ -38,7 +38,7 @@ def test_folders_named_by_index_may_be_few():
 
 def test_other_names_than_the_models_are_taken_in_order_with_a_warning():
     with pytest.warns(BnpatchWarning, match="'x' is not among the model's class names"):
-        assert targets(["x", "y"], 2, ("a", "b")) == {"x": 0, "y": 1}
+        assert targets(["a", "x"], 2, ("a", "b")) == {"a": 0, "x": 1}
 
 
 @pytest.mark.parametrize("folders", [["a", "b"], ["a", "b", "c", "d"], ["12"]])

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import bnpatch
+from bnpatch.core.errors import BnpatchError
+from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.engine import _may_leave_out_parameters
 
 
@@ -76,3 +78,13 @@ def test_a_model_that_can_not_be_asked_may_leave_out_parameters():
     module = Branches()
     module.cached = module.head.weight * 2  # torch copies no such tensor
     assert may_leave_out(module)
+
+
+def test_a_batch_of_one_example_is_no_defect():
+    """Its pooled map has one value per channel, of which no norm can compute a variance."""
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    model = bnpatch.load(pooled, device="cpu", preprocessing={"img_size": 4})
+    x = np.random.default_rng(0).normal(size=(8, 3, 4, 4)).astype(np.float32)
+    examples = bnpatch.open_examples((x, np.arange(8) % 2), model)
+    with pytest.raises(BnpatchError, match=r"a batch has one example only .*; raise --batch-size"):
+        bnpatch.fine_tune(model, examples, examples, FineTuneSettings(batch_size=1, epochs=1))

@@ -44,6 +44,23 @@ def test_a_model_comes_back_as_it_was(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
 
 
+def test_nodes_in_any_order_are_sorted(tmp_path):
+    """Converters to float16 that keep the types of inputs and outputs append the casts at the end."""
+    nodes = [
+        batch_norm(("a", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"), "b"),
+        helper.make_node("Cast", ["b"], ["y"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Cast", ["x"], ["a"], to=onnx.TensorProto.FLOAT16),
+    ]
+    proto = model(nodes, parameters(dtype=np.float16))
+    graph = load(write(tmp_path / "m.onnx", proto))
+    assert [node.op_type for node in graph.graph] == ["Cast", "BatchNormalization", "Cast"]
+    assert len(inventory(graph).norm_layers) == 1
+    assert run(graph, example(2, 6, 5, 4)).shape == (2, 6, 5, 4)
+    del proto.graph.node[2]  # then nothing computes what the norm reads
+    with pytest.raises(BnpatchError, match="not a valid ONNX model"):
+        load(write(tmp_path / "m.onnx", proto))
+
+
 def test_functions_with_norms_are_inlined(tmp_path):
     graph = load(write(tmp_path / "m.onnx", in_function()))
     assert [norm_layer.name for norm_layer in inventory(graph).norm_layers] == ["one", "two"]

@@ -1,0 +1,153 @@
+"""Recognize the architectures of timm and torchvision in weights whose tensors have other names.
+
+Projects write ResNets, EfficientNets and others anew, or wrap them, and name the tensors as they like. Their
+state dicts still list the tensors in the order in which the model uses them. An architecture fits if every
+tensor has the same role (weight, bias, running mean or variance) and the same shape at the same place.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from bnpatch.models.architecture import Architecture, is_optional, known_names
+
+StateDict = Mapping[str, Tensor]
+
+# Architectures that people write anew, and how many tensors each has, so that few of them have to be built.
+_TENSORFLOW = {  # efficientnet_pytorch pads as these do
+    "timm:tf_efficientnet_": (
+        "b0 311 b1 439 b2 439 b3 496 b4 610 b5 738 b6 852 b7 1037 lite0 247 lite1 322 lite2 322 "
+        "lite3 367 lite4 457"
+    )
+}
+_OTHERS = {
+    "torchvision:": (
+        "resnet18 102 resnet34 182 resnet50 267 resnet101 522 resnet152 777 wide_resnet50_2 267 "
+        "resnext50_32x4d 267 mobilenet_v2 262 vgg11_bn 54 vgg13_bn 66 vgg16_bn 84 vgg19_bn 102 "
+        "densenet121 606 googlenet 305 shufflenet_v2_x1_0 282 mnasnet1_0 262"
+    ),
+    "timm:": (
+        "efficientnet_b0 311 mobilenetv3_large_100 266 mobilenetv2_100 262 regnety_040 445 regnetx_040 372"
+    ),
+}
+_HEAD = 2  # tensors of a linear classifier: weight and bias
+
+# Names of the branch of a residual block that is listed before the others in some projects, after in others.
+_SHORTCUTS = re.compile(r"shortcut|downsample|identity|skip|projection")
+
+# Names in Hugging Face's library, which stores tensors by name and not in their order, and those here.
+_STAGE = r"encoder\.stages\.(?P<s>\d+)\.layers\.(?P<l>\d+)"
+_UNIT = r"(?P<kind>convolution|normalization)"
+_HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
+    "resnet.": (
+        (rf"resnet\.embedder\.embedder\.{_UNIT}", "{conv_or_bn}1"),
+        (rf"resnet\.{_STAGE}\.shortcut\.{_UNIT}", "layer{stage}.{l}.downsample.{zero_or_one}"),
+        (rf"resnet\.{_STAGE}\.layer\.(?P<k>\d+)\.{_UNIT}", "layer{stage}.{l}.{conv_or_bn}{number}"),
+        (r"classifier\.1", "fc"),
+    ),
+    "regnet.": (
+        (rf"regnet\.embedder\.embedder\.{_UNIT}", "stem.{conv_or_bn}"),
+        (rf"regnet\.{_STAGE}\.shortcut\.{_UNIT}", "s{stage}.b{layer}.downsample.{conv_or_bn}"),
+        (rf"regnet\.{_STAGE}\.layer\.2\.attention\.(?P<k>\d+)", "s{stage}.b{layer}.se.fc{half}"),
+        (rf"regnet\.{_STAGE}\.layer\.(?P<k>\d+)\.{_UNIT}", "s{stage}.b{layer}.conv{up_to_3}.{conv_or_bn}"),
+        (r"classifier\.1", "head.fc"),
+    ),
+}
+
+
+def of_hugging_face(state_dict: StateDict) -> dict[str, Tensor] | None:
+    """Return weights of a ResNet or RegNet of Hugging Face's library under timm's names, or None."""
+    for prefix, rules in _HUGGING_FACE.items():
+        if any(key.startswith(prefix) for key in state_dict):
+            renamed = {_by_rule(key, rules): tensor for key, tensor in state_dict.items()}
+            return None if None in renamed else {key: t for key, t in renamed.items() if key is not None}
+    return None
+
+
+def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
+    module, _, role = key.rpartition(".")
+    for pattern, name in rules:
+        if match := re.fullmatch(pattern, module):
+            found = match.groupdict()
+            stage, layer, k = (int(found.get(group) or 0) for group in ("s", "l", "k"))
+            is_norm = found.get("kind") == "normalization"
+            return f"{name}.{role}".format(
+                l=layer, stage=stage + 1, layer=layer + 1, number=k + 1,
+                up_to_3=min(k + 1, 3), half=k // 2 + 1,
+                conv_or_bn="bn" if is_norm else "conv", zero_or_one=int(is_norm),
+            )  # fmt: skip
+    return None
+
+
+def in_order_of_use(state_dict: StateDict) -> tuple[Architecture, dict[str, Tensor]] | None:
+    """Find an architecture with the same tensors in the same order, and give the weights its names.
+
+    Returns:
+        The architecture, whose :attr:`~bnpatch.models.architecture.Architecture.also` names others that fit;
+        and the weights by its names. None if no architecture fits.
+    """
+    given = _ordered(state_dict)
+    fits: list[tuple[Architecture, dict[str, Tensor]]] = []
+    has_head = [tensor.ndim for tensor in list(given.values())[-_HEAD:]] == [2, 1]
+    for library, name, count in candidates("_conv_stem" in next(iter(given), "")):
+        if not has_head and library == "torchvision":  # it builds no model without a classifier
+            library = "timm"
+        if len(given) != count - (0 if has_head else _HEAD) or name not in known_names(library):
+            continue
+        arch = Architecture(library, name)
+        if (found := _matched(arch, _ordered(arch.sketch().state_dict()), given)) is not None:
+            fits.append(found)
+    if not fits:
+        return None
+    arch, weights = fits[0]
+    return replace(arch, also=tuple(str(other) for other, _ in fits[1:])), weights
+
+
+def candidates(is_tensorflow: bool = False) -> Iterator[tuple[str, str, int]]:
+    """Yield the architectures to try: library, name, number of tensors."""
+    for group in (_TENSORFLOW, _OTHERS) if is_tensorflow else (_OTHERS, _TENSORFLOW):
+        for prefix, members in group.items():
+            words = members.split()
+            for name, count in zip(words[::2], words[1::2], strict=True):
+                library, _, start = prefix.partition(":")
+                yield library, start + name, int(count)
+
+
+def _ordered(state_dict: StateDict) -> dict[str, Tensor]:
+    """Return the tensors in order, with the shortcut of each residual block after its other branch."""
+    keys = [key for key in state_dict if not is_optional(key)]
+    blocks = {}
+    for key in keys:
+        parts = key.split(".")
+        at = next((i for i, part in enumerate(parts) if _SHORTCUTS.search(part)), None)
+        if at is not None:
+            blocks[".".join(parts[:at]) + "."] = at
+    first: dict[str, int] = {}
+
+    def place(index: int) -> tuple[int, bool, int]:
+        key = keys[index]
+        block = next((block for block in blocks if key.startswith(block)), key)
+        is_shortcut = block != key and bool(_SHORTCUTS.search(key.removeprefix(block).split(".")[0]))
+        return first.setdefault(block, index), is_shortcut, index
+
+    return {keys[index]: state_dict[keys[index]] for _, _, index in sorted(map(place, range(len(keys))))}
+
+
+def _matched(
+    arch: Architecture, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> tuple[Architecture, dict[str, Tensor]] | None:
+    """Return the architecture with its numbers of classes and channels, and the renamed weights, or None."""
+    if len(given) not in (len(own), len(own) - _HEAD):
+        return None
+    pairs = list(zip(own, given, strict=False))
+    for place, (mine, theirs) in enumerate(pairs):
+        same = own[mine].shape == given[theirs].shape
+        is_stem = place == 0 and own[mine][:, 0].shape == given[theirs][:, 0].shape
+        is_head = place >= len(own) - _HEAD and own[mine].shape[1:] == given[theirs].shape[1:]
+        if mine.rsplit(".")[-1] != theirs.rsplit(".")[-1] or not (same or is_stem or is_head):
+            return None
+    num_classes = given[pairs[-1][1]].shape[0] if len(given) == len(own) else 0
+    found = replace(arch, num_classes=num_classes, in_chans=given[pairs[0][1]].shape[1])
+    return found, {mine: given[theirs] for mine, theirs in pairs}

@@ -1,0 +1,57 @@
+"""Write a patched torch model as a checkpoint."""
+
+import io
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.io import atomic_path
+from bnpatch.core.patch import PatchState
+from bnpatch.core.recipe import Recipe
+from bnpatch.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from bnpatch.models.torch_model import TorchModel
+
+
+def save_checkpoint(model: "TorchModel", path: str | os.PathLike[str], recipe: Recipe) -> bool:
+    """Write a checkpoint of a model, see :meth:`bnpatch.models.torch_model.TorchModel.save`."""
+    content: dict[str, Any] = {
+        "class_names": list(model.class_names) if model.class_names else None,
+        "bnpatch": {
+            "recipe": recipe.to_json(),
+            "preprocessing": model.preprocessing.to_json(),
+            "output": model.output.name if model.output else model.wanted_output,
+        },
+    }
+    by_name = model.arch is not None and _is_built_by(model, model.arch)
+    if by_name:
+        content["arch"] = str(model.arch)
+        content["state_dict"] = model.module.state_dict()
+    else:
+        content["model"] = model.module
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # in memory, because torch's file writer hides errors of the disk
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+    return by_name
+
+
+def _is_built_by(model: "TorchModel", arch: Architecture) -> bool:
+    """Tell whether the architecture, built by its name, computes the same with these weights."""
+    plain = PatchState(include_1x1=model.state.include_1x1)
+    twin = replace(model, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
+    try:
+        twin.module.load_state_dict(model.module.state_dict(), strict=False)
+        twin.apply(model.recipe())
+        x = torch.rand(2, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
+        with model.evaluating(), twin.evaluating():
+            own, other = model.predict(x).float().cpu(), twin.predict(x).float().cpu()
+    except (BnpatchError, RuntimeError):
+        return False
+    return own.shape == other.shape and torch.allclose(
+        own, other, rtol=1e-2, atol=1e-2 * own.abs().max().item()
+    )

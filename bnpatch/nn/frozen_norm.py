@@ -1,0 +1,69 @@
+"""Recognize Batch Norm with frozen statistics that projects wrote themselves, such as that of DETR.
+
+Such a module has tensors ``weight``, ``bias``, ``running_mean`` and ``running_var`` of one size and a forward
+of its own. Its name proves nothing, so it is compared with the formula on random inputs.
+"""
+
+import copy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnpatch.nn.hooks import in_evaluation_mode
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_EPSILONS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-12, 0.0)  # of modules that have it in their code alone
+_ROUNDING = 1e-9  # relative, in double precision
+
+# A comparison per module is enough, and an inventory asks often.
+_found: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+
+
+def epsilon_of_frozen_norm(module: nn.Module) -> float | None:
+    """Return the eps with which a module computes a frozen Batch Norm in every mode; None if it does not."""
+    tensors = {**module._parameters, **module._buffers}
+    parts = [tensors.get(name) for name in _TENSORS]
+    if any(part is None or part.ndim != 1 for part in parts) or any(True for _ in module.children()):
+        return None
+    if module not in _found:
+        _found[module] = _compared(module)
+    return _found[module]
+
+
+def _compared(module: nn.Module) -> float | None:
+    try:
+        twin: Any = copy.deepcopy(module).cpu().double()
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(2, len(twin.weight), 3, 4, dtype=torch.float64, generator=random)
+        with torch.no_grad(), in_evaluation_mode(twin):
+            y: Tensor = twin(x)
+            in_training: Tensor = twin.train()(x)
+        if not torch.equal(y, in_training):
+            return None
+        w, b, mean, var = (getattr(twin, name).detach().view(1, -1, 1, 1) for name in _TENSORS)
+    except Exception:  # the code of a user's module may raise anything
+        return None
+    own = getattr(module, "eps", None)
+    for eps in [own] if isinstance(own, float) else _EPSILONS:
+        expected = (x - mean) * w / (var + eps).sqrt() + b
+        if y.shape == x.shape and torch.allclose(y, expected, rtol=_ROUNDING, atol=_ROUNDING):
+            return eps
+    return None
+
+
+def is_plain_frozen(module: nn.Module) -> bool:
+    """Tell whether a norm layer is a frozen Batch Norm without an activation, of torchvision or a project."""
+    return not isinstance(module, _BatchNorm) and epsilon_of_frozen_norm(module) is not None
+
+
+def as_batch_norm(module: nn.Module) -> nn.Module:
+    """Return a Batch Norm with the tensors of a frozen one, which an exporter recognizes."""
+    frozen: Any = module
+    norm = nn.BatchNorm2d(len(frozen.running_mean), eps=frozen.eps).eval()
+    with torch.no_grad():
+        norm.weight, norm.bias = (nn.Parameter(part.detach()) for part in (frozen.weight, frozen.bias))
+    norm.running_mean, norm.running_var = frozen.running_mean, frozen.running_var
+    return norm
