@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.data.dataset import Examples, split
+from bnpatch.data.dataset import Examples, Indices, split
 from bnpatch.evaluation.metrics import METRICS
 from bnpatch.finetune.checkpoint import Epoch, difference
 from bnpatch.finetune.config import FineTuneSettings
@@ -137,27 +137,8 @@ def by_search(
         trial.suggest_categorical("norm", list(names))
         if norm_layers and trial.suggest_categorical("decays", [False, True]):
             trial.suggest_float("decay", min(decays), max(decays), log=True)
-
-        def on_epoch(epoch: Epoch) -> None:
-            trial.report(epoch.score(settings.metric), epoch.epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            result = train(
-                replace(model, module=copy.deepcopy(model.module)),
-                examples,
-                examples,
-                replace(choice(trial.params).settings(settings), epochs=epochs, patience=None),
-                subset=subset,
-                selection=selection,
-                on_epoch=on_epoch,
-                progress=progress,
-            )
-        except NotFiniteLossError:
-            trial.set_user_attr(_DIVERGED, True)  # to tell it from a run that was interrupted
-            raise
-        return result.best.score(settings.metric)
+        run = replace(choice(trial.params).settings(settings), epochs=epochs, patience=None)
+        return _score_of_run(trial, model, examples, run, (subset, selection), progress)
 
     def told(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         is_complete = trial.state == TrialState.COMPLETE  # a pruned one has a value too
@@ -177,6 +158,43 @@ def by_search(
     best = choice(study.best_params)
     reason = f"best of {trials} runs of {epochs} epochs, {settings.metric} {metric.format(study.best_value)}"
     return replace(best, reasons=(f"{_describe(best)}: {reason}",))
+
+
+def _score_of_run(
+    trial: optuna.Trial,
+    model: TorchModel,
+    examples: Examples,
+    settings: FineTuneSettings,
+    parts: tuple[Indices, Indices],
+    progress: Callable[[str, int, int], None],
+) -> float:
+    """Train a copy of the model on the first part, and return its best score on the second.
+
+    Raises:
+        TrialPruned: the run is worse than the median after some epoch.
+        NotFiniteLossError: the run diverged; the trial remembers it.
+    """
+
+    def on_epoch(epoch: Epoch) -> None:
+        trial.report(epoch.score(settings.metric), epoch.epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        result = train(
+            replace(model, module=copy.deepcopy(model.module)),
+            examples,
+            examples,
+            settings,
+            subset=parts[0],
+            selection=parts[1],
+            on_epoch=on_epoch,
+            progress=progress,
+        )
+    except NotFiniteLossError:
+        trial.set_user_attr(_DIVERGED, True)  # to tell it from a run that was interrupted
+        raise
+    return result.best.score(settings.metric)
 
 
 def _opened(

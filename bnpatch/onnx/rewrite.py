@@ -7,6 +7,7 @@ that is at its identity, so that a runtime fuses it as before.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +26,22 @@ Append = Callable[..., ir.Value]
 
 AlphaInputs = Literal["global", "per-site"]
 
-_AT_IDENTITY = "its alpha is at identity"
-_SINGLE_VALUE = "an example has one value per channel here, so it would mostly shrink the signal"
+
+class _Use(Enum):
+    """What becomes of a norm layer; all but the first two leave it as it is."""
+
+    WEIGHTED = auto()
+    MOVED = auto()  # Batch Norm that does not weight the example, but gets other running statistics
+    UNNAMED = auto()
+    AT_IDENTITY = auto()
+    SINGLE_VALUE = auto()
+
+
+_REASONS = {
+    _Use.UNNAMED: "no alpha was given for it",
+    _Use.AT_IDENTITY: "its alpha is at identity",
+    _Use.SINGLE_VALUE: "an example has one value per channel here, so it would mostly shrink the signal",
+}
 
 
 @dataclass(frozen=True)
@@ -106,55 +121,47 @@ def rewrite(
         for norm_layer in found.norm_layers
         if norm_layer.name in by_norm
     }
-    reasons = {
-        norm_layer.name: _why_not(norm_layer, by_norm.get(norm_layer.name), alpha_inputs is None, include_1x1)
-        for norm_layer in found.norm_layers
-    }
-    moved = {  # Batch Norm that does not weight the example, but gets other running moments
-        norm_layer.name
-        for norm_layer in found.norm_layers
-        if reasons[norm_layer.name] in (_AT_IDENTITY, _SINGLE_VALUE)
-        and norm_layer.identity == 0
-        and (running_inputs or _is_given(norm_layer, running))
-    }
-    for name in moved:
-        reasons[name] = ""
-    chosen = [norm_layer for norm_layer in found.norm_layers if not reasons[norm_layer.name]]
+
+    def use(norm_layer: NormLayer) -> _Use:
+        moves = norm_layer.identity == 0 and (running_inputs or _is_given(norm_layer, running))
+        constant = by_norm.get(norm_layer.name), alpha_inputs is None
+        return _use(norm_layer, *constant, moves=moves, include_1x1=include_1x1)
+
+    uses = {norm_layer.name: use(norm_layer) for norm_layer in found.norm_layers}
+    chosen = [norm_layer for norm_layer in found.norm_layers if uses[norm_layer.name] not in _REASONS]
     if missing := [norm_layer for norm_layer in chosen if moments[norm_layer.name] is None]:
         raise BnpatchError(
-            f"the norm layer {missing[0].name!r} ({missing[0].kind}) has no running moments",
-            "calibrate it on data, or leave it out",
+            f"the norm layer {missing[0].name!r} ({missing[0].kind}) has no running statistics",
+            "estimate them on data, or leave it out",
         )
     taken = _names(model)
-    weighted = [norm_layer for norm_layer in chosen if norm_layer.name not in moved]
+    weighted = [norm_layer for norm_layer in chosen if uses[norm_layer.name] is _Use.WEIGHTED]
     inputs = _add_inputs(model.graph, "alpha", weighted, by_norm, alpha_inputs, taken)
     slope_inputs = _add_inputs(model.graph, "slope", weighted, slope_by_norm, alpha_inputs, taken)
     running_names: dict[str, tuple[str, str]] = {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for norm_layer in chosen:
-        norm_moments = moments[norm_layer.name]
+        name, norm_moments = norm_layer.name, moments[norm_layer.name]
         assert norm_moments is not None  # checked above
-        tape = Tape(f"{norm_layer.name}{MARK.rstrip('/')}", opset, taken)
+        tape = Tape(f"{name}{MARK.rstrip('/')}", opset, taken)
         given = None
         if running_inputs:
             given = _add_running_inputs(model.graph, norm_layer, norm_moments, taken)
-            running_names[norm_layer.name] = (given.mean.name or "", given.var.name or "")
-        if norm_layer.name in moved:
+            running_names[name] = (given.mean.name or "", given.var.name or "")
+        if uses[name] is _Use.MOVED:
             result = append_batch_norm(tape, norm_layer, norm_moments, given)
         else:
-            alpha = inputs.get(norm_layer.name, by_norm[norm_layer.name])
-            options: dict[str, Any] = {} if given is None else {"given": given}
-            slope = slope_inputs.get(norm_layer.name, slope_by_norm.get(norm_layer.name, 0.0))
-            if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
-                options["slope"] = slope
+            alpha = inputs.get(name, by_norm[name])
+            slope = slope_inputs.get(name, slope_by_norm.get(name, 0.0))
+            options = _options(given, alpha, slope)
             if norm_layer.may_have_single_values and not include_1x1:
                 alpha = _unless_single_values(tape, norm_layer, alpha)
             result = append(tape, norm_layer, norm_moments, alpha, **options)
         _replace(norm_layer, tape, result)
     left = tuple(
-        SkippedNorm(norm_layer.name, norm_layer.kind, reasons[norm_layer.name])
+        SkippedNorm(norm_layer.name, norm_layer.kind, _REASONS[uses[norm_layer.name]])
         for norm_layer in found.norm_layers
-        if reasons[norm_layer.name]
+        if uses[norm_layer.name] in _REASONS
     )
     return Rewritten(
         model,
@@ -164,6 +171,29 @@ def rewrite(
         running_names,
         {norm_layer: value.name or "" for norm_layer, value in slope_inputs.items()},
     )
+
+
+def _use(
+    norm_layer: NormLayer, alpha: float | None, constant: bool, *, moves: bool, include_1x1: bool
+) -> _Use:
+    """Decide what becomes of a norm layer; ``moves`` tells whether it may get other running statistics."""
+    if alpha is None:
+        return _Use.UNNAMED
+    if constant and alpha == norm_layer.identity:
+        return _Use.MOVED if moves else _Use.AT_IDENTITY
+    if norm_layer.single_value and not include_1x1:
+        return _Use.MOVED if moves else _Use.SINGLE_VALUE
+    return _Use.WEIGHTED
+
+
+def _options(
+    given: Moments[ir.Value] | None, alpha: float | ir.Value, slope: float | ir.Value
+) -> dict[str, Any]:
+    """The arguments of ``append`` that are not at their defaults."""
+    options: dict[str, Any] = {} if given is None else {"given": given}
+    if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
+        options["slope"] = slope
+    return options
 
 
 def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Inventory[NormLayer]:
@@ -193,14 +223,6 @@ def _by_norm(
         for norm_layer in norm_layers
     }
     return {name: float(weight) for name, weight in by_norm.items() if weight is not None}
-
-
-def _why_not(norm_layer: NormLayer, alpha: float | None, constant: bool, include_1x1: bool) -> str:
-    if alpha is None:
-        return "no alpha was given for it"
-    if constant and alpha == norm_layer.identity:
-        return _AT_IDENTITY
-    return _SINGLE_VALUE if norm_layer.single_value and not include_1x1 else ""
 
 
 def _is_given(norm_layer: NormLayer, running: Mapping[str, Moments[Array]] | None) -> bool:

@@ -179,7 +179,8 @@ def _run(
                 warn_if_permuted(decision.verdict.classes[1], decision.verdict.classes[0], model.class_names)
             if shifted is not None:
                 searches.notes.append(_robustness_note(metrics[0], shifted))
-            result = TuneResult(
+            progress.finish()
+            return TuneResult(
                 task.spec.metric,
                 candidates,
                 searches.whole.trials,
@@ -201,8 +202,6 @@ def _run(
                 else None,
                 reason=decision.reason,
             )
-            progress.finish()
-            return result
 
         return on_all_processes(
             model,
