@@ -53,7 +53,7 @@ def test_one_value_against_equal_others_attains_the_training_bound(n):
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0])
 def test_one_value_against_equal_others_attains_the_inference_bound(alpha):
     size = 9
-    # The example's values, then one that stands for the running moments: mean 0, no variance.
+    # The example's values, then one that stands for the running statistics: mean 0, no variance.
     values = torch.zeros(size + 1, dtype=torch.float64)
     values[0] = 1
     weights = torch.full_like(values, alpha / size)

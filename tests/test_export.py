@@ -143,7 +143,7 @@ def test_large_models_keep_their_tensors_beside_the_file(checkpoint, exporter, t
 
 @pytest.mark.slow
 def test_lambda_costs_nothing_in_the_file(checkpoint, exporter, tmp_path, clean):
-    """Other running moments at alpha = 0: the same operators as before, and the outputs of the model."""
+    """Other running statistics at alpha = 0: the same operators as before, and the outputs of the model."""
     model = bnpatch.load(checkpoint)
     export_onnx(model, tmp_path / "plain.onnx")
     examples = bnpatch.open_examples(clean, model)

@@ -8,16 +8,18 @@ from bnpatch.core.moments import Moments
 #: Suffix of the name of a norm layer that was recovered from a fused Batch Norm: convolution name + this.
 FUSED = ".folded"
 
-#: Why a norm is skipped that becomes a norm layer once it gets running moments from data.
-NEEDS_CALIBRATION = "has no running moments of its own; they can be calibrated on images"
+#: Why a norm is skipped that becomes a norm layer once it gets running statistics from data.
+NEEDS_CALIBRATION = "has no running statistics of its own; they can be estimated on images"
 #: The remedy that messages give for it.
-CALIBRATE = "bnpatch.calibrate(model, images) takes the running moments of Group Norm and its kin from images"
+CALIBRATE = (
+    "bnpatch.calibrate(model, images) takes the running statistics of Group Norm and its kin from images"
+)
 
 
 class AnyNormLayer(Protocol):
     """The attributes that the norm layers of torch modules and of ONNX graphs share.
 
-    A norm layer is a place where a model normalizes by running moments.
+    A norm layer is a place where a model normalizes by running statistics.
     """
 
     @property
@@ -44,7 +46,7 @@ class SkippedNorm:
         name: dotted name of the module, or name of the node.
         kind: class name of the torch module, or type of the ONNX operator.
         reason: why bnpatch skips it, for people.
-        is_uncalibrated: running moments from data would make it a norm layer.
+        is_uncalibrated: running statistics from data would make it a norm layer.
     """
 
     name: str

@@ -15,7 +15,7 @@ import numpy as np
 
 Values = TypeVar("Values")
 
-#: A distance counts as at least this; an example with the running moments has the distance 0.
+#: A distance counts as at least this; an example with the running statistics has the distance 0.
 SMALLEST_DISTANCE = 1e-4
 
 #: A distance counts as at most this, so that its powers between -4 and 4 are numbers of float32.
@@ -113,7 +113,7 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
         slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4]. For the
             number 0 nothing is computed, and the result is ``alpha`` itself.
         example: moments of each example, of shape (N, C, ...).
-        running: running moments, of a shape that broadcasts with that of ``example``.
+        running: running statistics, of a shape that broadcasts with that of ``example``.
         eps: what the layer adds to a variance.
 
     Returns:

@@ -14,13 +14,13 @@ from bnpatch.core.errors import BnpatchError, check_alpha
 
 @dataclass(frozen=True)
 class Renorm:
-    """Settings of Batch Renormalization: a training step normalizes by the running moments, within bounds.
+    """Settings of Batch Renormalization: a training step normalizes by the running statistics, within bounds.
 
     Attributes:
         r_max: the layer corrects the batch's standard deviation by a factor between 1 / r_max and r_max.
         d_max: the layer corrects the batch's mean by at most this many running standard deviations.
         warmup: number of steps over which both bounds grow from those of Batch Norm (1 and 0). A layer that
-            is trained from scratch needs a warmup, because its first running moments are meaningless.
+            is trained from scratch needs a warmup, because its first running statistics are meaningless.
     """
 
     r_max: float = 3.0

@@ -117,7 +117,7 @@ class OnnxModel(Model[AnyNormLayer]):
         return Inventory(tuple(norm_layers.values()), (*left.values(), *self._norm_layers.skipped_norms))
 
     def uncalibrated(self) -> tuple[str, ...]:
-        """Name the norms that become norm layers once they have running moments: Group Norm."""
+        """Name the norms that become norm layers once they have running statistics: Group Norm."""
         names = (
             s.module
             for s in self._norm_layers.norm_layers

@@ -1,7 +1,7 @@
-"""Compute running moments from data: one pass over the examples, without labels.
+"""Compute running statistics from data: one pass over the examples, without labels.
 
-:func:`calibrate` gives running moments to Group Norm and other norms that have none, :func:`recover_folded`
-to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates those of every norm layer.
+:func:`calibrate` gives running statistics to Group Norm and other norms that have none,
+:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates those of every norm layer.
 """
 
 import math
@@ -89,13 +89,13 @@ def calibrate(
     on_batch: OnBatch = lambda count: None,
     **options: Any,
 ) -> tuple[str, ...]:
-    """Give running moments to norms that have none, such as Group Norm, so that they can be patched.
+    """Give running statistics to norms that have none, such as Group Norm, so that they can be patched.
 
     The function runs the unpatched model on the images and computes exact moments per channel of the input of
     each such norm, pooled over all positions of all examples. The split into batches changes them only by
     rounding. Afterwards Group Norm is at alpha = 1, where it computes what it did.
 
-    Batch Norm without running moments normalizes by its batch while the moments are computed, and by the
+    Batch Norm without running statistics normalizes by its batch while the moments are computed, and by the
     moments afterwards, at alpha = 0. Its output therefore changes, because a layer that does not use the
     batch can't compute the same. Large batches give better moments for it.
 
@@ -152,7 +152,7 @@ def target_moments(
     seed: int = 0,
     on_batch: OnBatch = lambda count: None,
 ) -> dict[str, Moments[Any]]:
-    """Re-estimate running moments on new data, which is also known as AdaBN or precise BN.
+    """Re-estimate running statistics on new data, which is also known as AdaBN or precise BN.
 
     The model runs once over the examples, in random order. Every Batch Norm normalizes by the moments of its
     batch, as in training; Group Norm computes what it always does. The moments are pooled over all batches.

@@ -173,7 +173,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def _norms_without_moments(module: nn.Module, running: Mapping[str, Moments[Tensor]]) -> Iterator[None]:
-    """Give Batch Norm without running moments those from data, until the context ends.
+    """Give Batch Norm without running statistics those from data, until the context ends.
 
     Without them torch would export the Batch Norm in training mode.
     """

@@ -2,7 +2,7 @@
 
 :mod:`bnpatch.onnx.fused_conv` does the same for ONNX graphs and explains why it works. The models were fused
 or re-parameterized in torch (timm's RepVGG, MobileOne, FastViT; ``torch.nn.utils.fusion``). The output of
-such a convolution is treated as the output of a virtual Batch Norm, whose running moments, scale and shift
+such a convolution is treated as the output of a virtual Batch Norm, whose running statistics, scale and shift
 follow from the moments of that output.
 
 The virtual norm is a child module of its convolution, and a forward hook of the convolution calls it. It adds
@@ -28,7 +28,7 @@ class VirtualNorm(nn.Module):
     """A Batch Norm that returns its input, because its scale and shift undo the normalization.
 
     Args:
-        moments: mean and variance of its input, each of shape (C,). They become its running moments.
+        moments: mean and variance of its input, each of shape (C,). They become its running statistics.
         eps: the layer adds it to the variance, so that a constant channel is not divided by 0.
     """
 

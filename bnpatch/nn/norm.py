@@ -1,4 +1,4 @@
-"""The patched layer at inference: it normalizes by a mixture of example and running moments.
+"""The patched layer at inference: it normalizes by a mixture of example and running statistics.
 
 The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
 input, to the learned scale and shift, to alpha and to the slope:
@@ -39,14 +39,14 @@ _OWN_STATE = (
 
 
 class ExampleWeightedNorm(nn.Module):
-    """Normalizes each example at inference by a mixture of its own and the running moments.
+    """Normalizes each example at inference by a mixture of its own and the running statistics.
 
     The example's own moments have the weight ``alpha``, the running ones ``1 - alpha`` (Summers & Dinneen
     2020, Eq. 3). With a :attr:`slope`, the weight grows or falls with the distance of the example's moments
     from the running ones. The output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
-    that was Group Norm therefore has its identity at 1; its running moments come from data, see
+    that was Group Norm therefore has its identity at 1; its running statistics come from data, see
     :attr:`running`.
 
     The layer *is* the module that it replaces, under another class: both share one ``__dict__``, and with it
@@ -61,7 +61,7 @@ class ExampleWeightedNorm(nn.Module):
 
     Attributes:
         origin_class: the class of the module that was replaced.
-        always_inference: the original normalizes by its running moments in training too (frozen).
+        always_inference: the original normalizes by its running statistics in training too (frozen).
         channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
         identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
             Group Norm.
@@ -105,7 +105,7 @@ class ExampleWeightedNorm(nn.Module):
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
             identity: see the class.
-            running: see :attr:`running`; required if ``origin`` has no running moments.
+            running: see :attr:`running`; required if ``origin`` has no running statistics.
             include_1x1: see the class.
             slope: see :attr:`slope`.
 
@@ -241,11 +241,11 @@ class ExampleWeightedNorm(nn.Module):
         return tuple(state.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
 
     def _moments(self) -> Moments[Tensor]:
-        """The running moments that the layer uses: :attr:`running`, else the buffers."""
+        """The running statistics that the layer uses: :attr:`running`, else the buffers."""
         if self._running is not None:
             return self._running
         _, _, mean, var = self.parameters_of_norm()
-        assert mean is not None  # otherwise take_over was given running moments
+        assert mean is not None  # otherwise take_over was given running statistics
         assert var is not None
         return Moments(mean, var)
 
@@ -295,7 +295,7 @@ class ExampleWeightedNorm(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
             return True  # the original class raises the right error, or returns the right empty output
         if self._running is not None and self.identity == 0:
-            return False  # the original would use other running moments
+            return False  # the original would use other running statistics
         return not self.weighs(x)
 
     def weighs(self, x: Tensor) -> bool:
@@ -327,7 +327,7 @@ def weighted_norm(
     channels_per_group: int = 1,
     slope: float | Tensor = 0.0,
 ) -> Tensor:
-    """Normalize each example by a mixture of its own and the running moments (Eq. 3 of the paper).
+    """Normalize each example by a mixture of its own and the running statistics (Eq. 3 of the paper).
 
     The function computes moments in float32 or wider, whatever the dtype of ``x``:
 
@@ -442,9 +442,9 @@ def _on_host(weight: float) -> Tensor:
 
 
 def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
-    """Tell whether ``batch_norm`` can take these running moments.
+    """Tell whether ``batch_norm`` can take these running statistics.
 
-    It has no gradient for running moments, and needs all parameters in one dtype.
+    It has no gradient for running statistics, and needs all parameters in one dtype.
     """
     is_learned = running.mean.requires_grad or running.var.requires_grad
     return not is_learned and (weight is None or weight.dtype == running.mean.dtype)

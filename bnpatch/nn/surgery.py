@@ -22,7 +22,7 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 
 _TORCH = "torch.nn.modules"
 
-#: Classes that normalize by running moments at inference. The value tells whether they do in training too.
+#: Classes that normalize by running statistics at inference. The value tells whether they do in training too.
 CONVERTIBLE: Mapping[str, bool] = {
     f"{_TORCH}.batchnorm.BatchNorm1d": False,
     f"{_TORCH}.batchnorm.BatchNorm2d": False,
@@ -36,7 +36,7 @@ CONVERTIBLE: Mapping[str, bool] = {
     "bnpatch.nn.fused_conv.VirtualNorm": True,
 }
 
-_OTHER_KIND = "not this kind of norm: it has no running moments that stand for a data set"
+_OTHER_KIND = "not this kind of norm: it has no running statistics that stand for a data set"
 
 _GROUP_NORMS = (
     f"{_TORCH}.normalization.GroupNorm",
@@ -67,7 +67,7 @@ LEFT_ALONE: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A module of a model that normalizes by running moments.
+    """A module of a model that normalizes by running statistics.
 
     Attributes:
         name: dotted name of the module in the model; the empty string is the model itself.
@@ -164,7 +164,7 @@ def patch(
 
     Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At its identity
     (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
-    patched model sets new weights. Group Norm can be patched once it has running moments, see
+    patched model sets new weights. Group Norm can be patched once it has running statistics, see
     :func:`bnpatch.calibrate`.
 
         >>> model = patch(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.02)
@@ -215,20 +215,20 @@ def patch(
 
 
 def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
-    """Return, by name, the norms that become norm layers once they have running moments.
+    """Return, by name, the norms that become norm layers once they have running statistics.
 
-    These are Group Norm, and Batch Norm that keeps no running moments.
+    These are Group Norm, and Batch Norm that keeps no running statistics.
     """
     modules = dict(model.named_modules())
     return {left.name: modules[left.name] for left in inventory(model).skipped_norms if left.is_uncalibrated}
 
 
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
-    """Give running moments to norms that have none, in place, which makes them norm layers.
+    """Give running statistics to norms that have none, in place, which makes them norm layers.
 
-    Each layer starts at its identity. A Batch Norm without running moments normalizes by those of the batch,
-    which no layer that treats examples separately can reproduce; it gets the running moments that it never
-    kept, and alpha = 0.
+    Each layer starts at its identity. A Batch Norm without running statistics normalizes by those of the batch,
+    which no layer that treats examples separately can reproduce; it gets the running statistics that it
+    never kept, and alpha = 0.
 
     Args:
         model: any module.
@@ -358,7 +358,7 @@ def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
         )
     if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
         return (
-            f"the model's norms have no running moments: {_enumerate([w.name for w in waiting])}",
+            f"the model's norms have no running statistics: {_enumerate([w.name for w in waiting])}",
             CALIBRATE,
         )
     kinds = {left.kind: left.reason for left in found.skipped_norms}

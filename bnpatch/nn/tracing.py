@@ -228,7 +228,7 @@ def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[SkippedN
     Returns:
         One entry per module and function, with the name of the module in whose forward the call is. An ONNX
         export (:func:`bnpatch.export_onnx`) makes norm layers of ``group_norm``, and of ``batch_norm`` with
-        running moments.
+        running statistics.
     """
     found = inventory(model)
     known = {norm_layer.name for norm_layer in found.norm_layers} | {

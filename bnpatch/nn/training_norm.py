@@ -3,8 +3,8 @@
 :class:`GeneralNorm` trains as Batch, Ghost, Group, Instance or Batch/Group Norm, or as Batch Renorm, by
 :func:`grouped_norm` and :func:`renorm`. :func:`convert_norms` puts it in the place of Batch Norm.
 
-Whatever the layer pools, its running moments are exponential averages of E[x] and E[x^2] of the whole batch,
-stored as mean and variance like those of Batch Norm. If channels are pooled, the stored moments are pooled
+Whatever the layer pools, its running statistics are exponential averages of E[x] and E[x^2] of the whole
+batch, stored as mean and variance like those of Batch Norm. If channels are pooled, the stored moments are pooled
 too, which is allowed because pooling and averaging commute. Any program with Batch Norm can then run a
 Batch/Group Norm with alpha = 0.
 """
@@ -39,10 +39,10 @@ class GeneralNorm(ExampleWeightedNorm):
 
     @classmethod
     def of(cls, layer: ExampleWeightedNorm, spec: NormSpec) -> "GeneralNorm":
-        """Make a GeneralNorm that shares the state of ``layer``, with running moments pooled as by ``spec``.
+        """Make a GeneralNorm that shares the state of ``layer``, its running statistics pooled as by ``spec``.
 
         Args:
-            layer: a layer with buffers for running moments. Don't use it afterwards.
+            layer: a layer with buffers for running statistics. Don't use it afterwards.
             spec: what to pool; ``channels_per_group`` must divide the number of channels.
         """
         general = cls.__new__(cls)
@@ -103,7 +103,7 @@ class GeneralNorm(ExampleWeightedNorm):
         _store(mix(momentum, batch, before), averages)
 
     def _averages(self) -> Moments[Tensor]:
-        """The buffers that hold the running moments."""
+        """The buffers that hold the running statistics."""
         mean, var = self.parameters_of_norm()[2:]
         assert mean is not None  # of() requires the buffers
         assert var is not None
@@ -164,7 +164,7 @@ def renorm(
     r_max: float | Tensor,
     d_max: float | Tensor,
 ) -> tuple[Tensor, Moments[Tensor]]:
-    """Apply Batch Renormalization (Ioffe 2017, Algorithm 1): Batch Norm corrected by the running moments.
+    """Apply Batch Renormalization (Ioffe 2017, Algorithm 1): Batch Norm corrected by the running statistics.
 
     Args:
         x: input of shape (N, C, *spatial).
@@ -311,8 +311,8 @@ def convert_norms(
 ) -> nn.Module:
     """Make the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
 
-    Layers that are frozen, or that keep no running moments (Group Norm), stay as they are. If ``spec`` pools
-    channels, the activations change, so re-estimate the running moments afterwards
+    Layers that are frozen, or that keep no running statistics (Group Norm), stay as they are. If ``spec``
+    pools channels, the activations change, so re-estimate the running statistics afterwards
     (:func:`bnpatch.finetune.moments.recalibrate`).
 
         >>> model = convert_norms(nn.Sequential(nn.BatchNorm2d(8)), NormSpec.ghost(16))
@@ -338,7 +338,7 @@ def convert_norms(
             swaps[id(layer)] = GeneralNorm.of(layer, spec.for_channels(norm_layer.num_channels))
     if not swaps:
         raise BnpatchError(
-            "the model's norms are all frozen or keep no running moments: training would not change them",
+            "the model's norms are all frozen or keep no running statistics: training would not change them",
             "take a checkpoint with ordinary Batch Norm",
         )
     return swap(model, swaps)

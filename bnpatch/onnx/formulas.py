@@ -3,9 +3,9 @@
 The first two are the same code, :func:`bnpatch.core.moments.mix` on values of the graph, applied to different
 inputs. The third simplifies the second for an alpha and a slope that are numbers:
 
-- *direct* works on the input x, with the running moments (rm, rv) and eps.
+- *direct* works on the input x, with the running statistics (rm, rv) and eps.
 - *normalized* works on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
-  computes. Its running moments are (0, rho) with rho = rv / (rv + eps), and 1 - rho replaces eps.
+  computes. Its running statistics are (0, rho) with rho = rv / (rv + eps), and 1 - rho replaces eps.
 - *fused* works on u = sqrt(alpha) * (x - rm) / sqrt(rv + eps); see below.
 
 The first two agree because an affine map of both distributions maps the mixture likewise: with
@@ -104,7 +104,7 @@ def append_norm(
     given: Moments[ir.Value] | None = None,
     slope: float | ir.Value = 0.0,
 ) -> ir.Value:
-    """Append the nodes that normalize by the mixture of example and running moments (Eq. 3 of the paper).
+    """Append the nodes that normalize by the mixture of example and running statistics (Eq. 3 of the paper).
 
     Args:
         tape: gets the nodes.
@@ -154,7 +154,7 @@ def append_norm(
 def append_batch_norm(
     tape: Tape, norm_layer: NormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
 ) -> ir.Value:
-    """Append a BatchNormalization with other running moments. If they are constants, runtimes can fold it.
+    """Append a BatchNormalization with other running statistics. If they are constants, runtimes can fold it.
 
     Args:
         tape: gets the node.
@@ -195,7 +195,7 @@ def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moment
     if norm_layer.identity == 1:
         ignored = Moments(
             np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
-        )  # alpha = 1 gives the running moments the weight 0
+        )  # alpha = 1 gives the running statistics the weight 0
         return append_norm(tape, norm_layer, ignored, 1.0, "direct"), found
     columns = (-1, *(1,) * (len(norm_layer.dims) - 2))
     weight, bias = (
@@ -263,7 +263,7 @@ def _weighted_norm(
     alpha_and_slope: tuple[Any, Any],
     form: Form,
 ) -> Value:
-    """Append Eq. 3 of the paper; running moments and eps are per channel and equal within a group."""
+    """Append Eq. 3 of the paper; running statistics and eps are per channel and equal within a group."""
     spatial = (1,) * (len(norm_layer.dims) - 2)
     example = example_moments(
         x, len(norm_layer.dims), blocked=form == "normalized" and _is_blocked(norm_layer)
@@ -336,7 +336,7 @@ def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Mom
 
 
 def _batch_norm(tape: Tape, norm_layer: NormLayer, running: Moments[Array], scale: float = 1.0) -> ir.Value:
-    """Append a BatchNormalization by the running moments, like the norm layer's node, but with bias 0."""
+    """Append a BatchNormalization by the running statistics, like the norm layer's node, but with bias 0."""
     scales, zeros = (
         tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (scale, 0.0)
     )

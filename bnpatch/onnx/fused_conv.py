@@ -6,7 +6,7 @@ Softmax, at an output or in a squeeze-and-excite block has a bias, too.
 
 The scale and shift of the Batch Norm are lost, but they are not needed, because normalization does not change
 under an affine map of each channel. The output y0 of such a convolution is treated as the output of a virtual
-Batch Norm. Its running moments (b, v) are those of y0 over data like the training data, its scale is
+Batch Norm. Its running statistics (b, v) are those of y0 over data like the training data, its scale is
 sqrt(v + eps), and its shift is b. With alpha = 0 it is the identity; with alpha > 0 it is the formula of the
 paper up to eps.
 """

@@ -88,7 +88,7 @@ class NormLayer:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the norm layer has no running moments, so that they have to be computed from data."""
+        """Whether the norm layer has no running statistics, so that they have to be computed from data."""
         return self.running_mean is None
 
     @property

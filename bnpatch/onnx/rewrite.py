@@ -92,7 +92,7 @@ def rewrite(
             their identity. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for each
             norm layer. The inputs are float32 scalars with ``alphas`` as defaults. The slopes become inputs
             in the same way.
-        running_inputs: also add graph inputs for the running moments, float32 of shape (C,), with the
+        running_inputs: also add graph inputs for the running statistics, float32 of shape (C,), with the
             moments above as defaults. A search uses them, because it changes the moments often.
         include_1x1: also rewrite norm layers whose input is known to have one value per example and channel,
             which are skipped by default.
@@ -104,11 +104,11 @@ def rewrite(
         The model, and what was rewritten and skipped.
 
     Raises:
-        BnpatchError: a name is no norm layer, or a norm layer has no running moments and none are given.
+        BnpatchError: a name is no norm layer, or a norm layer has no running statistics and none are given.
         InvalidAlphaError: an alpha is not in [0, 1].
         InvalidSlopeError: a slope is not in [-4, 4].
-        ValueError: the alphas or the slopes for a global input differ, or running moments have another shape
-            or are not finite.
+        ValueError: the alphas or the slopes for a global input differ, or running statistics have another
+            shape or are not finite.
     """
     found = _regrouped(inventory(model), channels_per_group or {})
     by_norm = _by_norm(alphas, found.norm_layers, check_alpha)
@@ -241,7 +241,8 @@ def _running_moments(norm_layer: NormLayer, given: Mapping[str, Moments[Array]])
         for v in (moments.mean, moments.var)
     ):
         raise ValueError(
-            f"running moments of {norm_layer.name!r} must be finite and of shape ({norm_layer.num_channels},)"
+            f"running statistics of {norm_layer.name!r} must be finite and of shape "
+            f"({norm_layer.num_channels},)"
         )
     if np.any(moments.var < 0):
         raise ValueError(f"the running variance of {norm_layer.name!r} is negative somewhere")

@@ -41,5 +41,5 @@ def make_norms(
             )
     if names := calibrate(model, images, indices=indices, batch_size=batch_size):
         source = "the tuning examples (--calib-data says otherwise)" if calib is None else "--calib-data"
-        notes.append(f"{len(names)} norms have no running moments: they were taken from {source}")
+        notes.append(f"{len(names)} norms have no running statistics: they were taken from {source}")
     return notes

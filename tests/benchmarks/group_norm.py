@@ -1,6 +1,6 @@
 """Group Norm between its two ends on Fashion-MNIST, in torch and in ONNX; a table of docs/results.md.
 
-The network is trained as in tests/benchmarks/fashion_mnist.py, its Group Norm gets running moments from
+The network is trained as in tests/benchmarks/fashion_mnist.py, its Group Norm gets running statistics from
 training images, and alpha goes down from 1, where the network is what it was (the paper's Fig. 2):
 ``python -m tests.benchmarks.group_norm [--data DIR] [--train 20000] [--epochs 4]``.
 """

@@ -42,8 +42,8 @@ INTRODUCTION = """\
 Written by `python -m tests.benchmarks.zoo` with {versions}: the
 smallest member of every family (library, module, stem of the name, classes of norm) that has Batch Norm or
 Group Norm, random weights, small inputs. Of each: the norm layers are those that an independent count of
-classes expects (Group Norm with running moments from the input at hand), the identity, alpha = 0 or for Group
-Norm 1, is exact bit for bit, and an alpha that is 0.1 away from it is finite and different. Every third of
+classes expects (Group Norm with running statistics from the input at hand), the identity, alpha = 0 or for
+Group Norm 1, is exact bit for bit, and an alpha that is 0.1 away from it is finite and different. Every third of
 them, if it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at that alpha
 and compared on onnxruntime.
 """
@@ -124,7 +124,7 @@ def module_of(model):
 
 
 def families(only=""):
-    """The smallest member of each family with a norm of running moments or of groups, and its size."""
+    """The smallest member of each family with a norm of running statistics or of groups, and its size."""
     found = collections.defaultdict(list)
     names = [("timm", n) for n in timm.list_models()]
     names += [("torchvision", n) for n in torchvision.models.list_models()]
@@ -176,7 +176,7 @@ def first_input(family, model, shapes):
 
 
 def calibrated_on(family, model, x):
-    """Give Group Norm running moments, those of one input; names of the layers that it reaches."""
+    """Give Group Norm running statistics, those of one input; names of the layers that it reaches."""
     inputs = {}
     with at_inputs(uncalibrated(model), inputs.setdefault):
         entry(family, model)(x)

@@ -18,7 +18,7 @@ from bnpatch.nn.training_norm import GeneralNorm, convert_norms
 
 @pytest.fixture
 def trained(tmp_path):
-    """A Batch/Group model whose running moments have seen something, with alpha > 0."""
+    """A Batch/Group model whose running statistics have seen something, with alpha > 0."""
     torch.manual_seed(0)
     module = convert_norms(timm.create_model("test_resnet", num_classes=4), NormSpec.batch_group(8))
     for _ in range(3):

@@ -147,7 +147,7 @@ def test_a_borrowed_model_keeps_what_was_recovered():
 def test_a_module_of_ones_own():
     module = fused()[1]
     before = module(X)
-    with pytest.raises(BnpatchError, match=r"no running moments: gn"):
+    with pytest.raises(BnpatchError, match=r"no running statistics: gn"):
         bnpatch.patch(module, 0.1)
     assert bnpatch.recover_folded(module, X) == 2
     bnpatch.patch(module, {"conv1.folded": 0.1})

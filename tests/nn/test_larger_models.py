@@ -88,7 +88,7 @@ def test_identity_is_exact_and_a_weight_counts(name):
 
 
 def test_frozen_batch_norm_trains_as_it_did():
-    """It normalizes by its running moments in training too, patched or not, and has no parameters."""
+    """It normalizes by its running statistics in training too, patched or not, and has no parameters."""
     torch.manual_seed(0)
     layer = torchvision.ops.FrozenBatchNorm2d(8)
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), layer)).train()

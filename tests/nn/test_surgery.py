@@ -23,7 +23,7 @@ from tests import reference
 
 
 def settle(model, seed=0):
-    """Random running moments, scales and shifts, as a trained model has them, so that nothing cancels."""
+    """Random running statistics, scales and shifts, as a trained model has them, so that nothing cancels."""
     g = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
@@ -118,7 +118,7 @@ def hooked():
 
 
 LEFT_ALONE = {
-    "running moments": [
+    "running statistics": [
         lambda: nn.BatchNorm2d(8, track_running_stats=False),
         lambda: nn.GroupNorm(2, 8),
         lambda: timm.layers.GroupNorm(8, 2),
@@ -257,7 +257,7 @@ def test_refuses_plainly():
         patch(nn.Linear(2, 2))
     with pytest.raises(BnpatchError, match=r"none of the model's 1 norms .* LayerNorm \(not this kind"):
         patch(nn.Sequential(nn.LayerNorm(2)))
-    with pytest.raises(BnpatchError, match=r"no running moments: 0; bnpatch\.calibrate\(model, images\)"):
+    with pytest.raises(BnpatchError, match=r"no running statistics: 0; bnpatch\.calibrate\(model, images\)"):
         patch(nn.Sequential(nn.GroupNorm(1, 2)))
     with pytest.raises(BnpatchError, match=r"no norm layer '1'; bnpatch\.calibrate"):
         patch(nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), {"1": 0.5})
@@ -309,7 +309,7 @@ CALIBRATED = {
     "GroupNormAct": (lambda: norm_act.GroupNormAct(8, 2, drop_layer=nn.Hardtanh), 4),
     "GroupNorm1Act": (lambda: norm_act.GroupNorm1Act(8), 8),
     "GroupNorm1NoBias": (lambda: importlib.import_module("timm.models.metaformer").GroupNorm1NoBias(8), 8),
-    "BatchNorm2d without running moments": (lambda: nn.BatchNorm2d(8, track_running_stats=False), 1),
+    "BatchNorm2d without running statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), 1),
 }
 
 

@@ -289,7 +289,7 @@ def test_layers_without_buffers_for_running_moments_are_not_converted():
     net = calibrated(nn.Sequential(*norms, nn.BatchNorm2d(6)), {"0": moments, "1": moments})
     convert_norms(net, NormSpec.ghost(2))
     assert [type(layer) for layer in net] == [ExampleWeightedNorm, ExampleWeightedNorm, GeneralNorm]
-    with pytest.raises(BnpatchError, match="keep no running moments"):
+    with pytest.raises(BnpatchError, match="keep no running statistics"):
         convert_norms(net[:2], NormSpec.ghost(2))
 
 

@@ -307,7 +307,7 @@ def test_group_norm_at_identity_needs_no_moments_and_stays():
 
 
 def test_group_norm_needs_moments():
-    with pytest.raises(BnpatchError, match=r"'bn' .* has no running moments; calibrate it"):
+    with pytest.raises(BnpatchError, match=r"'bn' .* has no running statistics; estimate them"):
         rewritten(group_norm_model(), {"bn": 0.5})
 
 

@@ -109,7 +109,7 @@ def test_alignment_is_the_divergence_of_normal_distributions():
 
 
 def test_evalnorm_is_the_squared_difference_of_outputs():
-    """Against the outputs themselves, at any alpha and running moments."""
+    """Against the outputs themselves, at any alpha and running statistics."""
     x = torch.randn(6, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5 + 2
     running = Moments(torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 0.5, 2.0]).double())
     here = weighted_norm(x, running, None, None, 1e-5, 0.3)
