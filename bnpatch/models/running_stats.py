@@ -1,7 +1,8 @@
 """Compute running statistics from data: one pass over the examples, without labels.
 
 :func:`calibrate` gives running statistics to Group Norm and other norms that have none,
-:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates those of every norm layer.
+:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates
+those of every norm layer.
 """
 
 import math

@@ -226,9 +226,9 @@ def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
     """Give running statistics to norms that have none, in place, which makes them norm layers.
 
-    Each layer starts at its identity. A Batch Norm without running statistics normalizes by those of the batch,
-    which no layer that treats examples separately can reproduce; it gets the running statistics that it
-    never kept, and alpha = 0.
+    Each layer starts at its identity. A Batch Norm without running statistics normalizes by those of the
+    batch, which no layer that treats examples separately can reproduce; it gets the running statistics that
+    it never kept, and alpha = 0.
 
     Args:
         model: any module.

@@ -4,8 +4,8 @@
 :func:`grouped_norm` and :func:`renorm`. :func:`convert_norms` puts it in the place of Batch Norm.
 
 Whatever the layer pools, its running statistics are exponential averages of E[x] and E[x^2] of the whole
-batch, stored as mean and variance like those of Batch Norm. If channels are pooled, the stored moments are pooled
-too, which is allowed because pooling and averaging commute. Any program with Batch Norm can then run a
+batch, stored as mean and variance like those of Batch Norm. If channels are pooled, the stored statistics are
+pooled too, which is allowed because pooling and averaging commute. Any program with Batch Norm can then run a
 Batch/Group Norm with alpha = 0.
 """
 
@@ -39,7 +39,7 @@ class GeneralNorm(ExampleWeightedNorm):
 
     @classmethod
     def of(cls, layer: ExampleWeightedNorm, spec: NormSpec) -> "GeneralNorm":
-        """Make a GeneralNorm that shares the state of ``layer``, its running statistics pooled as by ``spec``.
+        """Make a GeneralNorm that shares the state of ``layer``, with its statistics pooled as by ``spec``.
 
         Args:
             layer: a layer with buffers for running statistics. Don't use it afterwards.
