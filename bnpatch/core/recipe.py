@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnpatch.core.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
@@ -22,6 +22,17 @@ from bnpatch.core.patch import PatchState, PatchWeights
 FORMAT = 2
 
 Array = npt.NDArray[Any]
+
+# The fields of a norm layer and their kinds.
+_NUMBER = (int, float)
+_REQUIRED: Mapping[str, Any] = {"name": str, "kind": str, "alpha": _NUMBER, "fingerprint": str}
+_OPTIONAL: Mapping[str, Any] = {
+    "lambda": _NUMBER,
+    "target": dict,
+    "calibrated": dict,
+    "channels_per_group": int,
+    "slope": _NUMBER,
+}
 
 
 @dataclass(frozen=True)
@@ -72,19 +83,14 @@ class NormRecipe:
         Raises:
             KeyError, TypeError, ValueError: the values are damaged.
         """
-        known = {
-            "name",
-            "kind",
-            "alpha",
-            "fingerprint",
-            "lambda",
-            "target",
-            "calibrated",
-            "channels_per_group",
-            "slope",
-        }
-        if unknown := values.keys() - known:
-            raise ValueError(f"a norm layer has {min(unknown)!r}")
+        for key, kind in _REQUIRED.items():
+            if not isinstance(values[key], kind) or isinstance(values[key], bool):
+                raise TypeError(f"{key} is {_brief(values[key])}")
+        for key in values.keys() - _REQUIRED.keys():
+            if key not in _OPTIONAL:
+                raise ValueError(f"a norm layer has {key!r}")
+            if not isinstance(values[key], _OPTIONAL[key]) or isinstance(values[key], bool):
+                raise TypeError(f"{key} of {values['name']!r} is {_brief(values[key])}")
         target, running = (
             _decode(values[name]) if name in values else None for name in ("target", "calibrated")
         )
@@ -93,7 +99,24 @@ class NormRecipe:
             raise ValueError("lambda without target")
         name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
-        return cls(name, kind, alpha, print_, weight, target, running, groups, slope)
+        layer = cls(name, kind, alpha, print_, weight, target, running, groups, slope)
+        layer._check_ranges()
+        return layer
+
+    def _check_ranges(self) -> None:
+        for name, value, least, most in (
+            ("alpha", self.alpha, 0, 1),
+            ("lambda", self.lambda_, 0, 1),
+            ("slope", self.slope, -4, 4),
+        ):
+            if not least <= value <= most:
+                raise BnpatchError(
+                    f"norm layer {self.name!r} has {name} = {value}", f"{name} must lie in [{least}, {most}]"
+                )
+        if self.channels_per_group < 1:
+            raise BnpatchError(
+                f"norm layer {self.name!r} pools {self.channels_per_group} channels", "it must be 1 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,25 +222,13 @@ class Recipe:
         try:
             norm_layers = tuple(NormRecipe.from_json(norm_layer) for norm_layer in content["sites"])
             provenance = dict(content["provenance"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BnpatchError(f"{source} is a damaged recipe ({error})", remedy) from error
-        for norm_layer in norm_layers:
-            for name, value, least, most in (
-                ("alpha", norm_layer.alpha, 0, 1),
-                ("lambda", norm_layer.lambda_, 0, 1),
-                ("slope", norm_layer.slope, -4, 4),
-            ):
-                if not isinstance(value, (int, float)) or not least <= value <= most:
-                    raise BnpatchError(
-                        f"{source}: norm layer {norm_layer.name!r} has {name} = {value}",
-                        f"{name} must lie in [{least}, {most}]",
-                    )
-            if not isinstance(norm_layer.channels_per_group, int) or norm_layer.channels_per_group < 1:
-                raise BnpatchError(
-                    f"{source}: norm layer {norm_layer.name!r} pools "
-                    f"{norm_layer.channels_per_group} channels",
-                    "it must be 1 or more",
-                )
+        except BnpatchError as error:
+            raise BnpatchError(f"{source}: {error.problem}", error.remedy) from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BnpatchError(f"{source} is a damaged recipe ({first_line(error)})", remedy) from error
+        names = [norm_layer.name for norm_layer in norm_layers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} stands there twice)", remedy)
         return cls(norm_layers, provenance, content.get("weigh_single_values") is True)
 
     @classmethod
@@ -228,10 +239,12 @@ class Recipe:
             BnpatchError: the file can't be read or is not a recipe.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(
+                Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused
+            )
         except OSError as error:
             raise BnpatchError(f"cannot read {path}: {error.strerror}", "name a recipe.json file") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BnpatchError(f"{path} is not a recipe", "name a recipe.json file") from error
         return cls.from_json(content, str(path))
 
@@ -245,6 +258,24 @@ def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
     for values in parameters:
         digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
     return digest.hexdigest()[:16]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, which must not have a key twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return content
+
+
+def _refused(constant: str) -> None:
+    """Refuse NaN and infinities, which are no JSON."""
+    raise ValueError(f"{constant} is no number")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _encode(moments: Moments[Array]) -> dict[str, str]:

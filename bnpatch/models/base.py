@@ -193,12 +193,21 @@ class Model(ABC, Generic[NormLayerT]):
         """Patch the model with a recipe.
 
         Raises:
-            BnpatchError: the recipe was made for another model; the message names the first norm layer that
-                differs.
+            BnpatchError: the recipe was made for another model, or has statistics of another size; the
+                message names the first norm layer that differs.
         """
-        state = recipe.state
+        state, before = recipe.state, self._state
         recipe.check_fits(self.fingerprints(state.running))
         self.set_state(state)
+        channels = {norm_layer.name: norm_layer.num_channels for norm_layer in self.inventory().norm_layers}
+        for name, statistics in (*state.target.items(), *state.running.items()):
+            if statistics.mean.shape != (channels[name],):
+                self.set_state(before)
+                raise BnpatchError(
+                    f"the recipe is damaged: norm layer {name!r} has {channels[name]} channels, its "
+                    f"statistics have the shape {tuple(statistics.mean.shape)}",
+                    "make another with bnpatch tune-alpha",
+                )
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:

@@ -44,8 +44,8 @@ smallest member of every family (library, module, stem of the name, classes of n
 Group Norm, random weights, small inputs. Of each: the norm layers are those that an independent count of
 classes expects (Group Norm with running statistics from the input at hand), the identity, alpha = 0 or for
 Group Norm 1, is exact bit for bit, and an alpha that is 0.1 away from it is finite and different. Every third
-of them, if it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at that alpha
-and compared on onnxruntime.
+of them, if it is a classifier of less than {millions:.0f} million parameters, was exported to ONNX at that
+alpha and compared on onnxruntime.
 """
 
 
