@@ -381,7 +381,7 @@ def test_a_class_map(model, images, tmp_path):
     data = bnpatch.open_examples(images, model, class_map=tmp_path / "map.txt")
     first = data.source.name(0).split("/")[0]
     assert data.targets[0] == 9 - int(first.removeprefix("digit"))
-    with pytest.warns(BnpatchWarning, match="taken in order"):
+    with pytest.raises(BnpatchError, match=r"none of the class folders .* say which is which with"):
         bnpatch.open_examples(images, model)
 
 
