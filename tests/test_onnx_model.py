@@ -528,6 +528,7 @@ def test_maps_that_become_1_x_1_at_run_time_are_those_of_torch(tmp_path):
         assert_close(bnpatch.load(tmp_path / "constant.onnx").predict(x), expected.predict(x))
 
 
+@pytest.mark.filterwarnings("ignore:the model is right on")  # its answers are not what this is about
 def test_a_file_of_any_size_runs_at_that_of_the_data_only(tmp_path, capfd):
     """Its head is for 2 x 6 pixels, so that it runs at no other size."""
     proto = graph(["n", 3, "h", "w"], last="flat")

@@ -49,6 +49,7 @@ def test_the_warning_says_the_permutation():
         warn_if_permuted(answers(TARGETS, 0.95, SWAPPED), TARGETS, [f"c{n}" for n in range(10)])
 
 
+@pytest.mark.filterwarnings("ignore:the model is right on")  # it is right on next to nothing then
 def test_a_search_warns(tiny_digits):
     model, (x, labels) = tiny_digits
     run = {"granularity": "global", "trials": 1, "holdout": 0.5}
@@ -72,6 +73,7 @@ def folders(names, class_names):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the class folder '0' is not among")
 def test_folders_without_one_name_of_the_model_are_not_taken_in_order():
     with pytest.raises(BnpatchError, match=r"none of the class folders .*'a'.*the model \('x'.*class-map"):
         folders(["a", "b"], ["x", "y"])

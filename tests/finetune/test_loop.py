@@ -336,7 +336,8 @@ def test_weights_that_were_tuned_before_are_dropped(opened):
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
     train(model, *opened[1:], replace(SETTINGS, epochs=1))
-    assert model.weights == PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
+    zeros = dict.fromkeys(names, 0.0)
+    assert model.weights == PatchWeights(zeros, zeros, zeros)
     assert not model.statistics_in_use()
     assert_same(weights(model), weights(run(opened, replace(SETTINGS, epochs=1))[0]))
 

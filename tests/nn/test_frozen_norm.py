@@ -80,6 +80,7 @@ def test_what_torch_fx_traced_can_be_patched_but_not_the_other_way_round(tracer)
     torch.testing.assert_close(found["4"] if isinstance(found, dict) else found, module(x))
 
 
+@pytest.mark.filterwarnings("ignore:the running variance of a patched layer")  # torch.jit looks at all
 def test_torchscript_traces_and_does_not_compile():
     module, x = patch(network(nn.BatchNorm2d(6)), 0.3), images(4, 3, 8, 8)
     with pytest.raises(BnpatchError, match=r"can't compile a patched layer; use torch\.jit\.trace"):
