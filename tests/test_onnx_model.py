@@ -89,7 +89,8 @@ def test_one_session_serves_the_whole_search(exported, foggy, monkeypatch):
     some = foggy[0][:320], foggy[1][:320]
     run = {"granularity": "stage", "recalibrate": True, "trials": 2, "holdout": 0.5}
     bnpatch.tune_alpha(bnpatch.load(exported), some, **run)
-    assert len(opened) == 3  # the file as it is, with weights as inputs, and normalizing by the batch
+    # The file as it is, with alphas as inputs, with slopes too, and normalizing by the batch.
+    assert len(opened) == 4
 
 
 def test_the_model_is_left_as_it_was(exported, foggy):

@@ -356,6 +356,13 @@ class Model(ABC, Generic[NormLayerT]):
             self.output = choose(found, self.wanted_output, known, self.name)
         return self.output
 
+    @property
+    def chosen_output(self) -> str | None:
+        """The name of the output that was chosen among several, to be remembered; None without a choice."""
+        if self.output is None:
+            return self.wanted_output
+        return None if self.output.is_only else self.output.name
+
     def as_classes(self, outputs: Tensor) -> Tensor:
         """Return the logits (N, K) of the classes for outputs of :meth:`predict` or :meth:`forward`.
 

@@ -385,8 +385,7 @@ class OnnxModel(Model[AnyNormLayer]):
                 include_1x1=self._state.include_1x1,
                 slopes={n: s for n, s in weights.slopes_to_write(alpha_inputs).items() if n in there},
             ).patched
-        chosen = self.output.name if self.output else self.wanted_output
-        write_metadata(graph, self.preprocessing, self.class_names, chosen)
+        write_metadata(graph, self.preprocessing, self.class_names, self.chosen_output)
         return graph, patched
 
     def _with_norms(self, moments: Mapping[str, Moments[Any]]) -> ir.Model:

@@ -47,6 +47,7 @@ class Output:
         batch_axis: the axis of the batch; it is 1 for the (T, N, K) of many recurrent models.
         position: its number among the tensors that the model returns, from 0.
         repeats: whether an output before it answers the same, as logits do beside their probabilities.
+        is_only: whether the model returns nothing else, so that its name tells nothing.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Output:
     batch_axis: int = 0
     position: int = 0
     repeats: bool = False
+    is_only: bool = False
 
     @property
     def num_classes(self) -> int | None:
@@ -138,7 +140,7 @@ def describe(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> dict[s
         axis = next((axis for axis, size in enumerate(y.shape) if size == PROBES), None)
         if axis is not None:
             shape = (*y.shape[:axis], *y.shape[axis + 1 :])
-            output = Output(name, shape, Kind.LOGITS, axis, position)
+            output = Output(name, shape, Kind.LOGITS, axis, position, is_only=len(tensors) == 1)
             kind = Kind.SIGMOID if name in sigmoids else _kind_by_values(output.read(y))
             found[name] = replace(output, kind=kind if output.num_classes else Kind.LOGITS)
     found = {n: o for n, o in found.items() if tensors[n].is_floating_point()} or found

@@ -24,7 +24,7 @@ def save_checkpoint(model: "TorchModel", path: str | os.PathLike[str], recipe: R
         "bnpatch": {
             "recipe": recipe.to_json(),
             "preprocessing": model.preprocessing.to_json(),
-            "output": model.output.name if model.output else model.wanted_output,
+            "output": model.chosen_output,
         },
     }
     by_name = model.arch is not None and _is_built_by(model, model.arch)

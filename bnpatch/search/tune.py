@@ -295,7 +295,7 @@ def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> di
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model.name,
         "architecture": str(model.arch) if model.arch else None,
-        "output": model.output.name if model.output else None,
+        "output": model.chosen_output,
         "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
         "data": {
             "name": named(data),

@@ -361,7 +361,10 @@ def test_a_search_without_trials_has_no_curve(model, foggy, tmp_path):
 @pytest.mark.slow
 def test_an_onnx_model(exported, foggy, tmp_path):
     model = bnpatch.load(exported, preprocessing={"mean": (0.5,), "std": (0.5,)})
-    result = bnpatch.tune_alpha(model, some(foggy, 200), granularity="global", trials=2)
+    result = bnpatch.tune_alpha(
+        model, some(foggy, 300), metric="cross-entropy", granularity="global", trials=4
+    )
+    assert result.is_recommended
     files = write_results(result, model, tmp_path)
     text = Page((tmp_path / "report.html").read_text()).text
     assert files[1].name == "patched.onnx"
