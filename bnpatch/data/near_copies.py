@@ -18,17 +18,17 @@ _SIDE, _SAMPLED = 8, 64
 _NEAR = 0.15
 
 # Fewer images are not worth a warning, nor are near-copies that leave more than this share of groups.
-_FEWEST, _LARGEST_SHARE = 30, 0.9
+_FEWEST, _LARGEST_SHARE = 30, 0.8
 
 # Number of images whose near-copies are counted, of random pairs, and of distances in memory at a time.
-_COUNTED, _PAIRS, _AT_A_TIME = 4000, 2000, 20_000_000
+_COUNTED, _PAIRS, _AT_A_TIME = 2000, 2000, 20_000_000
 
 Sketch = npt.NDArray[np.float32]
 
 
 @dataclass
 class Sketches:
-    """Sketches of images by index: unit vectors of 64 gray values without their mean and contrast."""
+    """Sketches of images by index: unit vectors of a few values without their mean and contrast."""
 
     of: dict[int, Sketch] = field(default_factory=dict)
 
@@ -61,13 +61,14 @@ class Sketches:
 
 
 def sketch(x: Tensor) -> Sketch:
-    """Reduce an image (C, H, W) to a vector of 64 values of length 1, or 0 if the image is of one color.
+    """Reduce the first three channels of an image (C, H, W) to 64 values each, together of length 1.
 
-    Images that differ in brightness, contrast or a little noise have nearly the same sketch.
+    Images that differ in contrast or a little noise have nearly the same sketch. That of an image of one
+    value is 0.
     """
     step = max(1, min(x.shape[1:]) // _SAMPLED)
-    gray = x[:, ::step, ::step].float().mean(0)
-    values: Sketch = F.adaptive_avg_pool2d(gray[None], _SIDE).flatten().cpu().numpy()
+    sampled = x[:3, ::step, ::step].float()
+    values: Sketch = F.adaptive_avg_pool2d(sampled, _SIDE).flatten().cpu().numpy()
     values = values - values.mean()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else 0 * values

@@ -71,7 +71,7 @@ def effective_count(values: Values, numbers: Indices) -> float:
     distinct, counts = np.unique(values, return_counts=True)
     telling = len(np.unique(numbers[values != distinct[np.argmax(counts)]]))
     found = 0.0
-    if telling:
+    if telling and len(sizes) > 1:
         between = float(np.var(by_group(values, numbers), ddof=1)) / len(sizes)
         found = between / (float(np.var(values)) / len(values))
     effect = (telling * found + _PRIOR_GROUPS * largest) / (telling + _PRIOR_GROUPS)

@@ -16,7 +16,8 @@ def chosen(scores, cross_entropies=None):
         return values[weights][10 * blocks.start : 10 * blocks.stop]
 
     judge = LabelledObjective(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
-    board = SimpleNamespace(blocks=np.arange(80).reshape(8, 10), on=on)
+    blocks = np.arange(80).reshape(8, 10)
+    board = SimpleNamespace(blocks=blocks, on=on, groups=lambda blocks: None)
     return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
 
 
