@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from optuna.trial import TrialState
 from PIL import Image
 
 import bnpatch
@@ -10,8 +11,15 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.dataset import folds, others, split
 from bnpatch.data.groups import cut, group_by, number_groups, shuffled
 from bnpatch.data.near_copies import Sketches
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
+from bnpatch.report.text import origin, verdict_sentence
+from bnpatch.search.candidates import CandidateSearch
+from bnpatch.search.comparison import Comparison, GlobalSearchConfig
+from bnpatch.search.config import Plan
+from bnpatch.search.objective import ObjectiveSpec
 from bnpatch.search.parts import parts_of
 from bnpatch.search.score_cache import blocks_of
+from bnpatch.search.studies import StoredTrial
 from tests.search.tiny import small
 
 
@@ -91,6 +99,12 @@ def test_a_split_keeps_groups_together_and_classes_balanced(fraction):
         assert abs(np.sum(strata[held_out] == kind) - fraction * np.sum(strata == kind)) <= 9
     assert split(strata, fraction, 0, groups)[1].tolist() == held_out.tolist()
     assert split(strata, fraction, 1, groups)[1].tolist() != held_out.tolist()
+
+
+def test_rounding_favors_neither_part():
+    """Of three groups in each of 100 classes, one part gets two; it is not always the same part."""
+    strata, groups = np.repeat(np.arange(100), 3), np.arange(300)
+    assert [len(part) for part in split(strata, 0.5, 0, groups)] == [150, 150]
 
 
 def test_folds_keep_groups_together():
@@ -213,3 +227,112 @@ def test_looking_for_near_copies_reads_nothing_again(tiny, plain, tmp_path, monk
     monkeypatch.setattr(examples.source, "read", None)
     assert examples.warn_of_near_copies() == ""
     assert len(examples.sketches.of) == 40
+
+
+@pytest.fixture(scope="module")
+def dim_copies(dim):
+    """Three near-copies of each of 200 dim digits, and their groups: (images, labels), groups."""
+    rng = np.random.default_rng(0)
+    images = np.repeat(dim[0][:200].astype(float), 3, axis=0)
+    images = (images + rng.normal(0, 1, images.shape)).round().clip(0, 255).astype(np.uint8)
+    return (images, np.repeat(dim[1][:200], 3)), np.repeat(np.arange(200), 3)
+
+
+@pytest.fixture(scope="module")
+def known(tiny_module, dim_copies):
+    data, groups = dim_copies
+    return bnpatch.tune_alpha(
+        tiny_module, data, metric="cross-entropy", granularity="global", groups=groups, trials=5
+    )
+
+
+def test_a_search_judges_by_groups_that_it_has_not_seen(known):
+    assert known.num_tuning_groups == known.verdict.num_groups == 100
+    held_out = set((known.verdict.indices // 3).tolist())
+    assert len(known.verdict.indices) == 3 * len(held_out) == 300  # with all copies of each
+    assert known.comparisons[0].is_rough  # 300 images, but 100 groups
+    about = known.recipe.provenance["data"]
+    assert (about["tuning_groups"], about["held_out_groups"]) == (100, 100)
+    assert "on 300 examples in 100 groups" in verdict_sentence(known)
+    assert ("groups", "100 to tune on, 100 to judge by") in origin(known.recipe)
+
+
+def test_the_interval_of_groups_is_the_one_that_is_printed(known, tiny, dim_copies):
+    verdict = known.verdict
+    change = known.comparisons[0].change
+    examples = bnpatch.open_examples(dim_copies[0], tiny)
+    before = bnpatch.evaluate(tiny, examples, indices=verdict.indices).values["cross-entropy"]
+    tiny.apply(known.candidate_recipe or known.recipe)
+    after = bnpatch.evaluate(tiny, examples, indices=verdict.indices).values["cross-entropy"]
+    expected = paired_difference(before, after, verdict.indices // 3)
+    assert (change.low, change.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    ignored = paired_difference(before, after)
+    assert (ignored.high - ignored.low) * 1.5 < change.high - change.low
+
+
+def test_without_groups_near_copies_give_a_warning_and_a_note(tiny_module, dim_copies):
+    with pytest.warns(BnpatchWarning, match="near-copies"):
+        result = bnpatch.tune_alpha(tiny_module, dim_copies[0], granularity="global", trials=2)
+    assert any("--group-by" in note for note in result.notes)
+    assert result.num_tuning_groups is None
+    assert "tuning_groups" not in result.recipe.provenance["data"]
+
+
+@pytest.mark.parametrize("metric", ["unlabeled", "accuracy"])
+def test_what_learns_and_what_selects_share_no_group(tiny, dim_copies, metric):
+    data, groups = dim_copies
+    examples = bnpatch.open_examples(data, tiny, groups=groups)
+    indices = np.arange(0, 600)
+    objective = ObjectiveSpec.of(metric, None, 64).objective(tiny, examples, indices)
+    search = CandidateSearch(tiny, examples, indices, objective, Plan())
+    blocks = search._cache.blocks
+    first = search.selection._blocks.start
+    assert 0 < first < len(blocks)
+    learned, selecting = np.concatenate(blocks[:first]), np.concatenate(blocks[first:])
+    assert len(learned) + len(selecting) == 600
+    assert not set(groups[learned]) & set(groups[selecting])
+    assert (search.selection.groups is None) == (metric == "unlabeled")
+
+
+def test_trials_are_compared_by_groups():
+    sizes, groups = [6, 6], [np.repeat([0, 1], 3), np.repeat([2, 3], 3)]
+    config = GlobalSearchConfig(sizes, CROSS_ENTROPY, {"alpha": (0, 1)}, {"alpha": 0.0}, groups=groups)
+    losses = np.repeat([1.0, 2.0, 4.0, 9.0], 3)
+    blocks = {0: {"cross-entropy": losses[:6]}, 1: {"cross-entropy": losses[6:]}}
+    zero = {block: {"cross-entropy": 0 * scores["cross-entropy"]} for block, scores in blocks.items()}
+    trials = [
+        StoredTrial(n, {"alpha": float(n)}, 0, b, TrialState.COMPLETE) for n, b in enumerate([zero, blocks])
+    ]
+    difference = Comparison(config, trials).difference(trials[1], trials[0])
+    assert (difference.value, difference.pairs) == (4.0, 4)
+    assert difference.stderr == pytest.approx(np.std([1, 2, 4, 9], ddof=1) / 2)
+
+
+def test_few_groups_are_said_to_be_few(tiny_module, dim_copies):
+    data, _ = dim_copies
+    nine = np.arange(600) % 9
+    result = bnpatch.tune_alpha(tiny_module, data, granularity="global", groups=nine, trials=2)
+    assert any("groups judged: with fewer than 10 all intervals are rough" in note for note in result.notes)
+    assert all(comparison.is_rough for comparison in result.comparisons)
+
+
+def test_groups_of_other_data(tiny, tiny_module, plain):
+    """Labels are of the data to tune on; a function of names is of both; open examples have their own."""
+    few, others = (plain[0][:100], plain[1][:100]), (plain[0][100:200], plain[1][100:200])
+    run = {"granularity": "global", "trials": 2, "test_data": others}
+    labelled = bnpatch.tune_alpha(tiny_module, few, groups=np.arange(100) // 2, **run)
+    assert (labelled.num_tuning_groups, labelled.verdict.num_groups) == (50, None)
+    named = bnpatch.tune_alpha(tiny_module, few, groups=lambda name: name[-1], **run)
+    assert (named.num_tuning_groups, named.verdict.num_groups) == (10, 10)
+    with pytest.raises(BnpatchError, match="open already; give groups to open_examples"):
+        bnpatch.tune_alpha(tiny, bnpatch.open_examples(few, tiny), groups=np.arange(100) // 2)
+
+
+def test_an_evaluation_is_by_groups(tiny, dim_copies):
+    data, groups = dim_copies
+    known, ignored = (
+        bnpatch.evaluate(tiny, bnpatch.open_examples(data, tiny, groups=g)).estimate(ACCURACY)
+        for g in (groups, None)
+    )
+    assert known.value == ignored.value
+    assert (ignored.high - ignored.low) * 1.5 < known.high - known.low
