@@ -178,15 +178,19 @@ def deal(strata: Indices, groups: Indices, shares: Sequence[float], seed: int) -
     rng = np.random.default_rng(seed)
     _, kinds = np.unique(strata, return_inverse=True)
     _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
-    # The last column counts all examples, so that rounding does not favor one part in every class.
-    totals, wanted = np.append(np.bincount(kinds), len(kinds)), np.asarray(shares, dtype=np.float64)
-    filled = np.zeros((len(shares), len(totals)))
+    # Each example also counts in a last class, that of all, so that rounding favors no part in every class.
+    everything = int(kinds.max(initial=-1)) + 1
+    cells = np.concatenate([numbers * (everything + 1) + kinds, numbers * (everything + 1) + everything])
+    cells, members = np.unique(cells, return_counts=True)
+    starts = np.searchsorted(cells // (everything + 1), np.arange(len(sizes) + 1))
+    cells %= everything + 1
+    totals, wanted = np.bincount(cells, members), np.asarray(shares, dtype=np.float64)
+    filled = np.zeros((len(shares), everything + 1))
     part_of = np.zeros(len(sizes), dtype=np.int64)
     order = rng.permutation(len(sizes))
     for group in order[np.argsort(-sizes[order], kind="stable")]:
-        present, counts = np.unique(kinds[members[group]], return_counts=True)
-        present, counts = np.append(present, len(totals) - 1), np.append(counts, sizes[group])
+        here = slice(starts[group], starts[group + 1])
+        present, counts = cells[here], members[here]
         # The increase of the squared deviations from each part's share of each class, in units of the class.
         cost = ((2 * filled[:, present] + counts) * counts / totals[present] ** 2).sum(1) / wanted
         part = part_of[group] = int(np.argmin(cost))

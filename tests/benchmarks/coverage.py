@@ -81,7 +81,7 @@ def coverage_of_groups(draw, truth, count, samples, rng, with_groups):
 
 
 def near_copies(values, count, rng):
-    """Draw images from a population of pairs (N, 2): of each copy the image's pair, or another's: (G, 5, 2)."""
+    """Draw images from pairs (N, 2): for each copy the pair of its image, or another's, (G, 5, 2)."""
     of_image = np.repeat(rng.integers(0, len(values), (count, 1)), COPIES, axis=1)
     others = rng.integers(0, len(values), (count, COPIES))
     return values[np.where(rng.random(others.shape) < LIKENESS, of_image, others)]

@@ -1,4 +1,6 @@
-"""Groups of examples: where they come from, splits that keep them together, and near-copies that nobody named."""
+"""Groups of examples: their names, splits that keep them together, and near-copies that nobody named."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from bnpatch.report.text import origin, verdict_sentence
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.comparison import Comparison, GlobalSearchConfig
 from bnpatch.search.config import Plan
+from bnpatch.search.latency_limit import trade_off
 from bnpatch.search.objective import ObjectiveSpec
 from bnpatch.search.parts import parts_of
 from bnpatch.search.score_cache import blocks_of
@@ -59,7 +62,7 @@ def test_group_by_the_folder_below_the_class_folder():
 
 def test_group_by_a_regular_expression():
     assert number_groups(group_by(r"(\w+)/"), FILES).tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(BnpatchError, match="finds nothing in dog/4.png"):
+    with pytest.raises(BnpatchError, match=r"finds nothing in dog/4\.png"):
         number_groups(group_by(r"/(\w+)/"), FILES)
     with pytest.raises(BnpatchError, match="no parentheses"):
         group_by("cat")
@@ -126,7 +129,6 @@ def test_an_unlabelled_example_of_a_held_out_group_is_on_neither_side():
 
 
 def test_without_groups_splits_are_as_ever():
-    strata, _ = grouped()
     assert others(np.array([2, 5]), 8).tolist() == [0, 1, 3, 4, 6, 7]
     rng, same = np.random.default_rng(3), np.random.default_rng(3)
     order = shuffled(np.arange(100), None, rng)
@@ -159,6 +161,8 @@ def test_few_groups_take_turns_and_two_sides_need_two_groups_each(tiny, plain):
     examples = opened(tiny, plain, np.arange(600) % 100)
     parts = parts_of(examples, None, None, 0, True)
     assert len(parts) == 5  # 600 examples would be split in halves, but they are 100 groups
+    judged = [set(examples.groups[held_out]) for _, held_out in parts]
+    assert sum(map(len, judged)) == len(set.union(*judged)) == 100
     for tuning, held_out in parts:
         assert not set(examples.groups[tuning]) & set(examples.groups[held_out])
     with pytest.raises(BnpatchError, match="two or more"):
@@ -336,3 +340,18 @@ def test_an_evaluation_is_by_groups(tiny, dim_copies):
     )
     assert known.value == ignored.value
     assert (ignored.high - ignored.low) * 1.5 < known.high - known.low
+
+
+def test_the_gain_of_a_trade_off_has_the_standard_error_of_groups(tiny):
+    gains, groups = np.random.default_rng(0).normal(1, 1, 40).repeat(5), np.arange(200) // 5
+    identity = tiny.weights
+    weights = replace(identity, alphas=dict.fromkeys(identity.alphas, 0.5))
+
+    def scores(weights):
+        return gains * sum(weights.alphas.values())
+
+    def error(groups):
+        points = trade_off(tiny, weights, scores, ACCURACY, seconds=0.01, groups=groups)
+        return points[-1].standard_error / points[-1].gain
+
+    assert error(groups) > 2 * error(None)
