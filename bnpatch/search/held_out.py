@@ -233,13 +233,14 @@ def decide(
     if tuned.verdict == "gain":
         return Decision(True, verdict)
     reason = f"{candidate}: no significant change in {tuned.metric.name} on {where}; not applied"
-    if more := _more_examples(tuned, verdict.num_examples):
-        reason += f" (about {more:,} more examples might show a gain, if the change so far is the truth)"
+    units = "examples" if verdict.num_groups is None else "groups"
+    if more := _more_units(tuned, verdict.num_groups or verdict.num_examples):
+        reason += f" (about {more:,} more {units} might show a gain, if the change so far is the truth)"
     return Decision(False, verdict, reason)
 
 
-def _more_examples(tuned: Comparison, count: int) -> int:
-    """How many more examples would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
+def _more_units(tuned: Comparison, count: int) -> int:
+    """How many more examples or groups would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
     gain = tuned.metric.sign * tuned.change.value
     if gain <= 0:
         return 0

@@ -47,12 +47,10 @@ def parts_of(
 
 def _check_groups(examples: Examples, test: Examples, parts: Sequence[tuple[Indices, Indices]]) -> None:
     """Check that there are two groups to learn from and to select by, and two to judge by."""
+    tuned = [examples.num_groups(tuning) for tuning, _ in parts]
     judges = test.num_groups(np.concatenate([held_out for _, held_out in parts]))
-    for tuning, _ in parts:
-        tuned = examples.num_groups(tuning)
-        if (tuned is not None and tuned < 2) or (judges is not None and judges < 2):
+    for use, count in [*(("tune on", count) for count in tuned), ("judge by", judges)]:
+        if count == 1:
             raise BnpatchError(
-                f"{tuned or len(tuning)} {'groups' if tuned else 'examples'} to tune on and "
-                f"{judges} to judge by are too few: each needs two or more",
-                "give images of more groups, ten or more",
+                f"all examples to {use} are of one group", "give images of more groups, ten or more"
             )

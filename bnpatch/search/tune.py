@@ -277,7 +277,8 @@ def _notes(task: Task, searches: Searches, decision: Decision) -> list[str]:
             "images of more groups would make them reliable"
         )
     elif any(comparison.is_rough for comparison in verdict.comparisons):
-        notes.append(f"below {ROUGH_BELOW} examples the interval of the cross-entropy is rough")
+        units = "examples" if verdict.num_groups is None else "groups"
+        notes.append(f"below {ROUGH_BELOW} {units} the interval of the cross-entropy is rough")
     if not task.spec.needs_labels:
         name = task.spec.metric.name
         notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")

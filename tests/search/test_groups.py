@@ -165,8 +165,10 @@ def test_few_groups_take_turns_and_two_sides_need_two_groups_each(tiny, plain):
     assert sum(map(len, judged)) == len(set.union(*judged)) == 100
     for tuning, held_out in parts:
         assert not set(examples.groups[tuning]) & set(examples.groups[held_out])
-    with pytest.raises(BnpatchError, match="two or more"):
+    with pytest.raises(BnpatchError, match="of one group; give images of more groups"):
         parts_of(opened(tiny, plain, np.arange(600) % 3), None, None, 0, True)
+    with pytest.raises(BnpatchError, match="to tune on are of one group"):
+        parts_of(opened(tiny, plain, [0] * 600), examples, None, 0, True)
 
 
 def test_a_limit_keeps_the_groups_of_what_it_keeps(tiny, plain):
@@ -255,6 +257,7 @@ def test_a_search_judges_by_groups_that_it_has_not_seen(known):
     held_out = set((known.verdict.indices // 3).tolist())
     assert len(known.verdict.indices) == 3 * len(held_out) == 300  # with all copies of each
     assert known.comparisons[0].is_rough  # 300 images, but 100 groups
+    assert "below 300 groups the interval of the cross-entropy is rough" in known.notes
     about = known.recipe.provenance["data"]
     assert (about["tuning_groups"], about["held_out_groups"]) == (100, 100)
     assert "on 300 examples in 100 groups" in verdict_sentence(known)
