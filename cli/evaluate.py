@@ -16,6 +16,7 @@ def evaluate(
     model: opt.Model,
     data: opt.Data,
     recipe: Annotated[Path | None, typer.Option(help="Compare the model as it is with this recipe.")] = None,
+    group_by: opt.GroupBy = None,
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
     reading: opt.Reading,
@@ -37,6 +38,7 @@ def evaluate(
 
     from .render import comparison_table, interval, progress_bar, table
 
+    groups = opt.groups_of(group_by)
     chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
     patched = None
@@ -52,7 +54,7 @@ def evaluate(
         loaded.set_state(loaded.baseline())
     if chosen is None:
         reading = replace(reading, cache_gb=0.0)  # the data is read once, so caching would waste memory
-    examples = reading.open(data, loaded, seed)
+    examples = reading.open(data, loaded, seed, groups=groups)
     total, done = len(examples) * (2 if chosen is not None else 1), 0
     with progress_bar() as progress:
 
@@ -66,8 +68,13 @@ def evaluate(
         scores = score(loaded, examples, (*STANDARD_METRICS, PREDICTION), **run) if chosen is None else None
     left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
     number = len(examples) - len(left_out)
-    opt.say(f"examples       {number}{opt.skipped(left_out)}")
+    num_groups = examples.num_groups([i for i in range(len(examples)) if i not in examples.skipped])
+    in_groups = "" if num_groups is None else f" in {num_groups} groups"
+    opt.say(f"examples       {number}{in_groups}{opt.skipped(left_out)}")
+    examples.warn_of_near_copies()
     content: dict[str, Any] = {"model": loaded.name, "examples": number, "skipped": len(left_out)}
+    if num_groups is not None:
+        content["groups"] = num_groups
     if scores is not None:
         warn_at_chance(scores.mean(ACCURACY), examples)
         answers = scores.values[PREDICTION.name].astype(int)

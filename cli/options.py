@@ -39,6 +39,17 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="parent|REGEX|CSV",
+        help="Which images belong together (frames of a video, views, a patient): parent, the folder below "
+        "the class folder; a regular expression, whose first parenthesis in the file name is the group; "
+        "or a .csv file of name,group.",
+        show_default=False,
+        rich_help_panel=_DATA,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else on stderr.")]
 
@@ -191,6 +202,13 @@ class Reading:
         from bnpatch import open_examples
 
         return open_examples(data, model, seed=seed, **self.settings(model), **options)
+
+
+def groups_of(rule: str | None) -> "Callable[[str], str | None] | None":
+    """What ``--group-by`` says, as a function from the name of a file to its group."""
+    from bnpatch.data.groups import group_by
+
+    return None if rule is None else group_by(rule)
 
 
 def in_groups(command: Callable[..., None]) -> Callable[..., None]:

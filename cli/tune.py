@@ -149,6 +149,7 @@ def tune_alpha(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "bnpatch-out"
     ),
+    group_by: opt.GroupBy = None,
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
     reading: opt.Reading,
@@ -199,6 +200,7 @@ def tune_alpha(
         study=study,
     )
     checked_objective(metric, granularity.value, timeout, config)
+    groups = opt.groups_of(group_by)
     check_writable(output)
     with claimed(output) if is_first() else nullcontext():
         loaded = loading.open(model)
@@ -226,6 +228,7 @@ def tune_alpha(
                 config=config,
                 progress=progress,
                 on_trial=keep,
+                groups=groups,
                 **reading.settings(loaded),
             )
         if not is_first():  # only the first of several processes prints and writes
@@ -266,7 +269,14 @@ def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
     from .render import candidates_table, verdict_table
 
     left_out = opt.skipped(result.skipped)
-    opt.say(f"examples       {result.num_tuning} to tune on, {result.num_held_out} judged by{left_out}")
+    tuning, judging = (
+        str(count) if groups is None else f"{count} in {groups} groups"
+        for count, groups in (
+            (result.num_tuning, result.num_tuning_groups),
+            (result.num_held_out, result.verdict.num_groups),
+        )
+    )
+    opt.say(f"examples       {tuning} to tune on, {judging} judged by{left_out}")
     if result.interrupted:
         opt.say("interrupted    what was finished is kept")
     opt.say(f"search         {result.passes:.1f} passes over the tuning examples in {result.seconds:.1f} s")

@@ -618,3 +618,61 @@ def test_an_image_size_may_be_a_rectangle(cli, checkpoint, folder):
     assert "40 x 24 out of" in shown
     for wrong in ("24,", "0", "24,32,40", "big"):
         assert "write one side" in one_line(cli("inspect", checkpoint, "--img-size", wrong)[2])
+
+
+def test_groups_by_folder_expression_and_table(cli, checkpoint, folder, tmp_path):
+    """120 images in 40 scenes of three, which may be of several classes."""
+    names = []
+    for number, path in enumerate(sorted(folder.glob("*/*.png"))):
+        name = f"{path.parent.name}/scene{number % 40}/{path.stem}.png"
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "val" / name)
+        names.append(name)
+    Path("groups.csv").write_text("".join(f"{name},{name.split('/')[1]}\n" for name in names))
+    found = []
+    for rule in ("parent", "groups.csv"):
+        code, out, err = cli("evaluate", checkpoint, "--data", "val", "--group-by", rule, "--json", "-j", 0)
+        assert code == 0
+        assert "examples       120 in 40 groups" in err
+        assert json.loads(out)["groups"] == 40
+        found.append(json.loads(out)["scores"])
+    assert found[0] == found[1]
+    alone = json.loads(cli("evaluate", checkpoint, "--data", "val", "--json", "-j", 0)[1])
+    assert "groups" not in alone
+    assert alone["scores"]["accuracy"] != found[0]["accuracy"]
+
+    code, out, err = cli(
+        "tune-alpha", checkpoint, "--data", "val", "--group-by", r"(scene\d+)/", "--trials", 2, *QUICK
+    )
+    assert code == 0
+    assert "60 in 20 groups to tune on, 60 in 20 groups judged by" in err
+    assert "60 examples in 20 groups" in out
+    assert "60 examples in 20 groups" in (tmp_path / "bnpatch-out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("scene", "has no parentheses"),
+        ("(scene", "is no regular expression"),
+        ("(scene)", "finds nothing in "),
+        ("none.csv", "cannot read none.csv"),
+        ("parent", "the groups have one example each"),
+    ],
+)
+def test_bad_groups(cli, checkpoint, folder, rule, message):
+    for command in ("tune-alpha", "evaluate"):
+        code, _, err = cli(command, checkpoint, "--data", folder, "--group-by", rule)
+        assert code == 2
+        assert message in one_line(err)
+
+
+def test_near_copies_without_groups_give_a_warning(cli, checkpoint, folder):
+    for path in sorted(folder.glob("*/*.png"))[:40]:
+        for copy in range(3):
+            place = Path("val") / path.parent.name / f"{path.stem}-{copy}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    err = cli("evaluate", checkpoint, "--data", "val", "-j", 0)[2]
+    assert "near-copies of each other: they make about 40 groups" in err.replace("\n", " ")
+    assert "near-copies" not in cli("evaluate", checkpoint, "--data", folder, "-j", 0)[2]

@@ -1,7 +1,7 @@
 """A data set that is decoded once and read in batches any number of times, and random splits of it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.decoding import Indices as Indices
 from bnpatch.data.decoding import ItemTransform, Part, Source, decoded
+from bnpatch.data.groups import deal
+from bnpatch.data.near_copies import Sketches, warn_of_near_copies
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Examples:
 
     Decoded examples stay in memory as bytes, up to ``cache_gb``; the rest is decoded again in each pass.
     Examples that can't be read are left out and listed in ``skipped``. ``left_out`` has by name the files and
-    folders beside them that are no examples, such as what tools leave behind, and why.
+    folders beside them that are no examples, such as what tools leave behind, and why. ``groups`` has the
+    number of the group of each example, of shape (N,), or is None if all are independent; see
+    :mod:`bnpatch.data.groups`.
 
     Args:
         source: where the images come from.
@@ -78,6 +82,8 @@ class Examples:
         self.left_out: dict[str, str] = {}
         self.as_they_are = False  # the inputs are floats, to which no preprocessing is applied
         self.in_memory = False  # the source is in memory, so that it needs no cache and no threads
+        self.groups: Indices | None = None
+        self.sketches = Sketches()  # of the examples read so far, to find near-copies
         self._cache = _Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
@@ -88,7 +94,9 @@ class Examples:
         """Drop all other examples than those with these indices, and number these from 0."""
         self.source = Part(self.source, indices)
         self.targets, self.labelled = self.targets[indices], self.labelled[indices]
-        self.skipped, self._cache = {}, _Cache(self._cache.budget)
+        if self.groups is not None:
+            self.groups = self.groups[indices]
+        self.skipped, self._cache, self.sketches = {}, _Cache(self._cache.budget), Sketches()
 
     @property
     def strata(self) -> Indices:
@@ -97,6 +105,19 @@ class Examples:
         It is the class, 0 for every target that is no class, and -1 for an example without a target.
         """
         return np.where(self.labelled, self.targets if self.classes else 0, -1)
+
+    def num_groups(self, indices: Sequence[int] | Indices) -> int | None:
+        """Return the number of groups that some examples are of; None without groups."""
+        return None if self.groups is None else len(np.unique(self.groups[indices]))
+
+    def warn_of_near_copies(self) -> str:
+        """Warn if many of the examples read so far are near-copies, and no groups say so; return the text."""
+        if self.groups is not None:
+            return ""
+        if self.in_memory:
+            for index in range(len(self)):
+                self.sketches.add(index, torch.as_tensor(self.source.read(index)))
+        return warn_of_near_copies(self.sketches)
 
     def batches(self, batch_size: int, indices: Indices | None = None) -> Iterator[Batch]:
         """Yield the examples with these indices (default: all) in this order.
@@ -164,6 +185,7 @@ class Examples:
                 self._skip(index, problem)
                 continue
             self._cache.offer(index, x)
+            self.sketches.add(index, x)
             yield index, x
 
     def _skip(self, index: int, problem: str) -> None:
@@ -199,48 +221,66 @@ class _Cache:
             self.used += x.nbytes
 
 
-def split(strata: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+def split(
+    strata: Indices, fraction: float, seed: int, groups: Indices | None = None
+) -> tuple[Indices, Indices]:
     """Split examples at random, class by class, into a part to tune on and a held-out part.
 
     The held-out part serves to score the result, which needs labels. Examples without a label are therefore
-    never held out, unless no example has one.
+    never held out, unless no example has one. No group is in both parts: classes are balanced as far as
+    groups allow, and an example without a label whose group is held out is in neither part.
 
     Args:
         strata: stratum of each example, of shape (N,), see :attr:`Examples.strata`.
         fraction: the share of each class that is held out, in (0, 1).
         seed: seed of the random choice.
+        groups: number of the group of each example, of shape (N,); None if all are independent.
 
     Returns:
         Indices of the two parts, each in ascending order.
     """
     judges = _judges(strata)
-    held_out = judges[subset(strata[judges], fraction, seed)]
-    return np.setdiff1d(np.arange(len(strata)), held_out), held_out
+    if groups is None:
+        held_out = judges[subset(strata[judges], fraction, seed)]
+    else:
+        held_out = judges[deal(strata[judges], groups[judges], (1 - fraction, fraction), seed)[1]]
+    return others(held_out, len(strata), groups), held_out
 
 
-def folds(strata: Indices, k: int, seed: int) -> list[Indices]:
+def others(held_out: Indices, count: int, groups: Indices | None = None) -> Indices:
+    """Return the indices of the other examples of a data set, without those of groups that are held out."""
+    rest = np.setdiff1d(np.arange(count, dtype=np.int64), held_out)
+    return rest if groups is None else rest[~np.isin(groups[rest], groups[held_out])]
+
+
+def folds(strata: Indices, k: int, seed: int, groups: Indices | None = None) -> list[Indices]:
     """Split examples at random, class by class, into k parts that are held out in turn.
 
-    The parts are disjoint, and their sizes differ by at most one example. Together they are all the examples
-    that :func:`split` may hold out.
+    The parts are disjoint, and their sizes differ by at most one example, or with groups as far as these
+    make it necessary. Together they are all the examples that :func:`split` may hold out.
 
     Args:
         strata: stratum of each example, of shape (N,), see :attr:`Examples.strata`.
         k: number of parts.
         seed: seed of the random choice.
+        groups: number of the group of each example, of shape (N,); None if all are independent. A group is in
+            one part.
 
     Returns:
         Indices of each part, in ascending order.
 
     Raises:
-        BnpatchError: there are fewer than two parts, or fewer examples than parts.
+        BnpatchError: there are fewer than two parts, or fewer examples or groups than parts.
     """
     judges = _judges(strata)
-    if not 2 <= k <= len(judges):
+    units = len(judges) if groups is None else len(np.unique(groups[judges]))
+    if not 2 <= k <= units:
         raise BnpatchError(
-            f"{len(judges)} examples can't be held out in {k} folds",
+            f"{units} {'examples' if groups is None else 'groups'} can't be held out in {k} folds",
             "choose 2 folds or more, or give more data",
         )
+    if groups is not None:
+        return [judges[part] for part in deal(strata[judges], groups[judges], [1 / k] * k, seed)]
     rng = np.random.default_rng(seed)
     by_class = [rng.permutation(judges[strata[judges] == value]) for value in np.unique(strata[judges])]
     dealt = np.concatenate(by_class)  # every k-th of these goes to a fold, so each fold has all classes

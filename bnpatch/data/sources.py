@@ -20,6 +20,7 @@ from bnpatch.data.bit_depth import given
 from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
+from bnpatch.data.groups import GroupsOf, number_groups
 from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, drain
 from bnpatch.data.npz import array_names, read_arrays
 from bnpatch.data.preprocessing import ImageModel
@@ -36,6 +37,7 @@ def open_examples(
     *,
     labels: Literal["required", "optional"] = "required",
     classes: bool = True,
+    groups: GroupsOf | None = None,
     class_map: str | os.PathLike[str] | None = None,
     data_root: str | None = None,
     split_name: str = "validation",
@@ -64,6 +66,10 @@ def open_examples(
             provided that the names of the classes are known.
         classes: whether the targets must be class indices of the model. If not, they may be anything, of
             shape (N, ...), for a metric of the user's own.
+        groups: which examples are not independent, such as frames of one video, views of one product or
+            images of one patient: one label per example, or a function from the name of an example (for a
+            file, its path below the folder) to its label. A group stays together in every split, and is the
+            unit of all intervals; see :mod:`bnpatch.data.groups`.
         class_map: file with one class folder per line in the order of the outputs, or a name and an index
             per line, or JSON; see :func:`bnpatch.data.class_maps.read_class_map`.
         data_root: folder of a named data set.
@@ -80,8 +86,8 @@ def open_examples(
         The examples, which :func:`bnpatch.evaluate` and the search read in batches.
 
     Raises:
-        BnpatchError: there is nothing to read, the classes are not the model's, labels are missing, or a
-            loader gives more than ``cache_gb``.
+        BnpatchError: there is nothing to read, the classes are not the model's, labels are missing, groups
+            don't fit, or a loader gives more than ``cache_gb``.
     """
     optional = labels == "optional"
     how = _How(optional, class_map, data_root, split_name, int(cache_gb * 1e9), bit_depth)
@@ -117,6 +123,8 @@ def open_examples(
     examples.as_they_are = isinstance(first, Tensor) and first.is_floating_point()
     examples.left_out = source.left_out if isinstance(source, FileImages) else {}
     examples.in_memory = isinstance(source, ArrayInputs) and source.mode is None
+    if groups is not None:
+        examples.groups = number_groups(groups, source)
     if limit is not None and limit < len(examples):
         examples.keep(subset(examples.strata, limit / len(examples), seed))
     return examples

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from bnpatch.evaluation.clusters import Indices, clusters
 from bnpatch.evaluation.metrics import CALIBRATION_ERROR, Comparison, Estimate, Values
 
 BINS = 15  #: number of confidence bins, as in Guo et al.
@@ -43,7 +44,7 @@ class Answers:
 
 
 def compare_calibration(
-    before: Answers, after: Answers, *, resamples: int = 1000, seed: int = 0
+    before: Answers, after: Answers, groups: Indices | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> Comparison:
     """Compare the calibration errors of two models on the same examples in the same order.
 
@@ -58,23 +59,33 @@ def compare_calibration(
     Args:
         before: N answers of the model as it is.
         after: N answers of the patched model.
+        groups: the group of each answer, (N,), if answers are not independent: then groups are resampled.
         resamples: number of resamples of the bootstrap.
         seed: seed of the bootstrap.
 
     Returns:
         The error before, the error after and the change, each with its 95% interval.
     """
-    n = len(before.confidence)
     columns = np.hstack([before._gaps(), after._gaps()])
+    sizes = np.ones(len(columns))
+    if (numbers := clusters(groups)) is not None:
+        sizes = np.bincount(numbers).astype(np.float64)
+        grouped = np.zeros((len(sizes), columns.shape[1]))
+        np.add.at(grouped, numbers, columns)
+        columns = grouped
+    n = len(columns)
     rng = np.random.default_rng(seed)
     sums: list[Values] = []
+    examples: list[Values] = []
     step = max(1, _AT_A_TIME // n)
     for start in range(0, resamples, step):
-        # A resample is fully described by how often each example was drawn.
+        # A resample is fully described by how often each example or group was drawn.
         draws = rng.integers(0, n, (min(step, resamples - start), n))
         counts = np.stack([np.bincount(draw, minlength=n) for draw in draws])
         sums.append(counts @ columns)
-    resampled = np.abs(np.concatenate(sums)).reshape(resamples, 2, BINS).sum(2) / n
+        examples.append(counts @ sizes)
+    resampled = np.abs(np.concatenate(sums)).reshape(resamples, 2, BINS).sum(2)
+    resampled = resampled / np.concatenate(examples)[:, None]
     errors = before.calibration_error(), after.calibration_error()
     return Comparison(
         CALIBRATION_ERROR,

@@ -54,10 +54,12 @@ class Scores:
     Attributes:
         indices: indices of these examples, of shape (N,).
         values: by name of metric, the scores in the order of ``indices``, of shape (N,).
+        groups: the group of each of these examples, of shape (N,); None if all are independent.
     """
 
     indices: Indices
     values: dict[str, Values]
+    groups: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -68,7 +70,7 @@ class Scores:
 
     def estimate(self, metric: Metric) -> Estimate:
         """Return the mean of a metric with its 95% confidence interval."""
-        return mean_estimate(self.values[metric.name])
+        return mean_estimate(self.values[metric.name], self.groups)
 
 
 def evaluate(
@@ -131,7 +133,8 @@ def evaluate(
             f"{model.name} returns infinities or NaN for {examples.source.name(int(order[~ok][0]))}",
             "check the weights and the preprocessing, or leave out --amp",
         )
-    return Scores(order, {name: torch.cat(parts).cpu().double().numpy() for name, parts in scores.items()})
+    values = {name: torch.cat(parts).cpu().double().numpy() for name, parts in scores.items()}
+    return Scores(order, values, None if examples.groups is None else examples.groups[order])
 
 
 def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indices | None) -> None:
@@ -192,4 +195,7 @@ def compare_scores(
     before: Scores, after: Scores, metrics: Sequence[Metric] = STANDARD_METRICS
 ) -> list[Comparison]:
     """Compare scores of the same examples, pair by pair."""
-    return [paired(metric, before.values[metric.name], after.values[metric.name]) for metric in metrics]
+    return [
+        paired(metric, before.values[metric.name], after.values[metric.name], before.groups)
+        for metric in metrics
+    ]

@@ -6,14 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch.nn.functional as F
 from scipy.special import ndtri
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.evaluation.clusters import (
+    FEW_GROUPS,
+    Indices,
+    by_group,
+    clusters,
+    effective_count,
+    effective_groups,
+)
+from bnpatch.evaluation.clusters import Values as Values
 
-Values = npt.NDArray[np.float64]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 #: The 97.5th percentile of the normal distribution: half the width of a 95% interval in standard errors.
@@ -200,7 +207,7 @@ class Comparison:
         change: the mean change. It is computed pair by pair, so its interval is narrower than those of
             ``before`` and ``after`` suggest.
         is_rough: whether the intervals contain the truth in less than 95% of cases, because so few examples
-            may include none of the rare ones that decide a mean cross-entropy.
+            may include none of the rare ones that decide a mean cross-entropy, or because of few groups.
     """
 
     metric: Metric
@@ -222,38 +229,72 @@ class Comparison:
         return {name: estimate.to_json() for name, estimate in estimates.items()} | {"verdict": self.verdict}
 
 
-def mean_estimate(scores: Values) -> Estimate:
-    """Return the mean of scores (N,), with Wilson's interval if all are 0 or 1, else with Hall's."""
+def mean_estimate(scores: Values, groups: Indices | None = None) -> Estimate:
+    """Return the mean of scores (N,), with Wilson's interval if all are 0 or 1, else with Hall's.
+
+    Args:
+        scores: scores of the examples, (N,).
+        groups: the group of each example, (N,), if some are not independent: the groups then are the units.
+    """
+    numbers = clusters(groups)
     if not np.isin(scores, (0, 1)).all():
-        return skewness_corrected(scores)
+        return skewness_corrected(scores if numbers is None else by_group(scores, numbers))
+    p = float(np.mean(scores))
+    if numbers is not None:
+        return _wilson(p, effective_count(scores, numbers), effective_groups(numbers))
     from scipy.stats import binomtest  # imported here because it is slow to import
 
     ends = binomtest(int(np.sum(scores)), len(scores)).proportion_ci(0.95, method="wilson")
-    p = float(np.mean(scores))
     return Estimate(p, min(p, float(ends.low)), max(p, float(ends.high)))
 
 
-def paired_difference(before: Values, after: Values) -> Estimate:
+def _wilson(p: float, n: float, units: float) -> Estimate:
+    """Return Wilson's interval for a share of n examples in effect, with Student's quantile of the groups."""
+    if units < 2:
+        return Estimate(p, -math.inf, math.inf)
+    z = _quantile(units)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+
+
+def paired_difference(before: Values, after: Values, groups: Indices | None = None) -> Estimate:
     """Return the mean change from ``before`` to ``after``, scores (N,) of the same examples in one order.
 
     For 0/1 scores, the interval is that of Bonett & Price (2012), which keeps its coverage even if only a few
-    examples change. For other scores it is Hall's, see :func:`skewness_corrected`.
+    examples change. For other scores it is Hall's, see :func:`skewness_corrected`. Where examples come in
+    groups (N,), the groups are the units: Hall's interval is of one value per group, and that of Bonett &
+    Price of the effective number of examples, see :mod:`bnpatch.evaluation.clusters`.
+
+    >>> before, after = np.zeros(100), np.repeat([0.0, 1.0], [90, 10])
+    >>> copies = np.repeat(np.arange(20), 5)
+    >>> paired_difference(before, after).excludes_zero, paired_difference(before, after, copies).excludes_zero
+    (True, False)
     """
-    changes = after - before
+    changes, numbers = after - before, clusters(groups)
     if not np.isin(np.concatenate([before, after]), (0, 1)).all():
-        return skewness_corrected(changes)
-    n = len(changes)
-    up, down = ((np.sum(changes == way) + 1) / (n + 2) for way in (1, -1))
-    half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+        return skewness_corrected(changes if numbers is None else by_group(changes, numbers))
+    n, quantile = float(len(changes)), Z95
+    if numbers is not None:
+        units = effective_groups(numbers)
+        if units < 2:
+            return Estimate(float(np.mean(changes)), -math.inf, math.inf)
+        n, quantile = effective_count(changes, numbers), _quantile(units)
+    share = n / len(changes)
+    up, down = ((np.sum(changes == way) * share + 1) / (n + 2) for way in (1, -1))
+    half = quantile * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     centre = float(up - down)
     return Estimate(float(np.mean(changes)), max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def paired(metric: Metric, before: Values, after: Values) -> Comparison:
-    """Compare scores (N,) of the same examples in the same order, pair by pair."""
-    change = paired_difference(before, after)
-    is_rough = metric.name == CROSS_ENTROPY.name and len(before) < ROUGH_BELOW
-    return Comparison(metric, mean_estimate(before), mean_estimate(after), change, is_rough)
+def paired(metric: Metric, before: Values, after: Values, groups: Indices | None = None) -> Comparison:
+    """Compare scores (N,) of the same examples in the same order, pair by pair; they may come in groups."""
+    change = paired_difference(before, after, groups)
+    units = len(before) if groups is None else len(np.unique(groups))
+    is_rough = (metric.name == CROSS_ENTROPY.name and units < ROUGH_BELOW) or (
+        groups is not None and units < FEW_GROUPS
+    )
+    return Comparison(metric, mean_estimate(before, groups), mean_estimate(after, groups), change, is_rough)
 
 
 def student(values: Values) -> Estimate:
@@ -287,7 +328,7 @@ def skewness_corrected(values: Values) -> Estimate:
     return Estimate(plain.value, min(low, plain.low), max(high, plain.high), plain.reach)
 
 
-def _quantile(n: int) -> float:
+def _quantile(n: float) -> float:
     """Return the 97.5th percentile of Student's t for n values."""
     from scipy.stats import t  # imported here because it is slow to import
 

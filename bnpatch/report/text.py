@@ -98,10 +98,19 @@ def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
 
 def scored_on(result: TuneResult) -> str:
     """Describe the examples that gave the verdict."""
-    count = f"{result.num_held_out:,} examples"
+    count = examples_in_groups(result.num_held_out, result.verdict.num_groups)
     if result.num_parts > 1:
         return f"{count}, each left out of the search that it judged (cross-fitting)"
     return f"{count} that the search did not see"
+
+
+def examples_in_groups(examples: int, groups: int | None) -> str:
+    """Say how many examples there are, and in how many groups if they are not independent.
+
+    >>> examples_in_groups(1000, 200)
+    '1,000 examples in 200 groups'
+    """
+    return f"{examples:,} examples" + ("" if groups is None else f" in {groups:,} groups")
 
 
 def title(metric: Metric) -> str:
@@ -242,6 +251,7 @@ def origin(recipe: Recipe) -> list[tuple[str, str]]:
         "data": data.get("name"),
         "held-out data": data.get("test_name"),
         "data fingerprint": data.get("fingerprint"),
+        "groups": _groups(data),
         "metric": about.get("metric"),
         "granularity": about.get("granularity"),
         "passes over the tuning examples": about.get("passes"),
@@ -249,3 +259,13 @@ def origin(recipe: Recipe) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {value}" for name, value in (about.get("versions") or {}).items()),
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _groups(data: Mapping[str, Any]) -> str | None:
+    """How many groups the examples are of; None if all are independent."""
+    counts = [
+        f"{data[key]:,} {use}"
+        for key, use in (("tuning_groups", "to tune on"), ("held_out_groups", "to judge by"))
+        if key in data
+    ]
+    return ", ".join(counts) or None

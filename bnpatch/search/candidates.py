@@ -12,6 +12,7 @@ import numpy as np
 
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import METRICS, Values
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
@@ -83,7 +84,8 @@ class CandidateSearch:
         self._on_trial = on_trial
         self._identities = model.identities()
         self._best_score = -math.inf  # of all trials so far; higher is better
-        blocks = blocks_of(np.random.default_rng(plan.seed).permutation(tuning), objective.set_size)
+        order = shuffled(tuning, examples.groups, np.random.default_rng(plan.seed))
+        blocks = blocks_of(order, objective.set_size, examples.groups)
         self._cache = ScoreCache(model, examples, objective, blocks, self.budget.spend)
         # A global search scores its best settings on all blocks, so that selecting by them costs nothing
         # more. One weight for all norm layers hardly overfits: where there are no other candidates, all
@@ -265,6 +267,7 @@ class CandidateSearch:
                 max_passes=passes,
                 max_trials=trials,
                 seed=self.plan.seed,
+                groups=self._cache.groups_by_block(),
             ),
             timeout=self.budget.seconds_left(),
             on_trial=report,

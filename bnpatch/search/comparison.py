@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.trial import TrialState
 
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.search.studies import StoredTrial
 
@@ -31,6 +32,8 @@ class GlobalSearchConfig:
         max_passes: budget of the whole study, in passes over all blocks. Below 2 only the baseline is scored.
         max_trials: budget of the whole study in trials, the baseline included.
         seed: seed of the sampler.
+        groups: the group of each example of each block, of the shapes of the scores, if examples are not
+            independent: the groups then are the units of standard errors. No group is in two blocks.
     """
 
     sizes: Sequence[int]
@@ -42,6 +45,7 @@ class GlobalSearchConfig:
     max_passes: float = 3.0
     max_trials: int | None = None
     seed: int = 0
+    groups: Sequence[Indices] | None = None
 
     def scaled(self, params: Mapping[str, float]) -> dict[str, float]:
         """The parameters on the scale that matters: some by their square root."""
@@ -204,8 +208,18 @@ class Comparison:
         return [t for t in self.trials if t.state != TrialState.FAIL]
 
     def _scores(self, trial: StoredTrial, blocks: int, metric: str | None = None) -> tuple[Values, Values]:
-        """Scores of the leading blocks, and their weights: each block is weighted by its examples."""
+        """Scores of the leading blocks, and their weights: each block is weighted by its examples.
+
+        Where examples come in groups, there is one score per group, weighted by the examples of the group.
+        """
         values = [trial.blocks[block][metric or self.config.metric.name] for block in range(blocks)]
+        if self.config.groups is not None:
+            numbers = [np.unique(part, return_inverse=True)[1] for part in self.config.groups[:blocks]]
+            sizes = [np.bincount(part) for part in numbers]
+            means = [
+                np.bincount(part, v) / size for part, v, size in zip(numbers, values, sizes, strict=True)
+            ]
+            return np.concatenate(means), np.concatenate(sizes).astype(np.float64)
         weights = [
             np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.config.sizes, strict=False)
         ]

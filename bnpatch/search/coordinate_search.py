@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.metrics import Z95, Values, paired_difference
 
 #: Values that are tried for a weight: the whole range, more densely at small values, where it matters.
@@ -57,11 +58,11 @@ class _Gain:
     values: Values
 
     @classmethod
-    def over(cls, base: Values, values: Values | None, sign: float) -> "_Gain":
+    def over(cls, base: Values, values: Values | None, sign: float, groups: Indices | None = None) -> "_Gain":
         """The gain on the same examples; -inf where the outputs are not finite."""
         if values is None:
             return cls(-math.inf, 0.0, base)
-        change = paired_difference(sign * base, sign * values)
+        change = paired_difference(sign * base, sign * values, groups)
         return cls(change.value, change.reach / Z95 if len(values) > 1 else 0.0, values)
 
 
@@ -75,6 +76,7 @@ def coordinate_search(
     most: int = 16,
     rounds: int = 2,
     stop: Callable[[], bool] = lambda: False,
+    groups: Indices | None = None,
 ) -> PatchWeights:
     """Find weights by changing one at a time, the most important first.
 
@@ -93,6 +95,7 @@ def coordinate_search(
         most: maximum number of coordinates to optimize.
         rounds: maximum number of rounds.
         stop: called before each evaluation; the search ends if it returns true.
+        groups: the group of each score; None if all are independent.
 
     Returns:
         The best weights found. A change that gains no more than its standard error isn't made.
@@ -129,7 +132,7 @@ def coordinate_search(
                 continue
             if stop():
                 return here
-            gain = _Gain.over(base, scores(moved), sign)
+            gain = _Gain.over(base, scores(moved), sign, groups)
             if gain.mean > gain.error:
                 here, base, seen = moved, gain.values, promising.values
         if here == before:

@@ -174,10 +174,13 @@ class Searches:
         task, is_first = self._task, not self._begun
         if (share := self.share_of_time()) is not None:
             plan = replace(plan, timeout=max(at_least, share))
+        readable = task.seen.readable(tuning)
+        if is_first and (says := task.examples.warn_of_near_copies()):
+            self.notes.append(says)
         search = CandidateSearch(
             task.model,
             task.seen,
-            task.seen.readable(tuning),
+            readable,
             self._objective,
             plan,
             statistics_from=None if task.calib is None else (task.calib, None),
@@ -211,7 +214,12 @@ class Searches:
             return self._unshared.scores(task.model, task.examples, search.tuning)[name]
 
         best = without_harm(
-            candidates, task.spec.metric, search.selection.scores, search.selection.gains, clean
+            candidates,
+            task.spec.metric,
+            search.selection.scores,
+            search.selection.gains,
+            clean,
+            search.selection.groups,
         )
         if best is None:
             if search is self.whole:

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from bnpatch.core.patch import PatchState
 from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
 from bnpatch.models.base import Model
-from bnpatch.search.objective import Objective, in_sets
+from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Evidence:
         after: scores with the patch, likewise.
         targets: classes of the examples, of shape (N,); empty where they have none.
         indices: positions of the examples in the data set, of shape (N,).
+        groups: the group of each score, of shape (N,); None where scores are independent.
     """
 
     before: Mapping[str, Values]
     after: Mapping[str, Values]
     targets: npt.NDArray[np.int64]
     indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    groups: Indices | None = None
 
     @staticmethod
     def joined(parts: Sequence["Evidence"]) -> "Evidence":
@@ -39,7 +42,9 @@ class Evidence:
             return {n: np.concatenate([getattr(p, which)[n] for p in parts]) for n in parts[0].before}
 
         targets, indices = (np.concatenate([getattr(p, n) for p in parts]) for n in ("targets", "indices"))
-        return Evidence(join("before"), join("after"), targets, indices)
+        groups = [part.groups for part in parts if part.groups is not None]
+        joined = np.concatenate(groups) if groups else None
+        return Evidence(join("before"), join("after"), targets, indices, joined)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Verdict:
         changed: number of examples whose answer changed; None where answers are not classes.
         classes: target, answer before and answer after of each example, (3, N); None without labels.
         num_examples: number of held-out examples, or of sets of them.
+        num_groups: number of groups of these examples; None where they are independent.
         indices: positions of the held-out examples in the data set, of shape (N,).
         confidences: confidence before and after of each example, (2, N); None without labels.
     """
@@ -65,6 +71,7 @@ class Verdict:
     num_examples: int = 0
     indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     confidences: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    num_groups: int | None = None
 
     def __str__(self) -> str:
         """The verdict in words: gain, loss, or no significant change."""
@@ -127,7 +134,8 @@ def gather(
     second = first if before.computes_like(after) else scores(model, examples, objective, after, indices)
     read = _readable(examples, objective, indices)
     labelled = examples.classes and examples.labelled[read].all()
-    return Evidence(first, second, examples.targets[read] if labelled else np.zeros(0, np.int64), read)
+    targets = examples.targets[read] if labelled else np.zeros(0, np.int64)
+    return Evidence(first, second, targets, read, groups_of_scores(objective, examples, read))
 
 
 def scores(
@@ -138,7 +146,7 @@ def scores(
     Their order depends on the examples and the objective, not on the patch.
     """
     model.set_state(state)
-    sets = in_sets(_readable(examples, objective, indices), objective.set_size)
+    sets = in_sets(_readable(examples, objective, indices), objective.set_size, examples.groups)
     parts = [objective.scores(model, examples, part) for part in sets]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -151,7 +159,10 @@ def _readable(examples: Examples, objective: Objective, indices: Indices) -> Ind
     readable = np.array([index for index in indices if index not in examples.skipped], dtype=np.int64)
     if objective.set_size == 1:
         return readable
-    return readable[np.argsort(np.random.default_rng(0).random(len(examples))[readable])]
+    rng = np.random.default_rng(0)
+    if examples.groups is not None:
+        return shuffled(readable, examples.groups, rng)
+    return readable[np.argsort(rng.random(len(examples))[readable])]
 
 
 def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
@@ -162,24 +173,29 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
         metrics: metrics to compare; the first decides the verdict.
     """
     before, after = evidence.before, evidence.after
-    comparisons = [paired(metric, before[metric.name], after[metric.name]) for metric in metrics]
+    groups = evidence.groups
+    comparisons = [paired(metric, before[metric.name], after[metric.name], groups) for metric in metrics]
     count = max(len(values) for values in before.values())
+    verdict = Verdict(
+        comparisons,
+        num_examples=count,
+        indices=evidence.indices,
+        num_groups=None if groups is None else len(np.unique(groups)),
+    )
     if PREDICTION.name not in before:
-        return Verdict(comparisons, num_examples=count, indices=evidence.indices)
+        return verdict
     answers = [side[PREDICTION.name].astype(np.int64) for side in (before, after)]
     changed = int(np.sum(answers[0] != answers[1]))
     if ACCURACY.name not in before or len(evidence.targets) != count:
-        return Verdict(comparisons, changed=changed, num_examples=count, indices=evidence.indices)
+        return replace(verdict, changed=changed)
     sure = [Answers(side[CONFIDENCE.name], side[ACCURACY.name]) for side in (before, after)]
-    return Verdict(
-        comparisons,
-        compare_calibration(sure[0], sure[1]),
-        flips(before[ACCURACY.name], after[ACCURACY.name]),
-        changed,
-        np.stack([evidence.targets, *answers]),
-        count,
-        evidence.indices,
-        np.stack([one.confidence for one in sure]),
+    return replace(
+        verdict,
+        calibration=compare_calibration(sure[0], sure[1], groups),
+        flips=flips(before[ACCURACY.name], after[ACCURACY.name]),
+        changed=changed,
+        classes=np.stack([evidence.targets, *answers]),
+        confidences=np.stack([one.confidence for one in sure]),
     )
 
 
@@ -217,13 +233,14 @@ def decide(
     if tuned.verdict == "gain":
         return Decision(True, verdict)
     reason = f"{candidate}: no significant change in {tuned.metric.name} on {where}; not applied"
-    if more := _more_examples(tuned, verdict.num_examples):
-        reason += f" (about {more:,} more examples might show a gain, if the change so far is the truth)"
+    units = "examples" if verdict.num_groups is None else "groups"
+    if more := _more_units(tuned, verdict.num_groups or verdict.num_examples):
+        reason += f" (about {more:,} more {units} might show a gain, if the change so far is the truth)"
     return Decision(False, verdict, reason)
 
 
-def _more_examples(tuned: Comparison, count: int) -> int:
-    """How many more examples would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
+def _more_units(tuned: Comparison, count: int) -> int:
+    """How many more examples or groups would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
     gain = tuned.metric.sign * tuned.change.value
     if gain <= 0:
         return 0

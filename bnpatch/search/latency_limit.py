@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Z95, Estimate, Metric, Values, paired_difference
 from bnpatch.models.base import Model
@@ -150,6 +151,7 @@ def trade_off(
     metric: Metric,
     *,
     seconds: float,
+    groups: Indices | None = None,
 ) -> list[Point]:
     """Measure gain and latency of the weights on ever more of the norm layers, the most important first.
 
@@ -162,6 +164,7 @@ def trade_off(
         scores: scores of weights, one per example, always of the same ones.
         metric: metric of these scores.
         seconds: seconds to measure latencies for, with one image at a time.
+        groups: the group of each score; None if all are independent.
 
     Returns:
         The points, the baseline first.
@@ -191,7 +194,7 @@ def trade_off(
     before = scores(identity)
     points = [Point(identity, 0, 0.0, 0.0, latencies[0])]
     for (member, after), latency in zip(usable, latencies[1:], strict=True):
-        change = paired_difference(before, after)
+        change = paired_difference(before, after, groups)
         count = sum(alpha != identities[name] for name, alpha in member.alphas.items())
         points.append(Point(member, count, sign * change.value, change.reach / Z95, latency))
     return points

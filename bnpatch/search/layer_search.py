@@ -29,7 +29,7 @@ from bnpatch.search.gradient_search import (
     Start,
     learn,
 )
-from bnpatch.search.objective import Objective, in_sets
+from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
 from bnpatch.search.selection import Selection
@@ -254,6 +254,7 @@ class LayerSearch:
             higher_is_better=guide.higher_is_better,
             preview=partial(scores, portion[: max(_PREVIEW_EXAMPLES, self._objective.set_size)]),
             stop=self._budget.is_over,
+            groups=groups_of_scores(self._objective, self._examples, portion),
         )
 
     def _scores(self, weights: PatchWeights, indices: Indices, metric: Metric) -> Values:

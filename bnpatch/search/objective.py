@@ -15,6 +15,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Batch, Examples, Indices
+from bnpatch.data.groups import cut
 from bnpatch.evaluation.evaluate import STANDARD_METRICS, OutputsNotFiniteError, evaluate
 from bnpatch.evaluation.metrics import (
     ACCURACY,
@@ -43,9 +44,20 @@ _GROUPS = 20
 _Part = tuple[Tensor, Mapping[str, Moments[Tensor]]]
 
 
-def in_sets(indices: Indices, size: int) -> list[Indices]:
-    """Split examples into sets that are scored together; one set where each example has its own score."""
-    return [indices] if size == 1 else np.array_split(indices, max(1, len(indices) // size))
+def in_sets(indices: Indices, size: int, groups: Indices | None = None) -> list[Indices]:
+    """Split examples into sets that are scored together; one set where each example has its own score.
+
+    A group of examples (``groups``, of shape (N,)) stays in one set, if ``indices`` has it side by side.
+    """
+    if size == 1:
+        return [indices]
+    sizes = [len(part) for part in np.array_split(indices, max(1, len(indices) // size))]
+    return cut(indices, np.cumsum(sizes)[:-1], groups)
+
+
+def groups_of_scores(objective: "Objective", examples: Examples, indices: Indices) -> Indices | None:
+    """The group of each score of some examples; None where scores are of sets, or examples independent."""
+    return None if objective.set_size > 1 or examples.groups is None else examples.groups[indices]
 
 
 class Objective(Protocol):

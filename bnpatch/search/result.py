@@ -27,6 +27,7 @@ class TuneResult:
         passes: passes over the tuning examples before the verdict, with all searches of a cross-fit;
             learning counts three times.
         num_tuning: number of examples that the search saw, without unreadable ones.
+        num_tuning_groups: number of groups that these are of; None if all examples are independent.
         num_parts: number of parts of a cross-fit that judged; 1 without cross-fitting.
         skipped: reasons by name of example that can't be read.
         notes: notes for the user.
@@ -55,6 +56,7 @@ class TuneResult:
     trade_off: list[Point] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples, repr=False)
     seconds: float = 0.0
+    num_tuning_groups: int | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
     is_recommended: bool = False
     candidate_recipe: Recipe | None = None

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Metric, Values, paired_difference
 from bnpatch.search.config import Candidate
@@ -25,6 +26,7 @@ def without_harm(
     shifted: Callable[[PatchWeights], Values],
     gains: Callable[[PatchWeights, PatchWeights], bool],
     clean: Callable[[PatchWeights], Values],
+    groups: Indices | None = None,
 ) -> Candidate | None:
     """Choose the best weights between the identity and any candidate that do not harm clean examples.
 
@@ -34,6 +36,7 @@ def without_harm(
         shifted: scores of weights on augmented selection examples, always the same ones.
         gains: whether the second of two weights is significantly better on these examples.
         clean: scores of weights on clean examples, always the same ones.
+        groups: the group of each augmented selection example; None if all are independent.
 
     Returns:
         The weights with the best mean on augmented examples, of those that are significantly better there
@@ -48,7 +51,7 @@ def without_harm(
             after = if_finite(partial(shifted, weights))
             if after is None:
                 continue
-            change = paired_difference(before, after)
+            change = paired_difference(before, after, groups)
             if metric.sign * change.value > 0 and gains(identity, weights):
                 name = candidate.name if part == 1 else f"{candidate.name} x {part:g}"
                 found.append(Candidate(name, weights, float(np.mean(after)), change, True))

@@ -8,23 +8,24 @@ import numpy as np
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.groups import cut
 from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Model
 from bnpatch.search.global_search import block_sizes
-from bnpatch.search.objective import Objective, in_sets
+from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 
 
-def blocks_of(order: Indices, set_size: int) -> list[Indices]:
+def blocks_of(order: Indices, set_size: int, groups: Indices | None = None) -> list[Indices]:
     """Split examples into blocks: sets that are scored together, or blocks that suit a global search.
 
-    Two examples or more make at least two blocks: one to learn from, and one to select by.
+    Two examples or more make at least two blocks: one to learn from, and one to select by. A group of
+    examples (``groups``, of shape (N,)), whose members ``order`` has side by side, stays in one block.
     """
     if set_size == 1:
-        ends = np.cumsum(block_sizes(len(order)))[:-1]
-        blocks = np.split(order, ends)
+        blocks = cut(order, np.cumsum(block_sizes(len(order)))[:-1], groups)
     else:
-        blocks = in_sets(order, set_size)
-    return blocks if len(blocks) > 1 or len(order) < 2 else np.array_split(order, 2)
+        blocks = in_sets(order, set_size, groups)
+    return blocks if len(blocks) > 1 or len(order) < 2 else cut(order, [-(-len(order) // 2)], groups)
 
 
 class ScoreCache:
@@ -56,6 +57,16 @@ class ScoreCache:
         self.blocks = blocks
         self._known: dict[tuple[Any, int], dict[str, Values]] = {}
         self.base = model.state
+
+    def groups(self, blocks: range) -> Indices | None:
+        """The group of each score of some blocks; None where scores are independent."""
+        indices = np.concatenate([self.blocks[block] for block in blocks])
+        return groups_of_scores(self._objective, self._examples, indices)
+
+    def groups_by_block(self) -> list[Indices] | None:
+        """The groups of the scores of each block; None where scores are independent."""
+        found = [self.groups(range(block, block + 1)) for block in range(len(self.blocks))]
+        return [groups for groups in found if groups is not None] or None
 
     def use(self, base: PatchState) -> None:
         """Apply weights to another state from now on, and forget the scores that depend on its statistics."""

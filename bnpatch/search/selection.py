@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate
@@ -64,6 +65,11 @@ class Selection:
         """
         return self._on(self._blocks, weights, self._objective.metric)
 
+    @property
+    def groups(self) -> Indices | None:
+        """The group of each of :meth:`scores`; None where they are independent."""
+        return self._cache.groups(self._blocks)
+
     def cost(self, weights: PatchWeights, label: str) -> float:
         """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite.
 
@@ -93,7 +99,7 @@ class Selection:
             after = if_finite(partial(self.scores, weights))
             if after is None:
                 continue
-            change = paired_difference(before, after)
+            change = paired_difference(before, after, self.groups)
             candidates.append(candidate := Candidate(name, weights, float(np.mean(after)), change))
             if sign * change.value > 0:
                 better.append(candidate)
@@ -119,7 +125,7 @@ class Selection:
         """The candidates within a standard error of the best mean, in their order."""
         scores = [self._on(self._blocks, candidate.weights, metric) for candidate in candidates]
         best = max(scores, key=lambda values: metric.sign * float(np.mean(values)))
-        behind = [paired_difference(values, best) for values in scores]
+        behind = [paired_difference(values, best, self.groups) for values in scores]
         return [
             candidate
             for candidate, change in zip(candidates, behind, strict=True)
@@ -136,7 +142,7 @@ class Selection:
         before, after = (if_finite(partial(self._on, blocks, s, metric)) for s in (identity, weights))
         if before is None or after is None:
             return False
-        change = paired_difference(before, after)
+        change = paired_difference(before, after, self._cache.groups(blocks))
         # With few sets there is no useful interval, so the mean decides.
         settled = change.excludes_zero or (self._objective.set_size > 1 and len(after) < FEW_SETS)
         return settled and metric.sign * change.value > 0

@@ -17,6 +17,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.data.corruptions import augmented
 from bnpatch.data.dataset import Examples
 from bnpatch.data.sources import open_examples
+from bnpatch.evaluation.clusters import FEW_GROUPS
 from bnpatch.evaluation.metrics import (
     CALIBRATION_ERROR,
     ROUGH_BELOW,
@@ -88,7 +89,8 @@ def tune_alpha(
             don't call it.
         config: the less common options, see :class:`~bnpatch.search.config.SearchConfig`.
         options: fields of ``config`` by their names, which override it, and options of
-            :func:`bnpatch.open_examples`.
+            :func:`bnpatch.open_examples`, such as ``groups``. Groups given as labels are those of ``data``; a
+            function of names also groups ``test_data``.
 
     Raises:
         BnpatchError: the model or the data can't be used.
@@ -103,9 +105,13 @@ def tune_alpha(
 
     def opened(source: Any, needs_labels: bool) -> Examples:
         if isinstance(source, Examples):
+            if options.get("groups") is not None:
+                raise BnpatchError("the examples are open already", "give groups to open_examples instead")
             return source
         labels: Literal["required", "optional"] = "required" if needs_labels else "optional"
-        return open_examples(source, patchable, labels=labels, classes=spec.classes, seed=seed, **options)
+        # Labels are of the examples of `data`; a function of names serves other data as well.
+        own = options if source is data or callable(options.get("groups")) else {**options, "groups": None}
+        return open_examples(source, patchable, labels=labels, classes=spec.classes, seed=seed, **own)
 
     def seen(examples: Examples) -> Examples:
         return examples if config.augment is None else augmented(examples, config.augment, seed)
@@ -171,6 +177,8 @@ def _run(
                 candidates, points = _within_limit(task, searches, candidates)
             chosen = kept(candidates)
             evidence, shifted, num_parts = searches.evidence(held_out, judging, before, chosen.weights)
+            if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
+                searches.notes.append(f"held-out data: {says}")
             found = searches.whole.base.with_weights(chosen.weights)
             is_candidate = not before.computes_like(found)
             decision = decide(chosen.name if is_candidate else None, evidence, shifted, metrics)
@@ -193,6 +201,7 @@ def _run(
                 task.skipped(),
                 [*notes, *searches.notes, *_notes(task, searches, decision)],
                 searches.interrupted,
+                num_tuning_groups=task.examples.num_groups(task.tuning),
                 trade_off=points,
                 samples=drawn(decision.verdict, task.test_examples, task.plan.seed),
                 recipe=model.recipe(state),
@@ -220,7 +229,10 @@ def _within_limit(
     if share is not None:
         seconds = min(seconds, max(1.0, share))
     scores = searches.whole.selection.scores
-    points = trade_off(task.model, kept(candidates).weights, scores, task.spec.metric, seconds=seconds)
+    groups = searches.whole.selection.groups
+    points = trade_off(
+        task.model, kept(candidates).weights, scores, task.spec.metric, seconds=seconds, groups=groups
+    )
     best = choose(points, task.max_overhead)
     searches.notes.append(f"--max-overhead: {best.reason}")
     if suggestion := knee(points):
@@ -234,7 +246,7 @@ def _within_limit(
         f"at most {task.max_overhead:g}x",
         weights,
         float(np.mean(after)),
-        paired_difference(before, after),
+        paired_difference(before, after, groups),
         chosen=True,
     )
     return [*(replace(candidate, chosen=False) for candidate in candidates), limited], points
@@ -242,7 +254,7 @@ def _within_limit(
 
 def _robustness_note(metric: Metric, shifted: Evidence) -> str:
     """Describe what the candidate does to augmented held-out examples."""
-    change = paired_difference(shifted.before[metric.name], shifted.after[metric.name])
+    change = paired_difference(shifted.before[metric.name], shifted.after[metric.name], shifted.groups)
     values = (metric.format(float(np.mean(v[metric.name]))) for v in (shifted.before, shifted.after))
     return (
         f"the held-out examples as --augment shifts them: {metric.name} {' → '.join(values)}, "
@@ -258,8 +270,14 @@ def _notes(task: Task, searches: Searches, decision: Decision) -> list[str]:
         notes.append(f"{searches.resumed} trials were in the storage already")
     if verdict.num_examples < _FEW:
         notes.append(f"{verdict.num_examples} examples judged: so few say little")
+    elif verdict.num_groups is not None and verdict.num_groups < FEW_GROUPS:
+        notes.append(
+            f"{verdict.num_groups} groups judged: with fewer than {FEW_GROUPS} all intervals are rough; "
+            "images of more groups would make them reliable"
+        )
     elif any(comparison.is_rough for comparison in verdict.comparisons):
-        notes.append(f"below {ROUGH_BELOW} examples the interval of the cross-entropy is rough")
+        units = "examples" if verdict.num_groups is None else "groups"
+        notes.append(f"below {ROUGH_BELOW} {units} the interval of the cross-entropy is rough")
     if not task.spec.needs_labels:
         name = task.spec.metric.name
         notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
@@ -286,6 +304,12 @@ def checked_objective(
     return ObjectiveSpec.of(metric, config.class_prior, config.batch_size)
 
 
+def _group_counts(result: TuneResult) -> dict[str, int]:
+    """The numbers of groups, where examples come in groups."""
+    counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.verdict.num_groups}
+    return {name: count for name, count in counts.items() if count is not None}
+
+
 def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> dict[str, Any]:
     def named(source: Any) -> str | None:
         return str(source) if isinstance(source, (str, os.PathLike)) else None
@@ -303,6 +327,7 @@ def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> di
             "fingerprint": task.seen.fingerprint(),
             "tuning_examples": result.num_tuning,
             "held_out_examples": result.num_held_out,
+            **_group_counts(result),
             "skipped": len(result.skipped),
         },
         "metric": result.metric.name,

@@ -2,7 +2,10 @@
 
 ``python -m tests.benchmarks.coverage [--size 20000] [--samples 4000]``: changes of the cross-entropy of
 digits with noise, by the classifier of :mod:`tests.closed_form`, and numbers with heavy tails. Each of these
-populations has a known mean. Prints the table of docs/trust.md in a few minutes on one core.
+populations has a known mean. Prints the tables of docs/trust.md in a few minutes on one core.
+
+The second table is of near-copies: five copies of each image, whose answers and cross-entropies are those of
+the image in most cases.
 """
 
 import argparse
@@ -14,6 +17,10 @@ import numpy as np
 from bnpatch.evaluation.metrics import paired_difference, student
 
 SIZES = (30, 100, 300, 1000)
+GROUPS, COPIES = (20, 60, 200), 5
+
+# Share of the copies that get the answer of their image; the others vary by themselves.
+LIKENESS = 0.9
 
 
 @dataclass(frozen=True)
@@ -22,32 +29,107 @@ class Coverage:
 
     Attributes:
         holds: share of the samples whose interval holds the true mean.
-        below: share whose interval lies below it: a false gain, if less is better.
-        above: share whose interval lies above it: a false loss, if less is better.
+        gain: share whose interval lies on the better side of it, a false gain for a change that does nothing.
+        loss: share whose interval lies on the worse side of it, a false loss.
         width: median width of the intervals.
     """
 
     holds: float
-    below: float
-    above: float
+    gain: float
+    loss: float
     width: float
 
     def __str__(self):
-        return " | ".join(f"{100 * share:.1f}" for share in (self.holds, self.below, self.above))
+        return " | ".join(f"{100 * share:.1f}" for share in (self.holds, self.gain, self.loss))
 
 
 def coverage(population, n, samples, rng, interval):
-    """Draw samples of n values with replacement, as new examples are drawn.
+    """Draw samples of n values, of which less is better, with replacement, as new examples are drawn.
 
     Without replacement, a sample of 1,000 out of 20,000 has a mean that varies 2.5% less than the interval
     says, so every method would look better.
     """
     truth = population.mean()
     estimates = [interval(population[rng.integers(0, len(population), n)]) for _ in range(samples)]
-    below = np.mean([estimate.high < truth for estimate in estimates])
-    above = np.mean([estimate.low > truth for estimate in estimates])
+    gain = np.mean([estimate.high < truth for estimate in estimates])
+    loss = np.mean([estimate.low > truth for estimate in estimates])
     width = np.median([estimate.high - estimate.low for estimate in estimates])
-    return Coverage(1 - below - above, below, above, width)
+    return Coverage(1 - gain - loss, gain, loss, width)
+
+
+def coverage_of_groups(draw, truth, count, samples, rng, with_groups):
+    """Draw samples of ``count`` groups of near-copies, and compare them with or without knowing the groups.
+
+    Args:
+        draw: takes a number of groups and a generator; returns scores before and after, each of shape
+            (groups, copies), where more is better.
+        truth: the true mean change.
+        count: number of groups in a sample.
+        samples: number of samples.
+        rng: source of random numbers.
+        with_groups: whether the interval knows the groups.
+    """
+    numbers = np.repeat(np.arange(count), COPIES) if with_groups else None
+    estimates = []
+    for _ in range(samples):
+        before, after = draw(count, rng)
+        estimates.append(paired_difference(before.reshape(-1), after.reshape(-1), numbers))
+    gain = np.mean([estimate.low > truth for estimate in estimates])
+    loss = np.mean([estimate.high < truth for estimate in estimates])
+    width = np.median([estimate.high - estimate.low for estimate in estimates])
+    return Coverage(1 - gain - loss, gain, loss, width)
+
+
+def near_copies(values, count, rng):
+    """Draw images from pairs (N, 2): for each copy the pair of its image, or another's, (G, 5, 2)."""
+    of_image = np.repeat(rng.integers(0, len(values), (count, 1)), COPIES, axis=1)
+    others = rng.integers(0, len(values), (count, COPIES))
+    return values[np.where(rng.random(others.shape) < LIKENESS, of_image, others)]
+
+
+def right_answers(flipped, gained):
+    """Scores (N, 2) without and with a patch that changes this share of the answers, some for the better."""
+    right = np.repeat([[1.0, 1.0], [0.0, 0.0]], [8000, 2000], axis=0)
+    up, down = round(10_000 * flipped * gained), round(10_000 * flipped * (1 - gained))
+    right[8000 : 8000 + up, 1], right[:down, 1] = 1.0, 0.0
+    return right
+
+
+def populations_of_groups(size, rng):
+    """Pairs of scores (N, 2) without and with a patch, where more is better, by name of population."""
+    logits = rng.normal(0, 1, (size, 10)) + 4 * np.eye(10)[rng.integers(0, 10, size)]
+
+    def losses(divisor):
+        changes = scaled(logits, divisor, rng)
+        return np.stack([np.zeros(size), -changes], 1)
+
+    return {
+        "accuracy, 1% of answers change": right_answers(0.01, 0.5),
+        "accuracy, 6% change": right_answers(0.06, 0.5),
+        "accuracy, 12% change, 10% for the better": right_answers(0.12, 10 / 12),
+        "cross-entropy, logits / 0.7": losses(0.7),
+        "cross-entropy, logits / 1.5": losses(1.5),
+    }
+
+
+def table_of_groups(size, samples, rng):
+    """Print the table of near-copies."""
+    print("| change | groups | ignored: holds | gain | loss | known: holds | gain | loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, values in populations_of_groups(size, rng).items():
+        truth = float(np.mean(values[:, 1] - values[:, 0]))
+
+        def draw(count, rng, values=values):
+            drawn = near_copies(values, count, rng)
+            return drawn[..., 0], drawn[..., 1]
+
+        for count in GROUPS:
+            seed = rng.integers(2**32)  # the same samples for both
+            ignored, known = (
+                coverage_of_groups(draw, truth, count, samples, np.random.default_rng(seed), with_groups)
+                for with_groups in (False, True)
+            )
+            print(f"| {name} | {count} | {ignored} | {known} |", flush=True)
 
 
 def in_use(changes):
@@ -125,6 +207,8 @@ def main():
     parser.add_argument("--size", type=int, default=20_000, help="examples of a population")
     parser.add_argument("--samples", type=int, default=4000, help="samples of each population and size")
     args = parser.parse_args()
+    table_of_groups(args.size, args.samples, np.random.default_rng(0))
+    print()
     rng = np.random.default_rng(0)
     print("| population | skewness | n | before: holds | gain | loss | now: holds | gain | loss | wider |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -109,3 +109,15 @@ def test_a_coordinate_moves_all_its_norm_layers():
     assert moved.alphas == START.alphas
     assert {name for name, value in moved.lambdas.items() if value == 0.4} == {"s1", "s2"}
     assert coordinate.value(moved) == pytest.approx(0.4)
+
+
+def test_a_gain_of_one_group_of_near_copies_is_none():
+    """The mean gain of 20 examples is above its standard error, that of the four groups is not."""
+    gains, groups = np.repeat([1.0, 1.0, -0.6, 0.0], 5), np.repeat(np.arange(4), 5)
+
+    def scores(weights):
+        return gains * (weights.alphas["s3"] > 0)
+
+    run = {"higher_is_better": True, "rounds": 1}
+    assert coordinate_search(scores, START, COORDINATES, **run) != START
+    assert coordinate_search(scores, START, COORDINATES, groups=groups, **run) == START

@@ -74,3 +74,20 @@ def test_part_of_the_way():
     assert half.alphas == pytest.approx({"gn": 0.8, "bn": 0.1})
     assert half.lambdas == pytest.approx({"bn": 0.4})
     assert PARTS[0] == 1
+
+
+def test_the_interval_of_near_copies_is_by_group():
+    groups = np.repeat(np.arange(40), 5)
+    noise = np.repeat(NOISE[:40], 5)
+
+    def found(groups):
+        return without_harm(
+            candidates(0.4),
+            CROSS_ENTROPY,
+            lambda weights: 1 + (noise - 1) * weights.alphas["a"],
+            lambda *settings: True,
+            lambda weights: noise,
+            groups,
+        ).change
+
+    assert (found(None).high - found(None).low) * 2 < found(groups).high - found(groups).low

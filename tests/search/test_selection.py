@@ -8,7 +8,7 @@ from bnpatch.search.objective import LabelledObjective
 from bnpatch.search.selection import Selection
 
 
-def chosen(scores, cross_entropies=None):
+def chosen(scores, cross_entropies=None, groups=None):
     """Of settings with scores on eight blocks, the last two of which select."""
 
     def on(blocks, weights, label, metric):
@@ -16,7 +16,12 @@ def chosen(scores, cross_entropies=None):
         return values[weights][10 * blocks.start : 10 * blocks.stop]
 
     judge = LabelledObjective(ACCURACY if cross_entropies else CROSS_ENTROPY, [CROSS_ENTROPY])
-    board = SimpleNamespace(blocks=np.arange(80).reshape(8, 10), on=on)
+    blocks = np.arange(80).reshape(8, 10)
+
+    def groups_of(blocks):
+        return None if groups is None else groups[10 * blocks.start : 10 * blocks.stop]
+
+    board = SimpleNamespace(blocks=blocks, on=on, groups=groups_of)
     return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
 
 
@@ -55,3 +60,11 @@ def test_the_cross_entropy_may_settle_what_few_answers_do_not():
     assert chosen(far_better, losses) == "lambda, alpha"  # whatever the cross-entropy
     one_less = {"identity": one_more, "alpha": right}
     assert chosen(one_less, {**losses, "alpha": 0.8 - right / 2}) == "identity"
+
+
+def test_near_copies_support_no_candidate_that_their_groups_do_not():
+    """The selection examples are four groups, one of which loses what the others gain."""
+    gains = np.tile(np.repeat([1.0, 1.0, 1.0, -0.9], 5), 4)
+    scores = {"identity": np.ones(80), "alpha per layer": np.ones(80) - gains}
+    assert chosen(scores) == "alpha per layer"
+    assert chosen(scores, groups=np.arange(80) // 5) == "identity"

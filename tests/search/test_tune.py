@@ -292,6 +292,7 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
         bnpatch.tune_alpha(tiny, (dim[0][:250], dim[1][:250]), **run)
 
 
+@pytest.mark.filterwarnings("ignore:of .* near-copies")  # they are eight images with some noise
 @pytest.mark.parametrize("make", ["torch", "onnx"])
 def test_each_layer_gets_the_weight_that_it_needs(make, tmp_path):
     """With gradients, and without."""
