@@ -239,12 +239,17 @@ def paired_difference(before: Values, after: Values) -> Estimate:
     For 0/1 scores, the interval is that of Bonett & Price (2012), which keeps its coverage even if only a few
     examples change. For other scores it is Hall's, see :func:`skewness_corrected`.
     """
+    if np.isin(np.concatenate([before, after]), (0, 1)).all():
+        return paired_rates(before, after)
+    return skewness_corrected(after - before)
+
+
+def paired_rates(before: Values, after: Values, z: float = Z95) -> Estimate:
+    """Return the mean change of 0/1 scores (N,), with an interval of ``z`` standard errors to each side."""
     changes = after - before
-    if not np.isin(np.concatenate([before, after]), (0, 1)).all():
-        return skewness_corrected(changes)
     n = len(changes)
     up, down = ((np.sum(changes == way) + 1) / (n + 2) for way in (1, -1))
-    half = Z95 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = z * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     centre = float(up - down)
     return Estimate(float(np.mean(changes)), max(-1.0, centre - half), min(1.0, centre + half))
 

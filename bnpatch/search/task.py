@@ -30,6 +30,8 @@ class Task:
             cross-fit has several such pairs.
         plan: settings of the search.
         max_overhead: maximum ratio of the patched model's latency to the baseline's; None for no limit.
+        keep: images on which a patch must do no harm; None for none.
+        margin: the loss of accuracy that is accepted on them, as a fraction.
     """
 
     model: Model[Any]
@@ -42,6 +44,8 @@ class Task:
     parts: Sequence[tuple[Indices, Indices]]
     plan: Plan
     max_overhead: float | None = None
+    keep: Examples | None = None
+    margin: float = 0.005
 
     @property
     def tuning(self) -> Indices:
@@ -81,6 +85,7 @@ class Task:
         """The reason for each example that can't be read, by its name."""
         return {
             examples.source.name(index): why
-            for examples in (self.examples, self.test_examples)
+            for examples in (self.examples, self.test_examples, self.keep)
+            if examples is not None
             for index, why in examples.skipped.items()
         }
