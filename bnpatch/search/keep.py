@@ -41,8 +41,8 @@ ANSWERS_KEPT = Metric("answers kept", no_scores, is_rate=True)
 # The 95th percentile of the normal distribution: a one-sided interval ends so many standard errors away.
 _Z95_ONE_SIDED = float(ndtri(0.95))
 
-# Weight of the images to keep in the loss of learning, and in what compares its steps. Less lets learning lose
-# some points on them, more gives away much of the gain on the others: docs/decisions/0019 has the numbers.
+# Weight of the images to keep in the loss of learning, and in what compares its steps. With less, learning
+# loses some points on them; with more, it gives away much of the gain: docs/decisions/0019 has the numbers.
 _WEIGHT = 3.0
 
 # Number of images by which steps of learning are compared.
@@ -176,7 +176,7 @@ class KeepSet:
         return self._compared(before, after)
 
     def cost(self, state: PatchState) -> float:
-        """The weighted mean cross-entropy of a few hundred images, by which steps of learning are compared."""
+        """The weighted mean cross-entropy of some of the images, by which steps of learning are compared."""
         part = np.random.default_rng(self._seed).permutation(self._choosing)[:_CHECKED]
         self.scored += len(part)
         values = if_finite(partial(self._scores, state, part))

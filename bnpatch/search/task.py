@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.models.base import Model
 from bnpatch.search.config import Plan
+from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import ObjectiveSpec
 
 
@@ -66,6 +67,16 @@ class Task:
     def num_searches(self) -> int:
         """One search, and in a cross-fit one more without each part."""
         return 1 if len(self.parts) == 1 else 1 + len(self.parts)
+
+    def keep_set(self, count: Callable[[str, int], None]) -> KeepSet | None:
+        """The images to keep, compared with the present state of the model; None where there are none.
+
+        Args:
+            count: called with a label and the number of images that were scored.
+        """
+        if self.keep is None:
+            return None
+        return KeepSet(self.model, self.keep, self.margin, self.plan.batch_size, self.plan.seed, count)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study was made with: its trials are invalid for another model, other data or metrics."""

@@ -33,7 +33,7 @@ from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Tr
 from bnpatch.search.cross_fit import Searches
 from bnpatch.search.distributed import on_all_processes
 from bnpatch.search.held_out import Decision, Evidence, decide
-from bnpatch.search.keep import ANSWERS_KEPT, KeepSet
+from bnpatch.search.keep import ANSWERS_KEPT
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
 from bnpatch.search.make_norms import make_norms
 from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
@@ -177,13 +177,7 @@ def _run(
         judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
 
         def search(shared: Objective, held_out: Objective) -> TuneResult:
-            keep = (
-                None
-                if task.keep is None
-                else KeepSet(
-                    model, task.keep, task.margin, task.plan.batch_size, task.plan.seed, progress.count
-                )
-            )
+            keep = task.keep_set(progress.count)
             searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
             candidates = searches.search_all()
             points: list[Point] = []
