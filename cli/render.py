@@ -65,6 +65,10 @@ def verdict_table(verdict: Verdict, comparisons: Sequence[Comparison]) -> None:
         typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
     elif verdict.changed is not None:
         typer.echo(f"{verdict.changed} answers changed; without labels nobody knows for the better or worse")
+    if (kept := verdict.kept) is not None:
+        typer.echo("")
+        comparison_table([kept.comparison], f"{kept.num_examples} to keep")
+        typer.echo(kept)
 
 
 def candidates_table(result: TuneResult) -> None:

@@ -138,6 +138,20 @@ def tune_alpha(
             rich_help_panel=_VERDICT,
         ),
     ] = None,
+    keep_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that a patch must not harm, labelled or not, e.g. the original validation set.",
+            rich_help_panel=_VERDICT,
+        ),
+    ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(
+            help="The loss that is accepted on --keep-data: of accuracy or, without labels, of answers.",
+            rich_help_panel=_VERDICT,
+        ),
+    ] = 0.005,
     fail_unless_gain: Annotated[
         bool,
         typer.Option(
@@ -173,6 +187,8 @@ def tune_alpha(
 
     bnpatch tune-alpha model.onnx --data field-images/ --metric unlabeled --max-overhead 1.1
 
+    bnpatch tune-alpha model.pt --data field-images/ --keep-data val/
+
     bnpatch tune-alpha resnet18-f37072fd.pth --data val/ --class-map classes.txt --storage sqlite:///s.db
     """
     from bnpatch import tune_alpha
@@ -193,6 +209,7 @@ def tune_alpha(
         holdout=holdout,
         class_prior=class_prior,
         augment=augment,
+        margin=margin,
         max_overhead=max_overhead,
         recover_folded=recover_folded,
         batch_size=reading.batch_size,
@@ -223,6 +240,7 @@ def tune_alpha(
                 granularity=granularity.value,
                 test_data=test_data,
                 calib_data=calib_data,
+                keep=keep_data,
                 timeout=timeout,
                 seed=seed,
                 config=config,

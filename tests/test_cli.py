@@ -359,6 +359,8 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--max-passes", "0"], "0.0 passes find nothing"),
         (["--class-prior", "1,2"], "a class prior is for tuning without labels"),
         (["--augment", "fog"], "no augmentation 'fog'"),
+        (["--keep-data", "nope"], "there is no nope"),
+        (["--margin", "1"], "a margin of 1 is not a fraction"),
         (["--storage", "nope/x"], "storage"),
         (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
         (["--std", "0"], "is not positive"),
@@ -377,6 +379,22 @@ def test_bad_options(cli, checkpoint, folder, options, message):
     code, _, err = cli("tune-alpha", checkpoint, "--data", folder, *options)
     assert code == 2
     assert message in one_line(err)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_images_to_keep(cli, checkpoint, folder, flat, tmp_path, labelled):
+    keep = ["--keep-data", folder if labelled else flat, "--margin", "0.9"]
+    code, out, err = cli("tune-alpha", checkpoint, "--data", folder, *keep, *QUICK, "--trials", 2)
+    assert code == 0, err
+    assert f"{60 if labelled else 10} to keep" in out
+    assert "the margin is 90" in " ".join(out.split())
+    assert ("answers kept" in out) != labelled
+    about = Recipe.load(tmp_path / "bnpatch-out" / "recipe.json").provenance
+    assert about["data"]["keep_name"] == str(keep[1])
+    assert about["kept"]["margin"] == 0.9
+    assert about["kept"]["verdict"] in out
+    report = (tmp_path / "bnpatch-out" / "report.html").read_text()
+    assert about["kept"]["verdict"] in report
 
 
 def test_options_are_checked_before_the_model_is_loaded(cli):

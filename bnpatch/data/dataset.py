@@ -301,6 +301,18 @@ def subset(strata: Indices, fraction: float, seed: int) -> Indices:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
+def portions(indices: Indices, size: int, seed: int) -> Iterator[Indices]:
+    """Yield random batches without end; where too few are left for one, all examples are shuffled again."""
+    rng = np.random.default_rng(seed)
+    size = min(size, len(indices))
+    order: Indices = rng.permutation(indices)
+    while True:
+        if len(order) < size:
+            order = rng.permutation(indices)
+        yield order[:size]
+        order = order[size:]
+
+
 def _judges(strata: Indices) -> Indices:
     """Return the indices of examples that can be held out: the labelled ones, or all if none is labelled."""
     labelled = np.flatnonzero(strata >= 0)

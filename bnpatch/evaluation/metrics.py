@@ -280,6 +280,16 @@ def paired_difference(before: Values, after: Values, groups: Indices | None = No
         if units < 2:
             return Estimate(float(np.mean(changes)), -math.inf, math.inf)
         n, quantile = effective_count(changes, numbers), _quantile(units)
+    return _bonett_price(changes, n, quantile)
+
+
+def paired_rates(before: Values, after: Values, z: float = Z95) -> Estimate:
+    """Return the mean change of 0/1 scores (N,), with an interval of ``z`` standard errors to each side."""
+    return _bonett_price(after - before, float(len(before)), z)
+
+
+def _bonett_price(changes: Values, n: float, quantile: float) -> Estimate:
+    """Return the mean change, with the interval of ``n`` independent examples in effect."""
     share = n / len(changes)
     up, down = ((np.sum(changes == way) * share + 1) / (n + 2) for way in (1, -1))
     half = quantile * math.sqrt((up + down - (up - down) ** 2) / (n + 2))

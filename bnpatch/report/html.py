@@ -107,7 +107,8 @@ def report_page(
         pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
         training: results of training the model before the search.
     """
-    verdict, sentence = str(result.verdict), text.verdict_sentence(result)
+    verdict = "loss" if text.is_refused(result) else str(result.verdict)
+    sentence = text.verdict_sentence(result)
     if training is not None:
         verdict = next(c for c in training.comparisons if c.metric.name == result.metric.name).verdict
         sentence = (
@@ -124,6 +125,7 @@ def report_page(
         training=None if training is None else _trained(training, result, model),
         contributions=_contributions(training) if training and training.contributions else None,
         before_and_after=_before_and_after(result, model),
+        kept=_kept(result),
         facts=_facts(result),
         notes=_notes(result, model),
         galleries=galleries(result, model.class_names),
@@ -183,9 +185,17 @@ def _before_and_after(result: TuneResult, model: Model[Any]) -> Table:
         rows = [[_metric(c.metric), _estimate(c.metric, c.before)] for c in comparisons]
         caption = f"The model as it is, on {where}. Small: 95% intervals."
         return Table(caption, ["metric", "as it is"], rows)
-    patched = "patched" if str(verdict) != "loss" else "patched (not kept)"
+    patched = "patched (not kept)" if text.is_refused(result) else "patched"
     caption = f"On {where}. Small: 95% intervals; the change is paired, example by example."
     return Table(caption, ["metric", "as it is", patched, "change"], [_compared(c) for c in comparisons])
+
+
+def _kept(result: TuneResult) -> Table | None:
+    """The images to keep, with the verdict on them; None where there are none."""
+    if (kept := result.verdict.kept) is None:
+        return None
+    caption = f"Images to keep. Small: 95% intervals. {kept}."
+    return Table(caption, ["metric", "as it is", "patched", "change"], [_compared(kept.comparison)])
 
 
 def _facts(result: TuneResult) -> list[tuple[str, str]]:
@@ -248,7 +258,7 @@ def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
 def _candidates(result: TuneResult) -> Table:
     """The candidates, without intervals: the examples that chose one can't say how good it is."""
     metric = result.metric
-    mark = "chosen, but not kept" if str(result.verdict) == "loss" else "chosen"
+    mark = "chosen, but not kept" if text.is_refused(result) else "chosen"
     rows: list[Row] = []
     for candidate in result.candidates:
         name = text.name_of(candidate)

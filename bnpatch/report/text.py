@@ -38,9 +38,17 @@ def verdict_sentence(result: TuneResult) -> str:
         return "Keep the model as it is: the search ended before anything else was tried."
     # To patch nothing is a change too, maybe a gain, for a model that had alphas before the search.
     same = not any(c.change.value for c in result.comparisons)
+    if result.chosen is result.candidates[0] and result.candidate_recipe is not None:
+        return f"Keep the model as it is: {result.reason}."
     if same and (patches_nothing(result) or result.chosen is result.candidates[0]):
         return (
             "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
+        )
+    if is_refused(result) and str(result.verdict) != "loss":
+        by = f"{points(metric, change.value)}, {interval(metric, change)}"
+        return (
+            f"Keep the model as it is: {name_of(result.chosen)} changes its {title(metric)} ({by}) {where}, "
+            f"but is {result.verdict.kept}."
         )
     if str(result.verdict) == "gain":
         way = "rises" if change.value > 0 else "falls"
@@ -72,6 +80,12 @@ def verdict_sentence(result: TuneResult) -> str:
             f"{points(metric, change.value)} {where}, too few for an interval. Judge by more of them."
         )
     return f"No significant gain in {title(metric)} ({by}) {where}: keep the model as it is."
+
+
+def is_refused(result: TuneResult) -> bool:
+    """Was a candidate chosen that does harm: to held-out examples, or maybe to the images to keep?"""
+    kept = result.verdict.kept
+    return str(result.verdict) == "loss" or (kept is not None and not kept.is_within)
 
 
 def recommendation(recipe: Recipe) -> str:

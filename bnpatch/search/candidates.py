@@ -19,6 +19,7 @@ from bnpatch.models.running_stats import target_moments
 from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
 from bnpatch.search.global_search import GlobalSearchResult, GlobalTrial, global_search
+from bnpatch.search.keep import KeepSet
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.objective import Objective
 from bnpatch.search.progress import Budget
@@ -72,6 +73,7 @@ class CandidateSearch:
         plan: Plan,
         *,
         statistics_from: tuple[Examples, Indices | None] | None = None,
+        keep: KeepSet | None = None,
         count: Callable[[str, int], None] = lambda label, examples: None,
         on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     ) -> None:
@@ -81,7 +83,7 @@ class CandidateSearch:
         self.num_tried, self.resumed = 0, 0
         self.cut_short = self.interrupted = False
         self._statistics_from = statistics_from or (examples, tuning)
-        self._on_trial = on_trial
+        self._on_trial, self._keep = on_trial, keep
         self._identities = model.identities()
         self._best_score = -math.inf  # of all trials so far; higher is better
         order = shuffled(tuning, examples.groups, np.random.default_rng(plan.seed))
@@ -95,7 +97,7 @@ class CandidateSearch:
         self.selection = Selection(self._cache, objective, range(first, len(blocks)))
         fit = np.concatenate(blocks[:first] or blocks)
         self._layers = LayerSearch(
-            model, examples, fit, objective, self._cache, self.selection, plan, self.budget
+            model, examples, fit, objective, self._cache, self.selection, plan, self.budget, keep
         )
 
     @property
@@ -163,6 +165,8 @@ class CandidateSearch:
         key = (
             f"per {per} from {_digest(found['alpha'])} {_digest(found.get('lambda, alpha', found['alpha']))}"
         )
+        if self._keep is not None:
+            key += f" keeping {self._keep.examples.fingerprint()}"
         study = self._study("alpha")
         if known := study.recall(key):
             return {name: PatchWeights(*weights) for name, weights in known.items()}

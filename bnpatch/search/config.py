@@ -41,6 +41,8 @@ class SearchConfig:
         class_prior: frequencies of the classes, in the order of the outputs, for ``unlabeled`` and
             ``information``.
         augment: tune on a mixture of the examples and of shifted ones, see :mod:`bnpatch.data.corruptions`.
+        margin: the loss on the images to keep that is accepted, as a fraction: of their accuracy or, without
+            labels, of the answers of the unpatched model.
         max_overhead: maximum ratio of the patched model's measured latency, one image at a time, to the
             baseline's; the norm layers that gain least for their time stay unpatched.
         recover_folded: take convolutions that a Batch Norm was fused into as norm layers.
@@ -57,6 +59,7 @@ class SearchConfig:
     holdout: float | None = None
     class_prior: str | Sequence[float] | None = None
     augment: str | Sequence[str] | None = None
+    margin: float = 0.005
     max_overhead: float | None = None
     recover_folded: bool = False
     batch_size: int = 64
@@ -70,6 +73,10 @@ class SearchConfig:
             raise BnpatchError(f"{self.trials} trials find nothing", "set --trials to 1 or more")
         if not self.max_passes > 0:
             raise BnpatchError(f"{self.max_passes} passes find nothing", "set --max-passes to 1 or more")
+        if not 0 < self.margin < 1:
+            raise BnpatchError(
+                f"a margin of {self.margin:g} is not a fraction", "set --margin to 0.005 or so"
+            )
         if self.max_overhead is not None and not self.max_overhead >= 1:
             raise BnpatchError(
                 f"{self.max_overhead:g} times the latency is not possible", "write --max-overhead 1.1"

@@ -1,18 +1,22 @@
 """The searches of a task: one on all tuning examples and, in a cross-fit, one more without each part."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Indices
-from bnpatch.evaluation.evaluate import warn_at_chance
-from bnpatch.evaluation.metrics import ACCURACY, Values
+from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
+from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.config import Candidate, Plan, Trial, kept
 from bnpatch.search.held_out import Evidence, gather
+from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import Objective
 from bnpatch.search.progress import Progress
 from bnpatch.search.robustness import without_harm
@@ -32,6 +36,8 @@ class Searches:
         whole: the search on all tuning examples, once it has begun.
         notes: notes for the user.
         interrupted: whether the user interrupted a search.
+        refused: where all that gains does harm, the state that the first search would have chosen otherwise,
+            and why it did not.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Searches:
         progress: Progress,
         on_trial: Callable[[Trial, bool], None],
         started: float,
+        keep: KeepSet | None = None,
     ) -> None:
         """Prepare the searches.
 
@@ -52,14 +59,16 @@ class Searches:
             progress: counts the examples.
             on_trial: called after each trial of the first search.
             started: time at which the task began, by ``time.monotonic``.
+            keep: images on which a patch must do no harm.
         """
         self._task, self._objective, self._unshared = task, objective, unshared
-        self._progress, self._on_trial, self._started = progress, on_trial, started
+        self._progress, self._on_trial, self._started, self._keep = progress, on_trial, started, keep
         self._begun: list[CandidateSearch] = []
         self._seconds_of_whole = 0.0
         self._clean_examples = 0  # scored to see whether a patch harms images that are not augmented
         self.notes: list[str] = []
         self.interrupted = False
+        self.refused: tuple[PatchState, str] | None = None
 
     @property
     def whole(self) -> CandidateSearch:
@@ -70,6 +79,8 @@ class Searches:
     def passes(self) -> float:
         """The cost of all searches so far, in passes over the tuning examples."""
         scored = sum(search.budget.spent for search in self._begun) + self._clean_examples
+        if self._keep is not None:
+            scored += self._keep.scored
         return scored / len(self.whole.tuning)
 
     @property
@@ -184,6 +195,7 @@ class Searches:
             self._objective,
             plan,
             statistics_from=None if task.calib is None else (task.calib, None),
+            keep=self._keep,
             count=self._progress.count,
             on_trial=self._report if is_first else lambda trial, is_best: None,
         )
@@ -192,7 +204,7 @@ class Searches:
         return search
 
     def _find(self, search: CandidateSearch) -> list[Candidate]:
-        """Find the candidates; with augmentation, choose one that does no harm to the original images."""
+        """Find the candidates; where some must be spared, choose one that does no harm."""
         candidates = search.find()
         if search.interrupted and search is self.whole:  # the held-out evaluation still takes a while
             self.interrupted = True
@@ -201,34 +213,51 @@ class Searches:
                 BnpatchWarning,
                 stacklevel=2,
             )
-        if not self._task.is_augmented or len(candidates) == 1:
+        if not self._task.is_augmented and self._keep is None:
             return candidates
         return self._harmless(search, candidates)
 
     def _harmless(self, search: CandidateSearch, candidates: list[Candidate]) -> list[Candidate]:
-        task, name = self._task, self._task.spec.metric.name
+        """Choose a candidate that does no harm to the original images, nor to the images to keep."""
+        unharmed = self._clean_score(search, candidates[0].weights)
 
-        def clean(weights: PatchWeights) -> Values:
-            task.model.set_state(search.base.with_weights(weights))
-            self._clean_examples += len(search.tuning)
-            return self._unshared.scores(task.model, task.examples, search.tuning)[name]
+        def is_harmless(weights: PatchWeights) -> bool:
+            if self._clean_score(search, weights) < unharmed:
+                return False
+            if self._keep is None:
+                return True
+            kept_images = self._keep.on_choosing(search.base.with_weights(weights))
+            return kept_images is not None and kept_images.is_within
 
-        best = without_harm(
-            candidates,
-            task.spec.metric,
-            search.selection.scores,
-            search.selection.gains,
-            clean,
-            search.selection.groups,
+        best = without_harm(candidates, search.selection.choose, is_harmless)
+        if search is self.whole and best.name == candidates[0].name != kept(candidates).name:
+            self.refused = self._refused(search, kept(candidates))
+        is_new = best.name not in (candidate.name for candidate in candidates)
+        marked = [replace(candidate, chosen=candidate.name == best.name) for candidate in candidates]
+        return [*marked, *([best] if is_new else [])]
+
+    def _refused(self, search: CandidateSearch, candidate: Candidate) -> tuple[PatchState, str]:
+        state = search.base.with_weights(candidate.weights)
+        kept_images = None if self._keep is None else self._keep.on_choosing(state)
+        harm = "it does harm to the images at hand"
+        if kept_images is not None and not kept_images.is_within:
+            harm = str(kept_images)
+        return (
+            state,
+            f"{candidate.name}: best in tuning, but {harm}; nothing weaker both gains and does no harm",
         )
-        if best is None:
-            if search is self.whole:
-                self.notes.append(
-                    "nothing was found that helps the shifted images and leaves those at hand unharmed"
-                )
-            return [replace(candidate, chosen=number == 0) for number, candidate in enumerate(candidates)]
-        others = [replace(candidate, chosen=False) for candidate in candidates if candidate.name != best.name]
-        return [*others, best]
+
+    def _clean_score(self, search: CandidateSearch, weights: PatchWeights) -> float:
+        """The mean score of the original images, higher is better; 0 where the search scores no others."""
+        if not self._task.is_augmented:
+            return 0.0
+        self._task.model.set_state(search.base.with_weights(weights))
+        self._clean_examples += len(search.tuning)
+        metric = self._task.spec.metric
+        scores = if_finite(
+            lambda: self._unshared.scores(self._task.model, self._task.examples, search.tuning)
+        )
+        return -math.inf if scores is None else metric.sign * float(np.mean(scores[metric.name]))
 
     def _judged(
         self, objective: Objective, before: PatchState, after: PatchState, held_out: Indices

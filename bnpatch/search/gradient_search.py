@@ -12,7 +12,7 @@ from torch import Tensor
 from bnpatch.core.errors import NotEnoughMemoryError
 from bnpatch.core.moments import mix
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.data.dataset import Batch, Examples, Indices
+from bnpatch.data.dataset import Batch, Examples, Indices, portions
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.norm import ExampleWeightedNorm
 
@@ -151,7 +151,7 @@ class Learner:
         self._lambdas = _parameters(groups.lambdas, weights.lambdas, _logit, device)
         self._slopes = _parameters(groups.slopes, weights.slopes, _bent, device)
         self._parameters = [*self._alphas.values(), *self._lambdas.values(), *self._slopes.values()]
-        self._portions = _portions(problem)
+        self._portions = portions(problem.indices, problem.batch_size, problem.seed)
         self.steps = 0
         if self._parameters:
             self._optimizer = torch.optim.Adam(self._parameters, lr=rate)
@@ -323,18 +323,6 @@ def _bounded(parameter: Tensor) -> Tensor:
 def _bent(slope: float) -> float:
     """The parameter of a slope."""
     return _STEEPEST * math.atanh(max(-0.99, min(0.99, slope / _STEEPEST)))
-
-
-def _portions(problem: Problem) -> Iterator[Indices]:
-    """Random batches of examples; where too few are left for one, all examples are shuffled again."""
-    rng = np.random.default_rng(problem.seed)
-    size = min(problem.batch_size, len(problem.indices))
-    order: Indices = rng.permutation(problem.indices)
-    while True:
-        if len(order) < size:
-            order = rng.permutation(problem.indices)
-        yield order[:size]
-        order = order[size:]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
 from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
 from bnpatch.models.base import Model
+from bnpatch.search.keep import Kept
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 
 
@@ -61,6 +62,7 @@ class Verdict:
         num_groups: number of groups of these examples; None where they are independent.
         indices: positions of the held-out examples in the data set, of shape (N,).
         confidences: confidence before and after of each example, (2, N); None without labels.
+        kept: what the patch does to the images to keep; None where there are none.
     """
 
     comparisons: list[Comparison]
@@ -72,6 +74,7 @@ class Verdict:
     indices: Indices = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     confidences: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     num_groups: int | None = None
+    kept: Kept | None = None
 
     def __str__(self) -> str:
         """The verdict in words: gain, loss, or no significant change."""
@@ -200,20 +203,26 @@ def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
 
 
 def decide(
-    candidate: str | None, evidence: Evidence, shifted: Evidence | None, metrics: Sequence[Metric]
+    candidate: str | None,
+    evidence: Evidence,
+    shifted: Evidence | None,
+    metrics: Sequence[Metric],
+    kept: Kept | None = None,
 ) -> Decision:
     """Recommend a candidate only if held-out examples, which have no say in what is chosen, show a gain.
 
     A candidate that was tuned on augmented examples must gain on augmented held-out examples, and must not
-    be a loss on the examples as they are.
+    be a loss on the examples as they are. Where there are images to keep, it must be shown to keep the
+    margin there.
 
     Args:
         candidate: name of the candidate; None where the search chose the model as it came.
         evidence: scores of all held-out examples; in a cross-fit, of what each search found.
         shifted: the same of augmented held-out examples, where the search was on such.
         metrics: metrics to compare; the first decides.
+        kept: what the candidate does to the images to keep, where there are any.
     """
-    verdict = conclude(evidence, metrics)
+    verdict = replace(conclude(evidence, metrics), kept=kept)
     tuned = verdict.comparisons[0]
     if candidate is None:
         # In a cross-fit, searches without one of the parts may have found something.
@@ -223,7 +232,8 @@ def decide(
                 f"what was found without one of the parts changes their {tuned.metric.name} by "
                 f"{tuned.metric.format(change, signed=True)}; all images together speak for none of it"
             )
-        return Decision(False, conclude(replace(evidence, after=evidence.before), metrics), reason)
+        unchanged = conclude(replace(evidence, after=evidence.before), metrics)
+        return Decision(False, replace(unchanged, kept=kept), reason)
     if str(verdict) == "loss":
         reason = f"{candidate}: best in tuning, but a loss in {tuned.metric.name} on held-out examples"
         return Decision(False, verdict, f"{reason}; not applied")
@@ -231,6 +241,8 @@ def decide(
     if shifted is not None:
         tuned, where = conclude(shifted, metrics).comparisons[0], "held-out examples as --augment shifts them"
     if tuned.verdict == "gain":
+        if kept is not None and not kept.is_within:
+            return Decision(False, verdict, f"{candidate}: {kept}; not applied")
         return Decision(True, verdict)
     reason = f"{candidate}: no significant change in {tuned.metric.name} on {where}; not applied"
     units = "examples" if verdict.num_groups is None else "groups"
@@ -240,7 +252,7 @@ def decide(
 
 
 def _more_units(tuned: Comparison, count: int) -> int:
-    """How many more examples or groups would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
+    """How many more examples or groups would show a gain, to two digits; 0 where there is none to show."""
     gain = tuned.metric.sign * tuned.change.value
     if gain <= 0:
         return 0

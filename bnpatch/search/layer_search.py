@@ -29,6 +29,7 @@ from bnpatch.search.gradient_search import (
     Start,
     learn,
 )
+from bnpatch.search.keep import KeepSet, Loss
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
@@ -67,6 +68,7 @@ class LayerSearch:
         selection: Selection,
         plan: Plan,
         budget: Budget,
+        keep: KeepSet | None = None,
     ) -> None:
         """Prepare a search.
 
@@ -79,9 +81,11 @@ class LayerSearch:
             selection: other examples, by which learning stops and the best start is kept.
             plan: settings of the search.
             budget: time and examples.
+            keep: images on which the weights must do no harm.
         """
         self._model, self._examples, self._indices, self._objective = model, examples, indices, objective
         self._cache, self._selection, self._plan, self._budget = cache, selection, plan, budget
+        self._keep, self._step_cost = keep, STEP_COST * (1 if keep is None else 2)
         self._identities = model.identities()
 
     def expected(self, plan: Plan) -> float:
@@ -90,7 +94,7 @@ class LayerSearch:
             return 0.0
         starts = 4 if plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
-        return STEP_COST * course.num_examples(starts) + (starts + CHECKS) * self._selection.num_checked
+        return self._step_cost * course.num_examples(starts) + (starts + CHECKS) * self._selection.num_checked
 
     def find(self, found: Mapping[str, PatchWeights], per: str) -> dict[str, PatchWeights]:
         """Find weights, with and without slopes.
@@ -200,24 +204,32 @@ class LayerSearch:
         course = Course.of(len(indices), len(starts), self._objective.set_size)
         part_size = min(course.batch_size, max(self._plan.batch_size, _LEARNED_VALUES // values))
         while True:
+            loss: Loss = self._objective.loss
+            if self._keep is not None:
+                loss = self._keep.with_loss(loss, course.batch_size, part_size)
             problem = Problem(
                 cast("TorchModel", self._model),
                 self._examples,
                 indices,
-                self._objective.loss,
+                loss,
                 self._cache.base,
                 course.batch_size,
                 part_size,
                 self._plan.seed,
                 self._budget.is_over,
-                lambda count: self._budget.spend(label, count, STEP_COST),
+                lambda count: self._budget.spend(label, count, self._step_cost),
             )
             try:
-                return learn(problem, starts, lambda weights: self._selection.cost(weights, label), course)
+                return learn(problem, starts, partial(self._cost, label), course)
             except NotEnoughMemoryError:  # gradients need more memory than scoring does
                 if part_size == 1:
                     raise
             part_size //= 2
+
+    def _cost(self, label: str, weights: PatchWeights) -> float:
+        """The cost of weights on the selection examples and on the images to keep; lower is better."""
+        cost = self._selection.cost(weights, label)
+        return cost if self._keep is None else cost + self._keep.cost(self._cache.base.with_weights(weights))
 
     def _by_coordinates(
         self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str

@@ -37,7 +37,8 @@ class TuneResult:
         seconds: wall time.
         recipe: the recommended weights and their provenance, to keep and to apply.
         is_recommended: whether held-out examples support the chosen candidate, so that ``recipe`` applies it.
-        candidate_recipe: the weights of a chosen candidate that is not recommended; None where there is none.
+        candidate_recipe: the weights of the best candidate where that is not recommended; None where there is
+            none. It was not even chosen if it does harm to images that must be spared.
         reason: why it is not recommended, as a sentence for users.
     """
 

@@ -1,66 +1,45 @@
-"""Weaken a patch that was tuned on augmented examples until it does no harm to the original ones.
+"""Weaken a patch until it does no harm to images that it was not tuned for.
 
-Weights that help augmented images may cost some accuracy on the original images. Halfway between the identity
-and such weights, most of the gain remains and hardly any of the cost. So all candidates, and some points
-between the identity and each, are considered.
+Weights that help shifted images may cost some accuracy on images without the shift. Halfway between the
+baseline and such weights, most of the gain remains and hardly any of the cost. So where a candidate does
+harm, some points between the baseline and it take its place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-
-import numpy as np
 
 from bnpatch.core.patch import PatchWeights
-from bnpatch.data.dataset import Indices
-from bnpatch.evaluation.evaluate import if_finite
-from bnpatch.evaluation.metrics import Metric, Values, paired_difference
-from bnpatch.search.config import Candidate
+from bnpatch.search.config import Candidate, kept
 
-#: Points to consider, as fractions of the way from the identity to a candidate.
-PARTS = (1.0, 0.75, 0.5, 0.25)
+#: Points that take the place of a candidate, as fractions of the way from the baseline to it.
+PARTS = (0.75, 0.5, 0.25, 0.1)
 
 
 def without_harm(
     candidates: Sequence[Candidate],
-    metric: Metric,
-    shifted: Callable[[PatchWeights], Values],
-    gains: Callable[[PatchWeights, PatchWeights], bool],
-    clean: Callable[[PatchWeights], Values],
-    groups: Indices | None = None,
-) -> Candidate | None:
-    """Choose the best weights between the identity and any candidate that do not harm clean examples.
+    choose: Callable[[Mapping[str, PatchWeights]], Sequence[Candidate]],
+    is_harmless: Callable[[PatchWeights], bool],
+) -> Candidate:
+    """Choose the best candidate, or the best point between the baseline and one, that does no harm.
 
     Args:
-        candidates: candidates that were found on augmented examples, the identity first.
-        metric: metric of the scores.
-        shifted: scores of weights on augmented selection examples, always the same ones.
-        gains: whether the second of two weights is significantly better on these examples.
-        clean: scores of weights on clean examples, always the same ones.
-        groups: the group of each augmented selection example; None if all are independent.
+        candidates: what a search found, the identity first; one of them is chosen.
+        choose: chooses between weights by name, the identity first.
+        is_harmless: whether weights do no harm.
 
     Returns:
-        The weights with the best mean on augmented examples, of those that are significantly better there
-        than the identity and no worse than it on clean examples; None where there are none.
+        The first choice that does no harm; the identity where there is none.
     """
-    identity = candidates[0].weights
-    before = shifted(identity)
-    found = []
-    for candidate in candidates[1:]:
-        for part in PARTS:
-            weights = toward(identity, candidate.weights, part)
-            after = if_finite(partial(shifted, weights))
-            if after is None:
-                continue
-            change = paired_difference(before, after, groups)
-            if metric.sign * change.value > 0 and gains(identity, weights):
-                name = candidate.name if part == 1 else f"{candidate.name} x {part:g}"
-                found.append(Candidate(name, weights, float(np.mean(after)), change, True))
-    unharmed = metric.sign * float(np.mean(clean(identity)))
-    for candidate in sorted(found, key=lambda candidate: -metric.sign * candidate.mean):
-        scores = if_finite(partial(clean, candidate.weights))
-        if scores is not None and metric.sign * float(np.mean(scores)) >= unharmed:
-            return candidate
-    return None
+    weights = {candidate.name: candidate.weights for candidate in candidates}
+    identity, found = candidates[0], set(weights)
+    best = kept(candidates)
+    while best.name != identity.name and not is_harmless(best.weights):
+        del weights[best.name]
+        if best.name in found:
+            weights |= {
+                f"{best.name} x {part:g}": toward(identity.weights, best.weights, part) for part in PARTS
+            }
+        best = kept(choose(weights))
+    return best
 
 
 def toward(start: PatchWeights, end: PatchWeights, part: float) -> PatchWeights:

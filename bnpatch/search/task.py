@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.models.base import Model
 from bnpatch.search.config import Plan
+from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import ObjectiveSpec
 
 
@@ -30,6 +31,8 @@ class Task:
             cross-fit has several such pairs.
         plan: settings of the search.
         max_overhead: maximum ratio of the patched model's latency to the baseline's; None for no limit.
+        keep: images on which a patch must do no harm; None for none.
+        margin: the loss of accuracy that is accepted on them, as a fraction.
     """
 
     model: Model[Any]
@@ -42,6 +45,8 @@ class Task:
     parts: Sequence[tuple[Indices, Indices]]
     plan: Plan
     max_overhead: float | None = None
+    keep: Examples | None = None
+    margin: float = 0.005
 
     @property
     def tuning(self) -> Indices:
@@ -63,6 +68,16 @@ class Task:
         """One search, and in a cross-fit one more without each part."""
         return 1 if len(self.parts) == 1 else 1 + len(self.parts)
 
+    def keep_set(self, count: Callable[[str, int], None]) -> KeepSet | None:
+        """The images to keep, compared with the present state of the model; None where there are none.
+
+        Args:
+            count: called with a label and the number of images that were scored.
+        """
+        if self.keep is None:
+            return None
+        return KeepSet(self.model, self.keep, self.margin, self.plan.batch_size, self.plan.seed, count)
+
     def fingerprint(self) -> dict[str, Any]:
         """What a study was made with: its trials are invalid for another model, other data or metrics."""
         norm_layers = json.dumps(self.model.fingerprints(), sort_keys=True)
@@ -81,6 +96,7 @@ class Task:
         """The reason for each example that can't be read, by its name."""
         return {
             examples.source.name(index): why
-            for examples in (self.examples, self.test_examples)
+            for examples in (self.examples, self.test_examples, self.keep)
+            if examples is not None
             for index, why in examples.skipped.items()
         }

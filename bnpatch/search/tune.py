@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -19,7 +19,9 @@ from bnpatch.data.dataset import Examples
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.clusters import FEW_GROUPS
 from bnpatch.evaluation.metrics import (
+    ACCURACY,
     CALIBRATION_ERROR,
+    METRICS,
     ROUGH_BELOW,
     Metric,
     ScoreFunction,
@@ -32,6 +34,7 @@ from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Tr
 from bnpatch.search.cross_fit import Searches
 from bnpatch.search.distributed import on_all_processes
 from bnpatch.search.held_out import Decision, Evidence, decide
+from bnpatch.search.keep import ANSWERS_KEPT
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
 from bnpatch.search.make_norms import make_norms
 from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
@@ -56,6 +59,7 @@ def tune_alpha(
     granularity: Granularity = "auto",
     test_data: Any = None,
     calib_data: Any = None,
+    keep: Any = None,
     timeout: float | None = None,
     seed: int = 0,
     config: SearchConfig | None = None,
@@ -82,6 +86,8 @@ def tune_alpha(
         calib_data: data to re-estimate statistics on, without labels; by default the tuning examples. For
             ``recover_folded`` and for Group Norm, which have no running statistics, give images like those
             that the model was trained on; otherwise a shift that all images share goes unnoticed.
+        keep: images, labelled or not, on which a patch must not lose more than ``margin``, such as the
+            original validation set; see :mod:`bnpatch.search.keep`.
         seed: seed of all random choices.
         progress: called with a label, the examples done, and an estimate of all examples.
         on_trial: called after each trial of a global search, with the trial and whether it is the best so far
@@ -116,6 +122,11 @@ def tune_alpha(
     def seen(examples: Examples) -> Examples:
         return examples if config.augment is None else augmented(examples, config.augment, seed)
 
+    if keep is not None and not spec.classes:
+        raise BnpatchError(
+            f"{spec.metric.name} is not about classes, so answers to keep are unknown",
+            f"tune for one of {', '.join(METRICS)}, or leave out the images to keep",
+        )
     examples = opened(data, spec.needs_labels)
     test_examples = examples if test_data is None else opened(test_data, spec.needs_labels)
     task = Task(
@@ -131,10 +142,12 @@ def tune_alpha(
         ),
         Plan.of(config, granularity, timeout, seed),
         config.max_overhead,
+        None if keep is None else opened(keep, False),
+        config.margin,
     )
     result = _run(task, config.recover_folded, Progress(progress), on_trial)
     result.seconds = time.monotonic() - started
-    provenance = _provenance(result, task, data, test_data)
+    provenance = _provenance(result, task, {"name": data, "test_name": test_data, "keep_name": keep})
     result.recipe.provenance.update(
         {
             **provenance,
@@ -170,7 +183,8 @@ def _run(
         judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
 
         def search(shared: Objective, held_out: Objective) -> TuneResult:
-            searches = Searches(task, shared, tuned, progress, on_trial, started)
+            keep = task.keep_set(progress.count)
+            searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
             candidates = searches.search_all()
             points: list[Point] = []
             if task.max_overhead is not None:
@@ -181,7 +195,17 @@ def _run(
                 searches.notes.append(f"held-out data: {says}")
             found = searches.whole.base.with_weights(chosen.weights)
             is_candidate = not before.computes_like(found)
-            decision = decide(chosen.name if is_candidate else None, evidence, shifted, metrics)
+            decision = decide(
+                chosen.name if is_candidate else None,
+                evidence,
+                shifted,
+                metrics,
+                None if keep is None else keep.judged(found),
+            )
+            best = found if is_candidate else None
+            if searches.refused is not None and not is_candidate:
+                best, reason = searches.refused
+                decision = replace(decision, reason=reason)
             state = found if decision.is_recommended else before
             if decision.verdict.classes is not None:
                 warn_if_permuted(decision.verdict.classes[1], decision.verdict.classes[0], model.class_names)
@@ -206,16 +230,14 @@ def _run(
                 samples=drawn(decision.verdict, task.test_examples, task.plan.seed),
                 recipe=model.recipe(state),
                 is_recommended=decision.is_recommended,
-                candidate_recipe=model.recipe(found)
-                if is_candidate and not decision.is_recommended
-                else None,
+                candidate_recipe=None if best is None or decision.is_recommended else model.recipe(best),
                 reason=decision.reason,
             )
 
         return on_all_processes(
             model,
             [(tuned, task.seen), (judging, task.test_examples)],
-            [task.spec.metric, *metrics, CALIBRATION_ERROR],
+            [task.spec.metric, *metrics, CALIBRATION_ERROR, ACCURACY, ANSWERS_KEPT],
             search,
         )
 
@@ -310,10 +332,8 @@ def _group_counts(result: TuneResult) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count is not None}
 
 
-def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> dict[str, Any]:
-    def named(source: Any) -> str | None:
-        return str(source) if isinstance(source, (str, os.PathLike)) else None
-
+def _provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a recipe comes from; ``sources`` has the data sets as they were given, by name."""
     model, plan = task.model, task.plan
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -322,8 +342,7 @@ def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> di
         "output": model.chosen_output,
         "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
         "data": {
-            "name": named(data),
-            "test_name": named(test_data),
+            **{n: str(s) if isinstance(s, (str, os.PathLike)) else None for n, s in sources.items()},
             "fingerprint": task.seen.fingerprint(),
             "tuning_examples": result.num_tuning,
             "held_out_examples": result.num_held_out,
@@ -341,6 +360,7 @@ def _provenance(result: TuneResult, task: Task, data: Any, test_data: Any) -> di
         "interrupted": result.interrupted,
         "verdict": str(result.verdict),
         "held_out": result.verdict.to_json(),
+        "kept": None if result.verdict.kept is None else result.verdict.kept.to_json(),
         "notes": result.notes,
         "seed": plan.seed,
         "versions": {
