@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from bnpatch.search.comparison import Difference
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
 from bnpatch.search.global_search import GlobalTrial
+from bnpatch.search.gradient_search import Groups, Start
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
@@ -165,6 +167,25 @@ def test_learning_starts_at_several_places(tiny, recalibrate):
     assert first.weights == both
     assert first.groups.lambdas
     assert len(others) == 3
+
+
+@pytest.mark.parametrize(
+    ("costs", "set_size", "kept"),
+    [
+        ([3.0, 1.0, 2.0], 1, [1, 2]),
+        ([4.0, 3.0, 5.0], 1, [1]),
+        ([3.0, 1.0, math.inf], 1, [1]),
+        ([3.0, 1.0, 2.0], 250, [0, 1, 2]),
+    ],
+)
+def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, kept):
+    identity, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in (0.0, 0.1, 0.2, 0.3))
+    by_alpha = {0.0: 2.0, **dict(zip((0.1, 0.2, 0.3), costs, strict=True))}
+    search = LayerSearch.__new__(LayerSearch)
+    search._objective = SimpleNamespace(set_size=set_size)
+    search._selection = SimpleNamespace(cost=lambda weights, label: by_alpha[weights.alphas["norm"]])
+    starts = [Start(weights, Groups({}, {}, {})) for weights in others]
+    assert search._promising(starts, identity) == [starts[number] for number in kept]
 
 
 def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
