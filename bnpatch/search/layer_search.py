@@ -53,6 +53,9 @@ _LEARNED_VALUES = 8 * 3 * 224 * 224
 # need no weight.
 _RAMP, _SMALL = (0.8, 0.05), (0.01, 0.01)
 
+# Maximum number of starts.
+_MOST_STARTS = 4
+
 
 class LayerSearch:
     """Finds one weight per norm layer or stage, from examples that don't select between candidates."""
@@ -133,24 +136,24 @@ class LayerSearch:
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
-        if starts[0].weights == identity or self._objective.set_size > 1:
-            starts.append(start(_SMALL, None))
-        starts.append(start(_RAMP, None))
+        starts += [start(_SMALL, None), start(_RAMP, None)]
         if self._plan.recalibrate and target:
             starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
         return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
 
     def _promising(self, starts: Sequence[Start], identity: PatchWeights) -> Sequence[Start]:
-        """Leave out the starts that are worse than the identity by the selection examples; the best stays.
+        """Keep the best few starts, by the selection examples.
 
-        A few steps don't bring them back where most norm layers want no weight, as in ImageNet networks.
-        Without labels all starts stay, because there the identity may only seem good.
+        One that is worse than the identity is left out, unless it is the best: where most norm layers want no
+        weight, as in ImageNet networks, a few steps don't bring it back. Without labels all starts stay,
+        because there the identity may only seem good.
         """
         if self._objective.set_size > 1:
             return starts
         costs = [self._selection.cost(start.weights, "choosing where to start") for start in starts]
         most = max(self._selection.cost(identity, "choosing where to start"), min(costs, default=math.inf))
-        return [start for start, cost in zip(starts, costs, strict=True) if cost <= most]
+        best = np.argsort(costs, kind="stable")[:_MOST_STARTS]
+        return [starts[number] for number in best if costs[number] <= most]
 
     def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
         """Alphas that change linearly with depth between two weights; a group has that of its first layer.
