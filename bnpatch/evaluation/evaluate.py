@@ -109,7 +109,9 @@ def evaluate(
     scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     finite: list[Tensor] = []
     with model.evaluating():
-        for batch in examples.batches(batch_size, indices):
+        first = next(examples.batches(1, indices), None)
+        size = batch_size if first is None else model.efficient_batch(batch_size, first.x)
+        for batch in examples.batches(size, indices):
             outputs = model.predict(batch.x)
             targets = batch.targets.to(outputs.device, non_blocking=True)
             # The scores stay on the device until the end, so that no batch waits for it.

@@ -303,6 +303,10 @@ class Model(ABC, Generic[NormLayerT]):
         """Run a batch as :meth:`predict` does, with gradients if the model has them."""
         return self.predict(x)
 
+    def efficient_batch(self, batch_size: int, x: Tensor) -> int:
+        """Return how many examples like those of a batch ``x`` to run at a time, at most ``batch_size``."""
+        return batch_size
+
     @abstractmethod
     def predict(self, x: Tensor) -> Tensor:
         """Return the outputs for a batch of images as bytes, or of inputs as floats.

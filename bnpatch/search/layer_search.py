@@ -54,6 +54,9 @@ _LEARNED_VALUES = 8 * 3 * 224 * 224
 # need no weight.
 _RAMP, _SMALL = (0.8, 0.05), (0.01, 0.01)
 
+# Maximum number of starts.
+_MOST_STARTS = 4
+
 
 class LayerSearch:
     """Finds one weight per norm layer or stage, from examples that don't select between candidates."""
@@ -94,7 +97,8 @@ class LayerSearch:
             return 0.0
         starts = 4 if plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
-        return self._step_cost * course.num_examples(starts) + (starts + CHECKS) * self._selection.num_checked
+        scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the identity
+        return self._step_cost * course.num_examples(starts) + scored * self._selection.num_checked
 
     def find(self, found: Mapping[str, PatchWeights], per: str) -> dict[str, PatchWeights]:
         """Find weights, with and without slopes.
@@ -136,12 +140,24 @@ class LayerSearch:
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
-        if starts[0].weights == identity or self._objective.set_size > 1:
-            starts.append(start(_SMALL, None))
-        starts.append(start(_RAMP, None))
+        starts += [start(_SMALL, None), start(_RAMP, None)]
         if self._plan.recalibrate and target:
             starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
         return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
+
+    def _promising(self, starts: Sequence[Start], identity: PatchWeights) -> Sequence[Start]:
+        """Keep the best few starts, by the selection examples.
+
+        One that is worse than the identity is left out, unless it is the best: where most norm layers want no
+        weight, as in ImageNet networks, a few steps don't bring it back. Without labels all starts stay,
+        because there the identity may only seem good.
+        """
+        if self._objective.set_size > 1:
+            return starts
+        costs = [self._selection.cost(start.weights, "choosing where to start") for start in starts]
+        most = max(self._selection.cost(identity, "choosing where to start"), min(costs, default=math.inf))
+        best = np.argsort(costs, kind="stable")[:_MOST_STARTS]
+        return [starts[number] for number in best if costs[number] <= most]
 
     def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
         """Alphas that change linearly with depth between two weights; a group has that of its first layer.
@@ -160,7 +176,7 @@ class LayerSearch:
         """Learn weights from several starts; without slopes, a norm layer gets its mean weight."""
         if not self._model.has_gradients:
             raise NoGradientError
-        starts = self._starts(found, groups)
+        starts = self._promising(self._starts(found, groups), found["identity"])
         if self._plan.slopes:
             slopes = {name: group for name, group in groups.items() if self._identities[name] == 0}
             starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
@@ -200,9 +216,10 @@ class LayerSearch:
     def _learn(self, starts: Sequence[Start]) -> Learned | None:
         label = "learning a weight per layer"
         indices = self._indices[:_LEARNED_EXAMPLES]
-        values = next(self._examples.batches(1, indices)).x.numel()
+        example = next(self._examples.batches(1, indices)).x
         course = Course.of(len(indices), len(starts), self._objective.set_size)
-        part_size = min(course.batch_size, max(self._plan.batch_size, _LEARNED_VALUES // values))
+        most = max(self._plan.batch_size, _LEARNED_VALUES // example.numel())
+        part_size = self._model.efficient_batch(min(course.batch_size, most), example)
         while True:
             loss: Loss = self._objective.loss
             if self._keep is not None:

@@ -361,6 +361,21 @@ def test_evaluation_does_not_train(checkpoint, clean):
     assert all(torch.equal(value, before[name]) for name, value in loaded.module.state_dict().items())
 
 
+@pytest.mark.parametrize(("side", "threads", "sizes"), [(224, 2, [4, 4, 2]), (224, 8, [8, 2]), (32, 2, [10])])
+def test_a_cpu_takes_large_images_few_at_a_time(side, threads, sizes, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    model = bnpatch.load(nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.BatchNorm2d(4), *pool))
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(10, 3, side, side)).astype(np.float32), rng.integers(0, 3, 10)
+    examples = bnpatch.open_examples(data, model)
+    whole = bnpatch.evaluate(model, examples)  # also asks the model for its outputs
+    seen = []
+    model.module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    assert bnpatch.evaluate(model, examples).values.keys() == whole.values.keys()
+    assert seen == sizes
+
+
 def test_probabilities_are_told_from_logits(checkpoint, clean):
     logits = bnpatch.load(checkpoint)
     softmax = bnpatch.load(nn.Sequential(bnpatch.load(checkpoint).module, nn.Softmax(1)))

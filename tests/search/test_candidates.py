@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from bnpatch.search.comparison import Difference
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
 from bnpatch.search.global_search import GlobalTrial
+from bnpatch.search.gradient_search import Groups, Start
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
@@ -135,7 +137,7 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     assert trial.weight == 0.25
 
 
-def starts_of(tiny, found, *, recalibrate=True, set_size=1):
+def starts_of(tiny, found, *, recalibrate=True):
     """Where a search per layer starts."""
     target = tiny.state.with_target(
         {name: Moments(np.zeros(c), np.ones(c)) for name, c in zip(tiny.alphas(), WIDTHS, strict=True)}
@@ -143,7 +145,6 @@ def starts_of(tiny, found, *, recalibrate=True, set_size=1):
     search = LayerSearch.__new__(LayerSearch)
     search._identities = tiny.identities()
     search._cache = SimpleNamespace(base=target if recalibrate else tiny.state)
-    search._objective = SimpleNamespace(set_size=set_size)
     search._plan = Plan(recalibrate=recalibrate)
     return search._starts(found, {name: name for name in tiny.alphas()})
 
@@ -164,7 +165,27 @@ def test_learning_starts_at_several_places(tiny, recalibrate):
     first, *others = starts_of(tiny, nothing | {"lambda, alpha": both})
     assert first.weights == both
     assert first.groups.lambdas
-    assert len(others) == 3
+    assert len(others) == 4
+
+
+@pytest.mark.parametrize(
+    ("costs", "set_size", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.1, 9.0], 1, [1, 2]),
+        ([4.0, 3.0, 5.0, 4.0, 3.5], 1, [1]),
+        ([3.0, 1.0, math.inf, math.inf, 3.0], 1, [1]),
+        ([0.5, 0.1, 0.3, 0.2, 0.4], 1, [1, 3, 2, 4]),
+        ([3.0, 1.0, 2.0, 2.1, 9.0], 250, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, kept):
+    identity, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in range(6))
+    by_alpha = dict(enumerate([2.0, *costs]))
+    search = LayerSearch.__new__(LayerSearch)
+    search._objective = SimpleNamespace(set_size=set_size)
+    search._selection = SimpleNamespace(cost=lambda weights, label: by_alpha[weights.alphas["norm"]])
+    starts = [Start(weights, Groups({}, {}, {})) for weights in others]
+    assert search._promising(starts, identity) == [starts[number] for number in kept]
 
 
 def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
