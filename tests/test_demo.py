@@ -75,9 +75,13 @@ def test_the_demo_keeps_what_the_readme_promises(tmp_path):
     command = [sys.executable, "-m", "bnpatch_cli", "demo", "-o", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     _, lines = shown()
-    printed = done.stdout.splitlines()[: len(lines)]
+    # Weights are refined only where those per layer are the best.
+    printed = [line for line in done.stdout.splitlines() if "refined " not in line][: len(lines)]
     assert shape(printed) == shape(lines)
-    assert [sum(line.startswith(">") for line in each) for each in (printed, lines)] == [1, 1]
+    assert [sum(line.startswith(">") for line in each) for each in (done.stdout.splitlines(), lines)] == [
+        1,
+        1,
+    ]
     (accuracy,) = (line.split() for line in printed if line.startswith("accuracy"))
     before, after = (float(cell.rstrip("%")) for cell in accuracy[1:3])
     # Seeds 0 to 4 of the demo: 24% to 37% as it is, and 98.4% to 99.8% patched.
