@@ -240,7 +240,7 @@ def decide(
 
 
 def _more_units(tuned: Comparison, count: int) -> int:
-    """How many more examples or groups would make the interval of a gain exclude zero, to two digits; 0 for no gain."""
+    """How many more examples or groups would make a gain significant, to two digits; 0 for no gain."""
     gain = tuned.metric.sign * tuned.change.value
     if gain <= 0:
         return 0
