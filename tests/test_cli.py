@@ -659,12 +659,9 @@ def test_groups_by_folder_expression_and_table(cli, checkpoint, folder, tmp_path
     assert "groups" not in alone
     assert alone["scores"]["accuracy"] != found[0]["accuracy"]
 
-    code, out, err = cli(
-        "tune-alpha", checkpoint, "--data", "val", "--group-by", r"(scene\d+)/", "--trials", 2, *QUICK
-    )
+    code, out, err = cli("tune-alpha", checkpoint, "--data", "val", "--group-by", r"(scene\d+)/", *QUICK)
     assert code == 0
     assert "60 in 20 groups to tune on, 60 in 20 groups judged by" in err
-    assert "60 examples in 20 groups" in out
     assert "60 examples in 20 groups" in (tmp_path / "bnpatch-out" / "report.html").read_text()
 
 
