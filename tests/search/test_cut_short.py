@@ -309,7 +309,8 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
         tiny, plain, metric="cross-entropy", augment="contrast", granularity="global", recalibrate=False
     )
     assert result.alpha == 0
-    assert any(note.startswith("nothing was found that helps the shifted") for note in result.notes)
+    assert "alpha: best in tuning, but it does harm to the images at hand" in result.reason
+    assert result.candidate_recipe.alphas
 
 
 def test_thinned_patches_that_overflow_are_left_out(tiny, dim, monkeypatch):
