@@ -43,6 +43,10 @@ def test_models_that_err_are_not_accused(right, outputs, seed):
     assert not permutation(answers(TARGETS, right, list(outputs), seed), TARGETS)
 
 
+def test_a_class_of_one_example_is_in_one_half_only():
+    assert permutation(np.array([0, 1, 2, 9]), np.array([0, 1, 2, 9])) == {}
+
+
 def test_the_warning_says_the_permutation():
     expected = r"look permuted: 58.*%.* 9\d.*% .*'c2' is answered as 'c3', .* and 1 more\); --class-map"
     with pytest.warns(BnpatchWarning, match=expected):

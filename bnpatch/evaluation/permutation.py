@@ -38,23 +38,23 @@ def permutation(answers: Classes, targets: Classes) -> dict[int, int]:
     answers, targets = answers[order], targets[order]
     now = answers == targets
     renamed = np.zeros(len(targets), np.bool_)
+    count = 1 + int(max(answers.max(initial=0), targets.max(initial=0)))
     for part in (half, ~half):
-        outputs = _assigned(answers[~part], targets[~part])
+        outputs = _assigned(answers[~part], targets[~part], count)
         renamed[part] = answers[part] == outputs[targets[part]]
     if len(targets) < 2 or renamed.mean() < _RIGHT:
         return {}
     change = renamed.astype(float) - now
     if change.mean() - 2 * change.std() / np.sqrt(len(change)) < _BETTER:
         return {}
-    outputs = _assigned(answers, targets)
+    outputs = _assigned(answers, targets, count)
     return {int(t): int(outputs[t]) for t in np.unique(targets) if outputs[t] != t}
 
 
-def _assigned(answers: Classes, targets: Classes) -> Classes:
-    """Return, by class, the output of the assignment with the most right answers."""
+def _assigned(answers: Classes, targets: Classes, count: int) -> Classes:
+    """Return, for each of ``count`` classes, the output of the assignment with the most right answers."""
     from scipy.optimize import linear_sum_assignment  # imported here because it is slow to import
 
-    count = 1 + int(max(answers.max(initial=0), targets.max(initial=0)))
     confusion = np.zeros((count, count))
     np.add.at(confusion, (targets, answers), 1)
     confusion += 1e-3 * np.eye(count)  # in doubt a class keeps its output
