@@ -195,7 +195,7 @@ def test_inspect(cli, checkpoint, tmp_path):
     assert code == 0
     assert "0 norm layers" in out
     assert "GroupNormAct" in out
-    assert "calibrated" in out
+    assert "estimated" in out
 
 
 def test_inspect_advises_on_training(cli, checkpoint, folder, tmp_path):

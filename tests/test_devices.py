@@ -1,7 +1,6 @@
 """Devices without having one: PyTorch's fake tensors know where they are, and refuse to be mixed."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from bnpatch.models.outputs import Output
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 from bnpatch.search import label_free
-from bnpatch.search.gradient_search import Groups, Learner, Start
+from bnpatch.search.gradient_search import Groups, Learner, Problem, Start
 from bnpatch.search.objective import _seen
 
 DEVICE = torch.device("cuda", 0)
@@ -96,7 +95,7 @@ def test_learned_weights_stay_on_the_device(model):
     model.set_weights(everywhere(model, 0.0, 0.0))
     by_name = {name: name for name in names}
     start = Start(everywhere(model, 0.3, 0.5), Groups(by_name, dict.fromkeys(names, "all"), by_name))
-    learner = Learner(SimpleNamespace(model=model), start, 4, 0.4)
+    learner = Learner(Problem(model, None, np.arange(4), None, model.state), start, 4, 0.4)
     learner._set_learned()
     assert model.forward(images()).device == DEVICE
 

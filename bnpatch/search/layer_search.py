@@ -154,8 +154,9 @@ class LayerSearch:
         """
         if self._objective.set_size > 1:
             return starts
-        costs = [self._selection.cost(start.weights, "choosing where to start") for start in starts]
-        most = max(self._selection.cost(identity, "choosing where to start"), min(costs, default=math.inf))
+        cost = partial(self._cost, "choosing where to start")
+        costs = [cost(start.weights) for start in starts]
+        most = max(cost(identity), min(costs, default=math.inf))
         best = np.argsort(costs, kind="stable")[:_MOST_STARTS]
         return [starts[number] for number in best if costs[number] <= most]
 
@@ -260,7 +261,7 @@ class LayerSearch:
             both = [*_coordinates("alpha", groups), *_coordinates("lambda", lambdas)]
             constant, varying_too = _names(per, True)
             candidates[constant] = self._coordinates(found["lambda, alpha"], both)
-            costs = [self._selection.cost(weights, "choosing") for weights in candidates.values()]
+            costs = [self._cost("choosing", weights) for weights in candidates.values()]
             if costs[1] < costs[0]:
                 best, varying = constant, varying_too
         if self._plan.slopes:

@@ -182,7 +182,7 @@ def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, k
     identity, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in range(6))
     by_alpha = dict(enumerate([2.0, *costs]))
     search = LayerSearch.__new__(LayerSearch)
-    search._objective = SimpleNamespace(set_size=set_size)
+    search._objective, search._keep = SimpleNamespace(set_size=set_size), None
     search._selection = SimpleNamespace(cost=lambda weights, label: by_alpha[weights.alphas["norm"]])
     starts = [Start(weights, Groups({}, {}, {})) for weights in others]
     assert search._promising(starts, identity) == [starts[number] for number in kept]
