@@ -47,7 +47,9 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):  # noqa: F811
     assert re.search(r"checkpoint +fine-tuned.*\naccuracy +\d+\.\d\d% +\d+\.\d\d%", out)
     assert re.search(r"alpha = 0 +alpha tuned.*\naccuracy +\d+\.\d\d% +\d+\.\d\d%", out)
     folder = tmp_path / "bnpatch-out"
-    assert {p.name for p in folder.iterdir()} == {
+    # What example weighting does to a model trained for two epochs is another matter: the best candidate may
+    # not be recommended.
+    assert {p.name for p in folder.iterdir()} - {"candidate-recipe.json"} == {
         *("best.pt", "last.pt", "metrics.csv"),
         *("recipe.json", "patched.pt", "alpha-curve.png", "trials.csv", "report.html"),
     }
