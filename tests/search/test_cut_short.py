@@ -299,9 +299,11 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
         return scores(self, model, examples, indices)
 
     def then(self):
-        candidates = find(self)
+        """The search chose alpha, whatever contrast does to this classifier."""
+        identity, alpha = find(self)
         searched.append(True)
-        return candidates
+        weights = replace(alpha.weights, alphas=dict.fromkeys(alpha.weights.alphas, 0.3))
+        return [replace(identity, chosen=False), replace(alpha, weights=weights, chosen=True)]
 
     monkeypatch.setattr(LabelledObjective, "scores", overflow)
     monkeypatch.setattr(CandidateSearch, "find", then)
