@@ -54,7 +54,9 @@ def evaluate(
         loaded.set_state(loaded.baseline())
     if chosen is None:
         reading = replace(reading, cache_gb=0.0)  # the data is read once, so caching would waste memory
+    was_named = loaded.class_names is not None
     examples = reading.open(data, loaded, seed, groups=groups)
+    opt.say_assumed_order(loaded, reading, was_named)
     total, done = len(examples) * (2 if chosen is not None else 1), 0
     with progress_bar() as progress:
 

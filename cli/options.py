@@ -204,6 +204,17 @@ class Reading:
         return open_examples(data, model, seed=seed, **self.settings(model), **options)
 
 
+def say_assumed_order(model: "TorchModel | OnnxModel", reading: Reading, was_named: bool) -> None:
+    """Say in which order class folders were taken, where nothing names the classes."""
+    if was_named or reading.class_map is not None or not model.class_names:
+        return
+    some = ", ".join(f"{index} = {name}" for index, name in enumerate(model.class_names[:3]))
+    more = ", ..." if len(model.class_names) > 3 else ""
+    say(
+        f"classes        the model names none, so folders are taken in order: {some}{more} (else --class-map)"
+    )
+
+
 def groups_of(rule: str | None) -> "Callable[[str], str | None] | None":
     """What ``--group-by`` says, as a function from the name of a file to its group."""
     from bnpatch.data.groups import group_by

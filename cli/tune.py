@@ -221,6 +221,7 @@ def tune_alpha(
     check_writable(output)
     with claimed(output) if is_first() else nullcontext():
         loaded = loading.open(model)
+        was_named = loaded.class_names is not None
         done: list[Any] = []
         with progress_bar() as progress:
 
@@ -251,6 +252,7 @@ def tune_alpha(
             )
         if not is_first():  # only the first of several processes prints and writes
             return
+        opt.say_assumed_order(loaded, reading, was_named)
         for recipe in (result.recipe, result.candidate_recipe):
             if recipe is not None:
                 recipe.provenance["command"] = _command(storage)

@@ -691,3 +691,16 @@ def test_near_copies_without_groups_give_a_warning(cli, checkpoint, folder):
     err = cli("evaluate", checkpoint, "--data", "val", "-j", 0)[2]
     assert "near-copies of each other: they make about 40 groups" in err.replace("\n", " ")
     assert "near-copies" not in cli("evaluate", checkpoint, "--data", folder, "-j", 0)[2]
+
+
+@pytest.mark.parametrize("class_map", [False, True])
+def test_the_order_that_was_assumed_is_said(cli, checkpoint, folder, class_map):
+    """Numbers of classes in another order mean nothing; where something names them, nothing is assumed."""
+    content = torch.load(checkpoint)
+    content.pop("class_names")
+    torch.save(content, "unnamed.pt")
+    Path("classes.txt").write_text("".join(f"{number}\n" for number in range(10)))
+    more = ["--class-map", "classes.txt"] if class_map else []
+    code, _, err = cli("evaluate", "unnamed.pt", "--data", folder, *more)
+    assert code == 0
+    assert ("folders are taken in order: 0 = 0, 1 = 1, 2 = 2, ... (else --class-map)" in err) is not class_map
