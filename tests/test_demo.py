@@ -23,11 +23,12 @@ def shown():
 
 
 def shape(lines):
-    """Lines without what depends on the machine: numbers, which candidate is chosen, verdicts on other
-    metrics.
+    """Lines without what depends on the machine: numbers, which candidate is chosen, whether weights per layer
+    have lambdas, verdicts on other metrics.
     """
     masked = [re.sub(NUMBER, "#", line.removeprefix(">")) for line in lines]
     masked = [" ".join(line.split()) for line in masked]
+    masked = [re.sub(r"^lambda(,| and) (alpha.* per layer)", r"\2", line) for line in masked]
     return [re.sub(r"^((?!accuracy).*\]) (gain|loss)$", r"\1", line) for line in masked]
 
 
