@@ -23,8 +23,10 @@ def shown():
 
 
 def shape(lines):
-    """Lines without what depends on the machine: numbers, which candidate is chosen, whether weights per layer
-    have lambdas, verdicts on other metrics.
+    """Lines without what depends on the machine.
+
+    That is numbers, which candidate is chosen, whether weights per layer have lambdas, and verdicts on other
+    metrics.
     """
     masked = [re.sub(NUMBER, "#", line.removeprefix(">")) for line in lines]
     masked = [" ".join(line.split()) for line in masked]
