@@ -23,7 +23,8 @@ FORMAT = 2
 
 Array = npt.NDArray[Any]
 
-# The fields of a norm layer and their kinds.
+# The fields of a recipe and of a norm layer, and their kinds; docs/reference/recipe.schema.json says the same.
+_KINDS: Mapping[str, Any] = {"sites": list, "provenance": dict, "weigh_single_values": bool}
 _NUMBER = (int, float)
 _REQUIRED: Mapping[str, Any] = {"name": str, "kind": str, "alpha": _NUMBER, "fingerprint": str}
 _OPTIONAL: Mapping[str, Any] = {
@@ -214,12 +215,15 @@ class Recipe:
         remedy = "make one with bnpatch tune-alpha"
         if not isinstance(content, dict) or "format" not in content:
             raise BnpatchError(f"{source} is not a recipe", remedy)
-        if content["format"] not in range(1, FORMAT + 1):
+        if isinstance(content["format"], bool) or content["format"] not in range(1, FORMAT + 1):
             raise BnpatchError(
                 f"{source} has recipe format {content['format']}, this bnpatch reads 1 to {FORMAT}",
                 "update bnpatch",
             )
         try:
+            for key, kind in _KINDS.items():
+                if not isinstance(content.get(key, kind()), kind):
+                    raise TypeError(f"{key} is {_brief(content[key])}")
             norm_layers = tuple(NormRecipe.from_json(norm_layer) for norm_layer in content["sites"])
             provenance = dict(content["provenance"])
         except BnpatchError as error:
@@ -229,7 +233,7 @@ class Recipe:
         names = [norm_layer.name for norm_layer in norm_layers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} stands there twice)", remedy)
-        return cls(norm_layers, provenance, content.get("weigh_single_values") is True)
+        return cls(norm_layers, provenance, content.get("weigh_single_values", False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
