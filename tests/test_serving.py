@@ -54,8 +54,15 @@ def test_convolutions_of_a_patched_file_can_be_quantized(patched, foggy, tmp_pat
     quant_pre_process(patched, prepared, skip_symbolic_shape=True)
     reader = _Images(onnxruntime.InferenceSession(patched).get_inputs()[0].name, images[:200])
     quantize_static(
-        prepared, quantized, reader, op_types_to_quantize=["Conv"], per_channel=True, weight_type=QuantType.QInt8
+        prepared,
+        quantized,
+        reader,
+        op_types_to_quantize=["Conv"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
     )
-    before, after = ((outputs(path, images[200:]).argmax(1) == labels[200:]).mean() for path in (patched, quantized))
-    print(before, after, (outputs(patched, images[200:]).argmax(1) == outputs(quantized, images[200:]).argmax(1)).mean())
-    assert after > before - 0.05
+    labels = labels[200:]
+    before, after = (
+        (outputs(path, images[200:]).argmax(1) == labels).mean() for path in (patched, quantized)
+    )
+    assert after > before - 0.05  # ten seeds of the classifier: -1.5 to +1.6 points

@@ -23,7 +23,7 @@ FORMAT = 2
 
 Array = npt.NDArray[Any]
 
-# The fields of a recipe and of a norm layer, and their kinds; docs/reference/recipe.schema.json says the same.
+# The fields of a recipe and of a norm layer, and their kinds, as in docs/reference/recipe.schema.json.
 _KINDS: Mapping[str, Any] = {"sites": list, "provenance": dict, "weigh_single_values": bool}
 _NUMBER = (int, float)
 _REQUIRED: Mapping[str, Any] = {"name": str, "kind": str, "alpha": _NUMBER, "fingerprint": str}
