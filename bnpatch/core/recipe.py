@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnpatch.core import hub
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
@@ -201,6 +202,36 @@ class Recipe:
         """
         write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,  # noqa: A002 - the hub's own word
+        base_model: str | None = None,
+    ) -> str:
+        """Write the recipe to a repository on the Hugging Face hub, with a card that says what it does.
+
+            recipe.push_to_hub("org/name", base_model="timm/resnet50.a1_in1k", license="apache-2.0")
+            model = bnpatch.apply(model, "hf-hub:org/name")
+
+        Args:
+            repository: org/name. It is made if it is not there.
+            private: make it private.
+            token: a token with the right to write; default: that of ``hf auth login``.
+            license: the licence of the recipe, for the card.
+            base_model: the repository of the model that the recipe is for, for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BnpatchError: the hub refuses it or can't be reached.
+        """
+        card = hub.card(self, repository, license, base_model)
+        return hub.push(self, repository, private=private, token=token, card=card)
+
     @classmethod
     def from_json(cls, content: Any, source: str = "recipe") -> "Recipe":
         """Read what :meth:`to_json` made.
@@ -239,9 +270,14 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a recipe file.
 
+        Args:
+            path: the file, or ``hf-hub:org/name`` for that of a repository on the Hugging Face hub.
+
         Raises:
             BnpatchError: the file can't be read or is not a recipe.
         """
+        if os.fspath(path).startswith(hub.PREFIX):
+            path = hub.fetch(os.fspath(path).removeprefix(hub.PREFIX))
         try:
             content = json.loads(
                 Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused
