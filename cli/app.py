@@ -2,6 +2,7 @@
 
 import _thread
 import logging
+import platform
 import signal
 import sys
 import threading
@@ -21,7 +22,6 @@ from . import bench, demo, evaluate, export, fine_tune, inspect, tune
 app = typer.Typer(
     name="bnpatch",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,8 +36,16 @@ app.command("demo")(demo.demo)
 
 
 def _version(asked: bool) -> None:
+    """Print what a report of a defect should say: the versions, and the device that computes."""
     if asked:
-        typer.echo(__version__)
+        import onnxruntime
+        import torch
+
+        from bnpatch.core.io import pick_device
+
+        typer.echo(f"bnpatch {__version__}, Python {platform.python_version()}")
+        typer.echo(f"torch {torch.__version__} on {pick_device()}")
+        typer.echo(f"onnxruntime {onnxruntime.__version__}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -459,7 +460,10 @@ def test_help_has_examples_and_is_quick(cli):
         code, out, _ = cli(command, "--help")
         assert code == 0
         assert f"bnpatch {command} " in out
-    assert cli("--version")[1].strip() == bnpatch.__version__
+    bnpatch_, torch_, onnxruntime_ = cli("--version")[1].splitlines()
+    assert bnpatch_.split(",")[0] == f"bnpatch {bnpatch.__version__}"
+    assert torch_ == f"torch {torch.__version__} on cpu"
+    assert onnxruntime_ == f"onnxruntime {onnxruntime.__version__}"
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 import base64
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import NormRecipe, Recipe, fingerprint
 
+SCHEMA = Path(__file__).parents[1] / "docs" / "reference" / "recipe.schema.json"
 RECIPE = Recipe(
     (NormRecipe("bn1", "BatchNorm2d", 0.02, "aa"), NormRecipe("bn2", "BatchNorm2d", 0.0, "bb")), {"seed": 1}
 )
@@ -116,6 +119,8 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(tmp_path):
     layers = (NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", 0.3, moments(0)), *RECIPE.norm_layers[1:])
     good = json.dumps(Recipe(layers, {"seed": 1}).to_json()).encode()
     path = tmp_path / "recipe.json"
+    schema = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    schema.validate(json.loads(good))
     refused = 0
     for _ in range(1000):
         damaged = bytearray(good)
@@ -129,7 +134,20 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(tmp_path):
             Recipe.load(path)
         except BnpatchError:
             refused += 1
+        else:
+            schema.validate(json.loads(path.read_text()))  # the documented schema is as strict
     assert refused > 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format", True), ("format", 1.5), ("provenance", []), ("weigh_single_values", 1), ("sites", {})],
+)
+def test_what_the_schema_refuses_is_refused(key, value):
+    content = RECIPE.to_json() | {key: value}
+    assert not jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).is_valid(content)
+    with pytest.raises(BnpatchError, match="recipe"):
+        Recipe.from_json(content)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnpatch.core import hub
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
@@ -23,7 +24,8 @@ FORMAT = 2
 
 Array = npt.NDArray[Any]
 
-# The fields of a norm layer and their kinds.
+# The fields of a recipe and of a norm layer, and their kinds, as in docs/reference/recipe.schema.json.
+_KINDS: Mapping[str, Any] = {"sites": list, "provenance": dict, "weigh_single_values": bool}
 _NUMBER = (int, float)
 _REQUIRED: Mapping[str, Any] = {"name": str, "kind": str, "alpha": _NUMBER, "fingerprint": str}
 _OPTIONAL: Mapping[str, Any] = {
@@ -200,6 +202,36 @@ class Recipe:
         """
         write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,  # noqa: A002 - the hub's own word
+        base_model: str | None = None,
+    ) -> str:
+        """Write the recipe to a repository on the Hugging Face hub, with a card that says what it does.
+
+            recipe.push_to_hub("org/name", base_model="timm/resnet50.a1_in1k", license="apache-2.0")
+            model = bnpatch.apply(model, "hf-hub:org/name")
+
+        Args:
+            repository: org/name. It is made if it is not there.
+            private: make it private.
+            token: a token with the right to write; default: that of ``hf auth login``.
+            license: the licence of the recipe, for the card.
+            base_model: the repository of the model that the recipe is for, for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BnpatchError: the hub refuses it or can't be reached.
+        """
+        card = hub.card(self, repository, license, base_model)
+        return hub.push(self, repository, private=private, token=token, card=card)
+
     @classmethod
     def from_json(cls, content: Any, source: str = "recipe") -> "Recipe":
         """Read what :meth:`to_json` made.
@@ -214,12 +246,15 @@ class Recipe:
         remedy = "make one with bnpatch tune-alpha"
         if not isinstance(content, dict) or "format" not in content:
             raise BnpatchError(f"{source} is not a recipe", remedy)
-        if content["format"] not in range(1, FORMAT + 1):
+        if isinstance(content["format"], bool) or content["format"] not in range(1, FORMAT + 1):
             raise BnpatchError(
                 f"{source} has recipe format {content['format']}, this bnpatch reads 1 to {FORMAT}",
                 "update bnpatch",
             )
         try:
+            for key, kind in _KINDS.items():
+                if not isinstance(content.get(key, kind()), kind):
+                    raise TypeError(f"{key} is {_brief(content[key])}")
             norm_layers = tuple(NormRecipe.from_json(norm_layer) for norm_layer in content["sites"])
             provenance = dict(content["provenance"])
         except BnpatchError as error:
@@ -229,15 +264,20 @@ class Recipe:
         names = [norm_layer.name for norm_layer in norm_layers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} stands there twice)", remedy)
-        return cls(norm_layers, provenance, content.get("weigh_single_values") is True)
+        return cls(norm_layers, provenance, content.get("weigh_single_values", False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a recipe file.
 
+        Args:
+            path: the file, or ``hf-hub:org/name`` for that of a repository on the Hugging Face hub.
+
         Raises:
             BnpatchError: the file can't be read or is not a recipe.
         """
+        if os.fspath(path).startswith(hub.PREFIX):
+            path = hub.fetch(os.fspath(path).removeprefix(hub.PREFIX))
         try:
             content = json.loads(
                 Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+_VALUES = {"img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
 
 Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
@@ -83,13 +84,18 @@ class Preprocessing:
 
         Args:
             channels: number of input channels.
-            values: attributes by name, or ``img_size``, the side of a square input in pixels, or its height
-                and width.
+            values: attributes by name, as in the data config of a timm model; or ``img_size``, the side of a
+                square input in pixels, or its height and width.
 
         Raises:
-            BnpatchError: the number of values does not fit the channels, or the interpolation is not known.
+            BnpatchError: there is no such value, the number of values does not fit the channels, or the
+                interpolation is not known.
         """
         values = {name: value for name, value in values.items() if value is not None}
+        if unknown := values.keys() - _VALUES:
+            raise BnpatchError(
+                f"preprocessing has no value {min(unknown)!r}", f"choose {', '.join(sorted(_VALUES))}"
+            )
         if not values and channels in (None, self.input_size[0]):
             return self
         source = f"{self.source}, but {', '.join(values)} as asked" if values else self.source
@@ -105,7 +111,7 @@ class Preprocessing:
                 f"there is no interpolation {values['interpolation']!r}",
                 f"choose {', '.join(_INTERPOLATIONS)}",
             )
-        size = values.pop("img_size", self.input_size[1:])
+        size = values.pop("img_size", tuple(values.pop("input_size", self.input_size))[1:])
         height, width = (size, size) if isinstance(size, int) else size
         size = (channels or self.input_size[0], height, width)
         return replace(self, **values, input_size=size, source=source)

@@ -97,7 +97,7 @@ def apply(model: nn.Module, recipe: str | os.PathLike[str] | Recipe) -> nn.Modul
 
     Args:
         model: the module that the recipe was made for.
-        recipe: a recipe, or the path of a recipe file.
+        recipe: a recipe, the path of a recipe file, or ``hf-hub:org/name``.
 
     Returns:
         The module; it is another object only if the module itself is a norm.
