@@ -16,9 +16,8 @@ from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import METRICS, Values
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
-from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
-from bnpatch.search.global_search import GlobalSearchResult, GlobalTrial, global_search
+from bnpatch.search.global_search import global_search
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.objective import Objective
@@ -26,6 +25,7 @@ from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
@@ -249,12 +249,10 @@ class CandidateSearch:
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
             return self._cache.by_block(weights(params), blocks, name)
 
-        def report(runner: GlobalTrial, standing: GlobalSearchResult) -> None:
-            trial = _as_trial(name, runner, standing.baseline.means, sizes)
-            self._report(
-                replace(trial, state=self.base.with_weights(weights(runner.params))),
-                standing.best.number == runner.number,
-            )
+        def report(ended: StoredTrial, so_far: Trials) -> None:
+            trial = _as_trial(name, ended, so_far)
+            state = self.base.with_weights(weights(ended.params))
+            self._report(replace(trial, state=state), so_far.best.number == ended.number)
 
         study = self._study(name if start is None else f"{name}.{_digest(start)}")
         self.resumed += len(study.trials())
@@ -278,7 +276,7 @@ class CandidateSearch:
         )
         # The result also has the trials that an earlier run of this study finished.
         self.trials = [t for t in self.trials if t.candidate != name]
-        self.trials += [_as_trial(name, r, result.baseline.means, sizes) for r in result.trials if r.means]
+        self.trials += [_as_trial(name, trial, result) for trial in result.trials if trial.num_blocks]
         self.interrupted = self.interrupted or result.interrupted
         return {name: weights(result.best.params)}
 
@@ -329,25 +327,21 @@ class CandidateSearch:
         )
 
 
-def _as_trial(candidate: str, runner: GlobalTrial, whole: Mapping[str, float], sizes: Sequence[int]) -> Trial:
-    """Convert a trial of a global search, with its scores extrapolated to all examples.
+def _as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
+    """Convert a trial of a global search, with its scores extrapolated to all examples."""
 
-    ``whole`` has the scores on all examples of the setting that the global search started from.
-    """
-    changes = runner.changes
-
-    def within(metric: str, value: float) -> float:
+    def score(metric: str) -> float:
         # A rate that is extrapolated from few examples may lie outside [0, 1].
-        is_rate = metric in METRICS and METRICS[metric].is_rate
+        value, is_rate = trials.estimate(trial, metric=metric), metric in METRICS and METRICS[metric].is_rate
         return min(1.0, max(0.0, value)) if is_rate else value
 
     return Trial(
         candidate,
-        runner.number,
-        _plain(runner.params),
-        {metric: within(metric, whole[metric] + changes[metric].value) for metric in whole},
-        {metric: changes[metric].stderr for metric in whole},
-        sum(sizes[: runner.blocks]),
+        trial.number,
+        _plain(trial.params),
+        {metric: score(metric) for metric in trial.blocks[0]},
+        {metric: trials.change(trial, metric=metric).stderr for metric in trial.blocks[0]},
+        sum(trials.config.sizes[: trial.num_blocks]),
     )
 
 

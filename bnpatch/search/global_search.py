@@ -12,7 +12,7 @@ pruned as soon as another is significantly better.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -22,62 +22,16 @@ from optuna.trial import TrialState, create_trial
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.evaluation.metrics import Values
-from bnpatch.search.comparison import Comparison, Difference, GlobalSearchConfig
 from bnpatch.search.halving import Begin, End, Evaluate, SuccessiveHalving, Wait
 from bnpatch.search.storages import quiet
-from bnpatch.search.studies import StoredTrial, Study, as_stored
+from bnpatch.search.studies import Study, as_stored
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 
 EvaluateBlocks = Callable[[Mapping[str, float], range], Sequence[Mapping[str, Values]]]
+OnTrial = Callable[[StoredTrial, Trials], None]
 
 # Seconds between two looks at the trials of another process.
 _POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class GlobalTrial:
-    """A trial of a global search.
-
-    Attributes:
-        number: number in the order in which trials began; 0 is the baseline.
-        params: values by name of parameter.
-        blocks: number of leading blocks that the trial was scored on.
-        state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs, or a repetition), or
-            WAITING where the global search was interrupted.
-        means: means over the examples of these blocks, by name of metric.
-        changes: changes from the baseline, extrapolated to all examples, by name of metric.
-    """
-
-    number: int
-    params: Mapping[str, float]
-    blocks: int
-    state: TrialState
-    means: Mapping[str, float]
-    changes: Mapping[str, Difference]
-
-
-@dataclass(frozen=True)
-class GlobalSearchResult:
-    """What a global search found.
-
-    Attributes:
-        trials: all trials, the baseline first.
-        baseline: the trial that all others are compared with.
-        best: the best of the trials that were scored on all blocks.
-        passes: passes over the examples, of all processes and all runs of this study.
-        interrupted: whether the user stopped the global search early.
-    """
-
-    trials: list[GlobalTrial]
-    baseline: GlobalTrial
-    best: GlobalTrial
-    passes: float
-    interrupted: bool
-
-
-def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
-    """Sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
-    count = max(1, min(most, examples // smallest))
-    return [len(part) for part in np.array_split(np.arange(examples), count)]
 
 
 def global_search(
@@ -86,8 +40,8 @@ def global_search(
     config: GlobalSearchConfig,
     *,
     timeout: float | None = None,
-    on_trial: Callable[[GlobalTrial, GlobalSearchResult], None] = lambda trial, so_far: None,
-) -> GlobalSearchResult:
+    on_trial: OnTrial = lambda trial, so_far: None,
+) -> Trials:
     """Find the parameters that score best, in few passes over the examples.
 
     Scores that the study already has are not computed again: call this with the same arguments to continue
@@ -101,7 +55,10 @@ def global_search(
             score for the block as a whole.
         config: what to look for, and the budget.
         timeout: seconds after which no trial is started; the best so far is still scored on all blocks.
-        on_trial: called with each trial that ended, and with the result so far.
+        on_trial: called with each trial that ended, and with all trials so far.
+
+    Returns:
+        The trials of the study; the best of them is the result.
 
     Raises:
         OutputsNotFiniteError: ``evaluate_blocks`` raised it for the baseline.
@@ -111,16 +68,15 @@ def global_search(
     """
     if config.max_trials is None and not np.isfinite(config.max_passes):
         raise BnpatchError("nothing bounds the search", "bound its passes or its trials")
-    interrupted = False
     try:
         with study.at_work():
             _search(study, evaluate_blocks, config, timeout, on_trial)
     except KeyboardInterrupt:
-        baseline = Comparison(config, study.trials()).baseline
+        baseline = Trials(config, study.trials()).baseline
         if baseline is None or baseline.num_blocks < len(config.sizes):
             raise
-        interrupted = True
-    return _result(Comparison(config, study.trials()), interrupted)
+        return Trials(config, study.trials(), interrupted=True)
+    return Trials(config, study.trials())
 
 
 def _search(
@@ -128,15 +84,15 @@ def _search(
     evaluate_blocks: EvaluateBlocks,
     config: GlobalSearchConfig,
     timeout: float | None,
-    on_trial: Callable[[GlobalTrial, GlobalSearchResult], None],
+    on_trial: OnTrial,
 ) -> None:
     """Take one step after the other until the search is over."""
     halving, started = SuccessiveHalving(config), time.monotonic()
     while True:
-        trials = Comparison(config, study.trials())
+        trials = Trials(config, study.trials())
         if any(not trial.is_own for trial in trials.running):
             study.take_over()
-            trials = Comparison(config, study.trials())
+            trials = Trials(config, study.trials())
         is_late = timeout is not None and time.monotonic() - started >= timeout
         match halving.next_step(trials, finish=is_late):
             case None:
@@ -150,13 +106,12 @@ def _search(
             case End(trial, state):
                 _end(study, trials, trial, state)
                 if trial.blocks:
-                    trials = Comparison(config, study.trials())
-                    ended = next(t for t in trials.trials if t.stored == trial.stored)
-                    on_trial(_with_means(trials, ended), _result(trials, False))
+                    trials = Trials(config, study.trials())
+                    on_trial(next(t for t in trials.trials if t.stored == trial.stored), trials)
 
 
 def _score(
-    study: Study, trials: Comparison, trial: StoredTrial, blocks: range, evaluate_blocks: EvaluateBlocks
+    study: Study, trials: Trials, trial: StoredTrial, blocks: range, evaluate_blocks: EvaluateBlocks
 ) -> None:
     """Score some blocks of a trial; the trial fails if outputs are not finite."""
     config, tuned = trials.config, trials.config.metric.name
@@ -174,19 +129,19 @@ def _score(
     study.record(trial, sum(config.sizes[: trial.num_blocks]), trials.mean(trial))
 
 
-def _end(study: Study, trials: Comparison, trial: StoredTrial, state: TrialState) -> None:
+def _end(study: Study, trials: Trials, trial: StoredTrial, state: TrialState) -> None:
     """End a trial, with the means of its metrics."""
     if state == TrialState.FAIL:
         study.fail(trial, "repeats an earlier trial")
     elif not trial.blocks:
         study.fail(trial)  # the search was over before anything was scored
     else:
-        tuned = trials.config.metric.name
-        others = {name: trials.mean(trial, name) for name in trial.blocks[0] if name != tuned}
-        study.end(trial, state, trials.mean(trial), others)
+        means = {name: trials.mean(trial, name) for name in trial.blocks[0]}
+        value = means.pop(trials.config.metric.name)
+        study.end(trial, state, value if state == TrialState.COMPLETE else None, means)
 
 
-def _propose(trials: Comparison) -> dict[str, float]:
+def _propose(trials: Trials) -> dict[str, float]:
     """Ask Optuna's Gaussian process for a point.
 
     Not the study itself is asked, for two reasons. The process also learns from trials that were pruned, by
@@ -213,26 +168,3 @@ def _propose(trials: Comparison) -> dict[str, float]:
                 state = TrialState.RUNNING
                 told.add_trial(create_trial(state=state, params=params, distributions=space))
         return config.unscaled(told.ask(space).params)
-
-
-def _result(trials: Comparison, interrupted: bool) -> GlobalSearchResult:
-    baseline = trials.baseline
-    assert baseline is not None
-    found = {t.number: _with_means(trials, t) for t in trials.trials}
-    best = trials.best or baseline
-    passes = trials.spent / sum(trials.config.sizes)
-    return GlobalSearchResult(
-        list(found.values()), found[baseline.number], found[best.number], passes, interrupted
-    )
-
-
-def _with_means(trials: Comparison, trial: StoredTrial) -> GlobalTrial:
-    names = list(trial.blocks.get(0, ()))
-    return GlobalTrial(
-        trial.number,
-        trial.params,
-        trial.num_blocks,
-        trial.state,
-        {name: trials.mean(trial, name) for name in names},
-        {name: trials.change(trial, metric=name) for name in names},
-    )

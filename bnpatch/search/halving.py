@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.trial import TrialState
 
-from bnpatch.search.comparison import Comparison, GlobalSearchConfig
-from bnpatch.search.studies import StoredTrial
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 
 #: For each round the fraction of the budget for exploration that one trial may take, and how many trials are
 #: promoted from the round before. Given points begin in the first round, proposals in the last.
@@ -70,7 +69,7 @@ class SuccessiveHalving:
         fewest = min(_FEWEST_EXAMPLES, self._total / 4)
         self._round_blocks = [self._blocks_with(max(share * exploration, fewest)) for share, _ in ROUNDS]
 
-    def next_step(self, trials: Comparison, finish: bool = False) -> Step | None:
+    def next_step(self, trials: Trials, finish: bool = False) -> Step | None:
         """The next step; None where the global search is over.
 
         Args:
@@ -94,7 +93,7 @@ class SuccessiveHalving:
                     return step
         return self._last_round(trials)
 
-    def _promote(self, round_: int, trials: Comparison) -> End | None:
+    def _promote(self, round_: int, trials: Trials) -> End | None:
         """Prune a trial that was scored in the round before and is not among the best there."""
         if round_ == 0 or self._round_blocks[round_ - 1] == self._round_blocks[round_]:
             return None
@@ -106,7 +105,7 @@ class SuccessiveHalving:
         promoted = [*ranked[:1], *apart][: ROUNDS[round_][1]]
         return next((End(t, TrialState.PRUNED) for t in scored if t.is_own and t not in promoted), None)
 
-    def _in_round(self, round_: int, trials: Comparison) -> Step | None:
+    def _in_round(self, round_: int, trials: Trials) -> Step | None:
         """Score the trials of a round, and prune those that are significantly worse; then begin new ones."""
         blocks, others_run = self._round_blocks[round_], False
         for trial in trials.running:
@@ -121,7 +120,7 @@ class SuccessiveHalving:
             others_run = True
         return self._begin(round_, trials) or (Wait() if others_run else None)
 
-    def _begin(self, round_: int, trials: Comparison) -> Begin | None:
+    def _begin(self, round_: int, trials: Trials) -> Begin | None:
         """Begin a trial in a round, as far as the budget allows: a given point, or a proposal."""
         config, blocks = self.config, self._round_blocks[round_]
         begun = sum(t.state != TrialState.FAIL for t in trials.trials)
@@ -137,7 +136,7 @@ class SuccessiveHalving:
         repeated = sum(t.round == round_ and trials.is_repeated(t) for t in trials.trials)
         return Begin(round_) if round_ == len(ROUNDS) - 1 and repeated < _REPEATS else None
 
-    def _last_round(self, trials: Comparison) -> Step | None:
+    def _last_round(self, trials: Trials) -> Step | None:
         """Score the best of the trials with most blocks on all blocks, and prune the others."""
         running = trials.running
         if not running:
@@ -153,17 +152,17 @@ class SuccessiveHalving:
             End(best, TrialState.PRUNED) if best.is_own and is_lost else self._evaluate(best, len(self._ends))
         )
 
-    def _is_beyond_budget(self, trial: StoredTrial, trials: Comparison) -> bool:
+    def _is_beyond_budget(self, trial: StoredTrial, trials: Trials) -> bool:
         """Has another process completed its best trial, so that the budget no longer allows this one?"""
         others = [t for t in trials.trials if t.state == TrialState.COMPLETE and t is not trials.baseline]
         rest = sum(self.config.sizes[trial.num_blocks :])
         return bool(others) and trials.spent + rest > self.config.max_passes * self._total
 
-    def _is_worse(self, trial: StoredTrial, trials: Comparison) -> bool:
+    def _is_worse(self, trial: StoredTrial, trials: Trials) -> bool:
         """Is the trial significantly worse than another? Not asked where the budget is for all blocks."""
         return self._round_blocks[0] < len(self._ends) and trials.is_significantly_worse(trial)
 
-    def _affords(self, cost: int, blocks: int, trials: Comparison) -> bool:
+    def _affords(self, cost: int, blocks: int, trials: Trials) -> bool:
         """Does the budget allow this cost, and after it the other blocks of the best trial?"""
         reserve = self._total - int(self._ends[blocks - 1])
         return trials.spent + cost + reserve <= self.config.max_passes * self._total

@@ -11,8 +11,13 @@ from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.groups import cut
 from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Model
-from bnpatch.search.global_search import block_sizes
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
+
+
+def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
+    """Sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
+    count = max(1, min(most, examples // smallest))
+    return [len(part) for part in np.array_split(np.arange(examples), count)]
 
 
 def blocks_of(order: Indices, set_size: int, groups: Indices | None = None) -> list[Indices]:

@@ -12,7 +12,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
@@ -28,8 +27,8 @@ from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.metrics import Values
 from bnpatch.search.storages import Storage, StorageError, experimental, quiet, retry, usable
+from bnpatch.search.trials import BlockScores, StoredTrial
 
-BlockScores = Mapping[str, Values]
 Direction = Literal["minimize", "maximize"]
 T = TypeVar("T")
 
@@ -39,44 +38,6 @@ _ROUND, _SCORES, _FAILURE = "bnpatch:round", "bnpatch:block scores", "bnpatch:fa
 _MADE_WITH, _FORMAT, _OPENED = "bnpatch:made with", "bnpatch:format", "bnpatch:opened"
 _FORMAT_NUMBER = 2
 _OLD_FINGERPRINT = "bnpatch:fingerprint"  # of studies of format 1
-
-
-@dataclass(frozen=True)
-class StoredTrial:
-    """A trial as it is stored in the study.
-
-    Attributes:
-        number: number in the order in which trials began. A trial that was enqueued again keeps its number.
-        params: values by name of parameter.
-        round: round of successive halving in which the trial began.
-        blocks: scores by name of metric, by number of finished block.
-        state: Optuna's state of the trial.
-        value: Optuna's value of a trial that is complete.
-        is_own: whether this process works on the trial.
-        stored: the number that Optuna gave the trial.
-    """
-
-    number: int
-    params: Mapping[str, float]
-    round: int
-    blocks: Mapping[int, BlockScores]
-    state: TrialState
-    value: float | None = None
-    is_own: bool = False
-    stored: int = -1
-
-    @property
-    def is_running(self) -> bool:
-        """Is the trial neither complete nor pruned nor failed?"""
-        return not self.state.is_finished()
-
-    @property
-    def num_blocks(self) -> int:
-        """The number of leading blocks that the trial was scored on."""
-        count = 0
-        while count in self.blocks:
-            count += 1
-        return count
 
 
 class Study:
@@ -163,25 +124,18 @@ class Study:
         self._do(act)
 
     def end(
-        self, trial: StoredTrial, state: TrialState, value: float, others: Mapping[str, float] | None = None
+        self, trial: StoredTrial, state: TrialState, value: float | None, attributes: Mapping[str, Any]
     ) -> None:
-        """End a trial as complete, with its value, or as pruned: then its value is the last intermediate one.
+        """End a trial.
 
         Args:
             trial: the trial.
-            state: COMPLETE or PRUNED.
+            state: COMPLETE, or PRUNED or FAIL, which have no value; Optuna takes the last intermediate value of
+                a pruned trial.
             value: mean of the tuned metric.
-            others: means of other metrics by name, which become user attributes.
+            attributes: user attributes of the trial, such as the means of other metrics by name.
         """
-        self._end(trial, state, value if state == TrialState.COMPLETE else None, others or {})
 
-    def fail(self, trial: StoredTrial, reason: str = "") -> None:
-        """End a trial that has no value; without a reason, as if it had never begun."""
-        self._end(trial, TrialState.FAIL, None, {_FAILURE: reason} if reason else {})
-
-    def _end(
-        self, trial: StoredTrial, state: TrialState, value: float | None, attributes: Mapping[str, Any]
-    ) -> None:
         def act(study: optuna.Study) -> None:
             with suppress(UpdateFinishedTrialError):  # another process took this one for dead
                 for name, attribute in attributes.items():
@@ -189,6 +143,10 @@ class Study:
             study.tell(trial.stored, value, state, skip_if_finished=True)
 
         self._do(act)
+
+    def fail(self, trial: StoredTrial, reason: str = "") -> None:
+        """End a trial that has no value; without a reason, as if it had never begun."""
+        self.end(trial, TrialState.FAIL, None, {_FAILURE: reason} if reason else {})
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

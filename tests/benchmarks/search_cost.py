@@ -25,9 +25,10 @@ import bnpatch
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
 from bnpatch.search.candidates import FIRST_ALPHAS
-from bnpatch.search.comparison import GlobalSearchConfig
-from bnpatch.search.global_search import block_sizes, global_search
+from bnpatch.search.global_search import global_search
+from bnpatch.search.score_cache import block_sizes
 from bnpatch.search.studies import open_study
+from bnpatch.search.trials import GlobalSearchConfig
 from bnpatch_cli.demo import _digits, _train
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 

@@ -14,10 +14,10 @@ import scipy.optimize
 import scipy.stats  # noqa: F401
 
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
-from bnpatch.search.comparison import GlobalSearchConfig
 from bnpatch.search.global_search import global_search
 from bnpatch.search.storages import Storage
 from bnpatch.search.studies import open_study
+from bnpatch.search.trials import GlobalSearchConfig
 
 SIZES = [64] * 12  # a batch each, so that each is a line of its own
 GRACE_SECONDS = 3
@@ -61,10 +61,18 @@ def run(storage, log=None, seconds_a_block=0.0, peers=(), on_line=lambda count: 
     )
     return {
         "best": result.best.params,
-        "best value": result.best.means["cross-entropy"],
+        "best value": result.mean(result.best),
         "passes": result.passes,
-        "trials": [[t.params, t.blocks, t.state.name, dict(t.means)] for t in result.trials],
+        "trials": summaries(result),
     }
+
+
+def summaries(result):
+    """Every trial of a global search with the means of its metrics."""
+    return [
+        [t.params, t.num_blocks, t.state.name, {name: result.mean(t, name) for name in t.blocks.get(0, ())}]
+        for t in result.trials
+    ]
 
 
 def wait(ready):

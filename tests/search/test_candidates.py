@@ -10,16 +10,16 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch.nn.norm import mixture
 from bnpatch.search.candidates import _as_trial
-from bnpatch.search.comparison import Difference
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
-from bnpatch.search.global_search import GlobalTrial
 from bnpatch.search.gradient_search import Groups, Start
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 from tests.search.tiny import WIDTHS
 
 
@@ -130,10 +130,20 @@ def test_other_targets_change_the_scores_of_lambdas_alone():
 
 
 def test_what_few_examples_say_of_a_rate_is_still_a_rate():
-    change = {name: Difference(0.4, 0.1, 8) for name in ("accuracy", "cross-entropy")}
-    found = GlobalTrial(1, {"alpha": 0.25}, 1, TrialState.PRUNED, {}, change)
-    trial = _as_trial("alpha", found, {"accuracy": 0.8, "cross-entropy": 0.8}, [8, 8])
-    assert trial.scores == {"accuracy": 1.0, "cross-entropy": pytest.approx(1.2)}
+    """On the first half the trial gains 0.5 over the baseline, whose mean is 0.5 there and 1 on the rest."""
+    base, found = [np.tile([0.0, 1.0], 4), np.ones(8)], [np.ones(8)]
+
+    def trial_of(number, alpha, values, state):
+        blocks = {block: {"accuracy": v, "cross-entropy": v} for block, v in enumerate(values)}
+        return StoredTrial(number, {"alpha": alpha}, 0, blocks, state)
+
+    config = GlobalSearchConfig([8, 8], ACCURACY, {"alpha": (0.0, 1.0)}, {"alpha": 0.0})
+    baseline = trial_of(0, 0.0, base, TrialState.COMPLETE)
+    pruned = trial_of(1, 0.25, found, TrialState.PRUNED)
+    trial = _as_trial("alpha", pruned, Trials(config, [baseline, pruned]))
+    assert trial.scores["accuracy"] == 1.0
+    assert trial.scores["cross-entropy"] > 1.1
+    assert trial.examples == 8
     assert trial.weight == 0.25
 
 

@@ -6,10 +6,12 @@ from optuna.trial import TrialState
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
-from bnpatch.search.comparison import Comparison, GlobalSearchConfig
-from bnpatch.search.global_search import block_sizes, global_search
+from bnpatch.search.global_search import global_search
+from bnpatch.search.score_cache import block_sizes
 from bnpatch.search.storages import Storage
-from bnpatch.search.studies import StoredTrial, open_study
+from bnpatch.search.studies import open_study
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
+from tests.search.global_search_worker import summaries
 
 GRID = np.linspace(0, 1, 101)
 FIRST = [{"x": x} for x in (0.1, 0.2, 0.35, 0.6, 1.0)]
@@ -100,7 +102,7 @@ def test_where_the_identity_is_best_it_wins_and_the_rest_is_dropped_early():
     problem.bests = np.abs(problem.bests) / 100
     result = run(problem)
     assert result.best.params["x"] < 0.01
-    assert all(r.blocks <= 3 for r in result.trials if r.params["x"] >= 0.1)
+    assert all(r.num_blocks <= 3 for r in result.trials if r.params["x"] >= 0.1)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_any_blocks_do(examples, sizes):
     problem = Problem(examples, best=0.6, sizes=sizes)
     result = run(problem)
     assert result.passes == problem.scored / examples <= 3
-    assert result.best.blocks == len(problem.sizes)
-    change = result.best.changes["cross-entropy"]
+    assert result.best.num_blocks == len(problem.sizes)
+    change = result.change(result.best)
     assert change.value < 0 < change.stderr
     expected = problem.scores(result.best.params["x"])["cross-entropy"] - problem.scores(0.0)["cross-entropy"]
     assert change.value == pytest.approx(expected.mean(), rel=1e-5)  # scores are kept in float32
@@ -128,7 +130,7 @@ def test_blocks_weigh_what_they_have_examples_even_where_they_have_one_score():
     whole.sizes = problem.sizes
     result = run(whole)
     mean = problem.scores(result.best.params["x"])["cross-entropy"].mean()
-    assert result.best.means["cross-entropy"] == pytest.approx(mean, rel=1e-5)
+    assert result.mean(result.best) == pytest.approx(mean, rel=1e-5)
     assert result.best.params["x"] == pytest.approx(0.6, abs=0.15)
 
 
@@ -143,7 +145,7 @@ def test_a_failing_candidate_fails_alone():
     result = run(problem)
     failed = [r for r in result.trials if r.state == TrialState.FAIL]
     assert {r.params["x"] for r in failed} >= {0.6, 1.0}
-    assert all(r.blocks == 0 for r in failed)
+    assert all(r.num_blocks == 0 for r in failed)
     assert regret(problem, result) < 0.02  # 400 examples, of which the first round saw few
 
 
@@ -168,7 +170,7 @@ def test_scores_that_are_not_numbers_are_refused():
 def test_enough_passes_make_it_a_plain_search():
     problem = Problem(100)
     result = run(problem, max_passes=float("inf"), max_trials=9)
-    assert [r.blocks for r in result.trials] == [len(problem.sizes)] * 9
+    assert [r.num_blocks for r in result.trials] == [len(problem.sizes)] * 9
     assert {r.state for r in result.trials} == {TrialState.COMPLETE}
     assert result.passes == 9
     with pytest.raises(BnpatchError, match="nothing bounds"):
@@ -193,9 +195,9 @@ def test_two_passes_leave_no_room_to_explore_but_a_trial_to_compare():
 
 
 def test_the_same_seed_gives_the_same_search():
-    first, again, other = (run(Problem(300), seed=seed) for seed in (1, 1, 2))
-    assert first.trials == again.trials
-    assert first.trials != other.trials
+    first, again, other = (summaries(run(Problem(300), seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
 
 
 def test_two_parameters():
@@ -216,8 +218,8 @@ def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
     study = open_study(Storage(url), direction="maximize")
     result = run(Problem(20, steepness=1.0), ACCURACY, study, max_passes=float("inf"), max_trials=7)
     best = optuna.load_study(study_name="bnpatch", storage=url).best_trial
-    assert (best.params, best.value) == (result.best.params, result.best.means["accuracy"])
-    assert sum(trial.means.get("accuracy") == best.value for trial in result.trials) > 1
+    assert (best.params, best.value) == (result.best.params, result.mean(result.best))
+    assert sum(trial.value == best.value for trial in result.trials) > 1
 
 
 class Interrupted(Problem):
@@ -240,10 +242,10 @@ def test_an_interrupted_search_keeps_the_best_so_far_and_can_go_on():
         study = open_study()
         part = run(Interrupted(300, after=after), study=study)
         assert part.interrupted
-        assert part.best.blocks == len(block_sizes(300))
+        assert part.best.num_blocks == len(block_sizes(300))
         rest = Problem(300)
         result = run(rest, study=study)
-        assert result.trials == whole.trials
+        assert summaries(result) == summaries(whole)
         assert not result.interrupted
         assert result.passes - part.passes == pytest.approx(rest.scored / 300)
 
@@ -284,7 +286,7 @@ def test_what_is_said_of_a_trial_uses_what_is_known_of_the_examples():
             trial(1, {"x": 0.5}, better[:2], TrialState.PRUNED),
         ]
         config = GlobalSearchConfig([20] * 8, CROSS_ENTROPY, {"x": (0, 1)}, {"x": 0.0})
-        comparison = Comparison(config, trials)
+        comparison = Trials(config, trials)
         change = comparison.change(trials[1])
         truth = (better - base).mean()
         errors.append(change.value - truth)

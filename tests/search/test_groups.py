@@ -16,13 +16,12 @@ from bnpatch.data.near_copies import Sketches
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, paired_difference
 from bnpatch.report.text import origin, verdict_sentence
 from bnpatch.search.candidates import CandidateSearch
-from bnpatch.search.comparison import Comparison, GlobalSearchConfig
 from bnpatch.search.config import Plan
 from bnpatch.search.latency_limit import trade_off
 from bnpatch.search.objective import ObjectiveSpec
 from bnpatch.search.parts import parts_of
 from bnpatch.search.score_cache import blocks_of
-from bnpatch.search.studies import StoredTrial
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 from tests.search.tiny import small
 
 
@@ -310,7 +309,7 @@ def test_trials_are_compared_by_groups():
     trials = [
         StoredTrial(n, {"alpha": float(n)}, 0, b, TrialState.COMPLETE) for n, b in enumerate([zero, blocks])
     ]
-    difference = Comparison(config, trials).difference(trials[1], trials[0])
+    difference = Trials(config, trials).difference(trials[1], trials[0])
     assert (difference.value, difference.pairs) == (4.0, 4)
     assert difference.stderr == pytest.approx(np.std([1, 2, 4, 9], ddof=1) / 2)
 

@@ -1,4 +1,4 @@
-"""Comparison of the trials of a global search, by the examples that they were scored on so far."""
+"""The trials of a global search, and what the examples that they were scored on so far say of all examples."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +9,8 @@ from optuna.trial import TrialState
 
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.metrics import Metric, Values
-from bnpatch.search.studies import StoredTrial
+
+BlockScores = Mapping[str, Values]
 
 # The slope of a regression on few examples is uncertain: it is shrunk as if so many more had shown none.
 _PRIOR_UNITS = 20
@@ -64,6 +65,46 @@ class GlobalSearchConfig:
 
 
 @dataclass(frozen=True)
+class StoredTrial:
+    """A trial as it is stored in the study.
+
+    Attributes:
+        number: number in the order in which trials began; 0 is the baseline. A trial that was enqueued again
+            keeps its number.
+        params: values by name of parameter.
+        round: round of successive halving in which the trial began.
+        blocks: scores by name of metric, by number of finished block.
+        state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs, or a repetition), or
+            RUNNING or WAITING where it has not ended.
+        value: Optuna's value of a trial that is complete.
+        is_own: whether this process works on the trial.
+        stored: the number that Optuna gave the trial.
+    """
+
+    number: int
+    params: Mapping[str, float]
+    round: int
+    blocks: Mapping[int, BlockScores]
+    state: TrialState
+    value: float | None = None
+    is_own: bool = False
+    stored: int = -1
+
+    @property
+    def is_running(self) -> bool:
+        """Is the trial neither complete nor pruned nor failed?"""
+        return not self.state.is_finished()
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of leading blocks that the trial was scored on."""
+        count = 0
+        while count in self.blocks:
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
 class Difference:
     """A mean paired difference, its standard error, and the number of pairs."""
 
@@ -73,11 +114,18 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The trials of a study, with estimates of their scores on all examples."""
+class Trials:
+    """The trials of a global search, with estimates of their scores on all examples.
+
+    Attributes:
+        config: what the search looks for.
+        trials: all trials, the baseline first.
+        interrupted: whether the user stopped the search early.
+    """
 
     config: GlobalSearchConfig
     trials: Sequence[StoredTrial]
+    interrupted: bool = False
 
     @property
     def baseline(self) -> StoredTrial | None:
@@ -90,10 +138,12 @@ class Comparison:
         return [t for t in self.trials if t.is_running]
 
     @property
-    def best(self) -> StoredTrial | None:
-        """The trial that Optuna calls best: of those that are complete, the first that no other beats."""
+    def best(self) -> StoredTrial:
+        """The trial that Optuna calls best: of those on all blocks, the first that no other beats."""
         complete = [t for t in self.trials if t.value is not None]
-        return min(complete, key=lambda t: (self.sign * (t.value or 0.0), t.stored), default=None)
+        best = min(complete, key=lambda t: (-self.sign * (t.value or 0.0), t.stored), default=self.baseline)
+        assert best is not None  # a search begins with the baseline
+        return best
 
     @property
     def spent(self) -> int:
@@ -101,9 +151,14 @@ class Comparison:
         return sum(self.config.sizes[block] for trial in self.trials for block in trial.blocks)
 
     @property
-    def sign(self) -> float:
-        """1 where lower is better, otherwise -1."""
-        return -1.0 if self.config.metric.higher_is_better else 1.0
+    def passes(self) -> float:
+        """Passes over the examples, of all processes and all runs of the study."""
+        return self.spent / sum(self.config.sizes)
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, otherwise -1."""
+        return self.config.metric.sign
 
     def mean(self, trial: StoredTrial, metric: str | None = None, blocks: int | None = None) -> float:
         """The mean of a metric over the leading blocks; by default over all blocks of the trial."""
@@ -131,14 +186,14 @@ class Comparison:
         from scipy.stats import t as student  # slow to import
 
         bound = student.isf(_LEVEL / len(self.config.sizes), difference.pairs - 1) * difference.stderr
-        return bool(self.sign * difference.value > bound)
+        return bool(-self.sign * difference.value > bound)
 
-    def estimate(self, trial: StoredTrial, blocks: int) -> float:
-        """Estimate the score of a trial on all blocks from its leading ones."""
+    def estimate(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> float:
+        """Estimate the mean of a metric on all blocks from the leading ones that the trial has."""
         baseline = self.baseline
         if baseline is None or baseline.num_blocks < len(self.config.sizes):
-            return self.mean(trial, blocks=blocks)
-        return self.mean(baseline) + self.change(trial, blocks).value
+            return self.mean(trial, metric, blocks)
+        return self.mean(baseline, metric) + self.change(trial, blocks, metric).value
 
     def change(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> Difference:
         """Estimate the change from the baseline to a trial on all blocks from its leading ones.
@@ -186,7 +241,7 @@ class Comparison:
         for trial in scored:
             blocks = min(trial.num_blocks, most)
             scores[trial.number] = level + self.estimate(trial, blocks) - self.estimate(leader, blocks)
-        worst = max(scores.values(), key=lambda score: self.sign * score)
+        worst = min(scores.values(), key=lambda score: self.sign * score)
         known = [t.params for t in scored]
         failed = (t for t in self.trials if t.state == TrialState.FAIL and t.params not in known)
         return scores | {trial.number: worst for trial in failed}
@@ -194,7 +249,7 @@ class Comparison:
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
         """A sort key, best first: the estimate, then the distance from the baseline, then the number."""
         away = self.config.distance(trial.params, self.config.baseline)
-        return self.sign * self.estimate(trial, blocks), away, trial.number
+        return -self.sign * self.estimate(trial, blocks), away, trial.number
 
     def is_repeated(self, trial: StoredTrial) -> bool:
         """Does an older trial have the same parameters?
