@@ -1,7 +1,7 @@
 """Shift images at random and mildly in contrast, brightness, noise or blur.
 
 A patch that is tuned on shifted images also works on images that the user's data does not contain.
-:mod:`bnpatch.search.robustness` limits what that may cost on the clean images.
+:func:`bnpatch.search.selection.without_harm` limits what that may cost on the clean images.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bnpatch.report.text import class_name
 from bnpatch.search.result import TuneResult
-from bnpatch.search.samples import Pixels, Sample
+from bnpatch.search.thumbnails import Pixels, Sample
 
 # Up to this many pixels a side, a picture is enlarged by pixels and stored without loss.
 _TINY = 48

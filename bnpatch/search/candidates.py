@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.dataset import Indices
 from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import METRICS, Values
-from bnpatch.models.base import Model
 from bnpatch.models.running_stats import target_moments
-from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Plan, Trial, kept
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Trial, kept
 from bnpatch.search.global_search import global_search
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.layer_search import LayerSearch
@@ -25,6 +24,7 @@ from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
+from bnpatch.search.task import Task
 from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
@@ -66,25 +66,33 @@ class CandidateSearch:
 
     def __init__(
         self,
-        model: Model[Any],
-        examples: Examples,
+        task: Task,
         tuning: Indices,
         objective: Objective,
-        plan: Plan,
         *,
-        statistics_from: tuple[Examples, Indices | None] | None = None,
         keep: KeepSet | None = None,
         count: Callable[[str, int], None] = lambda label, examples: None,
         on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     ) -> None:
+        """Prepare a search.
+
+        Args:
+            task: what to search.
+            tuning: indices of the examples to score, which can be read.
+            objective: scores the examples.
+            keep: images on which a patch must do no harm; None for none.
+            count: called with a label and the number of examples that were scored.
+            on_trial: called after each trial of a global search, as that of :func:`bnpatch.tune_alpha`.
+        """
+        model, examples, plan = task.model, task.seen, task.plan
         self.model, self.tuning, self.objective, self.plan = model, tuning, objective, plan
         self.budget = Budget(plan.timeout, count)
         self.trials: list[Trial] = []
         self.num_tried, self.resumed = 0, 0
         self.cut_short = self.interrupted = False
-        self._statistics_from = statistics_from or (examples, tuning)
+        self._statistics_from = (examples, tuning) if task.calib is None else (task.calib, None)
         self._on_trial, self._keep = on_trial, keep
-        self._identities = model.identities()
+        self._identity_alphas = model.identities()
         self._best_score = -math.inf  # of all trials so far; higher is better
         order = shuffled(tuning, examples.groups, np.random.default_rng(plan.seed))
         blocks = blocks_of(order, objective.set_size, examples.groups)
@@ -94,11 +102,9 @@ class CandidateSearch:
         # tuning examples select.
         part = 1.0 if plan.granularity == "global" else SELECTION
         first = len(blocks) - max(1, round(part * len(blocks)))
-        self.selection = Selection(self._cache, objective, range(first, len(blocks)))
+        self.selection = Selection(self._cache, range(first, len(blocks)))
         fit = np.concatenate(blocks[:first] or blocks)
-        self._layers = LayerSearch(
-            model, examples, fit, objective, self._cache, self.selection, plan, self.budget, keep
-        )
+        self._layers = LayerSearch(self._cache, self.selection, fit, plan, self.budget, keep)
 
     @property
     def base(self) -> PatchState:
@@ -116,7 +122,7 @@ class CandidateSearch:
         per_layer = any(name.startswith("per ") for name in names)
         passes, trials = self._limits
         global_search = min(passes, trials or math.inf) * len(self.tuning)
-        return (len(names) - per_layer) * global_search + per_layer * self._layers.expected(self.plan)
+        return (len(names) - per_layer) * global_search + per_layer * self._layers.expected()
 
     def find(self) -> list[Candidate]:
         """Find the candidates, the identity first, and mark the one that is kept.
@@ -124,8 +130,8 @@ class CandidateSearch:
         Raises:
             KeyboardInterrupt: the user interrupted before any candidate was found.
         """
-        zeros = dict.fromkeys(self._identities, 0.0)
-        found = {"identity": PatchWeights(dict(self._identities), zeros, zeros)}
+        zeros = dict.fromkeys(self._identity_alphas, 0.0)
+        found = {"identity": PatchWeights(dict(self._identity_alphas), zeros, zeros)}
         try:
             for _, find in self._ways(found)[: self.plan.reach]:
                 if self.budget.is_over() or self.interrupted:
@@ -202,7 +208,7 @@ class CandidateSearch:
         """Set one lambda for all norm layers, or alphas at one distance from the identity."""
         if kind == "lambda":
             return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.target, weight)})
-        return replace(start, alphas={name: abs(i - weight) for name, i in self._identities.items()})
+        return replace(start, alphas={name: abs(i - weight) for name, i in self._identity_alphas.items()})
 
     def _refined(self, best: Candidate) -> Mapping[str, PatchWeights]:
         """Scale all alphas and drop small ones, by the metric itself: gradients can't do either.
@@ -216,8 +222,9 @@ class CandidateSearch:
         def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
-                away = min(1.0, params["scale"] * abs(alpha - self._identities[name]))
-                alphas[name] = abs(self._identities[name] - (away if away >= params["threshold"] else 0.0))
+                identity = self._identity_alphas[name]
+                away = min(1.0, params["scale"] * abs(alpha - identity))
+                alphas[name] = abs(identity - (away if away >= params["threshold"] else 0.0))
             return replace(start, alphas=alphas)
 
         first = [
@@ -299,7 +306,7 @@ class CandidateSearch:
     def _re_estimate(self) -> None:
         """Add re-estimated statistics to the base state."""
         examples, indices = self._statistics_from
-        target = target_moments(
+        re_estimated = target_moments(
             self.model,
             examples,
             indices=indices,
@@ -307,7 +314,7 @@ class CandidateSearch:
             seed=self.plan.seed,
             on_batch=partial(self.budget.spend, "re-estimating statistics"),
         )
-        self._cache.use(self.base.with_target(target))
+        self._cache.use(self.base.with_target(re_estimated))
 
     def _study(self, candidate: str) -> Study:
         higher = self.objective.metric.higher_is_better
@@ -315,7 +322,7 @@ class CandidateSearch:
         # A study stores scores by position, so they are valid only for the same examples in the same order.
         order = np.concatenate(self._cache.blocks).astype(np.int64)
         return open_study(
-            self.plan.storage,
+            self.plan.database,
             name if candidate == "alpha" else f"{name}.{candidate.replace(', ', '+')}",
             direction="maximize" if higher else "minimize",
             fingerprint={**self.plan.fingerprint, "examples": _hash(order.tobytes()), "candidate": candidate},

@@ -88,38 +88,25 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Settings of a search.
+class Plan(SearchConfig):
+    """All settings of a search: those of the user, and what follows from them and the data.
 
     Attributes:
         granularity: what has a weight of its own: the model, each stage (the norm layers of one resolution of
             feature maps), or each layer; "auto" is each layer, or the model if it has no gradients and there
             are few examples.
-        recalibrate: also search for lambda, the weight of the re-estimated statistics.
-        slopes: also search for slopes, where weights differ between norm layers.
-        trials: maximum number of trials in each global search.
-        max_passes: maximum number of passes over the tuning examples in each global search. A label-free
-            metric may leave too few blocks for successive halving; then a dozen trials are scored on all.
         timeout: seconds after which nothing new is started; the best so far is still scored on all examples.
-        reach: maximum number of ways to find candidates that are tried.
         seed: seed of all random choices.
-        batch_size: examples per batch.
-        storage: where the studies are kept, see :func:`bnpatch.search.studies.open_study`.
-        study: name of the studies.
+        reach: maximum number of ways to find candidates that are tried.
+        database: the storage, see :func:`bnpatch.search.studies.open_study`; None for memory.
         fingerprint: what the studies were made with; a study with another fingerprint is refused.
     """
 
     granularity: Granularity = "auto"
-    recalibrate: bool = False
-    slopes: bool = True
-    trials: int | None = None
-    max_passes: float = 3.0
     timeout: float | None = None
-    reach: int | None = None
     seed: int = 0
-    batch_size: int = 64
-    storage: "Storage | None" = None
-    study: str | None = None
+    reach: int | None = None
+    database: "Storage | None" = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -127,18 +114,11 @@ class Plan:
         """Make a plan of the user's options."""
         from bnpatch.search.storages import Storage  # imports Optuna, which takes time
 
-        return cls(
-            granularity=granularity,
-            recalibrate=granularity == "auto" if config.recalibrate is None else config.recalibrate,
-            slopes=config.slopes,
-            trials=config.trials,
-            max_passes=config.max_passes,
-            timeout=timeout,
-            seed=seed,
-            batch_size=config.batch_size,
-            storage=None if config.storage is None else Storage(config.storage),
-            study=config.study,
-        )
+        options = vars(config) | {
+            "recalibrate": granularity == "auto" if config.recalibrate is None else config.recalibrate
+        }
+        database = None if config.storage is None else Storage(config.storage)
+        return cls(**options, granularity=granularity, timeout=timeout, seed=seed, database=database)
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,11 @@ class _Gain:
     values: Values
 
     @classmethod
-    def over(cls, base: Values, values: Values | None, sign: float, groups: Indices | None = None) -> "_Gain":
+    def over(cls, base: Values, values: Values | None, groups: Indices | None = None) -> "_Gain":
         """The gain on the same examples; -inf where the outputs are not finite."""
         if values is None:
             return cls(-math.inf, 0.0, base)
-        change = paired_difference(sign * base, sign * values, groups)
+        change = paired_difference(base, values, groups)
         return cls(change.value, change.reach / Z95 if len(values) > 1 else 0.0, values)
 
 
@@ -71,7 +71,6 @@ def coordinate_search(
     start: PatchWeights,
     coordinates: Sequence[Coordinate],
     *,
-    higher_is_better: bool,
     preview: Callable[[PatchWeights], Values | None] | None = None,
     most: int = 16,
     rounds: int = 2,
@@ -86,11 +85,10 @@ def coordinate_search(
     :attr:`Coordinate.tried` are scored on some of the examples, and only the best of them is scored on all.
 
     Args:
-        scores: scores of weights, one per example or set, always of the same ones; None where the outputs of
-            the model are not finite.
+        scores: scores of weights, one per example or set, always of the same ones; higher is better. None
+            where the outputs of the model are not finite.
         start: the weights to start from.
         coordinates: the weights that may be changed.
-        higher_is_better: whether higher scores are better.
         preview: like ``scores``, for some of the examples; by default for all.
         most: maximum number of coordinates to optimize.
         rounds: maximum number of rounds.
@@ -100,7 +98,6 @@ def coordinate_search(
     Returns:
         The best weights found. A change that gains no more than its standard error isn't made.
     """
-    sign = 1.0 if higher_is_better else -1.0
     preview = preview or scores
     base, seen = scores(start), preview(start)
     if base is None or seen is None:
@@ -111,7 +108,7 @@ def coordinate_search(
         for value in coordinate.probes(now):
             if stop():
                 return start
-            best = max(best, _Gain.over(seen, preview(coordinate.moved(start, value)), sign).mean)
+            best = max(best, _Gain.over(seen, preview(coordinate.moved(start, value))).mean)
         ranked.append((best, coordinate))
     ranked.sort(key=lambda pair: -pair[0])
     chosen = [coordinate for best, coordinate in ranked[:most] if best > 0]
@@ -126,13 +123,13 @@ def coordinate_search(
             for moved in moves:
                 if stop():
                     return here
-                previews.append(_Gain.over(seen, preview(moved), sign))
+                previews.append(_Gain.over(seen, preview(moved)))
             promising, moved = max(zip(previews, moves, strict=True), key=lambda pair: pair[0].mean)
             if promising.mean <= 0:
                 continue
             if stop():
                 return here
-            gain = _Gain.over(base, scores(moved), sign, groups)
+            gain = _Gain.over(base, scores(moved), groups)
             if gain.mean > gain.error:
                 here, base, seen = moved, gain.values, promising.values
         if here == before:

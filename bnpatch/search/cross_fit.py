@@ -19,7 +19,7 @@ from bnpatch.search.held_out import Evidence, gather
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import Objective
 from bnpatch.search.progress import Progress
-from bnpatch.search.robustness import without_harm
+from bnpatch.search.selection import without_harm
 from bnpatch.search.task import Task
 
 
@@ -33,6 +33,8 @@ class Searches:
     and which norm layers a latency limit leaves out.
 
     Attributes:
+        task: what to search.
+        keep: images on which a patch must do no harm; None for none.
         whole: the search on all tuning examples, once it has begun.
         notes: notes for the user.
         interrupted: whether the user interrupted a search.
@@ -61,8 +63,8 @@ class Searches:
             started: time at which the task began, by ``time.monotonic``.
             keep: images on which a patch must do no harm.
         """
-        self._task, self._objective, self._unshared = task, objective, unshared
-        self._progress, self._on_trial, self._started, self._keep = progress, on_trial, started, keep
+        self.task, self.keep, self._objective, self._unshared = task, keep, objective, unshared
+        self._progress, self._on_trial, self._started = progress, on_trial, started
         self._begun: list[CandidateSearch] = []
         self._seconds_of_whole = 0.0
         self._clean_examples = 0  # scored to see whether a patch harms images that are not augmented
@@ -79,8 +81,8 @@ class Searches:
     def passes(self) -> float:
         """The cost of all searches so far, in passes over the tuning examples."""
         scored = sum(search.budget.spent for search in self._begun) + self._clean_examples
-        if self._keep is not None:
-            scored += self._keep.scored
+        if self.keep is not None:
+            scored += self.keep.scored
         return scored / len(self.whole.tuning)
 
     @property
@@ -90,27 +92,27 @@ class Searches:
 
     def share_of_time(self, others: int = 0) -> float | None:
         """Seconds for each search that has not begun and ``others`` beside them; None without a limit."""
-        if self._task.plan.timeout is None:
+        if self.task.plan.timeout is None:
             return None
-        left = max(0.0, self._task.plan.timeout - (time.monotonic() - self._started))
-        return left / (self._task.num_searches - len(self._begun) + others)
+        left = max(0.0, self.task.plan.timeout - (time.monotonic() - self._started))
+        return left / (self.task.num_searches - len(self._begun) + others)
 
     def search_all(self) -> list[Candidate]:
         """Search on all tuning examples."""
-        search = self._begin(self._task.tuning, self._task.plan)
+        search = self._begin(self.task.tuning, self.task.plan)
         candidates = self._find(search)
         self._seconds_of_whole = time.monotonic() - self._started
         return candidates
 
     def evidence(
-        self, objective: Objective, unshared: Objective, before: PatchState, chosen: PatchWeights
+        self, objective: Objective, unshared: Objective, baseline: PatchState, chosen: PatchWeights
     ) -> tuple[Evidence, Evidence | None, int]:
         """Evidence from all held-out parts; in a cross-fit, about what a search without each part finds.
 
         Args:
             objective: scores the held-out examples.
             unshared: the same objective in this process alone.
-            before: the state of the model before the search.
+            baseline: the state of the model before the search.
             chosen: the weights that the search on all tuning examples chose.
 
         Returns:
@@ -120,14 +122,14 @@ class Searches:
         Raises:
             KeyboardInterrupt: the user interrupted before any part had judged.
         """
-        task = self._task
+        task = self.task
         plain: list[Evidence] = []
         shifted: list[Evidence] = []
 
         def judge(after: PatchState, held_out: Indices) -> None:
-            plain.append(self._judged(objective, before, after, held_out))
+            plain.append(self._judged(objective, baseline, after, held_out))
             if task.is_augmented:
-                shifted.append(gather(task.model, task.test_seen, unshared, before, after, held_out))
+                shifted.append(gather(task.model, task.test_seen, unshared, baseline, after, held_out))
 
         if len(task.parts) == 1:
             judge(self.whole.base.with_weights(chosen), task.held_out)
@@ -139,7 +141,7 @@ class Searches:
         self, chosen: PatchWeights, judge: Callable[[PatchState, Indices], None], judged: list[Evidence]
     ) -> None:
         """Search without each part, and judge by it."""
-        parts = self._task.parts
+        parts = self.task.parts
         for fold, (_, held_out) in enumerate(parts):
             try:
                 after = self._without(fold, chosen)
@@ -164,11 +166,11 @@ class Searches:
         Raises:
             KeyboardInterrupt: the user interrupted the search, so that its result is incomplete.
         """
-        plan = self._task.plan
+        plan = self.task.plan
         plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_tried)
         # The evidence needs one part, so the first has time enough to repeat the search on all examples.
         at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
-        search = self._begin(self._task.parts[fold][0], plan, at_least)
+        search = self._begin(self.task.parts[fold][0], plan, at_least)
         weights = kept(self._find(search)).weights
         if search.interrupted:
             raise KeyboardInterrupt
@@ -176,26 +178,24 @@ class Searches:
         ended_sooner = search.cut_short and not (whole.cut_short and search.passes >= whole.passes)
         if fold > 0 and (search.num_tried < whole.num_tried or ended_sooner):
             return None
-        if self._task.max_overhead is not None:
-            weights = _limited_like(chosen, weights, self._task.model.identities())
+        if self.task.plan.max_overhead is not None:
+            weights = _limited_like(chosen, weights, self.task.model.identities())
         return search.base.with_weights(weights)
 
     def _begin(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
         """Make a search, with its share of the time left or with ``at_least`` seconds."""
-        task, is_first = self._task, not self._begun
+        is_first = not self._begun
         if (share := self.share_of_time()) is not None:
             plan = replace(plan, timeout=max(at_least, share))
+        task = replace(self.task, plan=plan)
         readable = task.seen.readable(tuning)
         if is_first and (says := task.examples.warn_of_near_copies()):
             self.notes.append(says)
         search = CandidateSearch(
-            task.model,
-            task.seen,
+            task,
             readable,
             self._objective,
-            plan,
-            statistics_from=None if task.calib is None else (task.calib, None),
-            keep=self._keep,
+            keep=self.keep,
             count=self._progress.count,
             on_trial=self._report if is_first else lambda trial, is_best: None,
         )
@@ -213,7 +213,7 @@ class Searches:
                 BnpatchWarning,
                 stacklevel=2,
             )
-        if not self._task.is_augmented and self._keep is None:
+        if not self.task.is_augmented and self.keep is None:
             return candidates
         return self._harmless(search, candidates)
 
@@ -224,9 +224,9 @@ class Searches:
         def is_harmless(weights: PatchWeights) -> bool:
             if self._clean_score(search, weights) < unharmed:
                 return False
-            if self._keep is None:
+            if self.keep is None:
                 return True
-            kept_images = self._keep.on_choosing(search.base.with_weights(weights))
+            kept_images = self.keep.on_choosing(search.base.with_weights(weights))
             return kept_images is not None and kept_images.is_within
 
         best = without_harm(candidates, search.selection.choose, is_harmless)
@@ -238,7 +238,7 @@ class Searches:
 
     def _refused(self, search: CandidateSearch, candidate: Candidate) -> tuple[PatchState, str]:
         state = search.base.with_weights(candidate.weights)
-        kept_images = None if self._keep is None else self._keep.on_choosing(state)
+        kept_images = None if self.keep is None else self.keep.on_choosing(state)
         harm = "it does harm to the images at hand"
         if kept_images is not None and not kept_images.is_within:
             harm = str(kept_images)
@@ -249,38 +249,32 @@ class Searches:
 
     def _clean_score(self, search: CandidateSearch, weights: PatchWeights) -> float:
         """The mean score of the original images, higher is better; 0 where the search scores no others."""
-        if not self._task.is_augmented:
+        if not self.task.is_augmented:
             return 0.0
-        self._task.model.set_state(search.base.with_weights(weights))
+        self.task.model.set_state(search.base.with_weights(weights))
         self._clean_examples += len(search.tuning)
-        metric = self._task.spec.metric
-        scores = if_finite(
-            lambda: self._unshared.scores(self._task.model, self._task.examples, search.tuning)
-        )
+        metric = self.task.spec.metric
+        scores = if_finite(lambda: self._unshared.scores(self.task.model, self.task.examples, search.tuning))
         return -math.inf if scores is None else metric.sign * float(np.mean(scores[metric.name]))
 
     def _judged(
-        self, objective: Objective, before: PatchState, after: PatchState, held_out: Indices
+        self, objective: Objective, baseline: PatchState, after: PatchState, held_out: Indices
     ) -> Evidence:
         self._progress.expect(2 * len(held_out))
-        evidence = gather(self._task.model, self._task.test_examples, objective, before, after, held_out)
+        evidence = gather(self.task.model, self.task.test_examples, objective, baseline, after, held_out)
         self._progress.count("held-out evaluation", 2 * len(held_out))
         return evidence
 
     def _report(self, trial: Trial, is_best: bool) -> None:
         is_baseline = trial.number == 0 and trial.candidate == "alpha"
-        if is_baseline and self._task.spec.classes and ACCURACY.name in trial.scores:
-            warn_at_chance(trial.scores[ACCURACY.name], self._task.examples)
+        if is_baseline and self.task.spec.classes and ACCURACY.name in trial.scores:
+            warn_at_chance(trial.scores[ACCURACY.name], self.task.examples)
         self._on_trial(trial, is_best)
 
 
 def _limited_like(
-    chosen: PatchWeights, weights: PatchWeights, identities: Mapping[str, float]
+    chosen: PatchWeights, weights: PatchWeights, identity_alphas: Mapping[str, float]
 ) -> PatchWeights:
     """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
-    return replace(
-        weights,
-        alphas={
-            n: identities[n] if chosen.alphas[n] == identities[n] else a for n, a in weights.alphas.items()
-        },
-    )
+    left_out = {name: alpha for name, alpha in identity_alphas.items() if chosen.alphas[name] == alpha}
+    return replace(weights, alphas={**weights.alphas, **left_out})

@@ -132,7 +132,7 @@ class _Work:
     objective: int
     indices: Indices
     weights: PatchWeights
-    target: Statistics | None  # re-estimated statistics; None where they have not changed
+    re_estimated: Statistics | None  # None where these statistics have not changed
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ class SharedObjective:
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`bnpatch.search.objective.Objective`."""
-        target, news = model.state.target, None
-        if target is not self._told:
-            self._told, news = target, {name: as_arrays(part) for name, part in target.items()}
+        re_estimated, news = model.state.target, None
+        if re_estimated is not self._told:
+            self._told, news = re_estimated, {n: as_arrays(part) for n, part in re_estimated.items()}
         with _uninterrupted():
             self._processes.tell(_Work(self._number, indices, model.weights, news))
             return _score(self._objective, model, examples, indices, self._processes)
@@ -201,7 +201,9 @@ def serve(
                 if result is None:
                     raise BnpatchError("the first process failed", "see what it says")
                 return result
-            state = model.state if message.target is None else replace(model.state, target=message.target)
+            state = model.state
+            if message.re_estimated is not None:
+                state = replace(state, target=message.re_estimated)
             model.set_state(state.with_weights(message.weights))
             objective, examples = objectives[message.objective]
             with suppress(BnpatchError):  # the first process gets the same error, and decides

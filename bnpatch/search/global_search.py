@@ -1,12 +1,12 @@
 """A global search for parameters by successive halving over blocks of examples, with a Gaussian process.
 
-The baseline is scored on all blocks first, because everything is compared with it. Then trials are scored in
-rounds. In the first round given points are scored on a few blocks, which is enough to find the good region.
+The parameters to start from are scored on all blocks first, because all others are compared with them. Then
+trials are scored in rounds. In the first round given points are scored on a few blocks, which is enough to find the good region.
 The best point, and the next best that is not close to it, are promoted to the second round, which has four
 times as many blocks. There a Gaussian process proposes further points until the budget is spent. The best
-trial of this round is scored on all blocks, and is the result if it beats the baseline there.
+trial of this round is scored on all blocks, and is the result if it beats the start there.
 
-Trials are always compared on the same examples, with the baseline's scores as a control variate. A trial is
+Trials are always compared on the same examples, with the scores of the start as a control variate. A trial is
 pruned as soon as another is significantly better.
 """
 
@@ -61,8 +61,8 @@ def global_search(
         The trials of the study; the best of them is the result.
 
     Raises:
-        OutputsNotFiniteError: ``evaluate_blocks`` raised it for the baseline.
-        KeyboardInterrupt: the user interrupted before the baseline was scored on all blocks; after that, an
+        OutputsNotFiniteError: ``evaluate_blocks`` raised it for the start.
+        KeyboardInterrupt: the user interrupted before the start was scored on all blocks; after that, an
             interrupt ends the search, and the result so far is returned.
         BnpatchError: nothing limits the global search, or the tuned metric is not a finite number.
     """
@@ -72,8 +72,8 @@ def global_search(
         with study.at_work():
             _search(study, evaluate_blocks, config, timeout, on_trial)
     except KeyboardInterrupt:
-        baseline = Trials(config, study.trials()).baseline
-        if baseline is None or baseline.num_blocks < len(config.sizes):
+        start = Trials(config, study.trials()).start
+        if start is None or start.num_blocks < len(config.sizes):
             raise
         return Trials(config, study.trials(), interrupted=True)
     return Trials(config, study.trials())
@@ -118,7 +118,7 @@ def _score(
     try:
         scored = evaluate_blocks(trial.params, blocks)
     except OutputsNotFiniteError:
-        if trial.params == config.baseline:
+        if trial.params == config.start:
             raise  # the model itself is broken, not these parameters
         study.fail(trial, "outputs are not finite")
         return

@@ -81,11 +81,11 @@ class SuccessiveHalving:
                 return End(trial, TrialState.FAIL)
             if trial.is_own and trial.num_blocks == len(self._ends):
                 return End(trial, TrialState.COMPLETE)
-        baseline = trials.baseline
-        if baseline is None:
-            return Begin(0, self.config.baseline)
-        if baseline.is_running:
-            return self._evaluate(baseline, len(self._ends))
+        start = trials.start
+        if start is None:
+            return Begin(0, self.config.start)
+        if start.is_running:
+            return self._evaluate(start, len(self._ends))
         if self.config.max_passes >= 2 and not finish:
             for round_ in range(len(ROUNDS)):
                 step = self._promote(round_, trials) or self._in_round(round_, trials)
@@ -154,7 +154,7 @@ class SuccessiveHalving:
 
     def _is_beyond_budget(self, trial: StoredTrial, trials: Trials) -> bool:
         """Has another process completed its best trial, so that the budget no longer allows this one?"""
-        others = [t for t in trials.trials if t.state == TrialState.COMPLETE and t is not trials.baseline]
+        others = [t for t in trials.trials if t.state == TrialState.COMPLETE and t is not trials.start]
         rest = sum(self.config.sizes[trial.num_blocks :])
         return bool(others) and trials.spent + rest > self.config.max_passes * self._total
 

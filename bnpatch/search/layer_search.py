@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ import torch
 from bnpatch.core.errors import NotEnoughMemoryError
 from bnpatch.core.moments import Moments, weight_by_distance
 from bnpatch.core.patch import PatchWeights
-from bnpatch.data.dataset import Examples, Indices
+from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
-from bnpatch.evaluation.metrics import Metric, Values
-from bnpatch.models.base import Model
+from bnpatch.evaluation.metrics import Values
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import Coordinate, coordinate_search
 from bnpatch.search.gradient_search import (
@@ -30,7 +29,7 @@ from bnpatch.search.gradient_search import (
     learn,
 )
 from bnpatch.search.keep import KeepSet, Loss
-from bnpatch.search.objective import Objective, groups_of_scores, in_sets
+from bnpatch.search.objective import groups_of_scores, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
 from bnpatch.search.selection import Selection
@@ -63,12 +62,9 @@ class LayerSearch:
 
     def __init__(
         self,
-        model: Model[Any],
-        examples: Examples,
-        indices: Indices,
-        objective: Objective,
         cache: ScoreCache,
         selection: Selection,
+        indices: Indices,
         plan: Plan,
         budget: Budget,
         keep: KeepSet | None = None,
@@ -76,26 +72,25 @@ class LayerSearch:
         """Prepare a search.
 
         Args:
-            model: the model; its weights are any of those tried when a search returns.
-            examples: the examples.
-            indices: which examples to find the weights from.
-            objective: scores examples, and gives the loss to learn by.
-            cache: scores of the examples; weights apply to its base state.
+            cache: scores the model on the examples by the objective, which also gives the loss to learn by;
+                weights apply to its base state. A search leaves the model with any of the weights tried.
             selection: other examples, by which learning stops and the best start is kept.
+            indices: which examples to find the weights from.
             plan: settings of the search.
             budget: time and examples.
             keep: images on which the weights must do no harm.
         """
-        self._model, self._examples, self._indices, self._objective = model, examples, indices, objective
-        self._cache, self._selection, self._plan, self._budget = cache, selection, plan, budget
+        self._model, self._examples, self._objective = cache.model, cache.examples, cache.objective
+        self._cache, self._selection, self._indices = cache, selection, indices
+        self._plan, self._budget = plan, budget
         self._keep, self._step_cost = keep, STEP_COST * (1 if keep is None else 2)
-        self._identities = model.identities()
+        self._identity_alphas = cache.model.identities()
 
-    def expected(self, plan: Plan) -> float:
+    def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
         if not self._model.has_gradients:
             return 0.0
-        starts = 4 if plan.recalibrate else 3
+        starts = 4 if self._plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
         scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the identity
         return self._step_cost * course.num_examples(starts) + scored * self._selection.num_checked
@@ -121,27 +116,29 @@ class LayerSearch:
         batch = next(self._examples.batches(1, self._indices))
         shapes = self._model.norm_shapes(batch.x)
         everywhere = self._cache.base.include_1x1
-        weighted = [n for n in self._identities if everywhere or n not in shapes or math.prod(shapes[n]) > 1]
+        weighted = [
+            n for n in self._identity_alphas if everywhere or n not in shapes or math.prod(shapes[n]) > 1
+        ]
         if per == "layer":
             return {name: name for name in weighted}
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
 
     def _starts(self, found: Mapping[str, PatchWeights], groups: Mapping[str, str]) -> list[Start]:
         """Where learning starts, without slopes."""
-        identity, target = found["identity"], self._cache.base.target
+        identity, re_estimated = found["identity"], self._cache.base.target
         alphas_alone = Groups(groups, {}, {})
-        both = Groups(groups, {name: groups.get(name, name) for name in target}, {})
+        both = Groups(groups, {name: groups.get(name, name) for name in re_estimated}, {})
 
         def start(ends: tuple[float, float], weight: float | None) -> Start:
             alphas = {**identity.alphas, **self._falling(groups, ends)}
-            lambdas = {**identity.lambdas, **dict.fromkeys(target, weight or 0.0)}
+            lambdas = {**identity.lambdas, **dict.fromkeys(re_estimated, weight or 0.0)}
             learned = alphas_alone if weight is None else both
             return Start(PatchWeights(alphas, lambdas, identity.slopes), learned)
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
         starts += [start(_SMALL, None), start(_RAMP, None)]
-        if self._plan.recalibrate and target:
+        if self._plan.recalibrate and re_estimated:
             starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
         return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
 
@@ -165,11 +162,13 @@ class LayerSearch:
 
         Norm layers whose identity is not alpha = 0 are left out: they use the example's statistics already.
         """
-        ramp = dict(zip(self._identities, np.linspace(*ends, len(self._identities)).tolist(), strict=True))
+        ramp = dict(
+            zip(self._identity_alphas, np.linspace(*ends, len(self._identity_alphas)).tolist(), strict=True)
+        )
         first: dict[str, str] = {}
         for name, group in groups.items():
             first.setdefault(group, name)
-        return {n: ramp[first[group]] for n, group in groups.items() if self._identities[n] == 0}
+        return {n: ramp[first[group]] for n, group in groups.items() if self._identity_alphas[n] == 0}
 
     def _by_gradient(
         self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
@@ -179,7 +178,7 @@ class LayerSearch:
             raise NoGradientError
         starts = self._promising(self._starts(found, groups), found["identity"])
         if self._plan.slopes:
-            slopes = {name: group for name, group in groups.items() if self._identities[name] == 0}
+            slopes = {name: group for name, group in groups.items() if self._identity_alphas[name] == 0}
             starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
         learned = self._learn(starts)
         if learned is None:
@@ -266,32 +265,33 @@ class LayerSearch:
                 best, varying = constant, varying_too
         if self._plan.slopes:
             start = candidates[best]
-            moved = {n: g for n, g in groups.items() if 0 < start.alphas[n] < 1 and self._identities[n] == 0}
+            moved = {
+                n: g for n, g in groups.items() if 0 < start.alphas[n] < 1 and self._identity_alphas[n] == 0
+            }
             candidates[varying] = self._coordinates(start, _coordinates("slope", moved))
         return candidates
 
     def _coordinates(self, start: PatchWeights, coordinates: Sequence[Coordinate]) -> PatchWeights:
         portion = np.random.default_rng(self._plan.seed).permutation(self._indices)[:_COORDINATE_EXAMPLES]
-        guide = self._selection.guide
 
         def scores(indices: Indices, weights: PatchWeights) -> Values | None:
-            return if_finite(partial(self._scores, weights, indices, guide))
+            return if_finite(partial(self._scores, weights, indices))
 
         return coordinate_search(
             partial(scores, portion),
             start,
             coordinates,
-            higher_is_better=guide.higher_is_better,
             preview=partial(scores, portion[: max(_PREVIEW_EXAMPLES, self._objective.set_size)]),
             stop=self._budget.is_over,
             groups=groups_of_scores(self._objective, self._examples, portion),
         )
 
-    def _scores(self, weights: PatchWeights, indices: Indices, metric: Metric) -> Values:
-        """Scores by a metric, one per example or one per set of examples."""
+    def _scores(self, weights: PatchWeights, indices: Indices) -> Values:
+        """Scores that compare small steps, one per example or per set of examples; higher is better."""
+        guide, label = self._selection.guide, "changing one weight at a time"
         sets = in_sets(indices, self._objective.set_size)
-        return np.concatenate(
-            [self._cache.of(part, weights, "changing one weight at a time")[metric.name] for part in sets]
+        return guide.sign * np.concatenate(
+            [self._cache.of(part, weights, label)[guide.name] for part in sets]
         )
 
 

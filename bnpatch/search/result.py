@@ -1,14 +1,22 @@
-"""The result of a search."""
+"""The result of a search, and what a recipe says of where it comes from."""
 
+import os
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
 
+from bnpatch import __version__
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.evaluation.metrics import Comparison, Metric
 from bnpatch.search.config import Candidate, Trial, kept
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.latency_limit import Point
-from bnpatch.search.samples import Samples
+from bnpatch.search.task import Task
+from bnpatch.search.thumbnails import Samples
 
 
 @dataclass(repr=False)
@@ -86,3 +94,61 @@ class TuneResult:
         """The alpha that all norm layers share; None where they differ."""
         values = set(self.weights.alphas.values())
         return values.pop() if len(values) == 1 else None
+
+
+def provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a recipe comes from.
+
+    Args:
+        result: the result.
+        task: what the search was given.
+        sources: the data sets as the user gave them, by name of the parameter of :func:`bnpatch.tune_alpha`.
+    """
+    model = task.model
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": model.name,
+        "architecture": str(model.arch) if model.arch else None,
+        "output": model.chosen_output,
+        "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
+        "data": {
+            "name": _name(sources["data"]),
+            "test_name": _name(sources["test_data"]),
+            "keep_name": _name(sources["keep"]),
+            "fingerprint": task.seen.fingerprint(),
+            "tuning_examples": result.num_tuning,
+            "held_out_examples": result.num_held_out,
+            **_group_counts(result),
+            "skipped": len(result.skipped),
+        },
+        "metric": result.metric.name,
+        "granularity": task.plan.granularity,
+        "ladder": [
+            {"rung": r.name, "mean": r.mean, "change": r.change.to_json(), "chosen": r.chosen}
+            for r in result.candidates
+        ],
+        "passes": round(result.passes, 2),
+        "trials": len(result.trials),
+        "interrupted": result.interrupted,
+        "verdict": str(result.verdict),
+        "held_out": result.verdict.to_json(),
+        "kept": None if result.verdict.kept is None else result.verdict.kept.to_json(),
+        "notes": result.notes,
+        "seed": task.plan.seed,
+        "versions": {
+            "bnpatch": __version__,
+            **{name: version(name) for name in ("torch", "timm", "optuna")},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _name(source: Any) -> str | None:
+    """The path of a data set; None where it is something else."""
+    return str(source) if isinstance(source, (str, os.PathLike)) else None
+
+
+def _group_counts(result: TuneResult) -> dict[str, int]:
+    """The numbers of groups, where examples come in groups."""
+    counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.verdict.num_groups}
+    return {name: count for name, count in counts.items() if count is not None}

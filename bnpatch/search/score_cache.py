@@ -37,6 +37,9 @@ class ScoreCache:
     """Keeps the scores of weights on blocks of examples while the re-estimated statistics stay the same.
 
     Attributes:
+        model: the model, which has the weights that were scored last.
+        examples: the examples.
+        objective: scores the examples.
         base: the state of the model that weights apply to.
         blocks: indices of the examples in each block.
     """
@@ -58,15 +61,15 @@ class ScoreCache:
             blocks: indices of the examples in each block; all of these can be read.
             count: called with a label and the number of examples that were scored.
         """
-        self._model, self._examples, self._objective, self._count = model, examples, objective, count
-        self.blocks = blocks
+        self.model, self.examples, self.objective, self.blocks = model, examples, objective, blocks
+        self._count = count
         self._known: dict[tuple[Any, int], dict[str, Values]] = {}
         self.base = model.state
 
     def groups(self, blocks: range) -> Indices | None:
         """The group of each score of some blocks; None where scores are independent."""
         indices = np.concatenate([self.blocks[block] for block in blocks])
-        return groups_of_scores(self._objective, self._examples, indices)
+        return groups_of_scores(self.objective, self.examples, indices)
 
     def groups_by_block(self) -> list[Indices] | None:
         """The groups of the scores of each block; None where scores are independent."""
@@ -94,7 +97,7 @@ class ScoreCache:
         """
         key = tuple(tuple(part.values()) for part in (weights.alphas, weights.lambdas, weights.slopes))
         missing = [block for block in blocks if (key, block) not in self._known]
-        if missing and self._objective.set_size == 1:  # in one go, because small batches are slow
+        if missing and self.objective.set_size == 1:  # in one go, because small batches are slow
             scores = self.of(np.concatenate([self.blocks[block] for block in missing]), weights, label)
             ends = np.cumsum([len(self.blocks[block]) for block in missing])[:-1]
             parts = {name: np.split(values, ends) for name, values in scores.items()}
@@ -112,12 +115,12 @@ class ScoreCache:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
             BnpatchError: an example can't be read any more, so that its scores can't be compared.
         """
-        self._model.set_state(self.base.with_weights(weights))
-        scores = self._objective.scores(self._model, self._examples, indices)
-        lost = next((int(index) for index in indices if int(index) in self._examples.skipped), None)
+        self.model.set_state(self.base.with_weights(weights))
+        scores = self.objective.scores(self.model, self.examples, indices)
+        lost = next((int(index) for index in indices if int(index) in self.examples.skipped), None)
         if lost is not None:
             raise BnpatchError(
-                f"{self._examples.source.name(lost)} can't be read any more: {self._examples.skipped[lost]}",
+                f"{self.examples.source.name(lost)} can't be read any more: {self.examples.skipped[lost]}",
                 "look at the file, and start again",
             )
         self._count(label, len(indices))

@@ -1,7 +1,12 @@
-"""Selection of the candidate that is kept, by examples that its weights were not learned from."""
+"""Selection of the candidate that is kept, by examples that its weights were not learned from.
+
+Weights that help shifted images may cost some accuracy on images without the shift. Halfway between the
+identity and such weights, most of the gain remains and hardly any of the cost. So where a candidate does
+harm, :func:`without_harm` lets some points between the identity and it take its place.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +16,15 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
-from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate
-from bnpatch.search.objective import FEW_SETS, Objective
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, kept
+from bnpatch.search.objective import FEW_SETS
 from bnpatch.search.score_cache import ScoreCache
 
 # Number of examples, roughly, by which steps of learning are compared.
 _CHECKED = 300
+
+#: Points that take the place of a candidate that does harm, as fractions of the way from the identity to it.
+PARTS = (0.75, 0.5, 0.25, 0.1)
 
 
 class Selection:
@@ -31,15 +39,14 @@ class Selection:
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
 
-    def __init__(self, cache: ScoreCache, objective: Objective, blocks: range) -> None:
+    def __init__(self, cache: ScoreCache, blocks: range) -> None:
         """Select by some blocks.
 
         Args:
             cache: scores weights on all tuning examples, block by block.
-            objective: has the tuned metric.
             blocks: numbers of the blocks to select by.
         """
-        self._cache, self._objective, self._blocks = cache, objective, blocks
+        self._cache, self._objective, self._blocks = cache, cache.objective, blocks
         ends = np.cumsum([len(cache.blocks[block]) for block in blocks])
         self._checked = blocks[: int(np.searchsorted(ends, _CHECKED)) + 1]
 
@@ -77,10 +84,6 @@ class Selection:
         """
         scores = if_finite(partial(self._on, self._checked, weights, self.guide, label))
         return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))
-
-    def gains(self, identity: PatchWeights, weights: PatchWeights) -> bool:
-        """Are weights significantly better than the identity, by the metric or its guide?"""
-        return self._gains(self._blocks, identity, weights)
 
     def choose(self, found: Mapping[str, PatchWeights]) -> list[Candidate]:
         """Score all candidates, and mark one as chosen.
@@ -149,3 +152,42 @@ class Selection:
 
     def _on(self, blocks: range, weights: PatchWeights, metric: Metric, label: str = "choosing") -> Values:
         return self._cache.on(blocks, weights, label, metric.name)
+
+
+def without_harm(
+    candidates: Sequence[Candidate],
+    choose: Callable[[Mapping[str, PatchWeights]], Sequence[Candidate]],
+    is_harmless: Callable[[PatchWeights], bool],
+) -> Candidate:
+    """Choose the best candidate, or the best point between the identity and one, that does no harm.
+
+    Args:
+        candidates: what a search found, the identity first; one of them is chosen.
+        choose: chooses between weights by name, the identity first.
+        is_harmless: whether weights do no harm.
+
+    Returns:
+        The first choice that does no harm; the identity where there is none.
+    """
+    weights = {candidate.name: candidate.weights for candidate in candidates}
+    identity, found = candidates[0], set(weights)
+    best = kept(candidates)
+    while best.name != identity.name and not is_harmless(best.weights):
+        del weights[best.name]
+        if best.name in found:
+            weights |= {
+                f"{best.name} x {part:g}": toward(identity.weights, best.weights, part) for part in PARTS
+            }
+        best = kept(choose(weights))
+    return best
+
+
+def toward(start: PatchWeights, end: PatchWeights, part: float) -> PatchWeights:
+    """Interpolate between two weights: ``part`` is 0 for ``start`` and 1 for ``end``."""
+
+    def between(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {name: a.get(name, 0.0) + part * (weight - a.get(name, 0.0)) for name, weight in b.items()}
+
+    return PatchWeights(
+        between(start.alphas, end.alphas), between(start.lambdas, end.lambdas), slopes=end.slopes
+    )

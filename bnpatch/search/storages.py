@@ -113,12 +113,16 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
             f"{masked(url)!r} names no storage for a study", "give a database such as sqlite:///study.db"
         )
     engine = {"connect_args": {"timeout": lock_seconds}} if url.startswith("sqlite") else {}
-    for _ in range(3):
+    from sqlalchemy.exc import DBAPIError  # slow to import
+
+    for _ in range(2):
+        started = time.monotonic()
         try:
             return RDBStorage(url, engine_kwargs=engine, **options)
-        except Exception as error:
-            # If two processes create the tables at the same time, one of them gets these errors.
-            if "already exists" not in str(error) and "UNIQUE constraint" not in str(error):
+        except (DBAPIError, OptunaError):
+            # Where two processes create the tables at the same time, one of them gets an error at once. Who
+            # has waited for a lock until the end does not try again.
+            if time.monotonic() - started >= lock_seconds:
                 raise
             time.sleep(0.2)
     return RDBStorage(url, engine_kwargs=engine, **options)
@@ -159,15 +163,9 @@ def usable(url: str) -> Iterator[None]:
     except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Optuna wraps the error of the database, and SQLAlchemy that of the driver.
         cause = root_cause(error)
-        reason, remedy = _reason(cause), "give a database that can be written, or one that isn't there yet"
+        said = cause.strerror if isinstance(cause, OSError) else None
+        reason = said.lower() if said else first_line(cause)
+        remedy = "give a database that can be written and that no other program locks, or a new one"
         if isinstance(cause, ImportError):
             remedy = "install its driver, or give a database such as sqlite:///study.db"
-        elif "locked" in reason:
-            remedy = "wait until no other program uses it, or give another database"
         raise StorageError(f"cannot use {masked(url)} for a study: {masked(url, reason)}", remedy) from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return first_line(error)

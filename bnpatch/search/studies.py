@@ -130,9 +130,9 @@ class Study:
 
         Args:
             trial: the trial.
-            state: COMPLETE, or PRUNED or FAIL, which have no value; Optuna takes the last intermediate value of
-                a pruned trial.
-            value: mean of the tuned metric.
+            state: COMPLETE, PRUNED or FAIL.
+            value: mean of the tuned metric, for COMPLETE alone; Optuna gives a pruned trial its last
+                intermediate value.
             attributes: user attributes of the trial, such as the means of other metrics by name.
         """
 

@@ -2,17 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bnpatch.data.dataset import Examples, Indices
+from bnpatch.core.errors import BnpatchError
+from bnpatch.data.corruptions import augmented
+from bnpatch.data.dataset import Examples, Indices, folds, others, split
+from bnpatch.data.sources import open_examples
+from bnpatch.evaluation.metrics import METRICS
 from bnpatch.models.base import Model
+from bnpatch.models.running_stats import calibrate, recover_folded
 from bnpatch.search.config import Plan
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import ObjectiveSpec
+
+#: With fewer labelled examples than this, or groups of them, a split in halves leaves too few to tune on and
+#: to judge by.
+SCARCE = 150
+
+#: Number of parts of a cross-fit, each of which is held out once.
+_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +42,7 @@ class Task:
         parts: indices of examples to tune on (in ``examples``) and to judge by (in ``test_examples``); a
             cross-fit has several such pairs.
         plan: settings of the search.
-        max_overhead: maximum ratio of the patched model's latency to the baseline's; None for no limit.
         keep: images on which a patch must do no harm; None for none.
-        margin: the loss of accuracy that is accepted on them, as a fraction.
     """
 
     model: Model[Any]
@@ -44,9 +54,7 @@ class Task:
     calib: Examples | None
     parts: Sequence[tuple[Indices, Indices]]
     plan: Plan
-    max_overhead: float | None = None
     keep: Examples | None = None
-    margin: float = 0.005
 
     @property
     def tuning(self) -> Indices:
@@ -76,7 +84,31 @@ class Task:
         """
         if self.keep is None:
             return None
-        return KeepSet(self.model, self.keep, self.margin, self.plan.batch_size, self.plan.seed, count)
+        plan = self.plan
+        return KeepSet(self.model, self.keep, plan.margin, plan.batch_size, plan.seed, count)
+
+    def make_norms(self) -> list[str]:
+        """Measure running statistics on data for norms that have none, which makes norm layers of them.
+
+        With the option ``recover_folded``, convolutions that a Batch Norm was fused into become norm layers.
+
+        Returns:
+            Notes for the user.
+        """
+        notes = []
+        images, indices = (self.examples, self.tuning) if self.calib is None else (self.calib, None)
+        if self.plan.recover_folded:
+            recover_folded(self.model, images, indices=indices, batch_size=self.plan.batch_size)
+            if self.calib is None:
+                notes.append(
+                    "the moments of what was fused were taken from the tuning examples: a shift that all of "
+                    "them share is taken for normal (--calib-data: images like those of training)"
+                )
+        if names := calibrate(self.model, images, indices=indices, batch_size=self.plan.batch_size):
+            is_own = self.calib is None
+            source = "the tuning examples (--calib-data says otherwise)" if is_own else "--calib-data"
+            notes.append(f"{len(names)} norms have no running statistics: they were taken from {source}")
+        return notes
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study was made with: its trials are invalid for another model, other data or metrics."""
@@ -100,3 +132,101 @@ class Task:
             if examples is not None
             for index, why in examples.skipped.items()
         }
+
+
+def open_task(
+    model: Model[Any],
+    spec: ObjectiveSpec,
+    plan: Plan,
+    sources: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Task:
+    """Open the data of a search, and split it into what the search sees and what judges.
+
+    Args:
+        model: the model.
+        spec: what is tuned.
+        plan: settings of the search.
+        sources: what :func:`bnpatch.open_examples` takes, by name of the parameter of
+            :func:`bnpatch.tune_alpha`: ``data``, and ``test_data``, ``calib_data`` and ``keep`` or None.
+        options: options of :func:`bnpatch.open_examples`. Groups given as labels are those of ``data``; a
+            function of names also groups other data.
+
+    Raises:
+        BnpatchError: the data can't be used.
+    """
+
+    def opened(name: str, needs_labels: bool) -> Examples:
+        if isinstance(source := sources[name], Examples):
+            if options.get("groups") is not None:
+                raise BnpatchError("the examples are open already", "give groups to open_examples instead")
+            return source
+        labels: Literal["required", "optional"] = "required" if needs_labels else "optional"
+        is_grouped = source is sources["data"] or callable(options.get("groups"))
+        own = options if is_grouped else {**options, "groups": None}
+        return open_examples(source, model, labels=labels, classes=spec.classes, seed=plan.seed, **own)
+
+    def seen(examples: Examples) -> Examples:
+        return examples if plan.augment is None else augmented(examples, plan.augment, plan.seed)
+
+    if sources["keep"] is not None and not spec.classes:
+        raise BnpatchError(
+            f"{spec.metric.name} is not about classes, so answers to keep are unknown",
+            f"tune for one of {', '.join(METRICS)}, or leave out the images to keep",
+        )
+    examples = opened("data", spec.needs_labels)
+    test = None if sources["test_data"] is None else opened("test_data", spec.needs_labels)
+    judging = examples if test is None else test
+    return Task(
+        model,
+        spec,
+        examples,
+        seen(examples),
+        judging,
+        seen(judging),
+        None if sources["calib_data"] is None else opened("calib_data", False),
+        parts_of(examples, test, plan.holdout, plan.seed, spec.needs_labels),
+        plan,
+        None if sources["keep"] is None else opened("keep", False),
+    )
+
+
+def parts_of(
+    examples: Examples, test: Examples | None, holdout: float | None, seed: int, needs_labels: bool
+) -> list[tuple[Indices, Indices]]:
+    """Choose the examples to tune on and those to judge by; a cross-fit has several such pairs.
+
+    Raises:
+        BnpatchError: the examples or their groups are too few, or the examples are of one class.
+    """
+    if needs_labels and examples.classes and len(np.unique(examples.targets)) < 2:
+        raise BnpatchError(
+            "all examples are of one class", "give data with the classes that the model tells apart"
+        )
+    groups, count = examples.groups, len(examples)
+    labelled = np.flatnonzero(examples.strata >= 0)
+    units = len(labelled) if groups is None else len(np.unique(groups[labelled]))
+    if test is not None:
+        parts = [(np.arange(count, dtype=np.int64), np.arange(len(test), dtype=np.int64))]
+    elif holdout is None and _FOLDS * 2 <= units < SCARCE:
+        held = folds(examples.strata, _FOLDS, seed, groups)
+        parts = [(others(held_out, count, groups), held_out) for held_out in held]
+    else:
+        parts = [split(examples.strata, 0.5 if holdout is None else holdout, seed, groups)]
+    if any(len(tuning) < 2 or not len(held_out) for tuning, held_out in parts):
+        raise BnpatchError(
+            f"{count} examples are too few to tune on some and to judge by others", "give more data"
+        )
+    _check_groups(examples, examples if test is None else test, parts)
+    return parts
+
+
+def _check_groups(examples: Examples, test: Examples, parts: Sequence[tuple[Indices, Indices]]) -> None:
+    """Check that there are two groups to learn from and to select by, and two to judge by."""
+    tuned = [examples.num_groups(tuning) for tuning, _ in parts]
+    judges = test.num_groups(np.concatenate([held_out for _, held_out in parts]))
+    for use, count in [*(("tune on", count) for count in tuned), ("judge by", judges)]:
+        if count == 1:
+            raise BnpatchError(
+                f"all examples to {use} are of one group", "give images of more groups, ten or more"
+            )

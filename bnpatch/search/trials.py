@@ -1,4 +1,4 @@
-"""The trials of a global search, and what the examples that they were scored on so far say of all examples."""
+"""The trials of a global search, with estimates of their scores on all examples from those so far."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -27,11 +27,11 @@ class GlobalSearchConfig:
         sizes: number of examples in each block; the blocks should be similar, as random parts are.
         metric: the metric to tune.
         space: lowest and highest value by name of parameter.
-        baseline: the parameters that change nothing; of equally good trials the nearest to it goes on.
+        start: the parameters to start from; of equally good trials the nearest to them goes on.
         first: parameters to try before the sampler proposes any.
         by_root: names of the parameters whose square root matters, so that small values are told apart.
-        max_passes: budget of the whole study, in passes over all blocks. Below 2 only the baseline is scored.
-        max_trials: budget of the whole study in trials, the baseline included.
+        max_passes: budget of the whole study, in passes over all blocks. Below 2 only the start is scored.
+        max_trials: budget of the whole study in trials, the start included.
         seed: seed of the sampler.
         groups: the group of each example of each block, of the shapes of the scores, if examples are not
             independent: the groups then are the units of standard errors. No group is in two blocks.
@@ -40,7 +40,7 @@ class GlobalSearchConfig:
     sizes: Sequence[int]
     metric: Metric
     space: Mapping[str, tuple[float, float]]
-    baseline: Mapping[str, float]
+    start: Mapping[str, float]
     first: Sequence[Mapping[str, float]] = ()
     by_root: Collection[str] = ()
     max_passes: float = 3.0
@@ -69,7 +69,7 @@ class StoredTrial:
     """A trial as it is stored in the study.
 
     Attributes:
-        number: number in the order in which trials began; 0 is the baseline. A trial that was enqueued again
+        number: number in the order in which trials began; 0 is the start. A trial that was enqueued again
             keeps its number.
         params: values by name of parameter.
         round: round of successive halving in which the trial began.
@@ -119,7 +119,7 @@ class Trials:
 
     Attributes:
         config: what the search looks for.
-        trials: all trials, the baseline first.
+        trials: all trials, the start first.
         interrupted: whether the user stopped the search early.
     """
 
@@ -128,9 +128,9 @@ class Trials:
     interrupted: bool = False
 
     @property
-    def baseline(self) -> StoredTrial | None:
-        """The trial that changes nothing; None before it began."""
-        return next((t for t in self._not_failed if t.params == self.config.baseline), None)
+    def start(self) -> StoredTrial | None:
+        """The trial of the parameters to start from; None before it began."""
+        return next((t for t in self._not_failed if t.params == self.config.start), None)
 
     @property
     def running(self) -> list[StoredTrial]:
@@ -141,8 +141,8 @@ class Trials:
     def best(self) -> StoredTrial:
         """The trial that Optuna calls best: of those on all blocks, the first that no other beats."""
         complete = [t for t in self.trials if t.value is not None]
-        best = min(complete, key=lambda t: (-self.sign * (t.value or 0.0), t.stored), default=self.baseline)
-        assert best is not None  # a search begins with the baseline
+        best = min(complete, key=lambda t: (-self.sign * (t.value or 0.0), t.stored), default=self.start)
+        assert best is not None  # a search begins with the start
         return best
 
     @property
@@ -190,31 +190,31 @@ class Trials:
 
     def estimate(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> float:
         """Estimate the mean of a metric on all blocks from the leading ones that the trial has."""
-        baseline = self.baseline
-        if baseline is None or baseline.num_blocks < len(self.config.sizes):
+        start = self.start
+        if start is None or start.num_blocks < len(self.config.sizes):
             return self.mean(trial, metric, blocks)
-        return self.mean(baseline, metric) + self.change(trial, blocks, metric).value
+        return self.mean(start, metric) + self.change(trial, blocks, metric).value
 
     def change(self, trial: StoredTrial, blocks: int | None = None, metric: str | None = None) -> Difference:
-        """Estimate the change from the baseline to a trial on all blocks from its leading ones.
+        """Estimate the change from the start to a trial on all blocks from its leading ones.
 
-        The baseline is a control variate: its scores on all blocks show whether the leading blocks are easier
+        The start is a control variate: its scores on all blocks show whether the leading blocks are easier
         than the others, and a regression corrects the trial's change for that.
 
         Args:
-            trial: a trial with scores on leading blocks; the baseline must have scores on all blocks.
+            trial: a trial with scores on leading blocks; the start must have scores on all blocks.
             blocks: number of leading blocks to use; by default all that the trial has.
             metric: name of the metric; by default the tuned one.
         """
-        baseline = self.baseline
-        assert baseline is not None
+        start = self.start
+        assert start is not None
         blocks = trial.num_blocks if blocks is None else blocks
         values, weights = self._scores(trial, blocks, metric)
-        base, _ = self._scores(baseline, blocks, metric)
+        base, _ = self._scores(start, blocks, metric)
         change, here = values - base, float(np.average(base, weights=weights))
         if blocks == len(self.config.sizes):
             return Difference(float(np.average(change, weights=weights)), _stderr(change, weights), len(base))
-        whole, all_weights = self._scores(baseline, len(self.config.sizes), metric)
+        whole, all_weights = self._scores(start, len(self.config.sizes), metric)
         covariance = float(np.average((base - here) * change, weights=weights))
         variance = float(np.average((base - here) ** 2, weights=weights))
         slope = covariance / variance * len(base) / (len(base) + _PRIOR_UNITS) if variance > 0 else 0.0
@@ -230,8 +230,8 @@ class Trials:
         does on those that it has. A failed trial gets the worst score of all.
         """
         scored = [t for t in self._not_failed if t.num_blocks]
-        baseline = self.baseline
-        others = [t for t in scored if t is not baseline] or scored
+        start = self.start
+        others = [t for t in scored if t is not start] or scored
         if not others:
             return {}
         most = max(t.num_blocks for t in others)
@@ -247,8 +247,8 @@ class Trials:
         return scores | {trial.number: worst for trial in failed}
 
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
-        """A sort key, best first: the estimate, then the distance from the baseline, then the number."""
-        away = self.config.distance(trial.params, self.config.baseline)
+        """A sort key, best first: the estimate, then the distance from the start, then the number."""
+        away = self.config.distance(trial.params, self.config.start)
         return -self.sign * self.estimate(trial, blocks), away, trial.number
 
     def is_repeated(self, trial: StoredTrial) -> bool:

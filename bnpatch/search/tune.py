@@ -1,27 +1,20 @@
 """Tune a model on data: find weights, and judge them on held-out examples."""
 
 import os
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from torch import nn
 
-from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.corruptions import augmented
-from bnpatch.data.dataset import Examples
-from bnpatch.data.sources import open_examples
+from bnpatch.core.patch import PatchState
 from bnpatch.evaluation.clusters import FEW_GROUPS
 from bnpatch.evaluation.metrics import (
     ACCURACY,
     CALIBRATION_ERROR,
-    METRICS,
     ROUGH_BELOW,
     Metric,
     ScoreFunction,
@@ -36,13 +29,11 @@ from bnpatch.search.distributed import on_all_processes
 from bnpatch.search.held_out import Decision, Evidence, decide
 from bnpatch.search.keep import ANSWERS_KEPT
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
-from bnpatch.search.make_norms import make_norms
 from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
-from bnpatch.search.parts import parts_of
 from bnpatch.search.progress import Progress
-from bnpatch.search.result import TuneResult
-from bnpatch.search.samples import drawn
-from bnpatch.search.task import Task
+from bnpatch.search.result import TuneResult, provenance
+from bnpatch.search.task import Task, open_task
+from bnpatch.search.thumbnails import drawn
 
 #: Seconds to measure latencies for, where there is a latency limit.
 LATENCY_SECONDS = 10.0
@@ -108,76 +99,26 @@ def tune_alpha(
     patchable: Model[Any] = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
     if not (patchable.inventory().norm_layers or patchable.uncalibrated() or config.recover_folded):
         patchable.set_alphas(0.0)  # raises, with the reasons
-
-    def opened(source: Any, needs_labels: bool) -> Examples:
-        if isinstance(source, Examples):
-            if options.get("groups") is not None:
-                raise BnpatchError("the examples are open already", "give groups to open_examples instead")
-            return source
-        labels: Literal["required", "optional"] = "required" if needs_labels else "optional"
-        # Labels are of the examples of `data`; a function of names serves other data as well.
-        own = options if source is data or callable(options.get("groups")) else {**options, "groups": None}
-        return open_examples(source, patchable, labels=labels, classes=spec.classes, seed=seed, **own)
-
-    def seen(examples: Examples) -> Examples:
-        return examples if config.augment is None else augmented(examples, config.augment, seed)
-
-    if keep is not None and not spec.classes:
-        raise BnpatchError(
-            f"{spec.metric.name} is not about classes, so answers to keep are unknown",
-            f"tune for one of {', '.join(METRICS)}, or leave out the images to keep",
-        )
-    examples = opened(data, spec.needs_labels)
-    test_examples = examples if test_data is None else opened(test_data, spec.needs_labels)
-    task = Task(
-        patchable,
-        spec,
-        examples,
-        seen(examples),
-        test_examples,
-        seen(test_examples),
-        None if calib_data is None else opened(calib_data, False),
-        parts_of(
-            examples, None if test_data is None else test_examples, config.holdout, seed, spec.needs_labels
-        ),
-        Plan.of(config, granularity, timeout, seed),
-        config.max_overhead,
-        None if keep is None else opened(keep, False),
-        config.margin,
-    )
-    result = _run(task, config.recover_folded, Progress(progress), on_trial)
+    sources = {"data": data, "test_data": test_data, "calib_data": calib_data, "keep": keep}
+    task = open_task(patchable, spec, Plan.of(config, granularity, timeout, seed), sources, options)
+    result = _run(task, Progress(progress), on_trial)
     result.seconds = time.monotonic() - started
-    provenance = _provenance(result, task, {"name": data, "test_name": test_data, "keep_name": keep})
-    result.recipe.provenance.update(
-        {
-            **provenance,
-            "recommended": result.is_recommended,
-            "applied": result.is_recommended,
-        }
-    )
+    about, is_recommended = provenance(result, task, sources), result.is_recommended
+    result.recipe.provenance.update({**about, "recommended": is_recommended, "applied": is_recommended})
     if result.candidate_recipe is not None:
         result.candidate_recipe.provenance.update(
-            {**provenance, "recommended": False, "applied": False, "reason": result.reason}
+            {**about, "recommended": False, "applied": False, "reason": result.reason}
         )
     return result
 
 
-def _run(
-    task: Task, recover_folded: bool, progress: Progress, on_trial: Callable[[Trial, bool], None]
-) -> TuneResult:
+def _run(task: Task, progress: Progress, on_trial: Callable[[Trial, bool], None]) -> TuneResult:
     """Search, and judge what was found; the model has its former state again when this returns."""
     started, model = time.monotonic(), task.model
     with model.borrowed():
-        notes = make_norms(
-            model,
-            task.calib,
-            task.examples,
-            task.tuning,
-            batch_size=task.plan.batch_size,
-            recover_folded=recover_folded,
-        )
-        before = model.state
-        if task.plan.storage:
+        notes = task.make_norms()
+        baseline = model.state
+        if task.plan.database:
             task = replace(task, plan=replace(task.plan, fingerprint=task.fingerprint()))
         tuned = task.spec.objective(model, task.seen, task.tuning)
         judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
@@ -185,54 +126,10 @@ def _run(
         def search(shared: Objective, held_out: Objective) -> TuneResult:
             keep = task.keep_set(progress.count)
             searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
-            candidates = searches.search_all()
-            points: list[Point] = []
-            if task.max_overhead is not None:
-                candidates, points = _within_limit(task, searches, candidates)
-            chosen = kept(candidates)
-            evidence, shifted, num_parts = searches.evidence(held_out, judging, before, chosen.weights)
-            if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
-                searches.notes.append(f"held-out data: {says}")
-            found = searches.whole.base.with_weights(chosen.weights)
-            is_candidate = not before.computes_like(found)
-            decision = decide(
-                chosen.name if is_candidate else None,
-                evidence,
-                shifted,
-                metrics,
-                None if keep is None else keep.judged(found),
-            )
-            best = found if is_candidate else None
-            if searches.refused is not None and not is_candidate:
-                best, reason = searches.refused
-                decision = replace(decision, reason=reason)
-            state = found if decision.is_recommended else before
-            if decision.verdict.classes is not None:
-                warn_if_permuted(decision.verdict.classes[1], decision.verdict.classes[0], model.class_names)
-            if shifted is not None:
-                searches.notes.append(_robustness_note(metrics[0], shifted))
+            searches.notes += notes
+            result = _judged(searches, baseline, (held_out, judging), metrics)
             progress.finish()
-            return TuneResult(
-                task.spec.metric,
-                candidates,
-                searches.whole.trials,
-                decision.verdict,
-                state.weights,
-                list(state.weights.alphas),
-                searches.passes,
-                len(set(task.tuning.tolist()) - task.examples.skipped.keys()),
-                num_parts,
-                task.skipped(),
-                [*notes, *searches.notes, *_notes(task, searches, decision)],
-                searches.interrupted,
-                num_tuning_groups=task.examples.num_groups(task.tuning),
-                trade_off=points,
-                samples=drawn(decision.verdict, task.test_examples, task.plan.seed),
-                recipe=model.recipe(state),
-                is_recommended=decision.is_recommended,
-                candidate_recipe=None if best is None or decision.is_recommended else model.recipe(best),
-                reason=decision.reason,
-            )
+            return result
 
         return on_all_processes(
             model,
@@ -242,20 +139,76 @@ def _run(
         )
 
 
+def _judged(
+    searches: Searches,
+    baseline: PatchState,
+    objectives: tuple[Objective, Objective],
+    metrics: Sequence[Metric],
+) -> TuneResult:
+    """Search, and judge what was found.
+
+    Args:
+        searches: the searches, none of which has begun.
+        baseline: the state of the model before the search.
+        objectives: what scores the held-out examples, in all processes and in this one alone.
+        metrics: metrics to compare; the first decides.
+    """
+    task, model, keep = searches.task, searches.task.model, searches.keep
+    candidates, points = searches.search_all(), list[Point]()
+    if task.plan.max_overhead is not None:
+        candidates, points = _within_limit(searches, candidates, task.plan.max_overhead)
+    chosen = kept(candidates)
+    evidence, shifted, num_parts = searches.evidence(*objectives, baseline, chosen.weights)
+    if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
+        searches.notes.append(f"held-out data: {says}")
+    found = searches.whole.base.with_weights(chosen.weights)
+    best = None if baseline.computes_like(found) else found
+    judged = None if keep is None else keep.judged(found)
+    decision = decide(None if best is None else chosen.name, evidence, shifted, metrics, judged)
+    if best is None and searches.refused is not None:
+        best, reason = searches.refused
+        decision = replace(decision, reason=reason)
+    state, verdict = found if decision.is_recommended else baseline, decision.verdict
+    if verdict.classes is not None:
+        warn_if_permuted(verdict.classes[1], verdict.classes[0], model.class_names)
+    if shifted is not None:
+        searches.notes.append(_robustness_note(metrics[0], shifted))
+    return TuneResult(
+        metric=task.spec.metric,
+        candidates=candidates,
+        trials=searches.whole.trials,
+        verdict=verdict,
+        weights=state.weights,
+        norm_layers=list(state.weights.alphas),
+        passes=searches.passes,
+        num_tuning=len(set(task.tuning.tolist()) - task.examples.skipped.keys()),
+        num_tuning_groups=task.examples.num_groups(task.tuning),
+        num_parts=num_parts,
+        skipped=task.skipped(),
+        notes=[*searches.notes, *_notes(searches, decision)],
+        interrupted=searches.interrupted,
+        trade_off=points,
+        samples=drawn(verdict, task.test_examples, task.plan.seed),
+        recipe=model.recipe(state),
+        is_recommended=decision.is_recommended,
+        candidate_recipe=None if best is None or decision.is_recommended else model.recipe(best),
+        reason=decision.reason,
+    )
+
+
 def _within_limit(
-    task: Task, searches: Searches, candidates: Sequence[Candidate]
+    searches: Searches, candidates: Sequence[Candidate], limit: float
 ) -> tuple[list[Candidate], list[Point]]:
     """Add a candidate with as many norm layers patched as the latency limit allows, and choose it."""
-    assert task.max_overhead is not None  # the caller has checked it
+    task, selection = searches.task, searches.whole.selection
     seconds, share = LATENCY_SECONDS, searches.share_of_time(others=1)
     if share is not None:
         seconds = min(seconds, max(1.0, share))
-    scores = searches.whole.selection.scores
-    groups = searches.whole.selection.groups
+    scores, groups = selection.scores, selection.groups
     points = trade_off(
         task.model, kept(candidates).weights, scores, task.spec.metric, seconds=seconds, groups=groups
     )
-    best = choose(points, task.max_overhead)
+    best = choose(points, limit)
     searches.notes.append(f"--max-overhead: {best.reason}")
     if suggestion := knee(points):
         searches.notes.append(
@@ -264,13 +217,8 @@ def _within_limit(
         )
     weights = best.point.weights
     after, before = scores(weights), scores(points[0].weights)
-    limited = Candidate(
-        f"at most {task.max_overhead:g}x",
-        weights,
-        float(np.mean(after)),
-        paired_difference(before, after, groups),
-        chosen=True,
-    )
+    change = paired_difference(before, after, groups)
+    limited = Candidate(f"at most {limit:g}x", weights, float(np.mean(after)), change, chosen=True)
     return [*(replace(candidate, chosen=False) for candidate in candidates), limited], points
 
 
@@ -285,8 +233,9 @@ def _robustness_note(metric: Metric, shifted: Evidence) -> str:
     )
 
 
-def _notes(task: Task, searches: Searches, decision: Decision) -> list[str]:
+def _notes(searches: Searches, decision: Decision) -> list[str]:
     """What a user must know to read the result."""
+    spec = searches.task.spec
     notes, verdict = [decision.reason] if decision.reason else [], decision.verdict
     if searches.resumed:
         notes.append(f"{searches.resumed} trials were in the storage already")
@@ -300,8 +249,8 @@ def _notes(task: Task, searches: Searches, decision: Decision) -> list[str]:
     elif any(comparison.is_rough for comparison in verdict.comparisons):
         units = "examples" if verdict.num_groups is None else "groups"
         notes.append(f"below {ROUGH_BELOW} {units} the interval of the cross-entropy is rough")
-    if not task.spec.needs_labels:
-        name = task.spec.metric.name
+    if not spec.needs_labels:
+        name = spec.metric.name
         notes.append(f"{name} needs no labels, and can't see everything: {LABEL_FREE[name]}")
     return notes
 
@@ -324,48 +273,3 @@ def checked_objective(
     if timeout is not None and not timeout >= 0:
         raise BnpatchError(f"{timeout:g} seconds are no time", "set --timeout to 0 or more")
     return ObjectiveSpec.of(metric, config.class_prior, config.batch_size)
-
-
-def _group_counts(result: TuneResult) -> dict[str, int]:
-    """The numbers of groups, where examples come in groups."""
-    counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.verdict.num_groups}
-    return {name: count for name, count in counts.items() if count is not None}
-
-
-def _provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a recipe comes from; ``sources`` has the data sets as they were given, by name."""
-    model, plan = task.model, task.plan
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": model.name,
-        "architecture": str(model.arch) if model.arch else None,
-        "output": model.chosen_output,
-        "preprocessing": None if task.examples.as_they_are else model.preprocessing.to_json(),
-        "data": {
-            **{n: str(s) if isinstance(s, (str, os.PathLike)) else None for n, s in sources.items()},
-            "fingerprint": task.seen.fingerprint(),
-            "tuning_examples": result.num_tuning,
-            "held_out_examples": result.num_held_out,
-            **_group_counts(result),
-            "skipped": len(result.skipped),
-        },
-        "metric": result.metric.name,
-        "granularity": plan.granularity,
-        "ladder": [
-            {"rung": r.name, "mean": r.mean, "change": r.change.to_json(), "chosen": r.chosen}
-            for r in result.candidates
-        ],
-        "passes": round(result.passes, 2),
-        "trials": len(result.trials),
-        "interrupted": result.interrupted,
-        "verdict": str(result.verdict),
-        "held_out": result.verdict.to_json(),
-        "kept": None if result.verdict.kept is None else result.verdict.kept.to_json(),
-        "notes": result.notes,
-        "seed": plan.seed,
-        "versions": {
-            "bnpatch": __version__,
-            **{name: version(name) for name in ("torch", "timm", "optuna")},
-            "python": platform.python_version(),
-        },
-    }

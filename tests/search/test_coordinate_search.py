@@ -27,14 +27,7 @@ def scored(best, calls=None):
 
 def test_finds_the_norm_layers_that_matter():
     best = {"s3": 0.5, "s17": 0.2, "s20": 1.0}
-    found = coordinate_search(scored(best), START, COORDINATES, higher_is_better=True)
-    assert found.alphas == START.alphas | best
-
-
-def test_a_lower_score_may_be_better():
-    best = {"s3": 0.5}
-    scores = scored(best)
-    found = coordinate_search(lambda weights: -scores(weights), START, COORDINATES, higher_is_better=False)
+    found = coordinate_search(scored(best), START, COORDINATES)
     assert found.alphas == START.alphas | best
 
 
@@ -46,7 +39,6 @@ def test_a_change_that_overflows_is_not_made():
         lambda weights: None if weights.alphas["s3"] == 0.5 else scores(weights),
         START,
         COORDINATES,
-        higher_is_better=True,
         rounds=1,
     )
     assert found.alphas == START.alphas | {"s3": 0.2, "s17": 0.2}
@@ -62,7 +54,7 @@ def test_takes_no_step_that_may_be_chance(gain, taken):
     def scores(weights):
         return level + (weights.alphas["s3"] > 0) * each - 10 * (sum(weights.alphas.values()) > 1)
 
-    found = coordinate_search(scores, START, COORDINATES, higher_is_better=True)
+    found = coordinate_search(scores, START, COORDINATES)
     assert (found != START) == taken
 
 
@@ -70,9 +62,7 @@ def test_a_glance_at_some_examples_tells_where_to_look():
     whole, few = [], []
     best = {"s3": 0.5, "s17": 0.2}
     full, part = scored(best, calls=whole), scored(best, calls=few)
-    found = coordinate_search(
-        full, START, COORDINATES, higher_is_better=True, preview=lambda weights: part(weights)[:50]
-    )
+    found = coordinate_search(full, START, COORDINATES, preview=lambda weights: part(weights)[:50])
     assert {name for name, alpha in found.alphas.items() if alpha} == {"s3", "s17"}
     assert len(whole) < len(few) / 10
 
@@ -83,7 +73,6 @@ def test_costs_no_more_than_it_says():
         scored(dict.fromkeys(NORM_LAYERS, 0.5), calls=calls),
         START,
         COORDINATES,
-        higher_is_better=True,
         most=4,
         rounds=1,
     )
@@ -96,7 +85,6 @@ def test_stops_when_told():
         scored({"s3": 0.5}, calls=calls),
         START,
         COORDINATES,
-        higher_is_better=True,
         stop=lambda: len(calls) > 5,
     )
     assert len(calls) <= 6
@@ -118,6 +106,6 @@ def test_a_gain_of_one_group_of_near_copies_is_none():
     def scores(weights):
         return gains * (weights.alphas["s3"] > 0)
 
-    run = {"higher_is_better": True, "rounds": 1}
+    run = {"rounds": 1}
     assert coordinate_search(scores, START, COORDINATES, **run) != START
     assert coordinate_search(scores, START, COORDINATES, groups=groups, **run) == START

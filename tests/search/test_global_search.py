@@ -51,7 +51,7 @@ class Flat(Problem):
 
 def run(problem, metric=CROSS_ENTROPY, study=None, **options):
     direction = "maximize" if metric.higher_is_better else "minimize"
-    what = {"space": {"x": (0.0, 1.0)}, "baseline": {"x": 0.0}, "first": FIRST, **options}
+    what = {"space": {"x": (0.0, 1.0)}, "start": {"x": 0.0}, "first": FIRST, **options}
     how = {name: what.pop(name) for name in ("timeout", "on_trial") if name in what}
 
     def evaluate_blocks(params, blocks):
@@ -208,7 +208,7 @@ def test_two_parameters():
 
     first = [{"x": x, "y": y} for x in (0.2, 0.8) for y in (0.2, 0.8)]
     space = {"x": (0.0, 1.0), "y": (0.0, 2.0)}
-    result = run(Plane(1000, best=0.0), space=space, baseline={"x": 0.0, "y": 0.0}, first=first)
+    result = run(Plane(1000, best=0.0), space=space, start={"x": 0.0, "y": 0.0}, first=first)
     assert result.passes <= 3
     assert np.hypot(result.best.params["x"] - 0.5, result.best.params["y"] - 0.2) < 0.2
 

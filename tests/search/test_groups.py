@@ -19,8 +19,8 @@ from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.config import Plan
 from bnpatch.search.latency_limit import trade_off
 from bnpatch.search.objective import ObjectiveSpec
-from bnpatch.search.parts import parts_of
 from bnpatch.search.score_cache import blocks_of
+from bnpatch.search.task import Task, parts_of
 from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 from tests.search.tiny import small
 
@@ -289,8 +289,9 @@ def test_what_learns_and_what_selects_share_no_group(tiny, dim_copies, metric):
     data, groups = dim_copies
     examples = bnpatch.open_examples(data, tiny, groups=groups)
     indices = np.arange(0, 600)
-    objective = ObjectiveSpec.of(metric, None, 64).objective(tiny, examples, indices)
-    search = CandidateSearch(tiny, examples, indices, objective, Plan())
+    spec = ObjectiveSpec.of(metric, None, 64)
+    task = Task(tiny, spec, examples, examples, examples, examples, None, [(indices, indices)], Plan())
+    search = CandidateSearch(task, indices, spec.objective(tiny, examples, indices))
     blocks = search._cache.blocks
     first = search.selection._blocks.start
     assert 0 < first < len(blocks)

@@ -21,8 +21,8 @@ def chosen(scores, cross_entropies=None, groups=None):
     def groups_of(blocks):
         return None if groups is None else groups[10 * blocks.start : 10 * blocks.stop]
 
-    board = SimpleNamespace(blocks=blocks, on=on, groups=groups_of)
-    return kept(Selection(board, judge, range(6, 8)).choose({name: name for name in scores})).name
+    board = SimpleNamespace(blocks=blocks, on=on, groups=groups_of, objective=judge)
+    return kept(Selection(board, range(6, 8)).choose({name: name for name in scores})).name
 
 
 def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_best_mean_wins():

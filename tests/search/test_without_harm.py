@@ -7,7 +7,7 @@ import pytest
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.metrics import Estimate
 from bnpatch.search.config import Candidate
-from bnpatch.search.robustness import PARTS, toward, without_harm
+from bnpatch.search.selection import PARTS, toward, without_harm
 
 
 def weights(alpha):

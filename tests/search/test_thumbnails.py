@@ -3,7 +3,7 @@ import torch
 
 import bnpatch
 from bnpatch.search.held_out import Verdict
-from bnpatch.search.samples import MOST, SIDE, Samples, drawn, small
+from bnpatch.search.thumbnails import MOST, SIDE, Samples, drawn, small
 
 
 def examples_of(x):
