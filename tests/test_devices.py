@@ -16,7 +16,7 @@ from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 from bnpatch.search import label_free
 from bnpatch.search.gradient_search import Groups, Learner, Problem, Start
-from bnpatch.search.objective import _seen
+from bnpatch.search.objective import seen_by
 
 DEVICE = torch.device("cuda", 0)
 IMAGES = (4, 3, 8, 8)
@@ -113,7 +113,7 @@ def test_objectives_stay_on_the_device(model, objective):
     }.get(objective) or getattr(label_free, objective)
     model.set_target(model.moments_by_batch(images()))
     model.set_weights(everywhere(model, 0.2, 0.5))
-    assert judge(_seen(model, *model.observe(images())), model.facts()).device == DEVICE
+    assert judge(seen_by(model, *model.observe(images())), model.facts()).device == DEVICE
 
 
 @pytest.mark.parametrize(

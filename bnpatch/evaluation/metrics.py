@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,14 @@ class Estimate:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+class Outcome(Enum):
+    """What a comparison shows."""
+
+    GAIN = "gain"
+    LOSS = "loss"
+    NO_CHANGE = "no significant change"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A metric on the same examples without and with a patch.
@@ -217,11 +226,16 @@ class Comparison:
     is_rough: bool = False
 
     @property
-    def verdict(self) -> str:
-        """Either "gain", "loss", or "no significant change" if the interval of the change contains 0."""
+    def outcome(self) -> Outcome:
+        """A gain, a loss, or neither if the interval of the change contains 0."""
         if not self.change.excludes_zero:
-            return "no significant change"
-        return "gain" if self.metric.better(self.after.value, self.before.value) else "loss"
+            return Outcome.NO_CHANGE
+        return Outcome.GAIN if self.metric.better(self.after.value, self.before.value) else Outcome.LOSS
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words, for people."""
+        return self.outcome.value
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; None for an infinite bound, which a single example gives."""

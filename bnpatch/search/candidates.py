@@ -15,7 +15,7 @@ from bnpatch.data.dataset import Indices
 from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import METRICS, Values
 from bnpatch.models.running_stats import target_moments
-from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Trial, kept
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Trial, chosen_of
 from bnpatch.search.global_search import global_search
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.layer_search import LayerSearch
@@ -118,11 +118,7 @@ class CandidateSearch:
 
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
-        names = [name for name, _ in self._ways({})[: self.plan.reach]]
-        per_layer = any(name.startswith("per ") for name in names)
-        passes, trials = self._limits
-        global_search = min(passes, trials or math.inf) * len(self.tuning)
-        return (len(names) - per_layer) * global_search + per_layer * self._layers.expected()
+        return sum(cost for cost, _ in self._ways({})[: self.plan.reach])
 
     def find(self) -> list[Candidate]:
         """Find the candidates, the identity first, and mark the one that is kept.
@@ -145,24 +141,30 @@ class CandidateSearch:
         self.cut_short = self.budget.is_over()
         return self.selection.choose(found)
 
-    def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[str, Find]]:
-        """Ways to find candidates, each from those that were found before it."""
+    def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[float, Find]]:
+        """Ways to find candidates, each from those that were found before it.
+
+        Returns:
+            For each, an estimate of how many examples it scores, and the function that finds the candidates.
+        """
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
         if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
             per = None  # too few examples to tell which of many changes helped
-        ways: list[tuple[str, Find]] = [
-            ("alpha", lambda: self._one_weight("alpha", "alpha", found["identity"]))
+        passes, trials = self._limits
+        cost = min(passes, trials or math.inf) * len(self.tuning)  # of a global search
+        ways: list[tuple[float, Find]] = [
+            (cost, lambda: self._one_weight("alpha", "alpha", found["identity"]))
         ]
         if plan.recalibrate:
             ways += [
-                ("lambda", lambda: self._one_weight("lambda", "lambda", found["identity"])),
-                ("lambda, alpha", lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
+                (cost, lambda: self._one_weight("lambda", "lambda", found["identity"])),
+                (cost, lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
             ]
         if per:
             ways += [
-                (f"per {per}", lambda: self._per_layer(found, per)),
-                ("refined", lambda: self._refined(kept(self.selection.choose(found)))),
+                (self._layers.expected(), lambda: self._per_layer(found, per)),
+                (cost, lambda: self._refined(chosen_of(self.selection.choose(found)))),
             ]
         return ways
 
@@ -257,7 +259,7 @@ class CandidateSearch:
             return self._cache.by_block(weights(params), blocks, name)
 
         def report(ended: StoredTrial, so_far: Trials) -> None:
-            trial = _as_trial(name, ended, so_far)
+            trial = as_trial(name, ended, so_far)
             state = self.base.with_weights(weights(ended.params))
             self._report(replace(trial, state=state), so_far.best.number == ended.number)
 
@@ -283,7 +285,7 @@ class CandidateSearch:
         )
         # The result also has the trials that an earlier run of this study finished.
         self.trials = [t for t in self.trials if t.candidate != name]
-        self.trials += [_as_trial(name, trial, result) for trial in result.trials if trial.num_blocks]
+        self.trials += [as_trial(name, trial, result) for trial in result.trials if trial.num_blocks]
         self.interrupted = self.interrupted or result.interrupted
         return {name: weights(result.best.params)}
 
@@ -334,7 +336,7 @@ class CandidateSearch:
         )
 
 
-def _as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
+def as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
     """Convert a trial of a global search, with its scores extrapolated to all examples."""
 
     def score(metric: str) -> float:

@@ -130,7 +130,7 @@ class Candidate:
         weights: the weights.
         mean: mean of the tuned metric over the selection examples.
         change: difference of this mean from that of the identity, on the same examples.
-        chosen: whether this candidate is kept.
+        chosen: whether this candidate is the one that the search chose.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Candidate:
     chosen: bool = False
 
 
-def kept(candidates: Sequence[Candidate]) -> Candidate:
+def chosen_of(candidates: Sequence[Candidate]) -> Candidate:
     """The chosen candidate."""
     return next(candidate for candidate in candidates if candidate.chosen)
 

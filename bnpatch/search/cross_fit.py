@@ -14,7 +14,7 @@ from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
 from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch.search.candidates import CandidateSearch
-from bnpatch.search.config import Candidate, Plan, Trial, kept
+from bnpatch.search.config import Candidate, Plan, Trial, chosen_of
 from bnpatch.search.held_out import Evidence, gather
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import Objective
@@ -171,7 +171,7 @@ class Searches:
         # The evidence needs one part, so the first has time enough to repeat the search on all examples.
         at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
         search = self._begin(self.task.parts[fold][0], plan, at_least)
-        weights = kept(self._find(search)).weights
+        weights = chosen_of(self._find(search)).weights
         if search.interrupted:
             raise KeyboardInterrupt
         whole = self.whole
@@ -230,8 +230,8 @@ class Searches:
             return kept_images is not None and kept_images.is_within
 
         best = without_harm(candidates, search.selection.choose, is_harmless)
-        if search is self.whole and best.name == candidates[0].name != kept(candidates).name:
-            self.refused = self._refused(search, kept(candidates))
+        if search is self.whole and best.name == candidates[0].name != chosen_of(candidates).name:
+            self.refused = self._refused(search, chosen_of(candidates))
         is_new = best.name not in (candidate.name for candidate in candidates)
         marked = [replace(candidate, chosen=candidate.name == best.name) for candidate in candidates]
         return [*marked, *([best] if is_new else [])]

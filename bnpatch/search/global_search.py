@@ -1,10 +1,10 @@
 """A global search for parameters by successive halving over blocks of examples, with a Gaussian process.
 
 The parameters to start from are scored on all blocks first, because all others are compared with them. Then
-trials are scored in rounds. In the first round given points are scored on a few blocks, which is enough to find the good region.
-The best point, and the next best that is not close to it, are promoted to the second round, which has four
-times as many blocks. There a Gaussian process proposes further points until the budget is spent. The best
-trial of this round is scored on all blocks, and is the result if it beats the start there.
+trials are scored in rounds. In the first round given points are scored on a few blocks, which is enough to
+find the good region. The best point, and the next best that is not close to it, are promoted to the second
+round, which has four times as many blocks. There a Gaussian process proposes further points until the budget
+is spent. The best trial of this round is scored on all blocks, and is the result if it beats the start there.
 
 Trials are always compared on the same examples, with the scores of the start as a control variate. A trial is
 pruned as soon as another is significantly better.

@@ -11,7 +11,16 @@ from bnpatch.core.patch import PatchState
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.confidence import Answers, Flips, compare_calibration, flips
-from bnpatch.evaluation.metrics import ACCURACY, CONFIDENCE, PREDICTION, Comparison, Metric, Values, paired
+from bnpatch.evaluation.metrics import (
+    ACCURACY,
+    CONFIDENCE,
+    PREDICTION,
+    Comparison,
+    Metric,
+    Outcome,
+    Values,
+    paired,
+)
 from bnpatch.models.base import Model
 from bnpatch.search.keep import Kept
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
@@ -234,13 +243,13 @@ def decide(
             )
         unchanged = conclude(replace(evidence, after=evidence.before), metrics)
         return Decision(False, replace(unchanged, kept=kept), reason)
-    if str(verdict) == "loss":
+    if tuned.outcome is Outcome.LOSS:
         reason = f"{candidate}: best in tuning, but a loss in {tuned.metric.name} on held-out examples"
         return Decision(False, verdict, f"{reason}; not applied")
     where = "held-out examples"
     if shifted is not None:
         tuned, where = conclude(shifted, metrics).comparisons[0], "held-out examples as --augment shifts them"
-    if tuned.verdict == "gain":
+    if tuned.outcome is Outcome.GAIN:
         if kept is not None and not kept.is_within:
             return Decision(False, verdict, f"{candidate}: {kept}; not applied")
         return Decision(True, verdict)

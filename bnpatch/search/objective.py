@@ -204,10 +204,11 @@ class LabelFreeObjective:
 
 def _as_one(model: Model[Any], parts: Sequence[_Part]) -> Seen:
     moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
-    return _seen(model, torch.cat([logits for logits, _ in parts]), moments)
+    return seen_by(model, torch.cat([logits for logits, _ in parts]), moments)
 
 
-def _seen(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
+def seen_by(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
+    """What label-free objectives see: logits (N, K), moments (N, C) at norm layers, and the weights."""
     running = {
         name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
         for name, m in model.statistics_in_use().items()

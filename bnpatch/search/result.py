@@ -12,7 +12,7 @@ from bnpatch import __version__
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.evaluation.metrics import Comparison, Metric
-from bnpatch.search.config import Candidate, Trial, kept
+from bnpatch.search.config import Candidate, Trial, chosen_of
 from bnpatch.search.held_out import Verdict
 from bnpatch.search.latency_limit import Point
 from bnpatch.search.task import Task
@@ -77,7 +77,7 @@ class TuneResult:
     @property
     def chosen(self) -> Candidate:
         """The candidate that was chosen."""
-        return kept(self.candidates)
+        return chosen_of(self.candidates)
 
     @property
     def comparisons(self) -> list[Comparison]:

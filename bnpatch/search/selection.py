@@ -16,7 +16,7 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
-from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, kept
+from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, chosen_of
 from bnpatch.search.objective import FEW_SETS
 from bnpatch.search.score_cache import ScoreCache
 
@@ -171,14 +171,14 @@ def without_harm(
     """
     weights = {candidate.name: candidate.weights for candidate in candidates}
     identity, found = candidates[0], set(weights)
-    best = kept(candidates)
+    best = chosen_of(candidates)
     while best.name != identity.name and not is_harmless(best.weights):
         del weights[best.name]
         if best.name in found:
             weights |= {
                 f"{best.name} x {part:g}": toward(identity.weights, best.weights, part) for part in PARTS
             }
-        best = kept(choose(weights))
+        best = chosen_of(choose(weights))
     return best
 
 

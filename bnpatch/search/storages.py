@@ -37,8 +37,9 @@ class Storage:
 
     Attributes:
         url: the database, as an SQLAlchemy URL.
-        failed: whether the database failed after it had been opened.
         heartbeat_seconds: seconds between two heartbeats.
+        has_studies: whether a study was opened in it.
+        failed: whether it failed after that.
     """
 
     def __init__(
@@ -49,18 +50,13 @@ class Storage:
         grace_seconds: int = GRACE_SECONDS,
         lock_seconds: float = LOCK_SECONDS,
     ) -> None:
-        self.url, self.failed = url, False
-        self.heartbeat_seconds = heartbeat_seconds
+        self.url, self.heartbeat_seconds = url, heartbeat_seconds
         self._grace_seconds, self._lock_seconds = grace_seconds, lock_seconds
+        self.has_studies = self.failed = False
 
     @cached_property
     def database(self) -> RDBStorage:
-        """The database as Optuna opens it.
-
-        Raises:
-            StorageError: the database can't be used.
-            BnpatchError: the URL names no database.
-        """
+        """The database as Optuna opens it; BnpatchError if it can't be used."""
         with usable(self.url), experimental():
             return connect(
                 self.url,
@@ -75,20 +71,11 @@ class Storage:
         """The database behind Optuna's cache of finished trials."""
         return get_storage(self.database)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the database has been opened."""
-        return "database" in vars(self)
-
     def give_up(self, error: StorageError) -> None:
         """Ask the database no more, and warn of it."""
         if not self.failed:
             self.failed = True
-            warnings.warn(
-                f"{error.problem}; the search goes on in memory",
-                BnpatchWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{error.problem}; the search goes on in memory", BnpatchWarning, stacklevel=2)
 
 
 def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> RDBStorage:
@@ -102,20 +89,16 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
     Raises:
         BnpatchError: the text is not the URL of a database. :func:`usable` handles errors of the database.
     """
-    if url.startswith("journal:") or ("://" not in url and url.endswith((".journal", ".log"))):
-        name = PurePath(url.removeprefix("journal:")).stem or "study"
-        raise BnpatchError(
-            f"{masked(url)!r} is a journal, which does not show whether a search was killed or still runs",
-            f"give a database such as sqlite:///{name}.db",
-        )
-    if "://" not in url:
-        raise BnpatchError(
-            f"{masked(url)!r} names no storage for a study", "give a database such as sqlite:///study.db"
-        )
-    engine = {"connect_args": {"timeout": lock_seconds}} if url.startswith("sqlite") else {}
     from sqlalchemy.exc import DBAPIError  # slow to import
 
-    for _ in range(2):
+    if "://" not in url or url.startswith("journal:"):
+        name = PurePath(url.removeprefix("journal:")).stem or "study"
+        raise BnpatchError(
+            f"{masked(url)!r} is no database, and nothing else shows whether a search was killed",
+            f"give a database such as sqlite:///{name}.db",
+        )
+    engine = {"connect_args": {"timeout": lock_seconds}} if url.startswith("sqlite") else {}
+    for _ in range(3):
         started = time.monotonic()
         try:
             return RDBStorage(url, engine_kwargs=engine, **options)

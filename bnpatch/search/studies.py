@@ -258,7 +258,6 @@ def open_study(
     """
     name = name or "bnpatch"
     if storage is not None and not storage.failed:
-        was_open = storage.is_open
         try:
             backend = storage.backend
             with usable(storage.url):
@@ -266,9 +265,10 @@ def open_study(
                 _check(optuna_study, direction, fingerprint or {})
                 for key, text in (about or {}).items():
                     optuna_study.set_user_attr(key, text)
+            storage.has_studies = True
             return Study(optuna_study, backend, storage)
         except StorageError as error:
-            if not was_open:
+            if not storage.has_studies:
                 raise
             storage.give_up(error)
     backend = InMemoryStorage()

@@ -23,7 +23,7 @@ from bnpatch.evaluation.metrics import (
 from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
-from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, kept
+from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, chosen_of
 from bnpatch.search.cross_fit import Searches
 from bnpatch.search.distributed import on_all_processes
 from bnpatch.search.held_out import Decision, Evidence, decide
@@ -157,7 +157,7 @@ def _judged(
     candidates, points = searches.search_all(), list[Point]()
     if task.plan.max_overhead is not None:
         candidates, points = _within_limit(searches, candidates, task.plan.max_overhead)
-    chosen = kept(candidates)
+    chosen = chosen_of(candidates)
     evidence, shifted, num_parts = searches.evidence(*objectives, baseline, chosen.weights)
     if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
         searches.notes.append(f"held-out data: {says}")
@@ -206,7 +206,7 @@ def _within_limit(
         seconds = min(seconds, max(1.0, share))
     scores, groups = selection.scores, selection.groups
     points = trade_off(
-        task.model, kept(candidates).weights, scores, task.spec.metric, seconds=seconds, groups=groups
+        task.model, chosen_of(candidates).weights, scores, task.spec.metric, seconds=seconds, groups=groups
     )
     best = choose(points, limit)
     searches.notes.append(f"--max-overhead: {best.reason}")

@@ -12,7 +12,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch.nn.norm import mixture
-from bnpatch.search.candidates import _as_trial
+from bnpatch.search.candidates import as_trial
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
 from bnpatch.search.gradient_search import Groups, Start
@@ -140,7 +140,7 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     config = GlobalSearchConfig([8, 8], ACCURACY, {"alpha": (0.0, 1.0)}, {"alpha": 0.0})
     baseline = trial_of(0, 0.0, base, TrialState.COMPLETE)
     pruned = trial_of(1, 0.25, found, TrialState.PRUNED)
-    trial = _as_trial("alpha", pruned, Trials(config, [baseline, pruned]))
+    trial = as_trial("alpha", pruned, Trials(config, [baseline, pruned]))
     assert trial.scores["accuracy"] == 1.0
     assert trial.scores["cross-entropy"] > 1.1
     assert trial.examples == 8

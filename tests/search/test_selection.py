@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.search.config import kept
+from bnpatch.search.config import chosen_of
 from bnpatch.search.objective import LabelledObjective
 from bnpatch.search.selection import Selection
 
@@ -22,7 +22,7 @@ def chosen(scores, cross_entropies=None, groups=None):
         return None if groups is None else groups[10 * blocks.start : 10 * blocks.stop]
 
     board = SimpleNamespace(blocks=blocks, on=on, groups=groups_of, objective=judge)
-    return kept(Selection(board, range(6, 8)).choose({name: name for name in scores})).name
+    return chosen_of(Selection(board, range(6, 8)).choose({name: name for name in scores})).name
 
 
 def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_best_mean_wins():

@@ -289,7 +289,7 @@ def test_what_people_enqueue_or_run_themselves_is_left_alone(url):
     ("place", "problem"),
     [
         ("sqlite:////nowhere/at/all/x.db", "unable to open database file"),
-        ("study.txt", "names no storage"),
+        ("study.txt", "is no database"),
         ("nonsense://x", "nonsense"),
         ("postgres://me:geheim@localhost/x", "postgres"),
         ("sqlite:///{tmp}/notes.txt", "file is not a database"),
@@ -310,7 +310,7 @@ def test_places_that_hold_no_study(tmp_path, place, problem):
 )
 def test_journals_are_refused_and_the_remedy_works(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BnpatchError, match="does not show whether a search was killed") as error:
+    with pytest.raises(BnpatchError, match="nothing else shows whether a search was killed") as error:
         open_study(Storage(place))
     assert error.value.remedy == "give a database such as sqlite:///study.db"
     open_study(Storage(error.value.remedy.split()[-1]))
