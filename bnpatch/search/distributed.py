@@ -78,19 +78,19 @@ def on_all_processes(
         if isinstance(objective, LabelledObjective)
     }
     if processes.rank > 0:
-        served: Result = serve(processes, model, labelled, metrics)
+        served: Result = _serve(processes, model, labelled, metrics)
         return served
     result = None
     try:
         result = search(
             *(
-                SharedObjective(labelled[number][0], number, processes) if number in labelled else objective
+                _SharedObjective(labelled[number][0], number, processes) if number in labelled else objective
                 for number, (objective, _) in enumerate(objectives)
             )
         )
         return result
     finally:
-        dismiss(processes, result)
+        _dismiss(processes, result)
 
 
 class Processes:
@@ -142,7 +142,7 @@ class _Done:
     result: bytes
 
 
-class SharedObjective:
+class _SharedObjective:
     """The objective of the first process, which has all processes score the examples."""
 
     def __init__(self, objective: LabelledObjective, number: int, processes: Processes) -> None:
@@ -173,7 +173,7 @@ class SharedObjective:
         return self._objective.loss(model, batches)
 
 
-def serve(
+def _serve(
     processes: Processes,
     model: Model[Any],
     objectives: Mapping[int, tuple[LabelledObjective, Examples]],
@@ -210,7 +210,7 @@ def serve(
                 _score(objective, model, examples, message.indices, processes)
 
 
-def dismiss(processes: Processes, result: Any) -> None:
+def _dismiss(processes: Processes, result: Any) -> None:
     """Tell the other processes that there is no more work."""
     file = io.BytesIO()
     _Pickler(file).dump(result)
