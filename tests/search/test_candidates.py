@@ -10,7 +10,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.evaluation.metrics import ACCURACY
+from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.nn.norm import mixture
 from bnpatch.search.candidates import as_trial
 from bnpatch.search.config import Plan
@@ -231,3 +231,11 @@ def test_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim):
     constant, varying = result.candidates[2:4]
     assert varying.weights.alphas == constant.weights.alphas
     assert set(varying.weights.slopes.values()) <= set(TRIED_SLOPES)
+
+
+@pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
+def test_weights_are_changed_by_scores_of_which_the_higher_is_better(metric):
+    search = LayerSearch.__new__(LayerSearch)
+    search._objective, search._selection = SimpleNamespace(set_size=1), SimpleNamespace(guide=metric)
+    search._cache = SimpleNamespace(of=lambda indices, weights, label: {metric.name: indices + 1.0})
+    assert search._scores(PatchWeights(), np.arange(2)).tolist() == [metric.sign, 2 * metric.sign]
