@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from bnpatch.core.errors import BnpatchError
+
 from . import options as opt
+from .console import put, say, skipped, some
 
 if TYPE_CHECKING:
     from bnpatch.evaluation.output_range import OutputRange
@@ -64,33 +67,26 @@ def _observe(
 ) -> "Sequence[OutputRange]":
     from bnpatch.evaluation.output_range import output_ranges
 
-    from .render import progress_bar
+    from .render import counter, progress_bar
 
     # The data is read once, so caching it would waste memory.
-    examples, done = replace(reading, cache_gb=0.0).open(data, loaded, seed=0, labels="optional"), 0
+    examples = replace(reading, cache_gb=0.0).open(data, loaded, seed=0, labels="optional")
     with progress_bar() as progress:
-
-        def count(examples_done: int) -> None:
-            nonlocal done
-            done += examples_done
-            progress("observing", done, len(examples))
-
         ranges = output_ranges(
             loaded,
             examples,
             train_batch_size=train_batch_size,
             batch_size=reading.batch_size,
-            on_batch=count,
+            on_batch=counter(progress, "observing", len(examples)),
         )
     left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
-    opt.say(f"data           {len(examples) - len(left_out)} images{opt.skipped(left_out)}")
+    say(f"data           {len(examples) - len(left_out)} images{skipped(left_out)}")
     return ranges
 
 
 def _paths(loaded: "TorchModel") -> "NormPaths | None":
     import torch
 
-    from bnpatch.core.errors import BnpatchError
     from bnpatch.nn.tracing import norm_paths
 
     dtype = next((p.dtype for p in loaded.module.parameters() if p.is_floating_point()), torch.float32)
@@ -98,7 +94,7 @@ def _paths(loaded: "TorchModel") -> "NormPaths | None":
     try:
         return norm_paths(loaded.module, example)
     except BnpatchError as error:
-        opt.say(f"note           {error.problem}")
+        say(f"note           {error.problem}")
         return None
 
 
@@ -108,16 +104,16 @@ def print_advice(advice: Advice, list_sites: bool) -> None:
 
     num_norms = len(advice.norm_layers)
     if calls := advice.num_function_calls:
-        opt.put(f"\n{calls} normalizations are function calls in the model's own code, and stay as they are")
+        put(f"\n{calls} normalizations are function calls in the model's own code, and stay as they are")
     if not num_norms:
         return
     if (reached := advice.unnormalized) is not None:
         names = [name for name in advice.norm_layers if name in reached]
-        opt.put(
+        put(
             f"\nscales and shifts of {len(reached)} of {num_norms} norm layers reach the output past no "
-            "other norm" + (f": {opt.some(names, len(names) if list_sites else 3)}" if names else "")
+            "other norm" + (f": {some(names, len(names) if list_sites else 3)}" if names else "")
         )
-    opt.put(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
+    put(f"\nfor batches of {advice.train_batch_size} in training ({advice.train_batch_source}):")
     rows = [[t.name, t.fits, t.reason] for t in advice.techniques]
     table(["technique", "fits", "why"], rows)
     if advice.ranges is not None:
@@ -128,7 +124,7 @@ def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
     from .render import table
 
     beyond = [r for r in ranges if r.is_beyond_training]
-    opt.put(
+    put(
         f"\nnormalized values, in standard deviations: {len(beyond)} of {len(ranges)} norm layers go beyond "
         "what was possible in training"
     )

@@ -3,11 +3,21 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bnpatch.core.errors import BnpatchError
+
 from . import options as opt
+from . import recipes
+from .console import say
+
+if TYPE_CHECKING:
+    from bnpatch.core.recipe import Recipe
+    from bnpatch.models.latency import Latency
+    from bnpatch.models.onnx_model import OnnxModel
+    from bnpatch.models.torch_model import TorchModel
 
 #: The alpha that is measured; any alpha above 0 costs the same.
 _USUAL_ALPHA = 0.01
@@ -40,34 +50,21 @@ def bench(
 
     bnpatch bench model.onnx --recipe bnpatch-out/recipe.json -b 8 --threads 1
     """
-    from bnpatch import BnpatchError
     from bnpatch.models.latency import measure
 
     from .render import table
 
     if recipe is not None and alpha is not None:
         raise BnpatchError("--recipe and --alpha both say what to patch with", "leave one out")
-    chosen = opt.recipe_of(recipe)
+    chosen = recipes.read(recipe)
     loaded = loading.open(model, chosen)
-    is_patched = not loaded.weights.is_identity(loaded.identities())
-    if chosen is not None:
-        if is_patched:
-            raise BnpatchError(
-                f"{model} is patched already", "leave out --recipe, or give the model as it was"
-            )
-        loaded.apply(chosen)
-        what = "the recipe"
-    elif alpha is None and is_patched:
-        what = "the model's own weights"
-    else:
-        loaded.set_alphas(_USUAL_ALPHA if alpha is None else alpha)
-        what = f"alpha = {_USUAL_ALPHA}, for want of a recipe" if alpha is None else f"alpha = {alpha:g}"
+    what = _patch(loaded, chosen, alpha, model)
     alphas = loaded.alphas()
     num_patched = sum(alphas[name] != identity for name, identity in loaded.identities().items())
-    opt.say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
+    say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:
-        opt.say("note           the interval is wide: measure longer (--seconds), or on a quieter machine")
+        say("note           the interval is wide: measure longer (--seconds), or on a quieter machine")
     if as_json:
         content = {
             "model": loaded.name,
@@ -80,14 +77,28 @@ def bench(
         }
         typer.echo(json.dumps(content))
         return
-    rows = [
-        [
-            name,
-            f"{1000 * latency.seconds:.2f} ms",
-            f"{latency.images_per_second:.1f}",
-            f"{latency.ratio:.2f}x",
-            f"[{latency.low:.2f}x, {latency.high:.2f}x]" if latency is not original else "",
-        ]
-        for name, latency in (("as it is", original), ("patched", patched))
-    ]
+    interval = f"[{patched.low:.2f}x, {patched.high:.2f}x]"
+    rows = [_row("as it is", original, ""), _row("patched", patched, interval)]
     table([f"batch of {batch_size}", "time", "images/s", "ratio", "95% interval"], rows)
+
+
+def _patch(
+    loaded: "TorchModel | OnnxModel", recipe: "Recipe | None", alpha: float | None, called: str
+) -> str:
+    """Patch the model as asked, and say with what."""
+    if recipe is not None:
+        recipes.check_unpatched(loaded, called)
+        loaded.apply(recipe)
+        return "the recipe"
+    if alpha is not None:
+        loaded.set_alphas(alpha)
+        return f"alpha = {alpha:g}"
+    if not loaded.weights.is_identity(loaded.identities()):
+        return "the model's own weights"
+    loaded.set_alphas(_USUAL_ALPHA)
+    return f"alpha = {_USUAL_ALPHA}, for want of a recipe"
+
+
+def _row(name: str, latency: "Latency", interval: str) -> list[str]:
+    time, rate = f"{1000 * latency.seconds:.2f} ms", f"{latency.images_per_second:.1f}"
+    return [name, time, rate, f"{latency.ratio:.2f}x", interval]

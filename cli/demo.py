@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bnpatch.core.errors import BnpatchError
+from bnpatch.core.io import atomic_path, check_writable, writing_to
+
 from . import options as opt
+from .console import say
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,41 +33,28 @@ def demo(
     half is written as a camera behind fogged glass would see it, with contrast x 0.6. Then the very
     command runs that you would use.
     """
-    from bnpatch.core.io import check_writable
-
     check_writable(output)
-    images, labels = _digits()
+    images, labels = digits()
     half = len(images) // 2
-    opt.say(f"training a small ResNet on {half} handwritten digits (scikit-learn), {epochs} epochs")
-    _train(images[:half], labels[:half], epochs, seed, output / "model.pt")
+    say(f"training a small ResNet on {half} handwritten digits (scikit-learn), {epochs} epochs")
+    train_classifier(images[:half], labels[:half], epochs, seed, output / "model.pt")
     foggy = 127.5 + CONTRAST * (images[half:].astype(float) - 127.5)
-    _write_folders(foggy.round().astype("uint8"), labels[half:], output / "val")
-    opt.say(f"wrote {output / 'model.pt'}")
-    opt.say(f"wrote {len(foggy)} other digits, with contrast x {CONTRAST}, to {output / 'val'}/")
-    opt.say("\n$ bnpatch tune-alpha model.pt --data val/")
-    command = [
-        sys.executable,
-        "-m",
-        "bnpatch_cli",
-        "tune-alpha",
-        "model.pt",
-        "--data",
-        "val/",
-        "--seed",
-        str(seed),
-    ]
+    write_folders(foggy.round().astype("uint8"), labels[half:], output / "val")
+    say(f"wrote {output / 'model.pt'}")
+    say(f"wrote {len(foggy)} other digits, with contrast x {CONTRAST}, to {output / 'val'}/")
+    say("\n$ bnpatch tune-alpha model.pt --data val/")
+    command = [sys.executable, "-m", "bnpatch_cli", "tune-alpha", "model.pt", "--data", "val/"]
+    command += ["--seed", str(seed)]
     code = subprocess.run(command, cwd=output, check=False).returncode
     if code == 0:
-        opt.say(f"\nthe report is in {output / 'bnpatch-out' / 'report.html'}")
+        say(f"\nthe report is in {output / 'bnpatch-out' / 'report.html'}")
     raise typer.Exit(code)
 
 
-def _digits() -> tuple["npt.NDArray[Any]", "npt.NDArray[Any]"]:
+def digits() -> tuple["npt.NDArray[Any]", "npt.NDArray[Any]"]:
     """1,797 digits as bytes (N, SIDE, SIDE), dark on light, and their classes; shuffled."""
     import numpy as np
     from PIL import Image
-
-    from bnpatch.core.errors import BnpatchError
 
     try:
         from sklearn.datasets import load_digits
@@ -80,15 +71,13 @@ def _digits() -> tuple["npt.NDArray[Any]", "npt.NDArray[Any]"]:
     return 255 - np.stack(large), bunch.target[order]
 
 
-def _train(
+def train_classifier(
     images: "npt.NDArray[Any]", labels: "npt.NDArray[Any]", epochs: int, seed: int, path: Path
 ) -> None:
     """Train timm's test_resnet with plain Batch Norm, and write it as timm's training script does."""
     import timm
     import torch
     import torch.nn.functional as F
-
-    from bnpatch.core.io import atomic_path
 
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
@@ -115,11 +104,9 @@ def _train(
         torch.save(content, temporary)
 
 
-def _write_folders(images: "npt.NDArray[Any]", labels: "npt.NDArray[Any]", folder: Path) -> None:
+def write_folders(images: "npt.NDArray[Any]", labels: "npt.NDArray[Any]", folder: Path) -> None:
     """Write images as PNG files in a folder per class."""
     from PIL import Image
-
-    from bnpatch.core.io import writing_to
 
     with writing_to(folder):
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):

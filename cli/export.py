@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
+import bnpatch
+from bnpatch.core.errors import BnpatchError
+
 from . import options as opt
+from . import recipes
+from .console import put
 
 
 @opt.in_groups
@@ -36,35 +41,28 @@ def export(
 
     bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
     """
-    from bnpatch import BnpatchError, export_onnx, open_examples
-    from bnpatch.report.text import recommendation
-
     if output.suffix != ".onnx":
         raise BnpatchError(f"{output} does not end in .onnx", "name a file that does")
     if Path(model).exists() and output.exists() and output.samefile(model):
         raise BnpatchError(f"{output} is the model itself", "choose another --output")
-    chosen = opt.recipe_of(recipe)
+    chosen = recipes.read(recipe)
     loaded = loading.open(model, chosen)
     if chosen is not None:
-        if says := recommendation(chosen):
-            opt.say(f"recipe         {says}")
-        loaded.apply(chosen)
+        recipes.apply(chosen, loaded)
     images = None
     if data is not None:
-        images = next(open_examples(data, loaded, limit=32, labels="optional").batches(32)).x
-    done = export_onnx(loaded, output, alpha_inputs=alpha_input, images=images)
+        images = next(bnpatch.open_examples(data, loaded, limit=32, labels="optional").batches(32)).x
+    done = bnpatch.export_onnx(loaded, output, alpha_inputs=alpha_input, images=images)
     if as_json:
         typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
         return
     batches = ", ".join(map(str, done.batches))
     size = " x ".join(map(str, loaded.preprocessing.input_size))
     norm_layers = f"{len(done.patched)} of {len(loaded.inventory().norm_layers)} norm layers weigh examples"
-    opt.put(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
+    put(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
     if not done.patched:
-        opt.put(
-            "nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with")
-        )
-    opt.put(
+        put("nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with"))
+    put(
         f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
         f"{done.mean_deviation:.1e} on average (batches of {batches}, {size})"
     )

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bnpatch.core.errors import BnpatchError
+
 from . import options as opt
 from .advice import Advice, advise, print_advice
+from .console import put, say, some
 
 if TYPE_CHECKING:
     from bnpatch.core.inventory import AnyNormLayer, Inventory, SkippedNorm
@@ -51,7 +54,7 @@ def inspect(
     facts = _look(loaded, model)
     if isinstance(loaded, OnnxModel):
         if data is not None or train_batch_size is not None:
-            opt.say("note           advice on training and output ranges need a torch model")
+            say("note           advice on training and output ranges need a torch model")
         advice = None
     else:
         advice = advise(loaded, data, train_batch_size, reading)
@@ -97,7 +100,6 @@ class _Facts:
 
 
 def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
-    from bnpatch.core.errors import BnpatchError
     from bnpatch.models.onnx_model import OnnxModel
 
     try:
@@ -105,7 +107,7 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
         fused = loaded.fused_convs()
         calls = () if isinstance(loaded, OnnxModel) else loaded.functional_norms()
     except BnpatchError as error:  # the inventory also works for a model that is no classifier
-        opt.say(f"note           {error.problem}")
+        say(f"note           {error.problem}")
         shapes, outputs, fused, calls = {}, None, (), ()
     file = Path(model)
     return _Facts(
@@ -125,13 +127,13 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
     from .render import table
 
     found, single = facts.found, facts.single_value
-    opt.say(f"outputs        {facts.outputs or 'unknown'}")
+    say(f"outputs        {facts.outputs or 'unknown'}")
     if facts.size is not None:
         opset = f", opset {facts.opset}" if facts.opset is not None else ""
-        opt.say(f"file           {facts.size / 1e6:.1f} MB{opset}")
-    opt.say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
-    opt.say("")
-    opt.put(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
+        say(f"file           {facts.size / 1e6:.1f} MB{opset}")
+    say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
+    say("")
+    put(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
     if list_norms:
         weights = {"alpha": facts.alphas} | ({"slope": facts.slopes} if any(facts.slopes.values()) else {})
         rows = [
@@ -145,16 +147,16 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
         rows = [[kind, shape, count] for (kind, shape), count in groups.items()]
         table(["kind", "map", "norm layers"], rows)
     if single:
-        names = opt.some(single, len(single) if list_norms else 3)
-        opt.put(f"{len(single)} more see one value per channel and stay plain: {names}")
-        opt.put("(an example has no variance there: its weight would mostly shrink the signal)")
+        names = some(single, len(single) if list_norms else 3)
+        put(f"{len(single)} more see one value per channel and stay plain: {names}")
+        put("(an example has no variance there: its weight would mostly shrink the signal)")
     if facts.fused:
-        opt.put(
+        put(
             f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm fused into it: "
-            + opt.some(facts.fused)
+            + some(facts.fused)
         )
     if facts.skipped_norms:
-        opt.put(f"\n{len(facts.skipped_norms)} norms are skipped")
+        put(f"\n{len(facts.skipped_norms)} norms are skipped")
         reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
 

@@ -112,3 +112,15 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=label, completed=done, total=total)
 
         yield progress
+
+
+def counter(progress: Callable[[str, int, int], None], label: str, total: int) -> Callable[[int], None]:
+    """A function that is told how many more examples are done, and moves a bar."""
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(label, done, total)
+
+    return count

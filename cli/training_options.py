@@ -1,13 +1,16 @@
-"""Options of ``bnpatch fine-tune``: which techniques, and how to train."""
+"""Options of ``bnpatch fine-tune``: what for, with which techniques, and how to train."""
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options as opt
+from bnpatch.core.errors import BnpatchError
+
+from .console import say
+from .options import panel
 
 if TYPE_CHECKING:
     from bnpatch.data.dataset import Examples
@@ -15,12 +18,25 @@ if TYPE_CHECKING:
     from bnpatch.finetune.techniques import Choice
     from bnpatch.models.torch_model import TorchModel
 
-_NORMS = "Techniques"
-_TRAINING = "Training"
+_norms, _training = panel("Techniques"), panel("Training")
 
 
-def _option(*names: str, panel: str, **settings: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, **settings)
+@dataclass(frozen=True)
+class Run:
+    """What a run is for, and how it is judged."""
+
+    metric: Annotated[str, typer.Option(help="accuracy or cross-entropy.")] = "accuracy"
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="Give the model a new classifier for the classes of --data.")
+    ] = False
+    trials: Annotated[int, typer.Option(min=1, help="Weights of the example to try afterwards.")] = 15
+    holdout: Annotated[
+        float, typer.Option(help="Part of --val that gives the verdict, unseen by everything.")
+    ] = 0.5
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the last run was cut off.")] = False
+    seeds: Annotated[
+        int, typer.Option(min=0, help="Compare the techniques one by one over so many seeds; 0: don't.")
+    ] = 0
 
 
 @dataclass(frozen=True)
@@ -29,32 +45,26 @@ class Techniques:
 
     ghost_batch_size: Annotated[
         str,
-        _option(help="Examples whose moments are pooled; auto, or 0 for the whole batch.", panel=_NORMS),
+        _norms(help="Examples whose moments are pooled; auto, or 0 for the whole batch."),
     ] = "auto"
     channels_per_group: Annotated[
         int | None,
-        _option(min=1, help="Pool so many channels too (Batch/Group Norm). Default: as auto.", panel=_NORMS),
+        _norms(min=1, help="Pool so many channels too (Batch/Group Norm). Default: as auto."),
     ] = None
-    norm_weight_decay: Annotated[
-        str, _option(help="Decay of scales and shifts; auto, or a number.", panel=_NORMS)
-    ] = "auto"
+    norm_weight_decay: Annotated[str, _norms(help="Decay of scales and shifts; auto, or a number.")] = "auto"
     norm_weight_decay_sites: Annotated[
-        str, _option(help="reachable: where no later norm undoes it; or all.", panel=_NORMS)
+        str, _norms(help="reachable: where no later norm undoes it; or all.")
     ] = "reachable"
-    gamma_toward: Annotated[
-        int, _option(min=0, max=1, help="Where scales decay to, 1 or 0.", panel=_NORMS)
-    ] = 1
+    gamma_toward: Annotated[int, _norms(min=0, max=1, help="Where scales decay to, 1 or 0.")] = 1
     decoupled: Annotated[
         bool,
-        _option(
-            "--decoupled", help="Decay scales and shifts as AdamW does, not as an L2 loss.", panel=_NORMS
-        ),
+        _norms("--decoupled", help="Decay scales and shifts as AdamW does, not as an L2 loss."),
     ] = False
     choose: Annotated[
-        str, _option(help="What auto means: guidance (by batch size) or search (by trying).", panel=_NORMS)
+        str, _norms(help="What auto means: guidance (by batch size) or search (by trying).")
     ] = "guidance"
-    choose_trials: Annotated[int, _option(min=2, help="Short runs of the search.", panel=_NORMS)] = 12
-    choose_epochs: Annotated[int, _option(min=1, help="Epochs of each of them.", panel=_NORMS)] = 3
+    choose_trials: Annotated[int, _norms(min=2, help="Short runs of the search.")] = 12
+    choose_epochs: Annotated[int, _norms(min=1, help="Epochs of each of them.")] = 3
 
     def settle(
         self,
@@ -74,7 +84,7 @@ class Techniques:
         if is_auto or self.norm_weight_decay == "auto":
             chosen = self._choose(model, examples, settings, database, resume)
             for reason in chosen.reasons:
-                opt.say(f"               {reason}")
+                say(f"               {reason}")
             settings = chosen.settings(settings)
         if not is_auto:
             ghost = None if self.ghost_batch_size == "auto" else int(self.ghost_batch_size)
@@ -92,13 +102,10 @@ class Techniques:
         return replace(settings, norm_decay=decay)
 
     def _check(self) -> None:
-        from bnpatch.core.errors import BnpatchError
-
-        for name, value in (
-            ("ghost-batch-size", self.ghost_batch_size),
-            ("norm-weight-decay", self.norm_weight_decay),
+        for name, value, number in (
+            ("ghost-batch-size", self.ghost_batch_size, int),
+            ("norm-weight-decay", self.norm_weight_decay, float),
         ):
-            number = int if name.startswith("ghost") else float
             try:
                 is_number = value == "auto" or number(value) >= 0
             except ValueError:
@@ -120,17 +127,15 @@ class Techniques:
         database: Path,
         resume: bool,
     ) -> "Choice":
-        from bnpatch.finetune.techniques import by_guidance, by_search
+        from bnpatch.finetune.config import Callbacks
+        from bnpatch.finetune.technique_search import by_search
+        from bnpatch.finetune.techniques import by_guidance
 
         from .render import progress_bar
 
         if self.choose == "guidance":
             return by_guidance(model, settings)
         with progress_bar() as progress:
-
-            def show(name: str, score: float | None) -> None:
-                opt.say(f"tried          {name}: {'given up' if score is None else f'{score:.4f}'}")
-
             return by_search(
                 model,
                 examples,
@@ -139,8 +144,7 @@ class Techniques:
                 epochs=self.choose_epochs,
                 database=database,
                 resume=resume,
-                on_trial=show,
-                progress=progress,
+                callbacks=Callbacks(progress=progress, tell=say),
             )
 
 
@@ -148,42 +152,38 @@ class Techniques:
 class Training:
     """How to train."""
 
-    epochs: Annotated[int, _option(min=1, help="Passes over the images.", panel=_TRAINING)] = 10
-    lr: Annotated[float, _option(help="Learning rate at its top.", panel=_TRAINING)] = 0.01
-    optimizer: Annotated[str, _option(help="Name of timm's: sgd, adamw, lamb.", panel=_TRAINING)] = "sgd"
-    momentum: Annotated[float, _option(panel=_TRAINING)] = 0.9
-    weight_decay: Annotated[float, _option(min=0, help="Of the other weights.", panel=_TRAINING)] = 1e-4
-    schedule: Annotated[str, _option(help="cosine, tanh, step, poly.", panel=_TRAINING)] = "cosine"
-    warmup_epochs: Annotated[int, _option(min=0, panel=_TRAINING)] = 0
-    accumulate: Annotated[int, _option(min=1, help="Batches per step.", panel=_TRAINING)] = 1
-    clip_grad: Annotated[float | None, _option(min=0, help="Largest norm of it.", panel=_TRAINING)] = None
-    smoothing: Annotated[float, _option(min=0, max=1, help="Of labels.", panel=_TRAINING)] = 0.0
-    ema: Annotated[
-        float | None, _option(min=0, max=1, help="Average the weights, decaying so.", panel=_TRAINING)
-    ] = None
+    epochs: Annotated[int, _training(min=1, help="Passes over the images.")] = 10
+    lr: Annotated[float, _training(help="Learning rate at its top.")] = 0.01
+    optimizer: Annotated[str, _training(help="Name of timm's: sgd, adamw, lamb.")] = "sgd"
+    momentum: Annotated[float, _training()] = 0.9
+    weight_decay: Annotated[float, _training(min=0, help="Of the other weights.")] = 1e-4
+    schedule: Annotated[str, _training(help="cosine, tanh, step, poly.")] = "cosine"
+    warmup_epochs: Annotated[int, _training(min=0)] = 0
+    accumulate: Annotated[int, _training(min=1, help="Batches per step.")] = 1
+    clip_grad: Annotated[float | None, _training(min=0, help="Largest norm of it.")] = None
+    smoothing: Annotated[float, _training(min=0, max=1, help="Of labels.")] = 0.0
+    ema: Annotated[float | None, _training(min=0, max=1, help="Average the weights, decaying so.")] = None
     patience: Annotated[
-        int | None, _option(min=1, help="Stop after so many epochs without a better score.", panel=_TRAINING)
+        int | None, _training(min=1, help="Stop after so many epochs without a better score.")
     ] = None
-    precision: Annotated[str, _option(help="no, fp16 or bf16.", panel=_TRAINING)] = "no"
+    precision: Annotated[str, _training(help="no, fp16 or bf16.")] = "no"
     min_scale: Annotated[
-        float, _option(help="Smallest part of an image that a crop keeps; 1: no crop.", panel=_TRAINING)
+        float, _training(help="Smallest part of an image that a crop keeps; 1: no crop.")
     ] = 0.35
-    hflip: Annotated[float, _option(min=0, max=1, help="Flip with this probability.", panel=_TRAINING)] = 0.5
-    auto_augment: Annotated[
-        str | None, _option(help="timm's policy, as rand-m9-mstd0.5.", panel=_TRAINING)
-    ] = None
-    random_erasing: Annotated[float, _option(min=0, max=1, panel=_TRAINING)] = 0.0
-    mixup: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
-    cutmix: Annotated[float, _option(min=0, panel=_TRAINING)] = 0.0
+    hflip: Annotated[float, _training(min=0, max=1, help="Flip with this probability.")] = 0.5
+    auto_augment: Annotated[str | None, _training(help="timm's policy, as rand-m9-mstd0.5.")] = None
+    random_erasing: Annotated[float, _training(min=0, max=1)] = 0.0
+    mixup: Annotated[float, _training(min=0)] = 0.0
+    cutmix: Annotated[float, _training(min=0)] = 0.0
 
     def settings(
         self, metric: str, batch_size: int, workers: int | None, seed: int, num_examples: int
     ) -> "FineTuneSettings":
         """The library's settings, without techniques."""
-        if workers is None:  # starting a process costs as much as decoding a few hundred images
-            workers = min(8, os.cpu_count() or 1, num_examples // 1024)
         from bnpatch.finetune.config import Augmentation, FineTuneSettings
 
+        if workers is None:  # starting a process costs as much as decoding a few hundred images
+            workers = min(8, os.cpu_count() or 1, num_examples // 1024)
         images = ("min_scale", "hflip", "auto_augment", "random_erasing", "mixup", "cutmix")
         values = dict(vars(self))
         augmentation = Augmentation(**{name: values.pop(name) for name in images})

@@ -44,9 +44,9 @@ def on_the_cpu(request):
 @pytest.fixture(scope="session")
 def digits():
     """Handwritten digits: (images, labels) to fit a classifier to, and others."""
-    from bnpatch_cli.demo import _digits
+    from bnpatch_cli import demo
 
-    images, labels = _digits()
+    images, labels = demo.digits()
     return (images[:DIGITS], labels[:DIGITS]), (images[-DIGITS:], labels[-DIGITS:])
 
 
@@ -85,10 +85,10 @@ def foggy(clean, classifier):
 @pytest.fixture(scope="session")
 def folder(foggy, tmp_path_factory):
     """Some foggy digits as PNG files in a folder per class."""
-    from bnpatch_cli.demo import _write_folders
+    from bnpatch_cli import demo
 
     path = tmp_path_factory.mktemp("val")
-    _write_folders(foggy[0][:120], foggy[1][:120], path)
+    demo.write_folders(foggy[0][:120], foggy[1][:120], path)
     return path
 
 

@@ -8,6 +8,7 @@ import torch
 
 import bnpatch
 from bnpatch.finetune.config import Augmentation, FineTuneSettings
+from bnpatch.finetune.data import RunExamples
 from bnpatch.finetune.trainer import train
 from bnpatch.models.latency import measure
 from tests.search.tiny import classifier, small
@@ -58,7 +59,7 @@ def test_training_in_every_precision(load, digits, clean, precision):
         precision=precision,
         augmentation=Augmentation(min_scale=1.0, hflip=0.0),
     )
-    result = train(model, *data, settings)
+    result = train(model, RunExamples(*data), settings)
     assert next(model.module.parameters()).device.type == "cuda"
     assert all(np.isfinite(epoch.train_loss) for epoch in result.history)
 

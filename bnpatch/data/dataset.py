@@ -36,54 +36,60 @@ class Examples:
     """A data set that can be read in batches any number of times.
 
     Decoded examples stay in memory as bytes, up to ``cache_gb``; the rest is decoded again in each pass.
-    Examples that can't be read are left out and listed in ``skipped``. ``left_out`` has by name the files and
-    folders beside them that are no examples, such as what tools leave behind, and why. ``groups`` has the
-    number of the group of each example, of shape (N,), or is None if all are independent; see
-    :mod:`bnpatch.data.groups`.
+    Examples that can't be read are left out.
 
     Args:
         source: where the images come from.
         targets: class index of each example, of shape (N,), -1 if it is not known; or anything else that a
-            metric compares outputs with, of shape (N, ...).
+            metric compares outputs with, of shape (N, ...); None if no example has a target.
         transform: converts an image to bytes (C, H, W).
         classes: whether the targets are class indices.
-        labelled: which examples have a target, of shape (N,); by default those whose class is known.
         num_workers: number of decoding threads; None for a number that suits the machine and the data, which
             is 0 for a data set of the user's own, because it may not be safe to read from several threads.
         cache_gb: memory for decoded examples, in units of 10^9 bytes.
         strict: raise an error at the first example that can't be read.
         pin_memory: return batches in pinned memory, from which a GPU copies asynchronously.
+
+    Attributes:
+        labelled: which examples have a target, of shape (N,).
+        skipped: why examples can't be read, by index.
+        left_out: by name, why files and folders are no examples, such as what tools leave behind.
+        as_they_are: whether inputs are floats, to which no preprocessing is applied.
+        in_memory: whether the source is in memory, so that it needs no cache and no threads.
+        groups: number of the group of each example, of shape (N,); None if all are independent, see
+            :mod:`bnpatch.data.groups`.
+        sketches: sketches of the examples read so far, to find near-copies.
     """
 
     def __init__(
         self,
         source: Source,
-        targets: npt.ArrayLike,
+        targets: npt.ArrayLike | None,
         transform: ItemTransform,
         *,
         classes: bool = True,
-        labelled: npt.NDArray[np.bool_] | None = None,
         num_workers: int | None = None,
         cache_gb: float = 4.0,
         strict: bool = False,
         pin_memory: bool = False,
     ) -> None:
+        has_targets = targets is not None
+        if targets is None:
+            targets = np.full(len(source), -1)
         self.source = source
         self.targets: npt.NDArray[Any] = np.asarray(targets, dtype=np.int64 if classes else None)
         self.classes = classes
-        if labelled is None:
-            labelled = self.targets >= 0 if classes else np.ones(len(self.targets), dtype=np.bool_)
-        self.labelled = labelled
+        self.labelled = self.targets >= 0 if classes else np.full(len(self.targets), has_targets)
         self.transform = transform
         self.num_workers = num_workers
         self.strict = strict
         self.pin_memory = pin_memory
         self.skipped: dict[int, str] = {}
         self.left_out: dict[str, str] = {}
-        self.as_they_are = False  # the inputs are floats, to which no preprocessing is applied
-        self.in_memory = False  # the source is in memory, so that it needs no cache and no threads
+        self.as_they_are = False
+        self.in_memory = False
         self.groups: Indices | None = None
-        self.sketches = Sketches()  # of the examples read so far, to find near-copies
+        self.sketches = Sketches()
         self._cache = _Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:

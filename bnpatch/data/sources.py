@@ -102,24 +102,19 @@ def open_examples(
     x = first[None] if isinstance(first, Tensor) else None
     if x is not None and x.is_floating_point() and x.ndim == 4:
         _take_size(model, x)
-    if targets is None:
-        targets, labelled = np.full(len(source), -1), np.zeros(len(source), np.bool_)
-        if classes:
-            model.num_outputs(x)  # raises an error if the model is no classifier
-    else:
+    transform = model.preprocessing.transform()
+    if targets is not None:
         if classes and targets.ndim == 2 and targets.shape[1] == 1:  # a column
             targets = targets[:, 0]
         classes = _check_targets(targets, len(source), model, x, classes, optional)
-        labelled = targets >= 0 if classes else np.ones(len(targets), np.bool_)
-    transform = model.preprocessing.transform()
-    if targets.ndim > 2 and isinstance(first, Image.Image) and _changes(transform, first):
-        raise BnpatchError(
-            f"the images would be resized or cropped, their targets of shape {targets.shape} would not",
-            "give the inputs as floats, just as the model takes them",
-        )
-    examples = Examples(
-        source, targets, transform, classes=classes, labelled=labelled, cache_gb=cache_gb, **options
-    )
+        if targets.ndim > 2 and isinstance(first, Image.Image) and _changes(transform, first):
+            raise BnpatchError(
+                f"the images would be resized or cropped, their targets of shape {targets.shape} would not",
+                "give the inputs as floats, just as the model takes them",
+            )
+    elif classes:
+        model.num_outputs(x)  # raises an error if the model is no classifier
+    examples = Examples(source, targets, transform, classes=classes, cache_gb=cache_gb, **options)
     examples.as_they_are = isinstance(first, Tensor) and first.is_floating_point()
     examples.left_out = source.left_out if isinstance(source, FileImages) else {}
     examples.in_memory = isinstance(source, ArrayInputs) and source.mode is None

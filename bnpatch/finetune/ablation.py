@@ -1,17 +1,18 @@
 """Ablation: train with each technique alone and with all together, and compare."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.data.dataset import Examples, Indices, split
+from bnpatch.data.dataset import Examples, split
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, Metric, student
-from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.config import Callbacks, FineTuneSettings
+from bnpatch.finetune.data import RunExamples
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.techniques import CHANNELS_PER_GROUP, by_guidance, decayed_norms
 from bnpatch.finetune.trainer import train
@@ -21,6 +22,7 @@ from bnpatch.search.tune import tune_alpha
 #: Name of the run without any technique.
 NONE = "none"
 _METRICS = (ACCURACY, CROSS_ENTROPY)
+_TRIALS = 15  # alphas to try
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,7 @@ def ablate(
     *,
     seeds: int = 1,
     holdout: float = 0.5,
-    trials: int = 15,
-    tell: Callable[[str], None] = lambda note: None,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    callbacks: Callbacks | None = None,
 ) -> list[Contribution]:
     """Train with no technique, with each alone and with all, and score held-out examples.
 
@@ -90,11 +90,12 @@ def ablate(
         settings: settings of all runs, except for the techniques; their seed is the first one.
         seeds: number of seeds for each technique.
         holdout: fraction of the validation examples that is scored, and not used to select.
-        trials: number of alphas to try.
-        tell: called before each run with a description of it.
-        progress: see :func:`bnpatch.finetune.trainer.train`.
+        callbacks: functions to call meanwhile.
     """
+    callbacks = callbacks or Callbacks()
+    in_training = Callbacks(progress=callbacks.progress)
     selection, held_out = split(val_examples.strata, holdout, settings.seed)
+    examples = RunExamples(train_examples, val_examples, selection=selection)
     named = variants(model, settings)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in named}
     for seed in range(settings.seed, settings.seed + seeds):
@@ -102,51 +103,41 @@ def ablate(
         for name, (wanted, is_tuned) in named.items():
             key = str((wanted.spec, wanted.norm_decay))
             if key not in trained:  # example weighing needs no training of its own
-                tell(f"comparing      {name}, seed {seed}")
+                callbacks.tell(f"comparing      {name}, seed {seed}")
                 trained[key] = replace(model, module=copy.deepcopy(model.module))
-                train(
-                    trained[key],
-                    train_examples,
-                    val_examples,
-                    replace(wanted, seed=seed),
-                    selection=selection,
-                    progress=progress,
-                )
-            scores[name].append(
-                _held_out(trained[key], val_examples, held_out, settings, holdout, trials if is_tuned else 0)
-            )
-    return [
-        Contribution(
-            name,
-            {m.name: [run[m.name] for run in runs] for m in _METRICS},
-            {
-                m.name: [run[m.name] - base[m.name] for run, base in zip(runs, scores[NONE], strict=True)]
-                for m in _METRICS
-            },
-        )
-        for name, runs in scores.items()
-    ]
+                train(trained[key], examples, replace(wanted, seed=seed), callbacks=in_training)
+            if is_tuned:
+                found = _tuned(trained[key], val_examples, settings, holdout)
+            else:
+                means = evaluate(trained[key], val_examples, _METRICS, indices=held_out)
+                found = {metric.name: means.mean(metric) for metric in _METRICS}
+            scores[name].append(found)
+    return [_contribution(name, runs, scores[NONE]) for name, runs in scores.items()]
 
 
-def _held_out(
-    model: TorchModel,
-    examples: Examples,
-    held_out: Indices,
-    settings: FineTuneSettings,
-    holdout: float,
-    trials: int,
+def _contribution(
+    name: str, runs: Sequence[Mapping[str, float]], plain: Sequence[Mapping[str, float]]
+) -> Contribution:
+    """Compare the scores of a technique with those of plain Batch Norm, seed by seed."""
+    scores = {m.name: [run[m.name] for run in runs] for m in _METRICS}
+    changes = {
+        m.name: [run[m.name] - other[m.name] for run, other in zip(runs, plain, strict=True)]
+        for m in _METRICS
+    }
+    return Contribution(name, scores, changes)
+
+
+def _tuned(
+    model: TorchModel, examples: Examples, settings: FineTuneSettings, holdout: float
 ) -> dict[str, float]:
-    """Means over the held-out examples, with alpha tuned on the others where there are trials."""
-    if not trials:
-        scores = evaluate(model, examples, _METRICS, indices=held_out)
-        return {metric.name: scores.mean(metric) for metric in _METRICS}
+    """Tune alpha on a part of the examples, and return the means over the held-out ones."""
     # All runs use the seed of the split. One alpha for all norm layers is the paper's technique.
     tuned = tune_alpha(
         model,
         examples,
         metric=settings.metric,
         granularity="global",
-        trials=trials,
+        trials=_TRIALS,
         holdout=holdout,
         seed=settings.seed,
     )

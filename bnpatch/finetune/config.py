@@ -1,13 +1,17 @@
 """Settings of a fine-tuning run."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.finetune.norm_decay import NormDecay
+
+if TYPE_CHECKING:
+    from bnpatch.finetune.checkpoint import Epoch
 
 _PRECISIONS = ("no", "fp16", "bf16")
 
@@ -131,3 +135,18 @@ class FineTuneSettings:
         if decay is not None:  # the key in files since the first version
             values["norm_decay"]["sites"] = values["norm_decay"].pop("norm_layers")
         return values
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that training calls while it lasts.
+
+    Attributes:
+        progress: called with a label, the examples done, and the number of all examples.
+        on_epoch: called after each epoch.
+        tell: called with notes that the user should see at once.
+    """
+
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None
+    on_epoch: "Callable[[Epoch], None]" = lambda epoch: None
+    tell: Callable[[str], None] = lambda note: None

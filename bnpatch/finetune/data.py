@@ -19,13 +19,27 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.finetune.config import Augmentation
 from bnpatch.finetune.workers import loaded
 
-#: Function from (class indices (N,), batch size, random generator) to the batches of an epoch.
-Batching = Callable[[Indices, int, np.random.Generator], Sequence[Indices]]
+
+@dataclass(frozen=True)
+class RunExamples:
+    """The examples of a run, from :func:`bnpatch.open_examples`.
+
+    Attributes:
+        train: examples to train on.
+        val: examples to select the best epoch by.
+        subset: which of the training examples to use; None for all.
+        selection: which of the validation examples to use; None for all.
+    """
+
+    train: Examples
+    val: Examples
+    subset: Indices | None = None
+    selection: Indices | None = None
 
 
-def shuffled(targets: Indices, batch_size: int, rng: np.random.Generator) -> Sequence[Indices]:
-    """Divide all examples into batches in random order; an incomplete last batch is dropped."""
-    order = rng.permutation(len(targets))
+def shuffled(indices: Indices, batch_size: int, rng: np.random.Generator) -> Sequence[Indices]:
+    """Divide examples into batches in random order; an incomplete last batch is dropped."""
+    order = rng.permutation(indices)
     return np.split(order, range(batch_size, len(order), batch_size))[: len(order) // batch_size]
 
 
@@ -90,7 +104,6 @@ class TrainingData:
         examples: from :func:`bnpatch.open_examples`.
         subset: indices of the examples to use.
         images: augmented inputs of the examples.
-        batching: how an epoch is divided into batches.
         seed: seed of the run.
         workers: number of processes that load the images, see :func:`bnpatch.finetune.workers.affordable`.
         rank: number of this process.
@@ -100,7 +113,6 @@ class TrainingData:
     examples: Examples
     subset: Indices
     images: TrainingImages
-    batching: Batching
     seed: int
     workers: int
     rank: int = 0
@@ -109,10 +121,10 @@ class TrainingData:
     def batches(self, epoch: int, batch_size: int, accumulate: int = 1) -> list[Indices]:
         """The batches of this process in an epoch, as many as fill whole optimizer steps."""
         rng = np.random.default_rng(self._seed(epoch))
-        batches = self.batching(self.examples.targets[self.subset], batch_size, rng)
+        batches = shuffled(self.subset, batch_size, rng)
         per_step = self.processes * accumulate
         whole = len(batches) // per_step * per_step
-        return [self.subset[batch] for batch in batches[:whole][self.rank :: self.processes]]
+        return list(batches[:whole][self.rank :: self.processes])
 
     def load(self, batches: Sequence[Indices]) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """See :func:`load_batches`."""

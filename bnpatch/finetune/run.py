@@ -9,7 +9,8 @@ from bnpatch.data.dataset import Examples, split
 from bnpatch.evaluation.evaluate import compare_scores, evaluate
 from bnpatch.evaluation.metrics import Comparison
 from bnpatch.finetune.checkpoint import Epoch
-from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.config import Callbacks, FineTuneSettings
+from bnpatch.finetune.data import RunExamples
 from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.trainer import FineTuned, train
 from bnpatch.models.torch_model import TorchModel
@@ -79,16 +80,12 @@ def fine_tune(
     before = evaluate(model, val_examples, indices=held_out) if accelerator.is_main_process else None
     training = train(
         model,
-        train_examples,
-        val_examples,
+        RunExamples(train_examples, val_examples, selection=selection),
         settings,
-        selection=selection,
         output=output,
         resume=resume,
         accelerator=accelerator,
-        progress=progress,
-        on_epoch=on_epoch,
-        tell=tell,
+        callbacks=Callbacks(progress, on_epoch, tell),
     )
     # The same seed gives the same split: the part that selected the epoch tunes alpha, the rest is unseen.
     # Training has just updated the running statistics, so only one alpha is searched for, and no lambda.

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
-from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError, evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, METRICS
 from bnpatch.finetune.checkpoint import Epoch, load_state, save_state, write_history
-from bnpatch.finetune.config import FineTuneSettings
-from bnpatch.finetune.data import Batching, TrainingData, TrainingImages, check_same_classes, shuffled
+from bnpatch.finetune.config import Callbacks, FineTuneSettings
+from bnpatch.finetune.data import RunExamples, TrainingData, TrainingImages, check_same_classes
 from bnpatch.finetune.engine import Engine, copied, new_accelerator
 from bnpatch.finetune.moments import merge_processes, recalibrate
 from bnpatch.finetune.workers import affordable
@@ -53,19 +52,13 @@ class FineTuned:
 
 def train(
     model: TorchModel,
-    train_examples: Examples,
-    val_examples: Examples,
+    examples: RunExamples,
     settings: FineTuneSettings,
     *,
-    subset: Indices | None = None,
-    selection: Indices | None = None,
     output: Path | None = None,
     resume: bool = False,
-    batching: Batching = shuffled,
     accelerator: Any = None,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    tell: Callable[[str], None] = lambda note: None,
+    callbacks: Callbacks | None = None,
 ) -> FineTuned:
     """Train a model further, in place; it has the weights of its best epoch when this returns.
 
@@ -76,29 +69,21 @@ def train(
 
     Args:
         model: the model; its Batch Norm layers train as ``settings.spec`` says.
-        train_examples: examples to train on.
-        val_examples: examples to select the best epoch by.
+        examples: examples to train on, and to select the best epoch by.
         settings: settings of training.
-        subset: which of the training examples to use; None for all.
-        selection: which of the validation examples to use; None for all.
         output: folder for ``last.pt``, ``best.pt`` and ``metrics.csv``; None to write nothing.
         resume: whether to continue from ``last.pt``, if it exists.
-        batching: how an epoch is divided into batches.
         accelerator: an ``accelerate.Accelerator``; None to make one for the model's device.
-        progress: called with a label, the examples done, and the number of all examples.
-        on_epoch: called after each epoch.
-        tell: called with notes that the user should see at once.
+        callbacks: functions to call meanwhile.
 
     Raises:
         NotFiniteLossError: training diverged; ``best.pt`` has the best epoch before that.
         OutputsNotFiniteError: the model returned infinities or NaN before it was trained.
         BnpatchError: the settings don't fit the model or the data, or ``last.pt`` is of another run.
     """
-    check_same_classes(train_examples, val_examples, model.class_names)
-    run = _Run(
-        model, train_examples, val_examples, settings, subset, selection, output, batching, accelerator
-    )
-    run.progress, run.tell = progress, tell
+    check_same_classes(examples.train, examples.val, model.class_names)
+    callbacks, accelerator = callbacks or Callbacks(), accelerator or new_accelerator(settings, model.device)
+    run = _Run(model, examples, settings, output, accelerator, callbacks)
     if resume and output is not None and (output / "last.pt").exists():
         run.load(load_state(output / "last.pt", run.identity))
     while run.epoch < settings.epochs and not run.is_stale():
@@ -108,42 +93,36 @@ def train(
             run.halve_batch(error)
             continue
         run.keep()
-        on_epoch(run.history[-1])
+        callbacks.on_epoch(run.history[-1])
     return run.finish()
 
 
 class _Run:
     """A run: its state between epochs, and the training of an epoch."""
 
-    progress: Callable[[str, int, int], None]
-    tell: Callable[[str], None]
-
     def __init__(
         self,
         model: TorchModel,
-        train_examples: Examples,
-        val_examples: Examples,
+        examples: RunExamples,
         settings: FineTuneSettings,
-        subset: Indices | None,
-        selection: Indices | None,
         output: Path | None,
-        batching: Batching,
         accelerator: Any,
+        callbacks: Callbacks,
     ) -> None:
         self.model, self.settings, self.output = model, settings, output
-        self.examples, self.val_examples = train_examples, val_examples
-        self.selection = np.arange(len(val_examples)) if selection is None else selection
-        self.accelerator = accelerator or new_accelerator(settings, model.device)
-        images = TrainingImages(train_examples, model.preprocessing, settings.augmentation)
+        self.accelerator, self.callbacks = accelerator, callbacks
+        self.examples, self.val_examples = examples.train, examples.val
+        subset, selection = examples.subset, examples.selection
+        self.selection = np.arange(len(examples.val)) if selection is None else selection
+        images = TrainingImages(self.examples, model.preprocessing, settings.augmentation)
         self.data = TrainingData(
-            train_examples,
-            np.arange(len(train_examples)) if subset is None else subset,
-            images,
-            batching,
-            settings.seed,
-            0 if train_examples.in_memory else affordable(images, settings.workers),
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            examples=self.examples,
+            subset=np.arange(len(self.examples)) if subset is None else subset,
+            images=images,
+            seed=settings.seed,
+            workers=0 if self.examples.in_memory else affordable(images, settings.workers),
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
         )
         self.micro, self.accumulate = settings.batch_size, settings.accumulate
         self.history: list[Epoch] = []
@@ -156,17 +135,7 @@ class _Run:
                 f"{len(self.data.subset)} training examples are fewer than the {per_step} of a step",
                 "lower --batch-size",
             )
-        self.identity = {
-            "model": model.name,
-            "architecture": str(model.arch),
-            "norms": model.fingerprints(),
-            "data": {"train": train_examples.fingerprint(), "val": val_examples.fingerprint()},
-            "parts": [
-                hashlib.sha256(p.tobytes()).hexdigest()[:16] for p in (self.data.subset, self.selection)
-            ],
-            "settings": settings.to_json(),
-            "processes": self.accelerator.num_processes,
-        }
+        self.identity = self._identity()
         model.set_state(model.baseline())
         model.device = self.accelerator.device
         model.adopt(convert_norms(model.module, settings.spec))
@@ -175,6 +144,20 @@ class _Run:
             recalibrate(model.module, (x.to(model.device) for x, _, _ in self.data.load(batches)))
         self.engine = Engine(model, settings, len(self.data.subset) // per_step, self.accelerator)
         self.state = self._snapshot()
+
+    def _identity(self) -> dict[str, Any]:
+        """What identifies the run, as plain values: a run goes on only from its own files."""
+        data = {"train": self.examples.fingerprint(), "val": self.val_examples.fingerprint()}
+        parts = (self.data.subset, self.selection)
+        return {
+            "model": self.model.name,
+            "architecture": str(self.model.arch),
+            "norms": self.model.fingerprints(),
+            "data": data,
+            "parts": [hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in parts],
+            "settings": self.settings.to_json(),
+            "processes": self.accelerator.num_processes,
+        }
 
     @property
     def epoch(self) -> int:
@@ -236,7 +219,7 @@ class _Run:
     def _show(self, done: int, batches: int) -> None:
         epochs, size = self.settings.epochs, self.micro * self.accelerator.num_processes
         label = f"epoch {self.epoch + 1} of {epochs}"
-        self.progress(label, (self.epoch * batches + done) * size, epochs * batches * size)
+        self.callbacks.progress(label, (self.epoch * batches + done) * size, epochs * batches * size)
 
     def _check_finite(self, total: Tensor) -> None:
         if not bool(torch.isfinite(self.engine.total(total))):
@@ -322,7 +305,7 @@ class _Run:
         if self.settings.spec.examples_per_group is None:
             note += "; the norms now pool over the smaller batch"
         self.notes.append(note)
-        self.tell(note)
+        self.callbacks.tell(note)
 
     def _take_best(self) -> None:
         self.model.adopt(self.engine.release())

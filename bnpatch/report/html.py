@@ -3,81 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import SkippedNorm
 from bnpatch.core.text import visible
-from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.models.base import Model
-from bnpatch.report import text
+from bnpatch.report import tables, text
 from bnpatch.report.charts import curve_chart, depth_chart, distance_chart, recall_chart, trade_off_chart
 from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.curves import global_search_curves
 from bnpatch.report.pictures import galleries
+from bnpatch.report.tables import Cell, Row, Table, TrainingResults
 from bnpatch.search.latency_limit import dominated, knee
 from bnpatch.search.result import TuneResult
 
 #: Maximum number of rows in the tables of classes and of mistakes.
 MOST_CLASSES = 15
 
-# Number of unreadable images, and of norms of one kind, that are named; the others are counted.
-_NAMED_IMAGES, _NAMED_NORMS = 5, 4
+# Number of unreadable images that are named; the others are counted.
+_NAMED_IMAGES = 5
 
 _SYMBOLS = {"baseline": "■", "best": "◆"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """The results of fine-tuning a network before alpha was tuned.
-
-    Attributes:
-        comparisons: the fine-tuned and patched model against the checkpoint, on held-out examples.
-        contributions: name, accuracy, change, cross-entropy and change for each technique, as cells.
-    """
-
-    comparisons: Sequence[Comparison]
-    contributions: Sequence[Sequence[str]] = ()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: what it says.
-        notes: what stands below it, in small letters.
-        kind: "gain" or "loss" colours the last note, "chosen" stresses the cell.
-    """
-
-    text: str
-    notes: Sequence[str] = ()
-    kind: str = ""
-
-
-Row = Sequence[Cell | str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first cell of a row is its name.
-
-    Attributes:
-        caption: the caption.
-        columns: heads of the columns.
-        rows: cells of each row, one per column.
-        kind: "words" for a table that has no numbers.
-    """
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,21 +39,14 @@ class Figure:
 
 
 def report_page(
-    result: TuneResult,
-    model: Model[Any],
-    recipe: Path,
-    patched: Path,
-    pickled: bool = False,
-    training: Training | None = None,
+    result: TuneResult, model: Model[Any], written: text.Written, training: TrainingResults | None = None
 ) -> str:
     """Make the report as self-contained HTML, without scripts or external files.
 
     Args:
         result: the result of a search.
         model: the model that was tuned.
-        recipe: path of the recipe.
-        patched: path of the patched model.
-        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+        written: the files of the result.
         training: results of training the model before the search.
     """
     verdict = "loss" if text.is_refused(result) else str(result.verdict)
@@ -114,7 +56,7 @@ def report_page(
         sentence = (
             f"{text.training_sentence(training.comparisons, result.metric)} Example weighing: {sentence}"
         )
-    shapes = _shapes(model)
+    shapes, patches_nothing = _shapes(model), text.patches_nothing(result)
     return _template().render(
         result=result,
         name=model.name,
@@ -122,27 +64,25 @@ def report_page(
         metric=text.title(result.metric),
         verdict=verdict if verdict in ("gain", "loss") else "",
         sentence=sentence,
-        training=None if training is None else _trained(training, result, model),
-        contributions=_contributions(training) if training and training.contributions else None,
-        before_and_after=_before_and_after(result, model),
-        kept=_kept(result),
+        training=None if training is None else tables.trained(training, result, model),
+        contributions=tables.contributions(training) if training and training.contributions else None,
+        before_and_after=tables.before_and_after(result, model),
+        kept=tables.kept(result),
         facts=_facts(result),
         notes=_notes(result, model),
         galleries=galleries(result, model.class_names),
         of_candidates=text.OF_CANDIDATES,
-        candidates=_candidates(result),
+        candidates=tables.candidates(result),
         curves=_curves(result),
         depth=_depth(result, shapes),
         depth_texts=_depth_texts(result),
-        weights=None if text.patches_nothing(result) else _weights(result, shapes),
+        weights=None if patches_nothing else tables.weights(result, shapes),
         shapes=shapes,
         trade_off=_trade_off(result) if result.trade_off else None,
         classes=_classes(result, model.class_names),
-        skipped=_skipped_norms(model.inventory().skipped_norms),
-        patched=patched,
-        snippets=[]
-        if text.patches_nothing(result)
-        else text.snippets(result, model, recipe, patched, pickled),
+        skipped=tables.skipped_norms(model.inventory().skipped_norms),
+        patched=written.patched,
+        snippets=[] if patches_nothing else text.snippets(result, model, written),
         again=str(result.recipe.provenance.get("command") or "").removeprefix("bnpatch "),
         origin=Table("Of this result.", ["what", "value"], text.origin(result.recipe), "words"),
     )
@@ -170,34 +110,6 @@ def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
         return {}
 
 
-# Scores before and after.
-
-
-def _before_and_after(result: TuneResult, model: Model[Any]) -> Table:
-    """All metrics on the held-out examples."""
-    verdict, where = result.verdict, text.scored_on(result)
-    comparisons = text.shown(verdict.all_comparisons, model, result.metric)
-    if (
-        text.patches_nothing(result)
-        and not verdict.changed
-        and not any(c.change.value for c in result.comparisons)
-    ):
-        rows = [[_metric(c.metric), _estimate(c.metric, c.before)] for c in comparisons]
-        caption = f"The model as it is, on {where}. Small: 95% intervals."
-        return Table(caption, ["metric", "as it is"], rows)
-    patched = "patched (not kept)" if text.is_refused(result) else "patched"
-    caption = f"On {where}. Small: 95% intervals; the change is paired, example by example."
-    return Table(caption, ["metric", "as it is", patched, "change"], [_compared(c) for c in comparisons])
-
-
-def _kept(result: TuneResult) -> Table | None:
-    """The images to keep, with the verdict on them; None where there are none."""
-    if (kept := result.verdict.kept) is None:
-        return None
-    caption = f"Images to keep. Small: 95% intervals. {kept}."
-    return Table(caption, ["metric", "as it is", "patched", "change"], [_compared(kept.comparison)])
-
-
 def _facts(result: TuneResult) -> list[tuple[str, str]]:
     """Numbers of answers that changed; none where none did."""
     verdict, facts = result.verdict, []
@@ -209,39 +121,8 @@ def _facts(result: TuneResult) -> list[tuple[str, str]]:
     return [*facts, ("answers changed", f"{verdict.changed:,} of {verdict.num_examples:,}")]
 
 
-def _trained(training: Training, result: TuneResult, model: Model[Any]) -> Table:
-    caption = f"On {text.scored_on(result)}. Small: 95% intervals; the change is paired, example by example."
-    rows = [_compared(c) for c in text.shown(training.comparisons, model, result.metric)]
-    return Table(caption, ["metric", "checkpoint", "fine-tuned", "change"], rows)
-
-
-def _contributions(training: Training) -> Table:
-    """What each technique contributes alone, and all together."""
-    rows = [
-        (name, Cell(accuracy, [change]), Cell(entropy, [other]))
-        for name, accuracy, change, entropy, other in training.contributions
-    ]
-    caption = "Means over seeds, on held-out examples. Small: changes from training with none of them."
-    return Table(caption, ["trained with", "accuracy", "cross-entropy"], rows)
-
-
-def _compared(comparison: Comparison) -> Row:
-    metric, change, verdict = comparison.metric, comparison.change, comparison.verdict
-    sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
-    notes = [text.interval(metric, change), sign]
-    before, after = (_estimate(metric, estimate) for estimate in (comparison.before, comparison.after))
-    return [_metric(metric), before, after, Cell(metric.format(change.value, signed=True), notes, verdict)]
-
-
-def _metric(metric: Metric) -> Cell:
-    return Cell(text.title(metric), [] if metric.higher_is_better else ["(lower is better)"])
-
-
-def _estimate(metric: Metric, estimate: Estimate) -> Cell:
-    return Cell(metric.format(estimate.value), [text.interval(metric, estimate, signed=False)])
-
-
 def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
+    """What else people should know, a sentence each."""
     notes = [*result.notes, *model.notes]
     if result.interrupted:
         notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
@@ -250,23 +131,6 @@ def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
         more = f" and {len(skipped) - _NAMED_IMAGES} others" if len(skipped) > _NAMED_IMAGES else ""
         notes.append(f"Left out, because they can't be read: {', '.join(shown)}{more}.")
     return notes
-
-
-# What the search found.
-
-
-def _candidates(result: TuneResult) -> Table:
-    """The candidates, without intervals: the examples that chose one can't say how good it is."""
-    metric = result.metric
-    mark = "chosen, but not kept" if text.is_refused(result) else "chosen"
-    rows: list[Row] = []
-    for candidate in result.candidates:
-        name = text.name_of(candidate)
-        first = Cell(f"✓ {name}", [mark], "chosen") if candidate.chosen else Cell(name)
-        change = metric.format(candidate.change.value, signed=True) if rows else "reference"
-        rows.append([first, metric.format(candidate.mean), change])
-    columns = ["candidate", text.title(metric), "change from the baseline"]
-    return Table("On the selection examples.", columns, rows)
 
 
 def _curves(result: TuneResult) -> list[Figure]:
@@ -312,21 +176,6 @@ def _depth_texts(result: TuneResult) -> list[str]:
         for meaning, values, weights in same
         if len(values) == 1 and any(values)
     ]
-
-
-def _weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
-    columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
-    if any(result.weights.lambdas.values()):
-        columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
-    if result.weights.varying():
-        columns["slope"] = {name: f"{slope:.3g}" for name, slope in result.weights.slopes.items()}
-    if shapes:
-        columns["feature map"] = {
-            name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"
-            for name in result.norm_layers
-        }
-    rows = [[name, *(column[name] for column in columns.values())] for name in result.norm_layers]
-    return Table("From input to output.", ["norm layer", *columns], rows)
 
 
 def _trade_off(result: TuneResult) -> tuple[Figure, Table]:
@@ -377,18 +226,3 @@ def _classes(result: TuneResult, names: Sequence[str] | None) -> tuple[Figure, T
         ),
         len(changes) - len(shown),
     )
-
-
-def _skipped_norms(norms: Sequence[SkippedNorm]) -> Table | None:
-    """The normalization layers that can't be patched, and the reasons."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for norm in norms:
-        groups.setdefault((norm.kind, norm.reason), []).append(norm.name)
-    rows: list[Row] = []
-    for (kind, reason), members in groups.items():
-        more = len(members) - _NAMED_NORMS
-        named = ", ".join(islice(members, _NAMED_NORMS)) + (f" and {more} others" if more > 0 else "")
-        rows.append([Cell(kind, [f"{len(members)} times"]), Cell(reason, [named])])
-    if not rows:
-        return None
-    return Table("Normalization layers that are not rewritten.", ["layer", "why, and which"], rows, "words")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ OF_CANDIDATES = (
     "These examples chose the candidate, so they overstate how good it is: "
     "the held-out evaluation is the number to believe."
 )
+
+#: The verdict in a recipe that a search has written on the way.
+UNFINISHED = "none: the search has not ended"
 
 _TITLES = {
     "top5": "top-5 accuracy",
@@ -210,21 +214,33 @@ def distances(result: TuneResult) -> dict[str, float]:
     return {name: abs(result.weights.alphas[name] - alpha) for name, alpha in baseline_alphas(result).items()}
 
 
-def snippets(
-    result: TuneResult, model: Model[Any], recipe: Path, patched: Path, pickled: bool
-) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Written:
+    """The files that someone who uses the result of a search needs.
+
+    Attributes:
+        recipe: path of the recipe.
+        patched: path of the patched model.
+        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+    """
+
+    recipe: Path
+    patched: Path
+    pickled: bool = False
+
+
+def snippets(result: TuneResult, model: Model[Any], written: Written) -> list[tuple[str, str]]:
     """What to do with the patched model, and the command or code that does it.
 
     Args:
         result: the result of a search.
         model: the model that was tuned.
-        recipe: path of the recipe.
-        patched: path of the patched model.
-        pickled: whether that is a pickled module, which loads only with ``--unsafe-load``.
+        written: the files of the result.
     """
+    recipe, patched = written.recipe, written.patched
     data = (result.recipe.provenance.get("data") or {}).get("name") or "DATA"
     quoted = shlex.quote(str(patched))
-    unsafe = " --unsafe-load" if pickled else ""
+    unsafe = " --unsafe-load" if written.pickled else ""
     evaluate = f"bnpatch evaluate {quoted} --data {shlex.quote(str(data))}{unsafe}"
     if model.runs_onnx:
         original = shlex.quote(f"{model.name}.onnx")

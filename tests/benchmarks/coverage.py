@@ -159,12 +159,12 @@ def calibrated(logits, labels):
 def populations(size, rng):
     """Changes (N,) by name of population."""
     # Imported here, so that tests of the rest are quick.
-    from bnpatch_cli.demo import _digits
+    from bnpatch_cli import demo
     from tests import closed_form
     from tests.benchmarks.candidates import shifted
     from tests.conftest import DIGITS
 
-    images, labels = _digits()
+    images, labels = demo.digits()
     model = closed_form.fitted(images[:DIGITS], labels[:DIGITS])
     picked = rng.integers(DIGITS, len(images), size)
     noisy = images[picked] + rng.normal(0, 10, (size, *images.shape[1:]))

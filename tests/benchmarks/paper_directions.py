@@ -14,6 +14,7 @@ Debian's package dataset-fashion-mnist, or any folder with its four idx files.
 import argparse
 import copy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from torchvision.models.resnet import BasicBlock
 import bnpatch
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.finetune.config import Augmentation, FineTuneSettings
-from bnpatch.finetune.data import shuffled
+from bnpatch.finetune.config import Augmentation, Callbacks, FineTuneSettings
+from bnpatch.finetune.data import RunExamples, TrainingData
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import train
 from bnpatch.models.torch_model import TorchModel
@@ -80,8 +81,9 @@ class Inception(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def of_few_classes(targets, batch_size, rng, num_classes=4):
-    """Batches of random classes, drawn anew for each; the paper's Table 1."""
+def of_few_classes(data, epoch, batch_size, accumulate=1, num_classes=4):
+    """Batches of random classes, drawn anew for each (the paper's Table 1); for ``TrainingData.batches``."""
+    targets, rng = data.examples.targets, np.random.default_rng([data.seed, epoch])
     members = {c: rng.permutation(np.flatnonzero(targets == c)) for c in np.unique(targets)}
     taken, batches = dict.fromkeys(members, 0), []
     for _ in range(len(targets) // batch_size):
@@ -122,7 +124,7 @@ class Lab:
             augmentation=plain,
         )
 
-    def run(self, seed, make=residual, batching=shuffled, **values):
+    def run(self, seed, make=residual, batches=TrainingData.batches, **values):
         """Train from scratch; the scores of every alpha on the images to tune on and on the others."""
         torch.manual_seed(seed)
         model = TorchModel(make(), "small", self.preprocessing)
@@ -131,15 +133,10 @@ class Lab:
         )
         settings = self.settings(seed, **values)
         last = {}  # the last epoch, as in the paper: the best would be chosen by what alpha is tuned on
-        result = train(
-            model,
-            train_set,
-            tune_set,
-            settings,
-            selection=np.arange(2),  # scored and not used
-            batching=batching,
-            on_epoch=lambda epoch: last.update(copy.deepcopy(model.module.state_dict())),
-        )
+        keep = Callbacks(on_epoch=lambda epoch: last.update(copy.deepcopy(model.module.state_dict())))
+        examples = RunExamples(train_set, tune_set, selection=np.arange(2))  # scored and not used
+        with mock.patch.object(TrainingData, "batches", batches):
+            result = train(model, examples, settings, callbacks=keep)
         model.module.load_state_dict(last)
         return {
             "loss": result.history[-1].train_loss,
@@ -203,7 +200,7 @@ def classes(lab):
         NormSpec.batch_group(16),
     ]
     for spec in specs:
-        lab.row(str(spec), spec=spec, batching=of_few_classes)
+        lab.row(str(spec), spec=spec, batches=of_few_classes)
 
 
 def small(lab):

@@ -29,7 +29,7 @@ from bnpatch.search.global_search import global_search
 from bnpatch.search.score_cache import block_sizes
 from bnpatch.search.studies import open_study
 from bnpatch.search.trials import GlobalSearchConfig
-from bnpatch_cli.demo import _digits, _train
+from bnpatch_cli import demo
 from tests.benchmarks.fashion_mnist import SHIFTS, read
 
 METRICS = (CROSS_ENTROPY, ACCURACY)
@@ -196,10 +196,10 @@ def problems(checkpoints, fashion, examples, shifts):
 
 
 def digits(examples):
-    images, labels = _digits()
+    images, labels = demo.digits()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
-        _train(images[:898], labels[:898], 12, 0, path)
+        demo.train_classifier(images[:898], labels[:898], 12, 0, path)
         model = bnpatch.load(path)
     for shift, apply in (("none", SHIFTS["none"]), ("contrast x 0.6", lambda x: 127.5 + 0.6 * (x - 127.5))):
         shifted = apply(images[898:].astype(float)).round().astype(np.uint8)

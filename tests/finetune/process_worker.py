@@ -11,6 +11,7 @@ from torch import nn
 
 import bnpatch
 from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.data import RunExamples
 from bnpatch.finetune.trainer import NotFiniteLossError, train
 
 
@@ -65,7 +66,7 @@ def main():
         model = bnpatch.load(kind(), device="cpu", preprocessing=options)
         data = bnpatch.open_examples((torch.rand(32, 1, 8, 8), [0, 1] * 16), model)
         try:
-            train(model, data, data, FineTuneSettings(epochs=2, batch_size=4))
+            train(model, RunExamples(data, data), FineTuneSettings(epochs=2, batch_size=4))
             end = "trained"
         except NotFiniteLossError:
             end = "diverged"

@@ -12,10 +12,10 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
-from bnpatch.finetune import techniques
+from bnpatch.finetune import technique_search, techniques
 from bnpatch.finetune.ablation import Contribution, variants
 from bnpatch.finetune.checkpoint import Epoch
-from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.config import Callbacks, FineTuneSettings
 from bnpatch.finetune.engine import Engine
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import NotFiniteLossError
@@ -60,17 +60,17 @@ def results(scores, monkeypatch):
     """Let runs give scores without training; a score of None diverges."""
     seen = []
 
-    def train(model, examples, val_examples, settings, *, on_epoch, **options):
+    def train(model, examples, settings, *, callbacks):
         rate = settings.norm_decay.rate if settings.norm_decay else 0.0
         seen.append((str(settings.spec), rate))
         if (accuracy := scores(settings.spec, rate)) is None:
             raise NotFiniteLossError("diverged")
         epochs = [Epoch(n + 1, 0.1, 8, 1.0, accuracy * (n + 1) / 2, 1.0, 0.0) for n in range(2)]
         for epoch in epochs:
-            on_epoch(epoch)
+            callbacks.on_epoch(epoch)
         return type("Result", (), {"best": epochs[-1]})
 
-    monkeypatch.setattr(techniques, "train", train)
+    monkeypatch.setattr(technique_search, "train", train)
     return seen
 
 
@@ -82,18 +82,18 @@ def examples(residual):
 def test_search_finds_what_does_best_and_gives_up_what_does_not(residual, examples, monkeypatch):
     seen = results(lambda spec, rate: 0.9 if spec.examples_per_group == 4 else 0.5 - rate, monkeypatch)
     told = []
-    choice = techniques.by_search(
+    choice = technique_search.by_search(
         residual,
         examples,
         FineTuneSettings(batch_size=8, epochs=9),
         trials=25,
         epochs=2,
-        on_trial=lambda name, score: told.append(score),
+        callbacks=Callbacks(tell=told.append),
     )
     assert seen[0] == ("Batch Norm", 0.0)
     assert choice.spec == NormSpec.ghost(4)
     assert len(seen) == len(told) == 25
-    assert None in told  # pruned
+    assert any(line.endswith(": given up") for line in told)  # pruned
     assert "90.00%" in choice.reasons[0]
 
 
@@ -117,7 +117,7 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
     settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
     options = {"trials": 9, "epochs": 2, "database": database}
     whole = results(_score, monkeypatch)
-    best = techniques.by_search(residual, examples, settings, **options)
+    best = technique_search.by_search(residual, examples, settings, **options)
     runs = [(trial.params, trial.value) for trial in _trials(database)]
     first = []
 
@@ -129,13 +129,13 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
 
     results(cut_off, monkeypatch)
     with pytest.raises(error):
-        techniques.by_search(residual, examples, settings, **options)
+        technique_search.by_search(residual, examples, settings, **options)
     rest = results(_score, monkeypatch)
-    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
+    assert technique_search.by_search(residual, examples, settings, **options, resume=True) == best
     assert rest == whole[number - 1 :]  # the run that was cut off comes first
     assert [(t.params, t.value) for t in _trials(database) if t.number != number - 1] == runs
     again = results(_score, monkeypatch)
-    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
+    assert technique_search.by_search(residual, examples, settings, **options, resume=True) == best
     assert not again
 
 
@@ -149,7 +149,7 @@ def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
         return None if not rate else _score(spec, rate)
 
     whole = results(score, monkeypatch)
-    best = techniques.by_search(residual, examples, settings, **options)
+    best = technique_search.by_search(residual, examples, settings, **options)
     assert (str(NormSpec.batch()), 0.0) in whole
     ended = []
     database.unlink()
@@ -164,7 +164,7 @@ def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
 
         results(cut_off, monkeypatch)
         try:
-            assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
+            assert technique_search.by_search(residual, examples, settings, **options, resume=True) == best
         except KeyboardInterrupt:
             runs.pop()
         ended += runs
@@ -193,7 +193,9 @@ def as_process(residual, examples, monkeypatch, tmp_path):
         processes.rank = rank
         settings = replace(FineTuneSettings(batch_size=8), **changes)
         database = tmp_path / "choose.db"
-        return techniques.by_search(residual, examples, settings, trials=5, database=database, resume=True)
+        return technique_search.by_search(
+            residual, examples, settings, trials=5, database=database, resume=True
+        )
 
     return search
 
@@ -236,13 +238,13 @@ def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
     monkeypatch.setattr(techniques, "start", lambda: None)
     settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
     with pytest.raises(BnpatchError, match=r"choose\.db is of another search: processes differs"):
-        techniques.by_search(residual, examples, settings, trials=5, database=database, resume=True)
+        technique_search.by_search(residual, examples, settings, trials=5, database=database, resume=True)
 
 
 def test_a_database_that_cannot_be_removed_is_named(residual, examples, tmp_path):
     (database := tmp_path / "choose.db").mkdir()
     with pytest.raises(BnpatchError, match=r"cannot use sqlite:///.*choose\.db for a study"):
-        techniques.by_search(residual, examples, FineTuneSettings(batch_size=8), database=database)
+        technique_search.by_search(residual, examples, FineTuneSettings(batch_size=8), database=database)
 
 
 def _trials(database):
@@ -252,10 +254,10 @@ def _trials(database):
 def test_search_survives_runs_that_diverge_unless_all_do(residual, examples, monkeypatch):
     settings = FineTuneSettings(batch_size=8)
     results(lambda spec, rate: None if rate else 0.5, monkeypatch)
-    assert techniques.by_search(residual, examples, settings, trials=8).norm_decay is None
+    assert technique_search.by_search(residual, examples, settings, trials=8).norm_decay is None
     results(lambda spec, rate: None, monkeypatch)
     with pytest.raises(BnpatchError, match="every run diverged"):
-        techniques.by_search(residual, examples, settings, trials=3)
+        technique_search.by_search(residual, examples, settings, trials=3)
 
 
 def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeypatch, tmp_path):
@@ -270,11 +272,11 @@ def test_a_run_that_its_last_step_ruins_has_diverged(residual, examples, monkeyp
     monkeypatch.setattr(Engine, "step", ruin)
     settings = FineTuneSettings(batch_size=8)
     options = {"trials": 3, "epochs": 1, "database": tmp_path / "choose.db"}
-    best = techniques.by_search(
-        residual, examples, settings, **options, on_trial=lambda name, score: told.append(score)
+    best = technique_search.by_search(
+        residual, examples, settings, **options, callbacks=Callbacks(tell=told.append)
     )
-    assert [score is None for score in told] == [True, False, False]
-    assert techniques.by_search(residual, examples, settings, **options, resume=True) == best
+    assert [line.endswith(": given up") for line in told] == [True, False, False]
+    assert technique_search.by_search(residual, examples, settings, **options, resume=True) == best
     assert len(steps) == 3 * 4  # nothing came again
 
 
@@ -282,7 +284,7 @@ def test_a_model_that_is_broken_before_it_is_trained_ends_the_search(residual, e
     broken = replace(residual, module=copy.deepcopy(residual.module))
     next(b for name, b in broken.module.named_buffers() if "running_mean" in name).fill_(float("nan"))
     with pytest.raises(OutputsNotFiniteError, match="check the weights"):
-        techniques.by_search(broken, examples, FineTuneSettings(batch_size=8), trials=3, epochs=1)
+        technique_search.by_search(broken, examples, FineTuneSettings(batch_size=8), trials=3, epochs=1)
 
 
 def test_contributions_come_one_by_one(residual):

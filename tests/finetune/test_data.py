@@ -10,7 +10,7 @@ from bnpatch.finetune.data import TrainingData, TrainingImages, check_same_folde
 
 
 def test_an_epoch_has_every_example_once_up_to_the_last_batch():
-    batches = shuffled(np.zeros(70, np.int64), 16, np.random.default_rng(0))
+    batches = shuffled(np.arange(70), 16, np.random.default_rng(0))
     assert [len(batch) for batch in batches] == [16] * 4
     assert len(set(np.concatenate(batches).tolist())) == 64
     assert not np.array_equal(np.concatenate(batches), np.arange(64))
@@ -60,14 +60,14 @@ def test_processes_share_the_batches_of_whole_steps():
 
     subset = np.arange(0, 100, 2)
     parts = [
-        TrainingData(Held, subset, None, shuffled, 3, 0, rank, 2).batches(epoch=1, batch_size=4, accumulate=3)
+        TrainingData(Held, subset, None, 3, 0, rank, 2).batches(epoch=1, batch_size=4, accumulate=3)
         for rank in range(2)
     ]
     assert [len(part) for part in parts] == [6, 6]  # 12 batches of 4 in 50 are 2 steps of 6
     together = np.concatenate([*parts[0], *parts[1]])
     assert len(np.unique(together)) == 48
     assert np.isin(together, subset).all()
-    alone = TrainingData(Held, subset, None, shuffled, 3, 0).batches(1, 8, 3)
+    alone = TrainingData(Held, subset, None, 3, 0).batches(1, 8, 3)
     for step, batch in enumerate(alone):  # a step is of the same examples, however many processes make it
         assert set(batch) == set(np.concatenate([part[step] for part in parts]))
 

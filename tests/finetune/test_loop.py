@@ -19,7 +19,8 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError
-from bnpatch.finetune.config import Augmentation, FineTuneSettings
+from bnpatch.finetune.config import Augmentation, Callbacks, FineTuneSettings
+from bnpatch.finetune.data import RunExamples
 from bnpatch.finetune.engine import Engine
 from bnpatch.finetune.norm_decay import NormDecay
 from bnpatch.finetune.trainer import NotFiniteLossError, train
@@ -35,11 +36,9 @@ def opened(checkpoint, digits):
     """A classifier with little to train on and little to validate with."""
     (images, labels), (others, other_labels) = digits
     model = bnpatch.load(checkpoint, device="cpu")
-    return (
-        model,
-        bnpatch.open_examples((images[:TRAIN], labels[:TRAIN]), model),
-        bnpatch.open_examples((others[:VAL], other_labels[:VAL]), model),
-    )
+    train_examples = bnpatch.open_examples((images[:TRAIN], labels[:TRAIN]), model)
+    val_examples = bnpatch.open_examples((others[:VAL], other_labels[:VAL]), model)
+    return model, RunExamples(train_examples, val_examples)
 
 
 def fresh(model):
@@ -48,7 +47,7 @@ def fresh(model):
 
 def run(opened, settings=SETTINGS, **options):
     model = fresh(opened[0])
-    return model, train(model, *opened[1:], settings, **options)
+    return model, train(model, opened[1], settings, **options)
 
 
 def weights(model):
@@ -67,7 +66,7 @@ def test_training_gets_better_at_what_it_trains_on(opened):
     nn.init.zeros_(model.module.fc.weight)
     nn.init.zeros_(model.module.fc.bias)
     settings = replace(SETTINGS, epochs=4, optimizer="adamw", lr=3e-3)
-    result = train(model, *opened[1:], settings)
+    result = train(model, opened[1], settings)
     losses = [epoch.train_loss for epoch in result.history]
     # Ten seeds of the classifier: 2.24 to 2.26 in the first epoch, and 1.44 to 1.53 in the last.
     assert losses[0] < math.log(10)
@@ -85,7 +84,7 @@ def test_writes_the_best_epoch_and_all_metrics(opened, tmp_path, ema):
     best = min(result.history, key=lambda e: e.cross_entropy)
     assert result.best == best
     for candidate in (model, bnpatch.load(tmp_path / "best.pt", device="cpu")):
-        scores = bnpatch.evaluate(candidate, opened[2])
+        scores = bnpatch.evaluate(candidate, opened[1].val)
         assert np.mean(scores.values["cross-entropy"]) == pytest.approx(best.cross_entropy, rel=1e-5)
     assert not model.module.training
 
@@ -134,8 +133,8 @@ KILLED = """
     def progress(label, done, total):
         if done == TRAIN + TRAIN // 2:  # amid the second epoch
             os.kill(os.getpid(), signal.SIGKILL)
-    examples = [bnpatch.open_examples(pair, model) for pair in pairs]
-    train(model, *examples, KILLED_SETTINGS, output=Path(folder), progress=progress)
+    examples = RunExamples(*(bnpatch.open_examples(pair, model) for pair in pairs))
+    train(model, examples, KILLED_SETTINGS, output=Path(folder), callbacks=Callbacks(progress))
 """
 KILLED_SETTINGS = replace(
     SETTINGS,
@@ -204,7 +203,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(opened, 
         next(model.module.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(NotFiniteLossError, match=r"in epoch 2; the weights of epoch 1 are kept"):
-        train(model, *opened[1:], SETTINGS, output=tmp_path, on_epoch=poison)
+        train(model, opened[1], SETTINGS, output=tmp_path, callbacks=Callbacks(on_epoch=poison))
     assert all(torch.isfinite(value).all() for value in weights(model).values())
     assert_same(weights(bnpatch.load(tmp_path / "best.pt", device="cpu")), weights(model))
 
@@ -230,7 +229,7 @@ def test_a_last_step_that_ruins_the_weights_is_divergence(opened, monkeypatch, t
     monkeypatch.setattr(Engine, "step", ruin)
     model = fresh(opened[0])
     with pytest.raises(NotFiniteLossError, match=f"{message}.*lower --lr"):
-        train(model, *opened[1:], replace(SETTINGS, ema=ema), output=tmp_path)
+        train(model, opened[1], replace(SETTINGS, ema=ema), output=tmp_path)
     assert all(torch.isfinite(value).all() for value in weights(model).values())
     assert (tmp_path / "best.pt").exists() == (epoch > 1)
     if epoch > 1:
@@ -241,7 +240,7 @@ def test_a_model_that_is_broken_before_it_is_trained_has_not_diverged(opened):
     model = fresh(opened[0])
     next(b for name, b in model.module.named_buffers() if "running_mean" in name).fill_(float("nan"))
     with pytest.raises(OutputsNotFiniteError, match="check the weights"):
-        train(model, *opened[1:], SETTINGS)
+        train(model, opened[1], SETTINGS)
 
 
 def test_halves_the_batch_where_memory_is_short(opened):
@@ -252,7 +251,7 @@ def test_halves_the_batch_where_memory_is_short(opened):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.module.register_forward_pre_hook(refuse)
-    result = train(model, *opened[1:], SETTINGS, tell=told.append)
+    result = train(model, opened[1], SETTINGS, callbacks=Callbacks(tell=told.append))
     assert [epoch.batch_size for epoch in result.history] == [8, 8]
     assert len(told) == 1
     assert "batches of 16: two of 8" in told[0]
@@ -267,7 +266,7 @@ def test_a_group_that_no_halved_batch_holds_ends_the_run(opened):
 
     model.module.register_forward_pre_hook(refuse)
     with pytest.raises(BnpatchError, match="a batch of 4 has no group of 8"):
-        train(model, *opened[1:], SETTINGS)
+        train(model, opened[1], SETTINGS)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(opened):
@@ -278,7 +277,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(opened):
 
     model.module.register_forward_pre_hook(refuse)
     with pytest.raises(RuntimeError, match="something else"):
-        train(model, *opened[1:], SETTINGS)
+        train(model, opened[1], SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -312,22 +311,23 @@ def test_bad_settings(values, message):
 
 
 def test_validation_must_have_no_class_of_its_own(opened, digits):
-    model, _, val = opened
+    model, val = opened[0], opened[1].val
     (images, labels), _ = digits
     few = labels < 5
+    examples = bnpatch.open_examples((images[few], labels[few]), model)
     with pytest.raises(BnpatchError, match=r"has the class '5', of which the training data has no example"):
-        train(fresh(model), bnpatch.open_examples((images[few], labels[few]), model), val, SETTINGS)
+        train(fresh(model), RunExamples(examples, val), SETTINGS)
 
 
 def test_all_examples_must_have_a_class(opened, digits):
-    model, known, _ = opened
+    model, known = opened[0], opened[1].train
     (images, labels), _ = digits
     some = bnpatch.open_examples(
         (images[:64], np.where(labels[:64], labels[:64], -1)), model, labels="optional"
     )
     for pair, name in (((some, known), "training"), ((known, some), "validation")):
         with pytest.raises(BnpatchError, match=f"the {name} data has examples without a class"):
-            train(fresh(model), *pair, SETTINGS)
+            train(fresh(model), RunExamples(*pair), SETTINGS)
 
 
 def test_weights_that_were_tuned_before_are_dropped(opened):
@@ -335,7 +335,7 @@ def test_weights_that_were_tuned_before_are_dropped(opened):
     model.set_target(model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size)))
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
-    train(model, *opened[1:], replace(SETTINGS, epochs=1))
+    train(model, opened[1], replace(SETTINGS, epochs=1))
     zeros = dict.fromkeys(names, 0.0)
     assert model.weights == PatchWeights(zeros, zeros, zeros)
     assert not model.statistics_in_use()

@@ -14,7 +14,7 @@ from bnpatch.data.dataset import split
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, Z95, paired_difference, paired_rates
 from bnpatch.report.html import report_page
-from bnpatch.report.text import verdict_sentence
+from bnpatch.report.text import Written, verdict_sentence
 from bnpatch.search import layer_search
 from bnpatch.search.gradient_search import learn
 from bnpatch.search.keep import ANSWERS_KEPT, KeepSet, fewest_images, largest_loss
@@ -83,7 +83,7 @@ def test_where_nothing_passes_the_baseline_is_kept_and_the_best_is_a_candidate(t
     assert f"{free.chosen.name}: best in tuning, but not shown to be within the margin" in result.reason
     assert result.reason in result.notes
     assert result.candidate_recipe.provenance["reason"] == result.reason
-    page = report_page(result, tiny, Path("recipe.json"), Path("patched.pt"))
+    page = report_page(result, tiny, Written(Path("recipe.json"), Path("patched.pt")))
     assert "best in tuning, but not shown" in page
 
 
@@ -130,7 +130,7 @@ def test_a_loss_on_the_half_that_judges_is_not_applied(tiny, dim, free, monkeypa
     assert result.candidate_recipe.alphas == free.recipe.alphas
     assert f"{free.chosen.name}: not shown to be within the margin" in result.reason
     assert verdict_sentence(result).startswith("Keep the model as it is: ")
-    page = report_page(result, tiny, Path("recipe.json"), Path("patched.pt"))
+    page = report_page(result, tiny, Written(Path("recipe.json"), Path("patched.pt")))
     assert "chosen, but not kept" in page
     assert str(result.verdict.kept) in page
 
