@@ -1,6 +1,7 @@
 """Training steps: model, optimizer, schedule and averaged weights, on the devices of accelerate."""
 
 import copy
+import math
 import random
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -104,7 +105,10 @@ class Engine:
         try:
             return self._wrapped(x)
         except ValueError as error:
-            if len(x) > 1 or "more than 1 value per channel" not in str(error):
+            has_one_value = len(x) == 1 and any(
+                math.prod(shape) == 1 for shape in self.model.norm_shapes().values()
+            )
+            if not has_one_value:
                 raise
             raise BnpatchError(
                 "a batch has one example only (the others can't be read, perhaps), and a norm can't train on "

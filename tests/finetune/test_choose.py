@@ -187,7 +187,7 @@ class _Processes:
 def as_process(residual, examples, monkeypatch, tmp_path):
     """Search in a process of two, the first of which comes first."""
     processes = _Processes()
-    monkeypatch.setattr(techniques, "start", lambda: processes)
+    monkeypatch.setattr(technique_search, "start", lambda: processes)
 
     def search(rank, **changes):
         processes.rank = rank
@@ -235,7 +235,7 @@ def test_a_search_goes_on_only_where_its_scores_would_be_the_same(
     as_process(0)
     with pytest.raises(BnpatchError, match=r"settings\.workers differs"):
         as_process(0, workers=2)
-    monkeypatch.setattr(techniques, "start", lambda: None)
+    monkeypatch.setattr(technique_search, "start", lambda: None)
     settings, database = FineTuneSettings(batch_size=8), tmp_path / "choose.db"
     with pytest.raises(BnpatchError, match=r"choose\.db is of another search: processes differs"):
         technique_search.by_search(residual, examples, settings, trials=5, database=database, resume=True)
