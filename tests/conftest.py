@@ -1,5 +1,8 @@
 import os
 import signal
+import subprocess
+import sys
+import warnings
 
 import pytest
 
@@ -117,3 +120,29 @@ def folded(checkpoint, tmp_path_factory):
     )
     program.save(path)
     return path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    from bnpatch_cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["bnpatch", *map(str, args)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def living():
+    """The id of a process that lives as long as the test."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.kill()
+    process.communicate()

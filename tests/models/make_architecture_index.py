@@ -31,7 +31,7 @@ def main():
         f"  {json.dumps(key)}: {json.dumps(sorted(names, key=plainness))}"
         for key, names in sorted(index.items())
     ]
-    path = Path(bnpatch.__file__).parent / "loading" / "architectures.json"
+    path = Path(bnpatch.__file__).parent / "models" / "architectures.json"
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"{sum(map(len, index.values()))} architectures in {path.name}")
 

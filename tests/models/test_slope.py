@@ -14,9 +14,8 @@ from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.models.export import export_onnx
 from bnpatch.models.running_stats import target_moments
 from bnpatch.nn.norm import ExampleWeightedNorm
+from tests.models.small import assert_close
 from tests.nn.test_surgery import images, settle
-from tests.test_cli import cli  # noqa: F401 - a fixture
-from tests.test_export import assert_close, exporter, graph_of_checkpoint  # noqa: F401 - fixtures
 
 X = images(6, 1, 32, 32) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1)  # at many distances
 
@@ -103,7 +102,7 @@ def test_wrong_slopes_are_refused_and_change_nothing(model):
     assert torch.equal(model.predict(X), before)
 
 
-def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path):  # noqa: F811
+def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path):
     model = bnpatch.load(checkpoint)
     model.set_target(target)
     model.set_weights(weights_of(model))
@@ -121,7 +120,7 @@ def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["global", "per-site"])
-def test_slopes_can_stay_adjustable(checkpoint, exported, exporter, tmp_path, kind):  # noqa: F811
+def test_slopes_can_stay_adjustable(checkpoint, exported, exporter, tmp_path, kind):
     import onnxruntime
 
     for source in (bnpatch.load(checkpoint), bnpatch.load(exported)):
@@ -237,7 +236,7 @@ def test_a_search_tries_weights_without_the_slopes_that_the_model_had(checkpoint
     assert scores[0] == scores[1]
 
 
-def test_inspect_shows_slopes(cli, checkpoint, tmp_path):  # noqa: F811
+def test_inspect_shows_slopes(cli, checkpoint, tmp_path):
     model = bnpatch.load(checkpoint)
     name = next(iter(model.alphas()))
     for slope in (0.0, 0.75):

@@ -16,8 +16,8 @@ import bnpatch
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.dataset import split
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
+from tests.command_line import one_line
 from tests.report.html_page import Page
-from tests.test_cli import cli, one_line  # noqa: F401, a fixture
 
 QUICK = ["--epochs", 1, "-b", 32, "--trials", 2, "-j", 0, "--min-scale", 1, "--hflip", 0, "--device", "cpu"]
 
@@ -38,7 +38,7 @@ def arguments(checkpoint, data, *more):
     return ["fine-tune", checkpoint, *files, *QUICK, *more]
 
 
-def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):  # noqa: F811
+def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):
     code, out, err = cli(*arguments(checkpoint, data, "--epochs", 2, "--ema", 0.5))
     assert code == 0, err
     assert "Ghost Batch Norm of 16 examples" in err
@@ -66,7 +66,7 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):  # noqa: F811
     )
 
 
-def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):  # noqa: F811
+def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):
     more = ["--channels-per-group", 8, "--norm-weight-decay", 1e-3, "--norm-weight-decay-sites", "all"]
     code, _, err = cli(*arguments(checkpoint, data, *more, "--decoupled", "--gamma-toward", 0))
     assert code == 0, err
@@ -77,7 +77,7 @@ def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):  # noqa: 
 
 
 @pytest.mark.slow
-def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
+def test_contributions_as_json(cli, checkpoint, data):
     code, out, err = cli(*arguments(checkpoint, data, "--json", "--seeds", 2))
     assert code == 0, err
     content = json.loads(out)
@@ -106,7 +106,7 @@ def test_contributions_as_json(cli, checkpoint, data):  # noqa: F811
     assert re.fullmatch(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", rows["all"]["cells"][3])
 
 
-def test_techniques_by_search(cli, checkpoint, data):  # noqa: F811
+def test_techniques_by_search(cli, checkpoint, data):
     more = ["--choose", "search", "--choose-trials", 3, "--choose-epochs", 1]
     code, _, err = cli(*arguments(checkpoint, data, *more))
     assert code == 0, err
@@ -117,7 +117,7 @@ def test_techniques_by_search(cli, checkpoint, data):  # noqa: F811
     assert "best of 3 runs of 1 epochs" in err
 
 
-def test_a_new_head_for_other_classes(cli, checkpoint, data, tmp_path):  # noqa: F811
+def test_a_new_head_for_other_classes(cli, checkpoint, data, tmp_path):
     files = ["--data", data / "few.npz", "--val", data / "few.npz"]
     code, _, err = cli("fine-tune", checkpoint, *files, *QUICK, "--new-head")
     assert code == 0, err
@@ -138,7 +138,7 @@ def test_a_new_head_for_other_classes(cli, checkpoint, data, tmp_path):  # noqa:
         (["--data", "few.npz"], "has the class '3', of which the training data has no example"),
     ],
 )
-def test_bad_input_is_one_line(cli, checkpoint, data, more, message, monkeypatch):  # noqa: F811
+def test_bad_input_is_one_line(cli, checkpoint, data, more, message, monkeypatch):
     monkeypatch.chdir(data)
     code, out, err = cli(*arguments(checkpoint, data, *more, "-o", "out"))
     assert code == 2
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(cli, checkpoint, data, more, message, monkeypatch
     assert not out
 
 
-def test_a_damaged_resume_file_and_an_onnx_file(cli, checkpoint, data, exported, tmp_path):  # noqa: F811
+def test_a_damaged_resume_file_and_an_onnx_file(cli, checkpoint, data, exported, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last.pt").write_bytes(b"PK damaged")
     code, _, err = cli(*arguments(checkpoint, data, "--resume", "-o", "out"))
@@ -158,7 +158,7 @@ def test_a_damaged_resume_file_and_an_onnx_file(cli, checkpoint, data, exported,
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(cli, checkpoint, data, tmp_path):  # noqa: F811
+def test_two_processes_train_as_one_with_twice_the_batch(cli, checkpoint, data, tmp_path):
     """As ``accelerate launch`` starts them. Group Norm doesn't see how a batch is divided."""
     # accelerate starts several processes with its launcher for GPUs only; --device cpu keeps them off those.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

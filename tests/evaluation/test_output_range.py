@@ -7,7 +7,7 @@ from torch import nn
 
 from bnpatch.core.moments import Moments
 from bnpatch.data.sources import open_examples
-from bnpatch.evaluation.output_range import output_ranges
+from bnpatch.evaluation.output_range import OutputRange, inference_bound, output_ranges, training_bound
 from bnpatch.models.load import load
 from bnpatch.nn.norm import ExampleWeightedNorm, mixture
 from bnpatch.nn.surgery import patch
@@ -94,3 +94,38 @@ def test_with_a_slope_the_bound_is_that_of_the_smallest_weight(module):
     assert with_slope.inference_bound == pytest.approx(math.sqrt(36 / weights.min().item() - 1), rel=1e-5)
     assert with_slope.observed == pytest.approx(by_hand(norm, x), rel=1e-5)
     assert with_slope.observed <= with_slope.inference_bound
+
+
+def standardized(values, weights):
+    mean = (weights * values).sum()
+    return (values - mean) / ((weights * values**2).sum() - mean**2).sqrt()
+
+
+@pytest.mark.parametrize("n", [2, 9, 1000])
+def test_one_value_against_equal_others_attains_the_training_bound(n):
+    values = torch.zeros(n, dtype=torch.float64)
+    values[0] = 1
+    assert standardized(values, torch.full_like(values, 1 / n))[0].item() == pytest.approx(training_bound(n))
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0])
+def test_one_value_against_equal_others_attains_the_inference_bound(alpha):
+    size = 9
+    # The example's values, then one that stands for the running statistics: mean 0, no variance.
+    values = torch.zeros(size + 1, dtype=torch.float64)
+    values[0] = 1
+    weights = torch.full_like(values, alpha / size)
+    weights[-1] = 1 - alpha
+    assert standardized(values, weights)[0].item() == pytest.approx(inference_bound(size, alpha))
+
+
+def test_bounds_agree_where_the_example_weighs_as_in_training():
+    batch, size = 32, 49
+    assert inference_bound(size, 1 / batch) == pytest.approx(training_bound(batch * size))
+    assert inference_bound(size, 0.0) == math.inf
+
+
+def test_beyond_what_training_allowed():
+    assert OutputRange("a", 6.0, 5.9, math.inf).is_beyond_training
+    assert OutputRange("a", math.nan, 5.9, math.inf).is_beyond_training
+    assert not OutputRange("a", 5.8, 5.9, math.inf).is_beyond_training

@@ -11,40 +11,14 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import ParityError, export_onnx
 from bnpatch.models.running_stats import target_moments
-from bnpatch.models.torch_export import module_to_graph
-from bnpatch.nn.norm import ExampleWeightedNorm
+from tests.models.small import INPUTS, assert_close
 from tests.nn.test_surgery import CALIBRATED, images, settle
-from tests.test_calibration import INPUTS
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     """Models that are made without a seed of their own are the same in every run."""
     torch.manual_seed(0)
-
-
-def assert_close(found, expected, relative=1e-4):
-    """Up to so much of the largest output: float32 through fifteen layers, in another order, gives 1e-5."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=relative * expected.abs().max().item())
-
-
-@pytest.fixture(scope="module")
-def graph_of_checkpoint(checkpoint):
-    return module_to_graph(bnpatch.load(checkpoint).module, torch.zeros(2, 1, 32, 32))
-
-
-@pytest.fixture
-def exporter(graph_of_checkpoint, monkeypatch):
-    """What torch's exporter makes of the checkpoint, made once: these tests are about what follows it."""
-    from bnpatch.models import torch_export
-
-    def once(module, x, names):
-        assert not any(isinstance(m, ExampleWeightedNorm) for m in module.modules())
-        assert x.shape[1:] == (1, 32, 32)
-        return graph_of_checkpoint.clone()
-
-    monkeypatch.setattr(torch_export, "module_to_graph", once)
-    return once
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import bnpatch
 from bnpatch_cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 NUMBER = r"(?<!\w)[+-]?\d+(,\d{3})*(\.\d+)?%?"  # not that of top5
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnpatch
-from tests import process_worker
+from tests.search import process_worker
 from tests.two_processes import in_two_processes
 
 pytest.importorskip("accelerate")
@@ -23,7 +23,7 @@ def together(checkpoint, data, tmp_path_factory):
     """What each of two processes says, started once: that takes longer than all of their searches."""
     folder = tmp_path_factory.mktemp("two")
     np.savez(folder / "data.npz", x=data[0], y=data[1])
-    in_two_processes("tests.process_worker", checkpoint, folder / "data.npz", folder)
+    in_two_processes("tests.search.process_worker", checkpoint, folder / "data.npz", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -12,34 +11,7 @@ from bnpatch.core import leftovers
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.io import claimed, temporary_folder, write_text
 from bnpatch.core.leftovers import is_alive, own_start, remove_leftovers
-
-SECONDS = 60  # for what takes one or two on an idle machine
-
-
-def wait_for(happened, seconds=SECONDS):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def names(folder):
-    return {path.name for path in Path(folder).iterdir()}
-
-
-def start_of(process, place=None):
-    """How names of temporary files of another process begin."""
-    name, here, _, rest = own_start().split("-")
-    return "-".join([name, place or here, str(process), rest])
-
-
-@pytest.fixture
-def living():
-    """The id of a process that lives as long as the test."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process.pid
-    process.kill()
-    process.communicate()
+from tests.other_processes import names, start_of, wait_for
 
 
 @pytest.fixture(scope="module")

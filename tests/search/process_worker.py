@@ -1,7 +1,7 @@
 """What each of two processes does for ``test_processes.py``.
 
-``torchrun --nproc-per-node 2 -m tests.process_worker CHECKPOINT DATA OUT`` writes to the folder OUT what the
-searches of each process returned.
+``torchrun --nproc-per-node 2 -m tests.search.process_worker CHECKPOINT DATA OUT`` writes to the folder OUT
+what the searches of each process returned.
 """
 
 import json

@@ -19,18 +19,17 @@ from bnpatch.core.recipe import Recipe
 from bnpatch.search import cross_fit
 from bnpatch_cli import main
 from bnpatch_cli import options as opt
-from tests.test_cli import QUICK, cli, one_line  # noqa: F401 - a fixture
-from tests.test_leftovers import living, names, start_of, wait_for  # noqa: F401 - a fixture
+from tests.command_line import QUICK, one_line
+from tests.other_processes import SECONDS, names, start_of, wait_for
 
 RESULTS = {"recipe.json", "patched.pt", "alpha-curve.png", "trials.csv", "report.html"}
-SECONDS = 60  # for what takes one or two on an idle machine
 
 
 @pytest.mark.parametrize("command", ["tune-alpha", "fine-tune"])
 def test_a_second_run_in_a_folder_is_refused_before_the_model_is_loaded(
-    cli,  # noqa: F811
+    cli,
     tmp_path,
-    living,  # noqa: F811
+    living,
     monkeypatch,
     command,
 ):
@@ -52,7 +51,7 @@ def test_a_second_run_in_a_folder_is_refused_before_the_model_is_loaded(
 
 
 @pytest.mark.slow
-def test_an_ended_search_stays_whole_until_the_next_one_ends(cli, checkpoint, folder, monkeypatch):  # noqa: F811
+def test_an_ended_search_stays_whole_until_the_next_one_ends(cli, checkpoint, folder, monkeypatch):
     command = ("tune-alpha", checkpoint, "--data", folder, *QUICK)
     assert cli(*command)[0] == 0
     assert names("bnpatch-out") == RESULTS
@@ -88,7 +87,7 @@ def test_an_ended_search_stays_whole_until_the_next_one_ends(cli, checkpoint, fo
     assert Recipe.load(whole[1]).provenance["seed"] == 1
 
 
-def test_results_have_no_curve_of_an_earlier_search(cli, checkpoint, folder):  # noqa: F811
+def test_results_have_no_curve_of_an_earlier_search(cli, checkpoint, folder):
     Path("bnpatch-out").mkdir()
     Path("bnpatch-out", "alpha-curve.png").touch()
     Path("bnpatch-out", "mine.txt").touch()
@@ -115,7 +114,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("interrupts", ["as usual", "ignored"])
-def test_sigterm_ends_a_command_with_143(cli, monkeypatch, handlers, interrupts):  # noqa: F811
+def test_sigterm_ends_a_command_with_143(cli, monkeypatch, handlers, interrupts):
     if interrupts == "ignored":  # as in a background job of a script
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)
@@ -129,7 +128,7 @@ def test_sigterm_ends_a_command_with_143(cli, monkeypatch, handlers, interrupts)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_interrupt_in_a_destructor_is_not_lost(cli, monkeypatch):  # noqa: F811
+def test_an_interrupt_in_a_destructor_is_not_lost(cli, monkeypatch):
     class Loader:
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
@@ -146,7 +145,7 @@ def test_an_interrupt_in_a_destructor_is_not_lost(cli, monkeypatch):  # noqa: F8
     assert sys.unraisablehook is before
 
 
-def test_plans_of_the_program_around_for_sigterm_stand(cli, monkeypatch, handlers):  # noqa: F811
+def test_plans_of_the_program_around_for_sigterm_stand(cli, monkeypatch, handlers):
     came = []
     signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
 
@@ -243,7 +242,7 @@ def _group(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
-def test_sigterm_ends_a_search_as_an_interrupt_does(search, cli, send):  # noqa: F811
+def test_sigterm_ends_a_search_as_an_interrupt_does(search, cli, send):
     code, _, err = cli("tune-alpha", "no-such.pt", "--data", "nowhere")
     assert code == 2
     assert f"another run of bnpatch (process {search.pid}) writes to bnpatch-out" in one_line(err)
@@ -259,7 +258,7 @@ def test_sigterm_ends_a_search_as_an_interrupt_does(search, cli, send):  # noqa:
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_in_its_folder(search, cli, checkpoint, folder):  # noqa: F811
+def test_a_killed_search_goes_on_in_its_folder(search, cli, checkpoint, folder):
     search.kill()
     search.communicate()
     wait_for(lambda: group_is_gone(search.pid), 20)

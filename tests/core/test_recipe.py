@@ -14,7 +14,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import NormRecipe, Recipe, fingerprint
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "reference" / "recipe.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "recipe.schema.json"
 RECIPE = Recipe(
     (NormRecipe("bn1", "BatchNorm2d", 0.02, "aa"), NormRecipe("bn2", "BatchNorm2d", 0.0, "bb")), {"seed": 1}
 )
