@@ -1,8 +1,8 @@
 """Find the images of a folder, and match its class folders with the outputs of a model.
 
 A wrong match makes a good model look broken, so :func:`targets_of_folders` raises an error or warns where
-the match is not certain. :func:`open_folder` finds the images, :func:`read_class_map` reads the file in which
-the user can give the match.
+the match is not certain. :func:`open_folder` finds the images; :mod:`bnpatch.data.class_maps` reads the file
+in which the user can give the match.
 """
 
 import os
@@ -16,8 +16,7 @@ import numpy as np
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.bit_depth import given, of_files
-from bnpatch.data.class_maps import composed
-from bnpatch.data.class_maps import read_class_map as read_class_map
+from bnpatch.data.class_maps import composed, read_class_map
 from bnpatch.data.dataset import Indices
 from bnpatch.data.image_files import FoundImages, find_images
 from bnpatch.data.images import FileImages
@@ -190,7 +189,7 @@ def open_folder(
     Args:
         folder: a folder with one folder of images per class.
         model: the model, whose class names are used if it has some, and set if they become known here.
-        class_map: file with the class names, see :func:`read_class_map`.
+        class_map: file with the class names, see :func:`bnpatch.data.class_maps.read_class_map`.
         optional: also use images without a class: those outside class folders, and those in folders that
             can't be matched with the outputs (with a warning).
         bit_depth: how many bits the values of 16- and 32-bit images have; by default, as many as a sample of

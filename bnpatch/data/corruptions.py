@@ -84,12 +84,8 @@ class Augmented(Examples):
         # A row per example: clean or not, which kind, how much. It does not depend on the number of examples.
         self._draws = np.random.default_rng(seed).random((len(examples), 3))
 
-    def kinds_of(self, indices: Indices) -> list[str]:
-        """Return the shift of each example with these indices: the name of a kind, or "clean"."""
-        return [("clean", *self.kinds)[number] for number in self._numbers(indices)]
-
-    def _numbers(self, indices: Indices) -> Indices:
-        """Return 0 for clean, or 1 + the position of the kind, of shape (N,)."""
+    def shifts(self, indices: Indices) -> Indices:
+        """Return the shift of each of these examples, (N,): 0 for none, else 1 + the position of its kind."""
         shifted = self._draws[indices, 0] >= CLEAN_SHARE
         return np.where(shifted, 1 + (self._draws[indices, 1] * len(self.kinds)).astype(np.int64), 0)
 
@@ -112,7 +108,7 @@ class Augmented(Examples):
             raise BnpatchError(
                 f"inputs of {batch.x.dtype} can't be augmented", "give images as bytes or files"
             )
-        x, numbers = batch.x, self._numbers(batch.indices)  # in place: a batch is a copy of the cache
+        x, numbers = batch.x, self.shifts(batch.indices)  # in place: a batch is a copy of the cache
         for number, kind in enumerate(self.kinds, start=1):
             (chosen,) = np.nonzero(numbers == number)
             if len(chosen):

@@ -1,28 +1,26 @@
 """A new classifier for other classes: transfer learning (the paper's 4.3)."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.class_folders import ClassOrder
+from bnpatch.data.image_files import class_folders
 from bnpatch.data.npz import read_arrays
-from bnpatch.finetune.data import class_folders
 from bnpatch.models.torch_model import TorchModel
 
 
-def classes_of(data: Any, order: ClassOrder) -> tuple[str, ...]:
-    """Names of the classes of a folder, an ``.npz`` file or a pair of arrays, in the order of the outputs.
+def classes_of(data: str | os.PathLike[str], order: ClassOrder) -> tuple[str, ...]:
+    """Names of the classes of a folder or an ``.npz`` file, in the order of the outputs.
 
     Raises:
         BnpatchError: the data has no classes.
     """
-    if isinstance(data, tuple) and len(data) == 2:
-        return tuple(map(str, range(int(np.max(data[1])) + 1)))
     path = Path(data)
     if path.is_dir():
         return tuple(order.sort(class_folders(path)))

@@ -4,7 +4,8 @@ import unicodedata
 import pytest
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.data.class_folders import ClassOrder, read_class_map, targets_of_folders
+from bnpatch.data.class_folders import ClassOrder, targets_of_folders
+from bnpatch.data.class_maps import read_class_map
 
 
 def targets(folders, num_outputs, class_names=None, order=ClassOrder.NATURAL, **kwargs):
