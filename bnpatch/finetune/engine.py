@@ -54,7 +54,7 @@ class Engine:
         self.schedule = _schedule(self.optimizer, settings, updates_per_epoch)
         if accelerator.num_processes > 1:
             # DDP waits for all gradients unless told that some may be missing; all processes must agree.
-            unused = _any_process(_may_leave_out_parameters(model))
+            unused = _any_process(may_leave_out_parameters(model))
             accelerator.ddp_handler.find_unused_parameters = unused
         self._wrapped, self._stepper = accelerator.prepare(model.module, self.optimizer)
 
@@ -203,7 +203,7 @@ def _any_process(answer: bool) -> bool:
     return any(gather_object([answer]))
 
 
-def _may_leave_out_parameters(model: TorchModel) -> bool:
+def may_leave_out_parameters(model: TorchModel) -> bool:
     """May some parameters get no gradient, in all steps or in some?
 
     In all steps, these are parameters that the loss does not depend on, such as those of another classifier.

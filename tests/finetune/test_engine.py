@@ -11,7 +11,7 @@ from torch import nn
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.finetune.config import FineTuneSettings
-from bnpatch.finetune.engine import _may_leave_out_parameters
+from bnpatch.finetune.engine import may_leave_out_parameters
 
 
 class Branches(nn.Module):
@@ -31,7 +31,7 @@ class Branches(nn.Module):
 
 
 def may_leave_out(module):
-    return _may_leave_out_parameters(bnpatch.load(module, device="cpu", preprocessing={"img_size": 8}))
+    return may_leave_out_parameters(bnpatch.load(module, device="cpu", preprocessing={"img_size": 8}))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_model_that_is_asked_what_it_leaves_out_stays_as_it_is():
     model.module.train()
     model.module.norm.eval()  # as of layers that are frozen
     before = copy.deepcopy(model.module.state_dict())
-    assert not _may_leave_out_parameters(model)
+    assert not may_leave_out_parameters(model)
     assert [name for name, child in model.module.named_modules() if not child.training] == ["norm"]
     after = model.module.state_dict()
     assert after.keys() == before.keys()
