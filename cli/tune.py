@@ -64,7 +64,7 @@ def tune_alpha(
 
     # These checks come first, so that a mistake shows before the model is loaded and the search has run.
     config = searching.config(judging, reading.batch_size)
-    checked_objective(searching.metric, searching.granularity.value, searching.timeout, config)
+    checked_objective(searching.metric, searching.granularity, searching.timeout, config)
     groups = opt.groups_of(group_by)
     check_writable(output)
     with claimed(output) if is_first() else nullcontext():
@@ -76,7 +76,7 @@ def tune_alpha(
                 loaded,
                 data,
                 metric=searching.metric,
-                granularity=searching.granularity.value,
+                granularity=searching.granularity,
                 test_data=judging.test_data,
                 calib_data=judging.calib_data,
                 keep=judging.keep_data,

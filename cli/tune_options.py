@@ -1,8 +1,7 @@
 """Options of ``bnpatch tune-alpha``: how to search, and what is judged by which images."""
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from .options import panel
 
@@ -10,15 +9,6 @@ if TYPE_CHECKING:
     from bnpatch.search.config import SearchConfig
 
 _search, _verdict = panel("Search"), panel("Verdict and calibration")
-
-
-class Granularity(str, Enum):
-    """What has weights of its own."""
-
-    auto = "auto"
-    all_layers = "global"
-    stage = "stage"
-    layer = "layer"
 
 
 @dataclass(frozen=True)
@@ -72,9 +62,9 @@ class Searching:
         ),
     ] = "accuracy"
     granularity: Annotated[
-        Granularity,
+        Literal["auto", "global", "stage", "layer"],
         _search(help="What has weights of its own: the model, each stage, each layer; auto tries both ends."),
-    ] = Granularity.auto
+    ] = "auto"
     recalibrate: Annotated[
         bool | None,
         _search(
