@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.text import visible
+from bnpatch.evaluation.metrics import Outcome
 from bnpatch.models.base import Model
 from bnpatch.report import tables, text
 from bnpatch.report.charts import curve_chart, depth_chart, distance_chart, recall_chart, trade_off_chart
@@ -49,10 +50,10 @@ def report_page(
         written: the files of the result.
         training: results of training the model before the search.
     """
-    verdict = "loss" if text.is_refused(result) else str(result.verdict)
+    outcome = Outcome.LOSS if text.is_refused(result) else result.comparisons[0].outcome
     sentence = text.verdict_sentence(result)
     if training is not None:
-        verdict = next(c for c in training.comparisons if c.metric.name == result.metric.name).verdict
+        outcome = next(c for c in training.comparisons if c.metric.name == result.metric.name).outcome
         sentence = (
             f"{text.training_sentence(training.comparisons, result.metric)} Example weighing: {sentence}"
         )
@@ -62,7 +63,7 @@ def report_page(
         name=model.name,
         command="tune-alpha" if training is None else "fine-tune",
         metric=text.title(result.metric),
-        verdict=verdict if verdict in ("gain", "loss") else "",
+        verdict="" if outcome is Outcome.NO_CHANGE else outcome.value,
         sentence=sentence,
         training=None if training is None else tables.trained(training, result, model),
         contributions=tables.contributions(training) if training and training.contributions else None,

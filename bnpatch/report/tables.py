@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from bnpatch.core.inventory import SkippedNorm
-from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
+from bnpatch.evaluation.metrics import Comparison, Estimate, Metric, Outcome
 from bnpatch.models.base import Model
 from bnpatch.report import text
 from bnpatch.search.result import TuneResult
@@ -104,8 +104,8 @@ def contributions(training: TrainingResults) -> Table:
 
 def _compared(comparison: Comparison) -> Row:
     metric, change, verdict = comparison.metric, comparison.change, comparison.verdict
-    sign = {"gain": "▲ gain", "loss": "▼ loss"}.get(verdict, verdict)
-    notes = [text.interval(metric, change), sign]
+    sign = {Outcome.GAIN: "▲ ", Outcome.LOSS: "▼ ", Outcome.NO_CHANGE: ""}[comparison.outcome]
+    notes = [text.interval(metric, change), f"{sign}{verdict}"]
     before, after = (_estimate(metric, estimate) for estimate in (comparison.before, comparison.after))
     return [_metric(metric), before, after, Cell(metric.format(change.value, signed=True), notes, verdict)]
 

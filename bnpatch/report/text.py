@@ -11,7 +11,7 @@ from typing import Any
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, worth_showing
+from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, Outcome, worth_showing
 from bnpatch.models.base import Model
 from bnpatch.search.config import Candidate
 from bnpatch.search.objective import LABEL_FREE
@@ -48,17 +48,17 @@ def verdict_sentence(result: TuneResult) -> str:
         return (
             "No significant gain: nothing that was tried does better beyond doubt. Keep the model as it is."
         )
-    if is_refused(result) and str(result.verdict) != "loss":
+    if is_refused(result) and tuned.outcome is not Outcome.LOSS:
         by = f"{points(metric, change.value)}, {interval(metric, change)}"
         return (
             f"Keep the model as it is: {name_of(result.chosen)} changes its {title(metric)} ({by}) {where}, "
             f"but is {result.verdict.kept}."
         )
-    if str(result.verdict) == "gain":
+    if tuned.outcome is Outcome.GAIN:
         way = "rises" if change.value > 0 else "falls"
         values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
-        lost = [title(c.metric) for c in result.comparisons if c.verdict == "loss"]
-        if (calibration := result.verdict.calibration) is not None and calibration.verdict == "loss":
+        lost = [title(c.metric) for c in result.comparisons if c.outcome is Outcome.LOSS]
+        if (calibration := result.verdict.calibration) is not None and calibration.outcome is Outcome.LOSS:
             lost.append("calibration")
         if metric.name in LABEL_FREE:
             return (
@@ -67,7 +67,7 @@ def verdict_sentence(result: TuneResult) -> str:
             )
         but = f" It loses in {' and '.join(lost)}, though." if lost else ""
         return f"Patched, the model gains: its {title(metric)} {way} {values} {where}.{but}"
-    if str(result.verdict) == "loss":
+    if tuned.outcome is Outcome.LOSS:
         return (
             f"Keep the model as it is: {name_of(result.chosen)} did best in tuning, but makes its "
             f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
@@ -89,7 +89,7 @@ def verdict_sentence(result: TuneResult) -> str:
 def is_refused(result: TuneResult) -> bool:
     """Was a candidate chosen that does harm: to held-out examples, or maybe to the images to keep?"""
     kept = result.verdict.kept
-    return str(result.verdict) == "loss" or (kept is not None and not kept.is_within)
+    return result.comparisons[0].outcome is Outcome.LOSS or (kept is not None and not kept.is_within)
 
 
 def recommendation(recipe: Recipe) -> str:
@@ -109,9 +109,11 @@ def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
     values = f"{title(metric)} {metric.format(tuned.before.value)} → {metric.format(tuned.after.value)}"
     by = f"{values}, {points(metric, tuned.change.value)}, {interval(metric, tuned.change)}"
     return {
-        "gain": f"Fine-tuned, the model is better than the checkpoint: {by}.",
-        "loss": f"Keep the checkpoint, the fine-tuned model is worse: {by}. Try a lower --lr or more epochs.",
-    }.get(tuned.verdict, f"The fine-tuned model is not better than the checkpoint beyond doubt: {by}.")
+        Outcome.GAIN: f"Fine-tuned, the model is better than the checkpoint: {by}.",
+        Outcome.LOSS: f"Keep the checkpoint, the fine-tuned model is worse: {by}. "
+        "Try a lower --lr or more epochs.",
+        Outcome.NO_CHANGE: f"The fine-tuned model is not better than the checkpoint beyond doubt: {by}.",
+    }[tuned.outcome]
 
 
 def scored_on(result: TuneResult) -> str:
