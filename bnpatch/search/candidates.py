@@ -262,6 +262,10 @@ class CandidateSearch:
             trial = as_trial(name, ended, so_far)
             state = self.base.with_weights(weights(ended.params))
             self._report(replace(trial, state=state), so_far.best.number == ended.number)
+            if self.plan.callbacks:
+                stored = study.optuna_study.trials[ended.stored]
+                for callback in self.plan.callbacks:
+                    callback(study.optuna_study, stored)
 
         study = self._study(name if start is None else f"{name}.{_digest(start)}")
         self.resumed += len(study.trials())

@@ -1,6 +1,6 @@
 """Settings of a search, and the records of what it finds: candidates, and trials of its global searches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,11 @@ from bnpatch.data.corruptions import parse_kinds
 from bnpatch.evaluation.metrics import Estimate
 
 if TYPE_CHECKING:
+    import optuna
+
     from bnpatch.search.storages import Storage
+
+Callback = Callable[["optuna.Study", "optuna.trial.FrozenTrial"], None]
 
 Granularity = Literal["auto", "global", "stage", "layer"]
 
@@ -50,6 +54,8 @@ class SearchConfig:
         storage: where the trials are kept, so that a search that was killed can continue:
             a database such as ``sqlite:///x.db``; None for memory.
         study: name of the study in the storage.
+        callbacks: called as ``callback(study, trial)`` with Optuna's study and each trial of a global search
+            that ended, as those of ``optuna.Study.optimize`` are; see :mod:`bnpatch.search.trackers`.
     """
 
     recalibrate: bool | None = None
@@ -65,6 +71,7 @@ class SearchConfig:
     batch_size: int = 64
     storage: str | None = None
     study: str | None = None
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         if self.augment is not None:
