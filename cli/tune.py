@@ -63,7 +63,7 @@ def tune_alpha(
     from .render import progress_bar
 
     # These checks come first, so that a mistake shows before the model is loaded and the search has run.
-    config = searching.config(judging, reading.batch_size)
+    config = searching.config(judging, reading.batch_size, output)
     checked_objective(searching.metric, searching.granularity, searching.timeout, config)
     groups = opt.groups_of(group_by)
     check_writable(output)

@@ -1,6 +1,7 @@
 """Options of ``bnpatch tune-alpha``: how to search, and what is judged by which images."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from .options import panel
@@ -113,10 +114,21 @@ class Searching:
         ),
     ] = None
     study: Annotated[str | None, _search(help="Name of the study in the storage.")] = None
+    log: Annotated[
+        str | None,
+        _search(
+            metavar="tensorboard|mlflow|wandb",
+            help="Also write each trial of the global searches to a tracker: TensorBoard's files are in "
+            "OUTPUT/tensorboard, the others write where their own settings say.",
+        ),
+    ] = None
 
-    def config(self, judging: Judging, batch_size: int) -> "SearchConfig":
-        """The library's settings, which are checked when they are made."""
+    def config(self, judging: Judging, batch_size: int, output: Path) -> "SearchConfig":
+        """The library's settings, which are checked when they are made; results go to ``output``."""
         from bnpatch.search.config import SearchConfig
+        from bnpatch.search.trackers import tracker
+
+        callbacks = [] if self.log is None else [tracker(self.log, self.metric, output / self.log)]
 
         return SearchConfig(
             recalibrate=self.recalibrate,
@@ -132,4 +144,5 @@ class Searching:
             batch_size=batch_size,
             storage=self.storage,
             study=self.study,
+            callbacks=callbacks,
         )

@@ -181,3 +181,16 @@ def test_bad_groups(cli, checkpoint, folder, rule, message):
         code, _, err = cli(command, checkpoint, "--data", folder, "--group-by", rule)
         assert code == 2
         assert message in one_line(err)
+
+
+def test_trials_are_logged_to_a_tracker(cli, checkpoint, folder):
+    code, _, err = cli(
+        "tune-alpha", checkpoint, "--data", folder, *QUICK, "--trials", 4, "--log", "tensorboard"
+    )
+    assert code == 0, err
+    with Path("bnpatch-out", "trials.csv").open() as file:
+        trials = [row for row in csv.DictReader(file) if row["candidate"] == "alpha"]
+    assert len(list(Path("bnpatch-out", "tensorboard", "bnpatch").iterdir())) == len(trials)
+    code, _, err = cli("tune-alpha", checkpoint, "--data", folder, "--log", "paper")
+    assert code == 2
+    assert one_line(err) == "there is no tracker 'paper'; choose tensorboard, mlflow, wandb"
