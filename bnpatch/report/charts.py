@@ -230,6 +230,9 @@ def distance_chart(weights: PatchWeights, name: str) -> Markup:
             tip = _tip(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
             axes.plot(distance, odds / (1 + odds), color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(
+            "{x:g}"
+        )  # its own labels are mathematics, which text in SVG can't show
         axes.set(xlim=_DISTANCES, ylim=(0, 1), xlabel="distance of the example", ylabel="its weight")
 
     return _svg(draw, name, f"weight against distance at {len(slopes)} norm layers")

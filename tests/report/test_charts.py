@@ -15,6 +15,7 @@ from bnpatch.report.charts import (
     WIDTH,
     curve_chart,
     depth_chart,
+    distance_chart,
     palette,
     recall_chart,
     trade_off_chart,
@@ -145,6 +146,19 @@ def test_many_norm_layers_are_few_bytes():
     assert len(depth_chart(weights, {}, "alpha", "d")) < 60_000
 
 
+SLOPED = PatchWeights({"a": 0.2, "b": 0.2, "c": 0.1}, {}, {"a": 0.5, "b": -1.0, "c": 0.0})
+
+
+def test_the_weight_against_the_distance_has_a_line_per_slope():
+    chart = distance_chart(SLOPED, "d")
+    rising, falling = lines(chart, "data")
+    assert rising[0][1] > rising[-1][1]  # heights count from the top
+    assert falling[0][1] < falling[-1][1]
+    texts = {text.text for text in drawn(chart).iter("text")}
+    assert {"0.1", "1", "10"} <= texts
+    assert not any("$" in text for text in texts)
+
+
 def point(norm_layers, gain, ratio):
     latency = Latency(ratio, ratio, 0.95 * ratio, 1.05 * ratio, 8, 9)
     weights = PatchWeights({str(index): 0.1 for index in range(norm_layers)})
@@ -184,8 +198,9 @@ def test_recalls_are_joined_and_any_name_may_stand_there():
         lambda name: depth_chart({"a": 0.1, "b": 0.0}, {}, "alpha", name),
         lambda name: trade_off_chart([point(0, 0.0, 1.0), point(1, 0.3, 1.1)], ACCURACY, name),
         lambda name: recall_chart([ClassChange(0, 10, 2, 8)], ["a"], name),
+        lambda name: distance_chart(SLOPED, name),
     ],
-    ids=["curve", "depth", "trade-off", "recall"],
+    ids=["curve", "depth", "trade-off", "recall", "distance"],
 )
 def test_a_chart_fits_into_any_page(chart, monkeypatch):
     import matplotlib
