@@ -49,7 +49,7 @@ def bench(
         raise BnpatchError("--recipe and --alpha both say what to patch with", "leave one out")
     chosen = opt.recipe_of(recipe)
     loaded = loading.open(model, chosen)
-    is_patched = not loaded.weights.is_identity(loaded.identities())
+    is_patched = not loaded.weights.is_baseline(loaded.baseline_alphas())
     if chosen is not None:
         if is_patched:
             raise BnpatchError(
@@ -63,7 +63,7 @@ def bench(
         loaded.set_alphas(_USUAL_ALPHA if alpha is None else alpha)
         what = f"alpha = {_USUAL_ALPHA}, for want of a recipe" if alpha is None else f"alpha = {alpha:g}"
     alphas = loaded.alphas()
-    num_patched = sum(alphas[name] != identity for name, identity in loaded.identities().items())
+    num_patched = sum(alphas[name] != alpha for name, alpha in loaded.baseline_alphas().items())
     opt.say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:

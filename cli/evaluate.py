@@ -43,7 +43,7 @@ def evaluate(
     loaded = loading.open(model, chosen)
     patched = None
     if chosen is not None:
-        if not loaded.weights.is_identity(loaded.identities()):
+        if not loaded.weights.is_baseline(loaded.baseline_alphas()):
             raise BnpatchError(
                 f"{model} is patched already", "leave out --recipe, or give the model as it was"
             )

@@ -111,7 +111,7 @@ class _Watched:
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         running = None
-        alpha, slope = self.norm_layer.identity, 0.0
+        alpha, slope = self.norm_layer.baseline_alpha, 0.0
         if isinstance(module, ExampleWeightedNorm):
             running = module.running
             if module.weighs(x):

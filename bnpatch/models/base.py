@@ -76,7 +76,7 @@ class Model(ABC, Generic[NormLayerT]):
         return self._state
 
     def set_state(self, state: PatchState) -> None:
-        """Make the model compute with another patch. Norm layers that it does not name get their identity.
+        """Make the model compute with another patch. Norm layers that it does not name compute as they did.
 
         Raises:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
@@ -85,10 +85,10 @@ class Model(ABC, Generic[NormLayerT]):
             InvalidSlopeError: a slope is not in [-4, 4].
         """
         self._make_norm_layers(state)
-        identities = self.identities()
-        state.check(identities, self.name)
-        zeros = dict.fromkeys(identities, 0.0)
-        everywhere = PatchWeights(identities, zeros, zeros)
+        baseline_alphas = self.baseline_alphas()
+        state.check(baseline_alphas, self.name)
+        zeros = dict.fromkeys(baseline_alphas, 0.0)
+        everywhere = PatchWeights(baseline_alphas, zeros, zeros)
         state = replace(state, weights=everywhere.updated(state.weights))
         self._use(state)
         self._state = state
@@ -126,9 +126,9 @@ class Model(ABC, Generic[NormLayerT]):
     def set_running(self, running: Statistics) -> None:
         """Give running statistics (C,) to norms that have none of their own, which makes them norm layers.
 
-        A new norm layer is at its identity. A norm that got running statistics before keeps its weights. The
-        name of the Batch Norm that was fused into a convolution is the name of the convolution +
-        :data:`~bnpatch.core.inventory.FUSED`.
+        A new norm layer still computes what the norm did. A norm that got running statistics before keeps
+        its weights. The name of the Batch Norm that was fused into a convolution is the name of the
+        convolution + :data:`~bnpatch.core.inventory.FUSED`.
 
         Raises:
             BnpatchError: the model has no such norm or convolution.
@@ -235,7 +235,7 @@ class Model(ABC, Generic[NormLayerT]):
         """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
 
     @abstractmethod
-    def identities(self) -> dict[str, float]:
+    def baseline_alphas(self) -> dict[str, float]:
         """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
 
     def alphas_in_use(self) -> Mapping[str, float | Tensor]:

@@ -67,7 +67,7 @@ def export_onnx(
 ) -> Export:
     """Write a patched model with its current weights as ONNX, and check that the file computes the same.
 
-    Norm layers at their identity stay as they were, so that runtimes fuse them as before.
+    Norm layers whose alpha is that of the baseline stay as they were, so that runtimes fuse them as before.
 
         model = bnpatch.patch(torchvision.models.resnet18(), alpha=0.02)
         export = bnpatch.export_onnx(model, "resnet18.onnx")

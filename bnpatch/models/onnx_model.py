@@ -1,7 +1,7 @@
 """The ONNX backend: an ONNX graph that can be patched and run by onnxruntime.
 
 One session has all weights as inputs and serves the whole search. Another session runs the graph as it was
-read; it is used if every norm layer is at its identity, so that the baseline is exactly the user's file.
+read; it is used if every alpha is that of the baseline, so that the baseline is exactly the user's file.
 """
 
 import os
@@ -125,9 +125,9 @@ class OnnxModel(Model[AnyNormLayer]):
         )
         return tuple(dict.fromkeys(names))
 
-    def identities(self) -> dict[str, float]:
+    def baseline_alphas(self) -> dict[str, float]:
         """Return, by name of norm layer, the alpha at which the model computes what the file does."""
-        return {norm_layer.module: norm_layer.identity for norm_layer in self._patchable()}
+        return {norm_layer.module: norm_layer.baseline_alpha for norm_layer in self._patchable()}
 
     def fused_convs(self) -> tuple[str, ...]:
         """Name the convolutions that a Batch Norm may have been fused into and that are not recovered yet."""
@@ -208,7 +208,7 @@ class OnnxModel(Model[AnyNormLayer]):
             BnpatchError: the graph does not take this input.
         """
         output = self.output_for(x)
-        if self.weights.is_identity(self.identities()):
+        if self.weights.is_baseline(self.baseline_alphas()):
             (y,) = self.run(self._plain_session(), [output.name], x)
         else:
             opened = self._weighted = self._kept(self._weighted) or self._open_weighted()
@@ -366,7 +366,7 @@ class OnnxModel(Model[AnyNormLayer]):
         """
         weights = self.weights
         alphas, lambdas = weights.alphas, weights.lambdas
-        # A recovered norm layer at its identity is left out of the graph, because it would do nothing.
+        # A recovered norm layer with alpha 0 is left out of the graph, because it would do nothing.
         used = {
             name: moments
             for name, moments in self._state.running.items()
@@ -375,7 +375,7 @@ class OnnxModel(Model[AnyNormLayer]):
         graph = self._with_norms(used)
         there = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
         patched: tuple[str, ...] = ()
-        if alpha_inputs is not None or not weights.is_identity(self.identities()):
+        if alpha_inputs is not None or not weights.is_baseline(self.baseline_alphas()):
             running = {name: m for name, m in self.statistics_in_use().items() if name in there}
             patched = rewrite(
                 graph,

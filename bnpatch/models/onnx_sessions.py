@@ -131,7 +131,7 @@ def open_by_batch(
         names.setdefault(norm.module, []).append((moments.mean.name or "", moments.var.name or ""))
         return result
 
-    # An alpha of 0.5 is no norm layer's identity, so all of them are rewritten.
+    # No norm layer computes what it did at an alpha of 0.5, so all of them are rewritten.
     alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
     rewrite(graph, alphas, running=running, include_1x1=True, append=append)
     return open_session(graph, device), names

@@ -119,7 +119,7 @@ def patched_graph(
     Returns:
         The graph, and the names of the norm layers that were rewritten.
     """
-    alphas, identities = source.alphas(), source.identities()
+    alphas, baseline_alphas = source.alphas(), source.baseline_alphas()
     moments = source.statistics_in_use()
     running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
     dtype = example_input.dtype if example_input.dtype == torch.float16 else torch.float32
@@ -137,7 +137,7 @@ def patched_graph(
     }
     insert_norms(graph, {name.removesuffix(FUSED): moments for name, moments in used.items()})
     alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
-    chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
+    chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != baseline_alphas[n] or n in running}
     running = {name: m for name, m in running.items() if name in chosen}
     done = rewrite(
         graph,

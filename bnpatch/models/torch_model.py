@@ -100,9 +100,9 @@ class TorchModel(Model[NormLayer]):
         """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
         return tuple(uncalibrated(self.module))
 
-    def identities(self) -> dict[str, float]:
+    def baseline_alphas(self) -> dict[str, float]:
         """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
-        return {norm.name: norm.identity for norm in self.inventory().norm_layers}
+        return {norm.name: norm.baseline_alpha for norm in self.inventory().norm_layers}
 
     def set_state(self, state: PatchState) -> None:
         """See :meth:`bnpatch.models.base.Model.set_state`."""
@@ -135,7 +135,7 @@ class TorchModel(Model[NormLayer]):
         for norm in self.inventory().norm_layers:
             layer = norm.module
             assert isinstance(layer, ExampleWeightedNorm)  # patch() has just made it one
-            if norm.identity == 0:
+            if norm.baseline_alpha == 0:
                 layer.channels_per_group = state.channels_per_group.get(norm.name, 1)
             weight = weights.lambdas[norm.name]
             source = None  # stands for the buffers, which a recovered norm layer has, too
@@ -338,7 +338,7 @@ class TorchModel(Model[NormLayer]):
                 return
             parts = accurate_moments(x)
             seen.setdefault(name, []).append(parts)
-            if (layer := layers[name]).identity == 0:
+            if (layer := layers[name]).baseline_alpha == 0:
                 layer.running = pooled_rows(parts)
 
         with self.in_state(replace(self.state, weights=PatchWeights())):

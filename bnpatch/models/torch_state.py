@@ -27,7 +27,7 @@ def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
         if not isinstance(layer := norm.module, ExampleWeightedNorm):
             continue
         include_1x1 = include_1x1 or layer.include_1x1
-        if norm.identity == 0 and layer.channels_per_group > 1:
+        if norm.baseline_alpha == 0 and layer.channels_per_group > 1:
             groups[norm.name] = layer.channels_per_group
         if layer.running is None or lambdas[norm.name] or norm.name in running:
             continue

@@ -29,13 +29,20 @@ _OWN_STATE = (
     "always_inference",
     "channels_per_group",
     "include_1x1",
-    "identity",
+    "baseline_alpha",
     "_alpha",
     "_slope",
-    "_is_identity",
+    "_is_baseline",
     "_is_constant",
     "_running",
 )
+
+# The names that pickled models may have for them.
+_FORMER_NAMES = {
+    "weigh_single_values": "include_1x1",
+    "identity": "baseline_alpha",
+    "_is_identity": "_is_baseline",
+}
 
 
 class ExampleWeightedNorm(nn.Module):
@@ -46,12 +53,12 @@ class ExampleWeightedNorm(nn.Module):
     from the running ones. The output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
-    that was Group Norm therefore has its identity at 1; its running statistics come from data, see
+    that was Group Norm therefore computes what it did at 1; its running statistics come from data, see
     :attr:`running`.
 
     The layer *is* the module that it replaces, under another class: both share one ``__dict__``, and with it
     every parameter, buffer, submodule, hook, flag and state-dict key. The original class still does training
-    steps and inference at the identity, so these give the original's result bit for bit.
+    steps and inference at the :attr:`baseline_alpha`, so these give the original's result bit for bit.
 
     Make one with :meth:`take_over`; :func:`bnpatch.patch` does so for a whole model:
 
@@ -63,7 +70,7 @@ class ExampleWeightedNorm(nn.Module):
         origin_class: the class of the module that was replaced.
         always_inference: the original normalizes by its running statistics in training too (frozen).
         channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
-        identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
+        baseline_alpha: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
             Group Norm.
         include_1x1: also weight the example where it has one value per channel (``(N, C)`` or 1 x 1 maps).
             Such an example has no variance, so the formula mostly shrinks the signal. By default these
@@ -74,11 +81,11 @@ class ExampleWeightedNorm(nn.Module):
     always_inference: bool
     channels_per_group: int
     include_1x1: bool
-    identity: float
+    baseline_alpha: float
     eps: float
     _alpha: Tensor
     _slope: Tensor
-    _is_identity: bool
+    _is_baseline: bool
     _is_constant: bool  # every example gets the weight alpha
     _running: Moments[Tensor] | None
 
@@ -90,7 +97,7 @@ class ExampleWeightedNorm(nn.Module):
         *,
         always_inference: bool = False,
         channels_per_group: int = 1,
-        identity: float = 0.0,
+        baseline_alpha: float = 0.0,
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
         slope: float | Tensor = 0.0,
@@ -104,7 +111,7 @@ class ExampleWeightedNorm(nn.Module):
             alpha: see :attr:`alpha`.
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
-            identity: see the class.
+            baseline_alpha: see the class.
             running: see :attr:`running`; required if ``origin`` has no running statistics.
             include_1x1: see the class.
             slope: see :attr:`slope`.
@@ -120,7 +127,7 @@ class ExampleWeightedNorm(nn.Module):
             _version=type(origin)._version,
             always_inference=always_inference,
             channels_per_group=channels_per_group,
-            identity=identity,
+            baseline_alpha=baseline_alpha,
             include_1x1=include_1x1,
             _running=running,
         )
@@ -142,7 +149,7 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The weight of the example, in [0, 1]; at :attr:`identity` the layer computes what it did.
+        """The weight of the example, in [0, 1]; at :attr:`baseline_alpha` the layer computes what it did.
 
         Set a number, or a 0-dim tensor that requires grad in order to learn it. The layer keeps the number
         as a CPU tensor that is no buffer. Such a tensor combines with tensors of any device without a copy
@@ -159,8 +166,8 @@ class ExampleWeightedNorm(nn.Module):
         """How much the weight depends on the distance of the example, in [-4, 4]; 0 for not at all.
 
         :attr:`alpha` is the weight of an example at distance 1; see
-        :func:`~bnpatch.core.moments.weight_by_distance`. At :attr:`identity`, and wherever alpha is 0 or 1,
-        the slope changes nothing. Set a number or a tensor to learn it, as for :attr:`alpha`:
+        :func:`~bnpatch.core.moments.weight_by_distance`. Where alpha is 0 or 1, the slope changes nothing.
+        Set a number or a tensor to learn it, as for :attr:`alpha`:
 
             >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1, slope=0.5)
             >>> layer.slope = torch.tensor(0.0, requires_grad=True)
@@ -180,7 +187,7 @@ class ExampleWeightedNorm(nn.Module):
         slope = slope if _is_learned(slope) else _on_host(check_slope(float(slope)))
         number = None if _is_learned(alpha) else float(alpha)
         self.__dict__["_alpha"], self.__dict__["_slope"] = alpha, slope
-        self.__dict__["_is_identity"] = number == self.identity
+        self.__dict__["_is_baseline"] = number == self.baseline_alpha
         self.__dict__["_is_constant"] = number in (0, 1) or not (_is_learned(slope) or float(slope))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -203,8 +210,7 @@ class ExampleWeightedNorm(nn.Module):
         self.__dict__["_running"] = moments
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "weigh_single_values" in state:  # a model that was pickled with version 0.1
-            state["include_1x1"] = state.pop("weigh_single_values")
+        state = {_FORMER_NAMES.get(name, name): value for name, value in state.items()}
         if "_slope" not in state:  # a model that was pickled before there were slopes
             state |= {"_slope": _on_host(0.0), "_is_constant": True}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -222,11 +228,11 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def running_var(self) -> Tensor | None:
-        """The running variance. Reading it warns if the layer is not at its identity.
+        """The running variance. Reading it warns if the layer computes otherwise than it did.
 
         Code that fuses or re-parameterizes a layer reads this attribute, and would drop alpha.
         """
-        if not self._is_identity or (self._running is not None and self.identity == 0):
+        if not self._is_baseline or (self._running is not None and self.baseline_alpha == 0):
             warnings.warn(
                 "the running variance of a patched layer was read: if that was to fuse the layer, its alpha "
                 "is lost; call bnpatch.unpatch first, or fuse before patching",
@@ -294,18 +300,18 @@ class ExampleWeightedNorm(nn.Module):
             return True
         if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
             return True  # the original class raises the right error, or returns the right empty output
-        if self._running is not None and self.identity == 0:
+        if self._running is not None and self.baseline_alpha == 0:
             return False  # the original would use other running statistics
         return not self.weighs(x)
 
     def weighs(self, x: Tensor) -> bool:
         """Tell whether the layer weights the examples of ``x`` otherwise than the original does."""
-        if self._is_identity:
+        if self._is_baseline:
             return False
         if self.include_1x1 or not _has_single_values(x):
             return True
         # A single value has a variance once it is pooled with other channels; Group Norm pools them anyway.
-        return self.channels_per_group > 1 and self.identity == 0
+        return self.channels_per_group > 1 and self.baseline_alpha == 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)

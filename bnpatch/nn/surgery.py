@@ -88,9 +88,9 @@ class NormLayer:
         return int(norm.num_channels if self.is_patched else norm.running_mean.numel())
 
     @property
-    def identity(self) -> float:
+    def baseline_alpha(self) -> float:
         """The alpha at which the layer computes what it did: 0 for Batch Norm, 1 for Group Norm."""
-        return self.module.identity if isinstance(self.module, ExampleWeightedNorm) else 0.0
+        return self.module.baseline_alpha if isinstance(self.module, ExampleWeightedNorm) else 0.0
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
@@ -162,7 +162,7 @@ def patch(
 ) -> nn.Module:
     """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
-    Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At its identity
+    Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At the baseline
     (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
     patched model sets new weights. Group Norm can be patched once it has running statistics, see
     :func:`bnpatch.calibrate`.
@@ -226,7 +226,7 @@ def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
     """Give running statistics to norms that have none, in place, which makes them norm layers.
 
-    Each layer starts at its identity. A Batch Norm without running statistics normalizes by those of the
+    Each layer still computes what it did. A Batch Norm without running statistics normalizes by those of the
     batch, which no layer that treats examples separately can reproduce; it gets the running statistics that
     it never kept, and alpha = 0.
 
@@ -252,7 +252,7 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
             per_group = norm.num_channels // groups
             options[name] = {
                 "alpha": 1.0,
-                "identity": 1.0,
+                "baseline_alpha": 1.0,
                 "channels_per_group": per_group,
                 "running": running,
             }

@@ -192,7 +192,7 @@ def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moment
     x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
     moments = centred_moments(x, (0, *range(2, len(norm_layer.dims))))
     found = Moments(moments.mean.value, moments.var.value)
-    if norm_layer.identity == 1:
+    if norm_layer.baseline_alpha == 1:
         ignored = Moments(
             np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
         )  # alpha = 1 gives the running statistics the weight 0

@@ -82,7 +82,7 @@ class NormLayer:
         return int(self.weight.size)
 
     @property
-    def identity(self) -> float:
+    def baseline_alpha(self) -> float:
         """The alpha at which the norm layer computes what the original does."""
         return 0.0 if self.kind == "BatchNormalization" else 1.0
 
@@ -106,7 +106,7 @@ class NormLayer:
 
     @property
     def _pools_channels(self) -> bool:
-        return self.channels_per_group > 1 and self.identity == 0
+        return self.channels_per_group > 1 and self.baseline_alpha == 0
 
 
 def inventory(model: ir.Model) -> Inventory[NormLayer]:

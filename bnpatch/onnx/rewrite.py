@@ -2,7 +2,7 @@
 
 The rewrite uses standard operators only. It keeps the opset, the IR version, metadata, doc strings, the order
 of the other nodes, and the names, types and dimensions of inputs and outputs. It also keeps every norm layer
-that is at its identity, so that a runtime fuses it as before.
+whose alpha is that of the baseline, so that a runtime fuses it as before.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,13 +33,13 @@ class _Use(Enum):
     WEIGHTED = auto()
     MOVED = auto()  # Batch Norm that does not weight the example, but gets other running statistics
     UNNAMED = auto()
-    AT_IDENTITY = auto()
+    AT_BASELINE = auto()
     SINGLE_VALUE = auto()
 
 
 _REASONS = {
     _Use.UNNAMED: "no alpha was given for it",
-    _Use.AT_IDENTITY: "its alpha is at identity",
+    _Use.AT_BASELINE: "its alpha is that of the baseline",
     _Use.SINGLE_VALUE: "an example has one value per channel here, so it would mostly shrink the signal",
 }
 
@@ -88,10 +88,10 @@ def rewrite(
             the model or that the model lacks (Group Norm).
         channels_per_group: by name of module, the number of consecutive channels whose moments are pooled,
             for a Batch/Group Norm, which the model stores as Batch Norm.
-        alpha_inputs: None writes the alphas into the graph as constants, and keeps norm layers that are at
-            their identity. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for each
-            norm layer. The inputs are float32 scalars with ``alphas`` as defaults. The slopes become inputs
-            in the same way.
+        alpha_inputs: None writes the alphas into the graph as constants, and keeps norm layers whose alpha
+            is that of the baseline. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for
+            each norm layer. The inputs are float32 scalars with ``alphas`` as defaults. The slopes become
+            inputs in the same way.
         running_inputs: also add graph inputs for the running statistics, float32 of shape (C,), with the
             moments above as defaults. A search uses them, because it changes the moments often.
         include_1x1: also rewrite norm layers whose input is known to have one value per example and channel,
@@ -123,7 +123,7 @@ def rewrite(
     }
 
     def use(norm_layer: NormLayer) -> _Use:
-        moves = norm_layer.identity == 0 and (running_inputs or _is_given(norm_layer, running))
+        moves = norm_layer.baseline_alpha == 0 and (running_inputs or _is_given(norm_layer, running))
         constant = by_norm.get(norm_layer.name), alpha_inputs is None
         return _use(norm_layer, *constant, moves=moves, include_1x1=include_1x1)
 
@@ -179,8 +179,8 @@ def _use(
     """Decide what becomes of a norm layer; ``moves`` tells whether it may get other running statistics."""
     if alpha is None:
         return _Use.UNNAMED
-    if constant and alpha == norm_layer.identity:
-        return _Use.MOVED if moves else _Use.AT_IDENTITY
+    if constant and alpha == norm_layer.baseline_alpha:
+        return _Use.MOVED if moves else _Use.AT_BASELINE
     if norm_layer.single_value and not include_1x1:
         return _Use.MOVED if moves else _Use.SINGLE_VALUE
     return _Use.WEIGHTED
@@ -290,13 +290,13 @@ def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[st
 
 
 def _unless_single_values(tape: Tape, norm_layer: NormLayer, alpha: float | ir.Value) -> ir.Value:
-    """Append nodes that return alpha, or the identity if an example has one value per channel at run time."""
+    """Append nodes that return alpha, but that of the baseline if an example has one value per channel."""
     sizes = Value(tape, tape.op("Shape", norm_layer.input, dtype=ir.DataType.INT64)).cast(ir.DataType.FLOAT)
     spatial = tape.constant(np.arange(2, len(norm_layer.dims)), ir.DataType.INT64)
     count = tape.op("ReduceProd", tape.op("Gather", sizes.value, spatial, dtype=sizes.dtype), keepdims=0)
     more_than_one = tape.op("Min", (Value(tape, count) - 1.0).value, tape.constant(1.0, ir.DataType.FLOAT))
     weight = Value(tape, alpha) if isinstance(alpha, ir.Value) else alpha
-    gated = Value(tape, more_than_one) * (weight - norm_layer.identity) + norm_layer.identity
+    gated = Value(tape, more_than_one) * (weight - norm_layer.baseline_alpha) + norm_layer.baseline_alpha
     return gated.value
 
 

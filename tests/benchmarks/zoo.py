@@ -188,7 +188,7 @@ def calibrated_on(family, model, x):
 def moved(model, distance):
     """Alphas at a distance from the identity."""
     return {
-        norm_layer.name: abs(norm_layer.identity - distance)
+        norm_layer.name: abs(norm_layer.baseline_alpha - distance)
         for norm_layer in bnpatch.inventory(model).norm_layers
     }
 

@@ -339,7 +339,7 @@ def test_calibrated_norms_are_sites(case):
         0.0 if is_batch_norm else 1.0,
     )
     assert norm_layer.num_channels == 8
-    assert norm_layer.identity == norm_layer.alpha
+    assert norm_layer.baseline_alpha == norm_layer.alpha
     assert list(model.state_dict()) == keys
     if not is_batch_norm:  # which has no identity that is free of the batch
         assert torch.equal(model(x), before)

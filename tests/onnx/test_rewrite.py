@@ -41,13 +41,13 @@ def two_norms(opset=20, ir_version=8):
     return model(nodes, parameters() | parameters(prefix="bn2", seed=1), opset=opset, ir_version=ir_version)
 
 
-def test_a_site_at_identity_is_left_exactly_as_it_was():
+def test_a_norm_layer_at_its_baseline_is_left_exactly_as_it_was():
     proto = two_norms()
     before = ir.to_proto(from_proto(proto))
     result, report = rewritten(proto, {"bn": 0.0, "bn2": 0.0})
     assert result.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
     assert not report.patched
-    assert {left.reason for left in report.skipped_norms} == {"its alpha is at identity"}
+    assert {left.reason for left in report.skipped_norms} == {"its alpha is that of the baseline"}
 
 
 def test_what_is_kept():
@@ -300,7 +300,7 @@ def group_norm_model():
     )
 
 
-def test_group_norm_at_identity_needs_no_moments_and_stays():
+def test_group_norm_at_its_baseline_needs_no_moments_and_stays():
     result, report = rewritten(group_norm_model(), {"bn": 1.0})
     assert not report.patched
     assert result.graph.node[0].op_type == "GroupNormalization"

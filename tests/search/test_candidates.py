@@ -153,7 +153,7 @@ def starts_of(tiny, found, *, recalibrate=True):
         {name: Moments(np.zeros(c), np.ones(c)) for name, c in zip(tiny.alphas(), WIDTHS, strict=True)}
     )
     search = LayerSearch.__new__(LayerSearch)
-    search._identity_alphas = tiny.identities()
+    search._baseline_alphas = tiny.baseline_alphas()
     search._cache = SimpleNamespace(base=target if recalibrate else tiny.state)
     search._plan = Plan(recalibrate=recalibrate)
     return search._starts(found, {name: name for name in tiny.alphas()})
