@@ -13,7 +13,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.norm import ExampleWeightedNorm, affine, mixture
-from bnpatch.nn.surgery import NormLayer
+from bnpatch.nn.surgery import TorchNormLayer
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def output_ranges(
 class _Watched:
     """A norm layer with its observations: values normalized together, smallest weight, largest value."""
 
-    norm_layer: NormLayer
+    norm_layer: TorchNormLayer
     num_values: int = 0
     weight: float = 1.0
     largest: Tensor | None = None

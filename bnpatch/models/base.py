@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import AnyNormLayer, Inventory, NormFacts
+from bnpatch.core.inventory import Inventory, NormFacts, NormLayer
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
 from bnpatch.core.recipe import NormRecipe, Recipe
@@ -29,7 +29,7 @@ from bnpatch.onnx.rewrite import AlphaInputs
 #: Maps a batch to the moments (N, C) of each example, by name of module.
 Watch = Callable[[Tensor], Mapping[str, Moments[Any]]]
 
-NormLayerT = TypeVar("NormLayerT", bound=AnyNormLayer)
+NormLayerT = TypeVar("NormLayerT", bound=NormLayer)
 
 
 class Model(ABC, Generic[NormLayerT]):

@@ -21,9 +21,9 @@ from bnpatch.core.inventory import (
     CALIBRATE,
     FUSED,
     NEEDS_CALIBRATION,
-    AnyNormLayer,
     Inventory,
     NormFacts,
+    NormLayer,
     SkippedNorm,
 )
 from bnpatch.core.moments import Moments, pool
@@ -41,8 +41,8 @@ from bnpatch.models.onnx_sessions import (
     run_in_portions,
 )
 from bnpatch.models.outputs import Output
-from bnpatch.onnx import match
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
+from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 from bnpatch.onnx.runtime import Signature, open_session
 
@@ -55,7 +55,7 @@ _DTYPES = {
 
 
 @dataclass
-class OnnxModel(Model[AnyNormLayer]):
+class OnnxModel(Model[NormLayer]):
     """Runs and patches an ONNX graph. :func:`bnpatch.load` makes one of an ONNX file.
 
     Attributes:
@@ -95,15 +95,15 @@ class OnnxModel(Model[AnyNormLayer]):
 
     def _open_anew(self, state: PatchState) -> None:
         """Find the norm layers of the graph with the recovered norms of a state; drop all sessions."""
-        self._norm_layers = match.inventory(self._with_norms(state.running))
+        self._norm_layers = inventory(self._with_norms(state.running))
         self._plain: Any = None
         self._weighted: WeightedSession | None = None
         self._observed: WeightedSession | None = None
         self._by_batch: tuple[Any, MomentNames] | None = None
 
-    def inventory(self) -> Inventory[AnyNormLayer]:
+    def inventory(self) -> Inventory[NormLayer]:
         """List the norm layers, one per module, and the norms that are skipped."""
-        norm_layers: dict[str, AnyNormLayer] = {}
+        norm_layers: dict[str, NormLayer] = {}
         for norm_layer in self._patchable():
             norm_layers.setdefault(
                 norm_layer.module, _ModuleNorm(norm_layer.module, norm_layer.kind, norm_layer.num_channels)
@@ -313,7 +313,7 @@ class OnnxModel(Model[AnyNormLayer]):
         images = next(value for value in graph.graph.inputs if value.name == self.signature.input)
         images.shape = ir.Shape([self.signature.batch, *size])
         names = {norm.module for norm in self._patchable()}
-        return _known_shapes([n for n in match.inventory(graph).norm_layers if n.module in names]) | shapes
+        return _known_shapes([n for n in inventory(graph).norm_layers if n.module in names]) | shapes
 
     def watch_fused(self, example: Tensor) -> Watch | None:
         """See :meth:`bnpatch.models.base.Model.watch_fused`."""
@@ -394,7 +394,7 @@ class OnnxModel(Model[AnyNormLayer]):
         insert_norms(graph, {name.removesuffix(FUSED): part for name, part in fused.items()})
         return graph
 
-    def _patchable(self) -> list[match.NormLayer]:
+    def _patchable(self) -> list[OnnxNormLayer]:
         return [
             s
             for s in self._norm_layers.norm_layers
@@ -439,7 +439,7 @@ class OnnxModel(Model[AnyNormLayer]):
         return {name: as_arrays(part) for name, part in running.items() if not name.endswith(FUSED)}
 
 
-def _known_shapes(norms: Iterable[match.NormLayer]) -> dict[str, tuple[int, ...]]:
+def _known_shapes(norms: Iterable[OnnxNormLayer]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for norm in norms:
         spatial = tuple(int(size) for size in norm.dims[2:] if isinstance(size, int))
@@ -448,7 +448,7 @@ def _known_shapes(norms: Iterable[match.NormLayer]) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def _moments_of(norm_layer: match.NormLayer) -> Moments[Any]:
+def _moments_of(norm_layer: OnnxNormLayer) -> Moments[Any]:
     assert norm_layer.running_mean is not None  # otherwise the state has running statistics
     assert norm_layer.running_var is not None
     return Moments(norm_layer.running_mean, norm_layer.running_var)

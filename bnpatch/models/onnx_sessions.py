@@ -15,10 +15,10 @@ import onnx_ir as ir
 import torch
 
 from bnpatch.core.patch import PatchWeights, Statistics
-from bnpatch.onnx import match
 from bnpatch.onnx.expressions import Tape
 from bnpatch.onnx.formulas import append_by_batch
 from bnpatch.onnx.fused_conv import observe_values
+from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.rewrite import rewrite
 from bnpatch.onnx.runtime import Signature, open_session
 
@@ -60,7 +60,7 @@ class WeightedSession:
 
 def open_weighted(
     graph: ir.Model,
-    norms: Sequence[match.NormLayer],
+    norms: Sequence[OnnxNormLayer],
     weights: PatchWeights,
     running: Statistics,
     device: torch.device,
@@ -81,7 +81,7 @@ def open_weighted(
     """
     moments: MomentNames = {}
     if observe:
-        outside = [norm for norm in match.inventory(graph).norm_layers if norm.node.graph is graph.graph]
+        outside = [norm for norm in inventory(graph).norm_layers if norm.node.graph is graph.graph]
         values = observe_values(graph, [(norm.input, len(norm.dims)) for norm in outside])
         for norm, pair in zip(outside, values, strict=True):
             moments.setdefault(norm.module, []).append(pair)
@@ -109,7 +109,7 @@ def open_weighted(
 
 
 def open_by_batch(
-    graph: ir.Model, norms: Sequence[match.NormLayer], running: Statistics, device: torch.device
+    graph: ir.Model, norms: Sequence[OnnxNormLayer], running: Statistics, device: torch.device
 ) -> tuple[Any, MomentNames]:
     """Open a session whose norms normalize by the batch.
 
@@ -123,9 +123,9 @@ def open_by_batch(
         The session, and the names of its outputs with the moments of the batch.
     """
     names: MomentNames = {}
-    inside = {n.module for n in match.inventory(graph).norm_layers if n.node.graph is not graph.graph}
+    inside = {n.module for n in inventory(graph).norm_layers if n.node.graph is not graph.graph}
 
-    def append(tape: Tape, norm: match.NormLayer, *_: Any) -> ir.Value:
+    def append(tape: Tape, norm: OnnxNormLayer, *_: Any) -> ir.Value:
         result, moments = append_by_batch(tape, norm)
         graph.graph.outputs.extend([moments.mean, moments.var])
         names.setdefault(norm.module, []).append((moments.mean.name or "", moments.var.name or ""))

@@ -26,7 +26,7 @@ from bnpatch.models.torch_state import buffers_of, state_of
 from bnpatch.nn.fused_conv import find_fused_convs, forget, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
-from bnpatch.nn.surgery import NormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
+from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
 from bnpatch.onnx.rewrite import AlphaInputs
 
@@ -36,7 +36,7 @@ _CPU_VALUES = 4 * 3 * 224 * 224
 
 
 @dataclass
-class TorchModel(Model[NormLayer]):
+class TorchModel(Model[TorchNormLayer]):
     """Runs and patches a torch module. :func:`bnpatch.load` makes one.
 
     Attributes:
@@ -92,7 +92,7 @@ class TorchModel(Model[NormLayer]):
         self.module = module.to(self.device)
         self._state = state_of(self.inventory().norm_layers, PatchState(include_1x1=self._state.include_1x1))
 
-    def inventory(self) -> Inventory[NormLayer]:
+    def inventory(self) -> Inventory[TorchNormLayer]:
         """See :func:`bnpatch.inventory`."""
         return inventory(self.module)
 
@@ -146,13 +146,13 @@ class TorchModel(Model[NormLayer]):
                 source = mix(weight, target, source or buffers_of(norm))
             layer.running = source
 
-    def source(self, norm: NormLayer) -> Moments[Tensor]:
+    def source(self, norm: TorchNormLayer) -> Moments[Tensor]:
         """Return a norm layer's running statistics without lambda: from data if it has some, else its own."""
         if norm.name in self._state.running:
             return self._on_device(self._state.running[norm.name])
         return buffers_of(norm)
 
-    def target(self, norm: NormLayer) -> Moments[Tensor]:
+    def target(self, norm: TorchNormLayer) -> Moments[Tensor]:
         """Return the re-estimated statistics of a norm layer, on the device."""
         return self._on_device(self._state.target[norm.name])
 

@@ -8,10 +8,10 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.nn.fused_conv import VirtualNorm
 from bnpatch.nn.norm import ExampleWeightedNorm
-from bnpatch.nn.surgery import NormLayer
+from bnpatch.nn.surgery import TorchNormLayer
 
 
-def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
+def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchState:
     """Return the state of the norm layers; ``given`` has the parts of the statistics that they mixed."""
     alphas: dict[str, float] = {}
     lambdas: dict[str, float] = {}
@@ -38,7 +38,7 @@ def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
     return PatchState(PatchWeights(alphas, lambdas, slopes), target, running, groups, include_1x1)
 
 
-def buffers_of(norm: NormLayer) -> Moments[Tensor]:
+def buffers_of(norm: TorchNormLayer) -> Moments[Tensor]:
     """Return the running statistics in the buffers of a norm layer."""
     _, _, mean, var = norm.parameters()
     assert mean is not None  # callers use the running statistics of the state for norms without buffers

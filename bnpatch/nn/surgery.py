@@ -66,7 +66,7 @@ LEFT_ALONE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class NormLayer:
+class TorchNormLayer:
     """A module of a model that normalizes by running statistics.
 
     Attributes:
@@ -126,7 +126,7 @@ class NormLayer:
         return slope.item() if isinstance(slope, Tensor) else slope
 
 
-def inventory(model: nn.Module) -> Inventory[NormLayer]:
+def inventory(model: nn.Module) -> Inventory[TorchNormLayer]:
     """List the norm layers of a model, and the normalization layers that bnpatch skips, with reasons.
 
     The model is not changed; it may be patched already:
@@ -145,7 +145,7 @@ def inventory(model: nn.Module) -> Inventory[NormLayer]:
         ):
             reason = "belongs to another norm, which does not use it at inference"
         if reason is None:
-            norm_layers.append(NormLayer(name, kind, module, tuple(aliases)))
+            norm_layers.append(TorchNormLayer(name, kind, module, tuple(aliases)))
             inside.append(name)
         elif reason:
             skipped_norms.append(SkippedNorm(name, kind, reason, reason == NEEDS_CALIBRATION))
@@ -156,7 +156,7 @@ def patch(
     model: nn.Module,
     alpha: float | Mapping[str, float] = 0.0,
     *,
-    where: Callable[[NormLayer], bool] = lambda norm_layer: True,
+    where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True,
     include_1x1: bool | None = None,
     slope: float | Mapping[str, float] | None = None,
 ) -> nn.Module:
@@ -261,7 +261,9 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
     )
 
 
-def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True) -> nn.Module:
+def unpatch(
+    model: nn.Module, *, where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True
+) -> nn.Module:
     """Undo :func:`patch`, in place: every layer gets its original class back.
 
     Args:
@@ -330,7 +332,7 @@ def _why_not_unknown(module: nn.Module) -> str:
 
 def _by_name(
     weight: float | Mapping[str, float],
-    norm_layers: list[NormLayer],
+    norm_layers: list[TorchNormLayer],
     skipped_norms: tuple[SkippedNorm, ...],
     check: Callable[..., float],
 ) -> dict[str, float]:
@@ -347,7 +349,7 @@ def _by_name(
     return {names[name]: check(float(value), name) for name, value in weight.items()}
 
 
-def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
+def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
     if found.norm_layers:
         return "no norm layer of the model was chosen", "the filter refused all of them"
     if not found.skipped_norms:

@@ -20,7 +20,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.core.norm_spec import NormSpec, Renorm
 from bnpatch.nn.norm import ExampleWeightedNorm, affine, example_moments
-from bnpatch.nn.surgery import NormLayer, inventory, patch, swap
+from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, swap
 
 
 class GeneralNorm(ExampleWeightedNorm):
@@ -307,7 +307,7 @@ def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[T
 
 
 def convert_norms(
-    model: nn.Module, spec: NormSpec, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True
+    model: nn.Module, spec: NormSpec, *, where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True
 ) -> nn.Module:
     """Make the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
 

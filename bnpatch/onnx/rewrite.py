@@ -19,7 +19,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import append_batch_norm, append_norm
 from bnpatch.onnx.inference import Array
-from bnpatch.onnx.match import MARK, NormLayer, inventory
+from bnpatch.onnx.match import MARK, OnnxNormLayer, inventory
 
 #: Appends the nodes that replace a norm layer; takes the arguments of :func:`append_norm`.
 Append = Callable[..., ir.Value]
@@ -122,7 +122,7 @@ def rewrite(
         if norm_layer.name in by_norm
     }
 
-    def use(norm_layer: NormLayer) -> _Use:
+    def use(norm_layer: OnnxNormLayer) -> _Use:
         moves = norm_layer.baseline_alpha == 0 and (running_inputs or _is_given(norm_layer, running))
         constant = by_norm.get(norm_layer.name), alpha_inputs is None
         return _use(norm_layer, *constant, moves=moves, include_1x1=include_1x1)
@@ -174,7 +174,7 @@ def rewrite(
 
 
 def _use(
-    norm_layer: NormLayer, alpha: float | None, constant: bool, *, moves: bool, include_1x1: bool
+    norm_layer: OnnxNormLayer, alpha: float | None, constant: bool, *, moves: bool, include_1x1: bool
 ) -> _Use:
     """Decide what becomes of a norm layer; ``moves`` tells whether it may get other running statistics."""
     if alpha is None:
@@ -196,7 +196,7 @@ def _options(
     return options
 
 
-def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Inventory[NormLayer]:
+def _regrouped(found: Inventory[OnnxNormLayer], groups: Mapping[str, int]) -> Inventory[OnnxNormLayer]:
     norm_layers = (
         replace(norm_layer, channels_per_group=groups.get(norm_layer.module, norm_layer.channels_per_group))
         for norm_layer in found.norm_layers
@@ -205,7 +205,7 @@ def _regrouped(found: Inventory[NormLayer], groups: Mapping[str, int]) -> Invent
 
 
 def _by_norm(
-    weights: Mapping[str, float], norm_layers: tuple[NormLayer, ...], check: Callable[[float, str], float]
+    weights: Mapping[str, float], norm_layers: tuple[OnnxNormLayer, ...], check: Callable[[float, str], float]
 ) -> dict[str, float]:
     known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module)}
     if unknown := [name for name in weights if name not in known]:
@@ -225,11 +225,11 @@ def _by_norm(
     return {name: float(weight) for name, weight in by_norm.items() if weight is not None}
 
 
-def _is_given(norm_layer: NormLayer, running: Mapping[str, Moments[Array]] | None) -> bool:
+def _is_given(norm_layer: OnnxNormLayer, running: Mapping[str, Moments[Array]] | None) -> bool:
     return running is not None and (norm_layer.name in running or norm_layer.module in running)
 
 
-def _running_moments(norm_layer: NormLayer, given: Mapping[str, Moments[Array]]) -> Moments[Array] | None:
+def _running_moments(norm_layer: OnnxNormLayer, given: Mapping[str, Moments[Array]]) -> Moments[Array] | None:
     moments = given.get(norm_layer.name, given.get(norm_layer.module))
     if moments is None:
         if norm_layer.running_mean is None or norm_layer.running_var is None:
@@ -252,7 +252,7 @@ def _running_moments(norm_layer: NormLayer, given: Mapping[str, Moments[Array]])
 def _add_inputs(
     graph: ir.Graph,
     kind: str,
-    norm_layers: list[NormLayer],
+    norm_layers: list[OnnxNormLayer],
     weights: Mapping[str, float],
     mode: AlphaInputs | None,
     taken: set[str],
@@ -266,7 +266,7 @@ def _add_inputs(
 
 
 def _add_running_inputs(
-    graph: ir.Graph, norm_layer: NormLayer, moments: Moments[Array], taken: set[str]
+    graph: ir.Graph, norm_layer: OnnxNormLayer, moments: Moments[Array], taken: set[str]
 ) -> Moments[ir.Value]:
     return Moments(
         mean=_add_input(graph, f"running_mean.{norm_layer.name}", moments.mean, taken),
@@ -289,7 +289,7 @@ def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[st
     return value
 
 
-def _unless_single_values(tape: Tape, norm_layer: NormLayer, alpha: float | ir.Value) -> ir.Value:
+def _unless_single_values(tape: Tape, norm_layer: OnnxNormLayer, alpha: float | ir.Value) -> ir.Value:
     """Append nodes that return alpha, but that of the baseline if an example has one value per channel."""
     sizes = Value(tape, tape.op("Shape", norm_layer.input, dtype=ir.DataType.INT64)).cast(ir.DataType.FLOAT)
     spatial = tape.constant(np.arange(2, len(norm_layer.dims)), ir.DataType.INT64)
@@ -312,7 +312,7 @@ def _names(model: ir.Model) -> set[str]:
     return names
 
 
-def _replace(norm_layer: NormLayer, tape: Tape, result: ir.Value) -> None:
+def _replace(norm_layer: OnnxNormLayer, tape: Tape, result: ir.Value) -> None:
     """Replace the nodes of a norm layer by those on the tape; the output keeps its name."""
     graph, output = norm_layer.node.graph, norm_layer.output
     assert graph is not None  # the inventory found the node in a graph
