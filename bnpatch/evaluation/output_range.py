@@ -12,7 +12,8 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeightedNorm, affine, mixture
+from bnpatch.nn.functional import affine, mixture
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import TorchNormLayer
 
 

@@ -25,8 +25,16 @@ from bnpatch.models.torch_file import save_checkpoint
 from bnpatch.models.torch_state import buffers_of, state_of
 from bnpatch.nn.fused_conv import find_fused_convs, forget, recover
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
-from bnpatch.nn.norm import ExampleWeightedNorm
-from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, swap, uncalibrated, unpatch
+from bnpatch.nn.surgery import (
+    TorchNormLayer,
+    calibrated,
+    inventory,
+    patch,
+    patched_layers,
+    swap,
+    uncalibrated,
+    unpatch,
+)
 from bnpatch.nn.tracing import functional_norms
 from bnpatch.onnx.rewrite import AlphaInputs
 
@@ -133,8 +141,8 @@ class TorchModel(Model[TorchNormLayer]):
         weights = state.weights
         self.module = patch(self.module, weights.alphas, include_1x1=state.include_1x1, slope=weights.slopes)
         for norm in self.inventory().norm_layers:
-            layer = norm.module
-            assert isinstance(layer, ExampleWeightedNorm)  # patch() has just made it one
+            layer = norm.patched
+            assert layer is not None  # patch() has just made it one
             if norm.baseline_alpha == 0:
                 layer.channels_per_group = state.channels_per_group.get(norm.name, 1)
             weight = weights.lambdas[norm.name]
@@ -166,20 +174,16 @@ class TorchModel(Model[TorchNormLayer]):
 
     def statistics_in_use(self) -> dict[str, Moments[Tensor]]:
         """Return, by name, the mean and variance (C,) in use where they are not those in the buffers."""
-        layers = (
-            (norm.name, norm.module)
-            for norm in self.inventory().norm_layers
-            if isinstance(norm.module, ExampleWeightedNorm)
-        )
+        layers = patched_layers(self.module).items()
         return {name: layer.running for name, layer in layers if layer.running is not None}
 
     def alphas_in_use(self) -> dict[str, float | Tensor]:
         """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
-        return {norm.name: norm.module.alpha for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
+        return {name: layer.alpha for name, layer in patched_layers(self.module).items()}
 
     def slopes_in_use(self) -> dict[str, float | Tensor]:
         """Return the slope by name of norm layer; a learned one is the tensor itself."""
-        return {norm.name: norm.module.slope for norm in self.inventory().norm_layers if norm.is_patched}  # type: ignore[misc]
+        return {name: layer.slope for name, layer in patched_layers(self.module).items()}
 
     def facts(self) -> dict[str, NormFacts]:
         """Return, by name of norm layer, what the layer has from the checkpoint."""
@@ -342,11 +346,7 @@ class TorchModel(Model[TorchNormLayer]):
                 layer.running = pooled_rows(parts)
 
         with self.in_state(replace(self.state, weights=PatchWeights())):
-            layers = {
-                norm_layer.name: norm_layer.module
-                for norm_layer in self.inventory().norm_layers
-                if isinstance(norm_layer.module, ExampleWeightedNorm)
-            }
+            layers = patched_layers(self.module)
             with at_inputs(layers, normalize_by):
                 self._returned(x)
         return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
@@ -384,7 +384,7 @@ class TorchModel(Model[TorchNormLayer]):
     @contextmanager
     def unpatched(self) -> Iterator[nn.Module]:
         """Yield the module without its patch; when the context ends, it is patched again."""
-        layers = [s.module for s in self.inventory().norm_layers if isinstance(s.module, ExampleWeightedNorm)]
+        layers = patched_layers(self.module).values()
         origins = [layer.as_origin() for layer in layers]
         self.module = swap(self.module, {id(a): b for a, b in zip(layers, origins, strict=True)})
         try:
@@ -407,7 +407,7 @@ class TorchModel(Model[TorchNormLayer]):
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Put the model in evaluation mode; when the context ends, restore every mode, layer and weight."""
-        patched = {n.name for n in self.inventory().norm_layers if isinstance(n.module, ExampleWeightedNorm)}
+        patched = patched_layers(self.module)
         try:
             with super().borrowed():
                 yield

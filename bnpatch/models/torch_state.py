@@ -7,7 +7,6 @@ from torch import Tensor
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.nn.fused_conv import VirtualNorm
-from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import TorchNormLayer
 
 
@@ -24,7 +23,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
         lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
         if norm.kind == VirtualNorm.__name__:
             running.setdefault(norm.name, buffers_of(norm))
-        if not isinstance(layer := norm.module, ExampleWeightedNorm):
+        if (layer := norm.patched) is None:
             continue
         include_1x1 = include_1x1 or layer.include_1x1
         if norm.baseline_alpha == 0 and layer.channels_per_group > 1:

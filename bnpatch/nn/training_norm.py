@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.core.norm_spec import NormSpec, Renorm
-from bnpatch.nn.norm import ExampleWeightedNorm, affine, example_moments
+from bnpatch.nn.functional import affine, example_moments
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, swap
 
 
@@ -331,8 +332,8 @@ def convert_norms(
     model = patch(model, where=where)
     swaps: dict[int, nn.Module] = {}
     for norm_layer in inventory(model).norm_layers:
-        layer = norm_layer.module
-        if not (where(norm_layer) and isinstance(layer, ExampleWeightedNorm)) or layer.always_inference:
+        layer = norm_layer.patched
+        if layer is None or not where(norm_layer) or layer.always_inference:
             continue
         if norm_layer.parameters()[2] is not None:
             swaps[id(layer)] = GeneralNorm.of(layer, spec.for_channels(norm_layer.num_channels))

@@ -27,8 +27,8 @@ import bnpatch
 from bnpatch.core.moments import Moments, pool
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.functional import example_moments
 from bnpatch.nn.hooks import at_inputs
-from bnpatch.nn.norm import example_moments
 from bnpatch.nn.surgery import calibrated, uncalibrated
 from tests.nn.test_surgery import images, settle
 

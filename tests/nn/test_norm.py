@@ -9,7 +9,8 @@ from torch import nn
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments, mix
-from bnpatch.nn.norm import ExampleWeightedNorm, example_moments, weighted_norm
+from bnpatch.nn.functional import example_moments, weighted_norm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from tests import reference
 from tests.nn.pairwise import pairwise
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import weighted_norm
+from bnpatch.nn.functional import weighted_norm
 from bnpatch.onnx.formulas import append_norm
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite

@@ -11,7 +11,7 @@ from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.nn.norm import mixture
+from bnpatch.nn.functional import mixture
 from bnpatch.search.candidates import as_trial
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
