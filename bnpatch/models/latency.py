@@ -19,6 +19,7 @@ import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.models.base import Model
+from bnpatch.models.export import patched_graph
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.onnx.runtime import open_session
@@ -223,7 +224,7 @@ def _onnx_turns(
 
     def open_run(weights: Mapping[str, float]) -> Callable[[], object]:
         model.set_alphas(weights)
-        session = open_session(model.rewritten()[0], model.device, threads)
+        session = open_session(patched_graph(model)[0], model.device, threads)
         run = partial(session.run, read, feeds)
         try:
             run()

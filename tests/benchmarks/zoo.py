@@ -226,7 +226,9 @@ def check_export(family, model, result):
     half = Preprocessing(tuple(x.shape[1:]), (0.5,), (0.5,))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = bnpatch.export_onnx(TorchModel(model, "m", half), Path(folder) / "m.onnx", x)
+            done = bnpatch.export_onnx(
+                TorchModel(model, name="m", preprocessing=half), Path(folder) / "m.onnx", x
+            )
             result.deviation = done.max_deviation
         except bnpatch.BnpatchError as error:
             result.problem = str(error)

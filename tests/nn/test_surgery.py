@@ -389,7 +389,7 @@ def test_layers_are_lent_out_as_what_they_were():
     net[0].running = moments(seed=4)
     x = images(2, 8, 4, 4)
     before, layers = net(x), list(net)
-    with TorchModel(net, "net", preprocessing=None).unpatched() as plain:
+    with TorchModel(net, name="net", preprocessing=None).unpatched() as plain:
         assert [type(m) for m in plain] == [nn.BatchNorm2d, nn.GroupNorm, nn.BatchNorm2d]
         assert not torch.equal(plain(x), before)
     assert [id(layer) for layer in net] == [id(layer) for layer in layers]
