@@ -314,7 +314,7 @@ def _flat(names: MomentNames) -> list[str]:
 
 
 def _by_module(names: MomentNames, arrays: Iterable[Array]) -> dict[str, Moments[Tensor]]:
-    """Return the moments of all calls of each norm layer, (k * N, C), from arrays in the order of the names."""
+    """Return the moments of all calls of each norm layer, (k * N, C); arrays are in the order of names."""
     rows = (torch.from_numpy(array).flatten(1) for array in arrays)
     return {
         module: joined([Moments(next(rows), next(rows)) for _ in pairs]) for module, pairs in names.items()
