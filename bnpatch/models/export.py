@@ -18,7 +18,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.io import temporary_folder, writing_to
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import as_arrays
+from bnpatch.core.patch import PatchWeights, as_arrays
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
 from bnpatch.models.onnx_model import OnnxModel
@@ -141,14 +141,14 @@ def patched_graph(
     # A recovered norm layer that is not chosen is left out of the graph, because it would do nothing.
     recovered = {name: m for name, m in state.running.items() if name.endswith(FUSED) and name in chosen}
     insert_norms(graph, {name.removesuffix(FUSED): as_arrays(part) for name, part in recovered.items()})
+    slopes = weights.slopes_to_write(alpha_inputs)
     done = rewrite(
         graph,
-        chosen,
+        PatchWeights(chosen, slopes={n: s for n, s in slopes.items() if n in chosen}),
         running={name: part for name, part in moved.items() if name in chosen},
         channels_per_group=state.channels_per_group,
         alpha_inputs=alpha_inputs,
         include_1x1=state.include_1x1,
-        slopes={n: s for n, s in weights.slopes_to_write(alpha_inputs).items() if n in chosen},
     )
     return graph, done.patched
 

@@ -114,12 +114,11 @@ class Sessions:
             moments = _with_moments(graph)
         done = rewrite(
             graph,
-            weights.alphas,
+            PatchWeights(weights.alphas, slopes=weights.slopes if weights.varying() else {}),
             running=self._running,
             alpha_inputs="per-site",
             running_inputs=True,
             include_1x1=self._include_1x1,
-            slopes=weights.slopes if weights.varying() else None,
         )
         session = open_session(graph, self._device)
         taken = {value.name for value in session.get_overridable_initializers()}
@@ -170,7 +169,7 @@ def _open_by_batch(
 
     # No norm layer computes what it did at an alpha of 0.5, so all of them are rewritten.
     alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
-    rewrite(graph, alphas, running=running, include_1x1=True, append=append)
+    rewrite(graph, PatchWeights(alphas), running=running, include_1x1=True, append=append)
     return open_session(graph, device), names
 
 

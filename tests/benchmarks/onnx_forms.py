@@ -23,6 +23,7 @@ import onnxscript.optimizer
 import torch
 
 from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import append_norm, example_moments
 from bnpatch.onnx.io import save
@@ -177,7 +178,7 @@ def measure(name: str, rounds: int, threads: int) -> None:
         choices.append(("last quarter", append_norm, all_sites[-len(all_sites) // 4 :]))
         for label, append, norm_layers in choices:
             model = original.clone()
-            rewrite(model, dict.fromkeys(norm_layers, ALPHA), append=append)
+            rewrite(model, PatchWeights(dict.fromkeys(norm_layers, ALPHA)), append=append)
             names.append(label)
             sessions.append(session(model, Path(folder), threads))
     for batch in (1, 8):
