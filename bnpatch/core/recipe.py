@@ -99,9 +99,9 @@ class NormRecipe:
         weight = values.get("lambda", 0.0)
         if weight and target is None:
             raise ValueError("lambda without target")
-        name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
+        name, kind, alpha, hashed = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
-        layer = cls(name, kind, alpha, print_, weight, target, running, groups, slope)
+        layer = cls(name, kind, alpha, hashed, weight, target, running, groups, slope)
         layer._check_ranges()
         return layer
 

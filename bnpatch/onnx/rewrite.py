@@ -282,10 +282,11 @@ def _replace(norm_layer: OnnxNormLayer, tape: Tape, result: ir.Value) -> None:
     """Replace the nodes of a norm layer by those on the tape; the output keeps its name."""
     graph, output = norm_layer.node.graph, norm_layer.output
     assert graph is not None  # the inventory found the node in a graph
-    same = (node for node in tape.nodes if node.op_type == norm_layer.node.op_type == "BatchNormalization")
-    if heir := next(same, None):  # a new node of the same operator keeps the name, which tools may refer to
-        heir.name, heir.doc_string = norm_layer.node.name, norm_layer.node.doc_string
-        heir.metadata_props.update(norm_layer.node.metadata_props)
+    old = norm_layer.node
+    same = (node for node in tape.nodes if node.op_type == old.op_type == "BatchNormalization")
+    if new := next(same, None):  # a new node of the same operator keeps the name, which tools may refer to
+        new.name, new.doc_string = old.name, old.doc_string
+        new.metadata_props.update(old.metadata_props)
     graph.insert_after(norm_layer.node, tape.nodes)
     name, result.type, result.shape = output.name, output.type, output.shape
     result.doc_string = output.doc_string
