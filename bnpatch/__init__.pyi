@@ -20,8 +20,8 @@ from .models.onnx_model import OnnxModel as OnnxModel
 from .models.running_stats import calibrate as calibrate
 from .models.running_stats import recover_folded as recover_folded
 from .models.torch_model import TorchModel as TorchModel
+from .nn.functional import weighted_norm as weighted_norm
 from .nn.norm import ExampleWeightedNorm as ExampleWeightedNorm
-from .nn.norm import weighted_norm as weighted_norm
 from .nn.surgery import inventory as inventory
 from .nn.surgery import patch as patch
 from .nn.surgery import unpatch as unpatch

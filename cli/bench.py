@@ -60,7 +60,7 @@ def bench(
     loaded = loading.open(model, chosen)
     what = _patch(loaded, chosen, alpha, model)
     alphas = loaded.alphas()
-    num_patched = sum(alphas[name] != identity for name, identity in loaded.identities().items())
+    num_patched = sum(alphas[name] != identity for name, identity in loaded.baseline_alphas().items())
     say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:
@@ -93,7 +93,7 @@ def _patch(
     if alpha is not None:
         loaded.set_alphas(alpha)
         return f"alpha = {alpha:g}"
-    if not loaded.weights.is_identity(loaded.identities()):
+    if not loaded.weights.is_baseline(loaded.baseline_alphas()):
         return "the model's own weights"
     loaded.set_alphas(_USUAL_ALPHA)
     return f"alpha = {_USUAL_ALPHA}, for want of a recipe"

@@ -15,7 +15,7 @@ from .advice import Advice, advise, print_advice
 from .console import put, say, some
 
 if TYPE_CHECKING:
-    from bnpatch.core.inventory import AnyNormLayer, Inventory, SkippedNorm
+    from bnpatch.core.inventory import Inventory, NormLayer, SkippedNorm
     from bnpatch.models.onnx_model import OnnxModel
     from bnpatch.models.torch_model import TorchModel
 
@@ -70,7 +70,7 @@ def inspect(
 class _Facts:
     """What there is to see without data."""
 
-    found: "Inventory[AnyNormLayer]"
+    found: "Inventory[NormLayer]"
     calls: "tuple[SkippedNorm, ...]"  # calls of functions that normalize, such as F.batch_norm
     alphas: dict[str, float]
     slopes: dict[str, float]

@@ -53,7 +53,7 @@ def check_unpatched(model: "TorchModel | OnnxModel", called: str) -> None:
     Raises:
         BnpatchError: it has.
     """
-    if not model.weights.is_identity(model.identities()):
+    if not model.weights.is_baseline(model.baseline_alphas()):
         raise BnpatchError(f"{called} is patched already", "leave out --recipe, or give the model as it was")
 
 

@@ -42,7 +42,9 @@ def model():
         )
     module.to = lambda device: module  # it is there; fake parameters can't be moved
     values = Preprocessing(IMAGES[1:], (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
-    return TorchModel(module.eval(), "fake", values, device=DEVICE, output=Output("", (10,)))
+    return TorchModel(
+        module.eval(), name="fake", preprocessing=values, device=DEVICE, output=Output("", (10,))
+    )
 
 
 def images():

@@ -16,7 +16,7 @@ CALIBRATE = (
 )
 
 
-class AnyNormLayer(Protocol):
+class NormLayer(Protocol):
     """The attributes that the norm layers of torch modules and of ONNX graphs share.
 
     A norm layer is a place where a model normalizes by running statistics.
@@ -35,7 +35,7 @@ class AnyNormLayer(Protocol):
         """C, the number of channels that the layer normalizes."""
 
 
-NormLayerT_co = TypeVar("NormLayerT_co", bound=AnyNormLayer, covariant=True)
+NormLayerT_co = TypeVar("NormLayerT_co", bound=NormLayer, covariant=True)
 
 
 @dataclass(frozen=True)

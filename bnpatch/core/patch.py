@@ -18,7 +18,7 @@ class PatchWeights:
     """The weights of a patch, by name of norm layer. A norm layer that is not named keeps its weights.
 
         >>> weights = PatchWeights({"bn1": 0.1, "bn2": 0.02}, slopes={"bn1": 0.5})
-        >>> weights.updated(PatchWeights({"bn1": 0.0})).is_identity({"bn1": 0.0, "bn2": 0.0})
+        >>> weights.updated(PatchWeights({"bn1": 0.0})).is_baseline({"bn1": 0.0, "bn2": 0.0})
         False
 
     Attributes:
@@ -33,15 +33,15 @@ class PatchWeights:
     lambdas: Mapping[str, float] = field(default_factory=dict)
     slopes: Mapping[str, float] = field(default_factory=dict)
 
-    def is_identity(self, identities: Mapping[str, float]) -> bool:
+    def is_baseline(self, baseline_alphas: Mapping[str, float]) -> bool:
         """Tell whether a model with these weights computes what the unpatched model does.
 
         Slopes don't matter, because no slope changes a weight of 0 or 1.
 
         Args:
-            identities: by name of norm layer, the alpha at which it computes what it did.
+            baseline_alphas: by name of norm layer, the alpha at which it computes what it did.
         """
-        return not any(self.lambdas.values()) and all(a == identities[n] for n, a in self.alphas.items())
+        return not any(self.lambdas.values()) and all(a == baseline_alphas[n] for n, a in self.alphas.items())
 
     def updated(self, other: "PatchWeights") -> "PatchWeights":
         """Return these weights, replaced by those of ``other`` for the norm layers that ``other`` names."""
@@ -110,11 +110,11 @@ class PatchState:
             self.target.get(name) is other.target.get(name) for name in weighted
         )
 
-    def check(self, identities: Mapping[str, float], model: str) -> None:
+    def check(self, baseline_alphas: Mapping[str, float], model: str) -> None:
         """Raise an error if a model can't compute with this state. A model calls this before it changes.
 
         Args:
-            identities: by name of norm layer of the model, the alpha at which it computes what it did.
+            baseline_alphas: by name of norm layer of the model, the alpha at which it computes what it did.
             model: name of the model, for messages.
 
         Raises:
@@ -129,7 +129,7 @@ class PatchState:
         for name, slope in self.weights.slopes.items():
             check_slope(float(slope), name)
         for name in (*self.weights.alphas, *self.weights.lambdas, *self.weights.slopes):
-            if name not in identities:
+            if name not in baseline_alphas:
                 raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
         for name, weight in self.weights.lambdas.items():
             if weight and name not in self.target:

@@ -16,7 +16,7 @@ from bnpatch.core import hub
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import write_text
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.core.patch import PatchState, PatchWeights, as_arrays
 
 #: The newest format that this version reads. Format 2 has slopes. A recipe without slopes is written as
 #: format 1, so that earlier versions read it.
@@ -99,9 +99,9 @@ class NormRecipe:
         weight = values.get("lambda", 0.0)
         if weight and target is None:
             raise ValueError("lambda without target")
-        name, kind, alpha, print_ = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
+        name, kind, alpha, hashed = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
-        layer = cls(name, kind, alpha, print_, weight, target, running, groups, slope)
+        layer = cls(name, kind, alpha, hashed, weight, target, running, groups, slope)
         layer._check_ranges()
         return layer
 
@@ -140,6 +140,39 @@ class Recipe:
     norm_layers: tuple[NormRecipe, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     include_1x1: bool = False
+
+    @classmethod
+    def of_state(
+        cls,
+        state: PatchState,
+        kinds: Mapping[str, str],
+        fingerprints: Mapping[str, str],
+        provenance: Mapping[str, Any],
+    ) -> "Recipe":
+        """Make a recipe of the state of a model.
+
+        Args:
+            state: the state; its weights name every norm layer.
+            kinds: by name of norm layer, in the order of the model, what :class:`NormRecipe` calls its kind.
+            fingerprints: by name of norm layer, the :func:`fingerprint` of its parameters.
+            provenance: how the state was found, as plain JSON values.
+        """
+        weights = state.weights
+        norms = (
+            NormRecipe(
+                name,
+                kind,
+                weights.alphas[name],
+                fingerprints[name],
+                weights.lambdas[name],
+                as_arrays(state.target[name]) if weights.lambdas[name] else None,
+                as_arrays(state.running[name]) if name in state.running else None,
+                state.channels_per_group.get(name, 1),
+                weights.slopes[name],
+            )
+            for name, kind in kinds.items()
+        )
+        return cls(tuple(norms), dict(provenance), state.include_1x1)
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -184,6 +217,21 @@ class Recipe:
             raise BnpatchError(
                 f"the recipe is for another model: it has no norm layer {min(extra)!r}", remedy
             )
+
+    def check_sizes(self, num_channels: Mapping[str, int]) -> None:
+        """Check that the statistics have the sizes of the model's norm layers, given by name.
+
+        Raises:
+            BnpatchError: the statistics of a norm layer have another size.
+        """
+        state = self.state
+        for name, statistics in (*state.target.items(), *state.running.items()):
+            if statistics.mean.shape != (num_channels[name],):
+                raise BnpatchError(
+                    f"the recipe is damaged: norm layer {name!r} has {num_channels[name]} channels, its "
+                    f"statistics have the shape {tuple(statistics.mean.shape)}",
+                    "make another with bnpatch tune-alpha",
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""

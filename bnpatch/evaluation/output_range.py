@@ -12,8 +12,9 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
-from bnpatch.nn.norm import ExampleWeightedNorm, affine, mixture
-from bnpatch.nn.surgery import NormLayer
+from bnpatch.nn.functional import affine, mixture
+from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.surgery import TorchNormLayer
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def output_ranges(
 class _Watched:
     """A norm layer with its observations: values normalized together, smallest weight, largest value."""
 
-    norm_layer: NormLayer
+    norm_layer: TorchNormLayer
     num_values: int = 0
     weight: float = 1.0
     largest: Tensor | None = None
@@ -111,7 +112,7 @@ class _Watched:
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         running = None
-        alpha, slope = self.norm_layer.identity, 0.0
+        alpha, slope = self.norm_layer.baseline_alpha, 0.0
         if isinstance(module, ExampleWeightedNorm):
             running = module.running
             if module.weighs(x):

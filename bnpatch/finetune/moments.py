@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.moments import Moments, pool
-from bnpatch.nn.surgery import NormLayer, inventory
+from bnpatch.nn.surgery import TorchNormLayer, inventory
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def merge_processes(module: nn.Module, accelerator: Any) -> None:
         var.copy_(pooled.var[0])
 
 
-def _norms_with_buffers(module: nn.Module) -> list[NormLayer]:
+def _norms_with_buffers(module: nn.Module) -> list[TorchNormLayer]:
     """The norm layers with buffers for running statistics, which Group Norm, for example, does not have."""
     return [
         norm_layer for norm_layer in inventory(module).norm_layers if norm_layer.parameters()[2] is not None

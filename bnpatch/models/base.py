@@ -9,29 +9,29 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import AnyNormLayer, Inventory, NormFacts
-from bnpatch.core.moments import Moments, mix
-from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
-from bnpatch.core.recipe import NormRecipe, Recipe
+from bnpatch.core.inventory import Inventory, NormFacts, NormLayer
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import PatchState, PatchWeights, Statistics
+from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
-from bnpatch.models.outputs import PROBES, Output, choose, describe
-from bnpatch.onnx.rewrite import AlphaInputs
+from bnpatch.models.outputs import PROBES, Output, choose
 
 #: Maps a batch to the moments (N, C) of each example, by name of module.
 Watch = Callable[[Tensor], Mapping[str, Moments[Any]]]
 
-NormLayerT = TypeVar("NormLayerT", bound=AnyNormLayer)
+NormLayerT = TypeVar("NormLayerT", bound=NormLayer)
 
 
+@dataclass(kw_only=True)
 class Model(ABC, Generic[NormLayerT]):
     """A model with its preprocessing and the patch that it computes with.
 
@@ -45,23 +45,26 @@ class Model(ABC, Generic[NormLayerT]):
         notes: what a person should know about how it was loaded.
         output: what is read of that which the model returns; None until the first batch.
         wanted_output: name or number of the output that the user wants, or None.
+        state: the patch that the model computes with. The first one has the weights of the module or graph,
+            which may be patched already, and from ``_state`` what a module or graph does not have.
     """
 
-    if TYPE_CHECKING:  # fields of the backends, which are dataclasses
-        name: str
-        preprocessing: Preprocessing
-        class_names: tuple[str, ...] | None
-        class_order: str
-        arch: Architecture | None
-        device: torch.device
-        notes: list[str]
-        output: Output | None
-        wanted_output: str | None
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    class_order: str = "natural"
+    arch: Architecture | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    notes: list[str] = field(default_factory=list)
+    output: Output | None = None
+    wanted_output: str | None = None
+    # A field, so that it goes along where dataclasses.replace makes another of this model.
+    _state: PatchState = field(default_factory=PatchState, repr=False)
+
     has_gradients: ClassVar[bool]  # whether forward computes gradients
     runs_onnx: ClassVar[bool] = False
     suffix: ClassVar[str]  # suffix of a file that holds the patched model
     norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
-    _state: PatchState
 
     @property
     @abstractmethod
@@ -76,7 +79,7 @@ class Model(ABC, Generic[NormLayerT]):
         return self._state
 
     def set_state(self, state: PatchState) -> None:
-        """Make the model compute with another patch. Norm layers that it does not name get their identity.
+        """Make the model compute with another patch. Norm layers that it does not name compute as they did.
 
         Raises:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
@@ -85,10 +88,10 @@ class Model(ABC, Generic[NormLayerT]):
             InvalidSlopeError: a slope is not in [-4, 4].
         """
         self._make_norm_layers(state)
-        identities = self.identities()
-        state.check(identities, self.name)
-        zeros = dict.fromkeys(identities, 0.0)
-        everywhere = PatchWeights(identities, zeros, zeros)
+        baseline_alphas = self.baseline_alphas()
+        state.check(baseline_alphas, self.name)
+        zeros = dict.fromkeys(baseline_alphas, 0.0)
+        everywhere = PatchWeights(baseline_alphas, zeros, zeros)
         state = replace(state, weights=everywhere.updated(state.weights))
         self._use(state)
         self._state = state
@@ -126,9 +129,9 @@ class Model(ABC, Generic[NormLayerT]):
     def set_running(self, running: Statistics) -> None:
         """Give running statistics (C,) to norms that have none of their own, which makes them norm layers.
 
-        A new norm layer is at its identity. A norm that got running statistics before keeps its weights. The
-        name of the Batch Norm that was fused into a convolution is the name of the convolution +
-        :data:`~bnpatch.core.inventory.FUSED`.
+        A new norm layer still computes what the norm did. A norm that got running statistics before keeps
+        its weights. The name of the Batch Norm that was fused into a convolution is the name of the
+        convolution + :data:`~bnpatch.core.inventory.FUSED`.
 
         Raises:
             BnpatchError: the model has no such norm or convolution.
@@ -167,27 +170,8 @@ class Model(ABC, Generic[NormLayerT]):
             provenance: how the state was found, as plain JSON values.
         """
         with self.in_state(state):
-            state, hashes = self._state, self.fingerprints()
-            norms = []
-            for norm_layer in self.inventory().norm_layers:
-                name = norm_layer.name
-                weight = state.weights.lambdas[name]
-                target = state.target[name] if weight else None
-                running = state.running.get(name)
-                norms.append(
-                    NormRecipe(
-                        name,
-                        norm_layer.kind,
-                        state.weights.alphas[name],
-                        hashes[name],
-                        weight,
-                        None if target is None else as_arrays(target),
-                        None if running is None else as_arrays(running),
-                        state.channels_per_group.get(name, 1),
-                        state.weights.slopes[name],
-                    )
-                )
-        return Recipe(tuple(norms), dict(provenance or {}), state.include_1x1)
+            kinds = {norm_layer.name: norm_layer.kind for norm_layer in self.inventory().norm_layers}
+            return Recipe.of_state(self._state, kinds, self.fingerprints(), provenance or {})
 
     def apply(self, recipe: Recipe) -> None:
         """Patch the model with a recipe.
@@ -199,29 +183,20 @@ class Model(ABC, Generic[NormLayerT]):
         state, before = recipe.state, self._state
         recipe.check_fits(self.fingerprints(state.running))
         self.set_state(state)
-        channels = {norm_layer.name: norm_layer.num_channels for norm_layer in self.inventory().norm_layers}
-        for name, statistics in (*state.target.items(), *state.running.items()):
-            if statistics.mean.shape != (channels[name],):
-                self.set_state(before)
-                raise BnpatchError(
-                    f"the recipe is damaged: norm layer {name!r} has {channels[name]} channels, its "
-                    f"statistics have the shape {tuple(statistics.mean.shape)}",
-                    "make another with bnpatch tune-alpha",
-                )
+        try:
+            recipe.check_sizes({norm.name: norm.num_channels for norm in self.inventory().norm_layers})
+        except BnpatchError:
+            self.set_state(before)
+            raise
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
-        """Write a patched file; return False if :func:`bnpatch.load` needs ``unsafe_load`` to read it."""
+        """Write a file of the model, patched with a recipe, for :func:`bnpatch.load`.
 
-    @abstractmethod
-    def rewritten(
-        self, alpha_inputs: AlphaInputs | None = None, example_input: Tensor | None = None
-    ) -> tuple[ir.Model, tuple[str, ...]]:
-        """Return the patched model as an ONNX graph, and the names of the norm layers that were rewritten.
-
-        Args:
-            alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
-            example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
+        Returns:
+            Whether the file loads without ``unsafe_load``. That of a torch model does not if the
+            architecture, built by its name, does not give this model again, because the module itself is
+            pickled then.
         """
 
     # Methods of the backends.
@@ -235,7 +210,7 @@ class Model(ABC, Generic[NormLayerT]):
         """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
 
     @abstractmethod
-    def identities(self) -> dict[str, float]:
+    def baseline_alphas(self) -> dict[str, float]:
         """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
 
     def alphas_in_use(self) -> Mapping[str, float | Tensor]:
@@ -262,6 +237,14 @@ class Model(ABC, Generic[NormLayerT]):
         """Return, by name of norm layer, what the layer has from the checkpoint."""
 
     @abstractmethod
+    def unpatched_graph(self, example_input: Tensor | None = None) -> tuple[ir.Model, frozenset[str]]:
+        """Return the model without its patch as a new ONNX graph, and the names of its norm layers in it.
+
+        Args:
+            example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
+        """
+
+    @abstractmethod
     def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
         """Return a hash of the parameters of each norm layer, by name; a patch does not change it.
 
@@ -272,6 +255,8 @@ class Model(ABC, Generic[NormLayerT]):
     @abstractmethod
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it is known.
+
+        A torch module runs one input, which does not reach every norm layer. In a graph, shapes are inferred.
 
         Args:
             example: an input (1, ...); by default a blank image.
@@ -309,20 +294,44 @@ class Model(ABC, Generic[NormLayerT]):
 
     @abstractmethod
     def predict(self, x: Tensor) -> Tensor:
-        """Return the outputs for a batch of images as bytes, or of inputs as floats.
+        """Run a batch.
+
+        Args:
+            x: images as bytes (N, C, H, W), resized and cropped; or floating-point inputs (N, ...).
 
         Returns:
             Logits (N, K), probabilities of a sigmoid, or outputs of another shape if the model has them; of
             several outputs, those of :meth:`output_for`. Probabilities of a softmax become their logarithms.
+
+        Raises:
+            BnpatchError: the model does not take this input, returns no tensor, or several of which none is
+                chosen.
         """
 
     @abstractmethod
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
-        """Return the outputs for a batch, and each example's moments (N, C) at each norm layer's input."""
+        """Run a batch, and compute the moments of each example at the input of the norms.
+
+        Args:
+            x: as for :meth:`predict`.
+            gradients: let gradients flow through the results, if the model has them.
+
+        Returns:
+            The outputs; and by name of norm layer or uncalibrated norm, the moments (N, C) of each example at
+            its input. If a module is called k times, they are of shape (k * N, C).
+        """
 
     @abstractmethod
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """Return the batch's moments (C,) at each norm layer's input, while Batch Norm normalizes by them."""
+        """Run a batch as in training: Batch Norm normalizes by the moments of the batch.
+
+        Group Norm computes what it always does. The model is left as it was.
+
+        Returns:
+            By name of norm layer, the moments (C,) of the whole batch at its input, pooled over all calls if
+            a module is called several times. Norm layers that the batch does not reach are missing, and those
+            in a branch (If, Loop) of a graph.
+        """
 
     @abstractmethod
     def _returned(self, x: Tensor) -> dict[str, Tensor]:
@@ -350,14 +359,8 @@ class Model(ABC, Generic[NormLayerT]):
                 self._returned(example[:1])  # raises for an input that the model doesn't take
                 noise = torch.Generator().manual_seed(0)
                 tensors, sigmoids = self._probed(torch.randn(PROBES, *example.shape[1:], generator=noise))
-            found = describe(tensors, sigmoids)
-            if not found:
-                shapes = ", ".join(str(tuple(y.shape)) for y in tensors.values()) or "no tensor"
-                raise BnpatchError(
-                    f"{self.name} returns {shapes} for {PROBES} images", "give a model that returns a tensor"
-                )
             known = len(self.class_names) if self.class_names else classes
-            self.output = choose(found, self.wanted_output, known, self.name)
+            self.output = choose(tensors, sigmoids, self.wanted_output, known, self.name)
         return self.output
 
     @property
@@ -374,7 +377,7 @@ class Model(ABC, Generic[NormLayerT]):
             BnpatchError: the output for one image isn't one number per class.
         """
         assert self.output is not None  # it was decided when these outputs were computed
-        self._check_classes(self.output)
+        self.output.check_classes(self.name)
         return self.output.as_classes(outputs)
 
     def num_outputs(self, example: Tensor | None = None, classes: int | None = None) -> int:
@@ -389,31 +392,7 @@ class Model(ABC, Generic[NormLayerT]):
                 several outputs is meant.
         """
         output = self.output_for(self._blank() if example is None else example, classes)
-        return self._check_classes(output)
-
-    def _check_classes(self, output: Output) -> int:
-        if output.num_classes is None:
-            raise BnpatchError(
-                f"{self.name} returns {output}, not one number per class",
-                "choose another output with --output-name, or give tune_alpha a metric of your own in Python",
-            )
-        return output.num_classes
+        return output.check_classes(self.name)
 
     def _blank(self) -> Tensor:
         return torch.zeros(1, *self.preprocessing.input_size)
-
-    def _run_one(self, example: Tensor | None = None) -> None:
-        with self.evaluating(), torch.inference_mode():
-            self._returned(self._blank() if example is None else example)
-
-
-def in_use(state: PatchState, source: Mapping[str, Moments[Any]]) -> dict[str, Moments[Any]]:
-    """Return the statistics of the norm layers that don't normalize by those of the checkpoint.
-
-    Args:
-        state: state of the model.
-        source: by name of norm layer, running statistics of the checkpoint or from data.
-    """
-    weighted = ((name, weight) for name, weight in state.weights.lambdas.items() if weight)
-    mixed = {name: mix(weight, as_arrays(state.target[name]), source[name]) for name, weight in weighted}
-    return {name: as_arrays(part) for name, part in state.running.items()} | mixed

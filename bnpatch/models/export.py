@@ -1,8 +1,8 @@
 """Export patched models as standard ONNX files, and check that the files compute the same.
 
 A torch model is exported without its patch, with its Batch Norm as nodes; an ONNX model already is a graph.
-Then the same code rewrites the graph, writes it to a temporary file, runs that file in onnxruntime and
-compares the outputs with those of the model. The file gets its name only if they agree.
+Then the same code (:func:`patched_graph`) rewrites the graph. A temporary file is written and runs in
+onnxruntime, and the outputs are compared with those of the model. The file gets its name only if they agree.
 """
 
 import os
@@ -10,16 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.inventory import FUSED
 from bnpatch.core.io import temporary_folder, writing_to
+from bnpatch.core.moments import Moments
+from bnpatch.core.patch import PatchWeights, as_arrays
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.onnx import io
-from bnpatch.onnx.rewrite import AlphaInputs
+from bnpatch.onnx.fused_conv import insert_norms
+from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 from bnpatch.onnx.runtime import read_signature
 
 #: Largest deviation that is accepted, relative to the largest output. It allows for rounding in a deep
@@ -67,7 +72,7 @@ def export_onnx(
 ) -> Export:
     """Write a patched model with its current weights as ONNX, and check that the file computes the same.
 
-    Norm layers at their identity stay as they were, so that runtimes fuse them as before.
+    Norm layers whose alpha is that of the baseline stay as they were, so that runtimes fuse them as before.
 
         model = bnpatch.patch(torchvision.models.resnet18(), alpha=0.02)
         export = bnpatch.export_onnx(model, "resnet18.onnx")
@@ -92,7 +97,7 @@ def export_onnx(
         BnpatchError: the model can't be exported, or the file can't be written.
     """
     source = load(model) if isinstance(model, nn.Module) else model
-    graph, patched = source.rewritten(alpha_inputs, example_input)
+    graph, patched = patched_graph(source, alpha_inputs, example_input)
     target, given = Path(path), [] if example_input is None else [example_input.dtype]
     with (
         writing_to(target),
@@ -115,6 +120,43 @@ def export_onnx(
     return Export(target, patched, graph.opset_imports.get("", 0), worst, mean, batches)
 
 
+def patched_graph(
+    model: Model[Any], alpha_inputs: AlphaInputs | None = None, example_input: Tensor | None = None
+) -> tuple[ir.Model, tuple[str, ...]]:
+    """Return the patched model as a new ONNX graph, and the names of the norm layers that were rewritten.
+
+    Args:
+        model: the model, with the state to write.
+        alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
+        example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
+    """
+    graph, there = model.unpatched_graph(example_input)
+    state, weights, baseline = model.state, model.weights, model.baseline_alphas()
+    moved = {name: _as_arrays(part) for name, part in model.statistics_in_use().items() if name in there}
+    chosen = {
+        name: alpha
+        for name, alpha in weights.alphas.items()
+        if name in there and (alpha_inputs or alpha != baseline[name] or name in moved)
+    }
+    # A recovered norm layer that is not chosen is left out of the graph, because it would do nothing.
+    recovered = {name: m for name, m in state.running.items() if name.endswith(FUSED) and name in chosen}
+    insert_norms(graph, {name.removesuffix(FUSED): as_arrays(part) for name, part in recovered.items()})
+    slopes = weights.slopes_to_write(alpha_inputs)
+    done = rewrite(
+        graph,
+        PatchWeights(chosen, slopes={n: s for n, s in slopes.items() if n in chosen}),
+        running={name: part for name, part in moved.items() if name in chosen},
+        channels_per_group=state.channels_per_group,
+        alpha_inputs=alpha_inputs,
+        include_1x1=state.include_1x1,
+    )
+    return graph, done.patched
+
+
+def _as_arrays(moments: Moments[Any]) -> Moments[Any]:
+    return Moments(*(torch.as_tensor(part).cpu().numpy() for part in (moments.mean, moments.var)))
+
+
 def _compare(
     source: Model[Any],
     written: Path,
@@ -131,7 +173,9 @@ def _compare(
     like = torch.zeros(1, *source.preprocessing.input_size) if example_input is None else example_input
     output = source.output_for(like)
     output = replace(output, name=list(signature.outputs)[output.position])
-    exported = OnnxModel(graph, "exported", signature, source.preprocessing, device=device, output=output)
+    exported = OnnxModel(
+        graph, signature, name="exported", preprocessing=source.preprocessing, device=device, output=output
+    )
     generator = torch.Generator().manual_seed(0)
     shape = like.shape[1:]
     batches = [torch.randn(n, *shape, generator=generator).to(like.dtype) for n in _PARITY_BATCHES]

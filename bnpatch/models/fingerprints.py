@@ -14,7 +14,7 @@ from bnpatch.core.inventory import FUSED
 from bnpatch.core.recipe import fingerprint
 from bnpatch.nn.fused_conv import VirtualNorm, is_convolution
 from bnpatch.nn.surgery import inventory, uncalibrated
-from bnpatch.onnx import match
+from bnpatch.onnx.match import OnnxNormLayer
 
 
 def of_module(module: nn.Module, running: Collection[str]) -> dict[str, str]:
@@ -60,7 +60,7 @@ def _of_uncalibrated(norm: Any) -> str:
     return _of_parameters(num_channels, (norm.weight, norm.bias, None, None))
 
 
-def of_graph_norm(norm_layer: match.NormLayer) -> str:
+def of_graph_norm(norm_layer: OnnxNormLayer) -> str:
     """Return the hash of a norm layer of a graph."""
     like = np.zeros(norm_layer.num_channels)
     mean = like if norm_layer.running_mean is None else norm_layer.running_mean

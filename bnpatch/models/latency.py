@@ -19,6 +19,7 @@ import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.models.base import Model
+from bnpatch.models.export import patched_graph
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.onnx.runtime import open_session
@@ -90,16 +91,16 @@ def measure(
 ) -> list[Latency]:
     """Measure the latency of a model at several settings, in turns with the original.
 
-    A torch model runs eagerly, on its device and in its memory layout. Its original is the patched module at
-    its identity, which costs about 3 microseconds per norm layer more than the unpatched module. For an ONNX
-    model, each setting is the graph that :func:`bnpatch.export_onnx` would write: alphas are constants, and
-    norm layers at their identity are unchanged, so that the runtime fuses them. Inputs are random, of the
-    size of the preprocessing.
+    A torch model runs eagerly, on its device and in its memory layout. Its original is the patched module
+    with the alphas of the baseline, which costs about 3 microseconds per norm layer more than the unpatched
+    module. For an ONNX model, each setting is the graph that :func:`bnpatch.export_onnx` would write: alphas
+    are constants, and norm layers whose alpha is that of the baseline are unchanged, so that the runtime
+    fuses them. Inputs are random, of the size of the preprocessing.
 
     Args:
         model: the model; it is left as it was.
-        settings: alphas by name of norm layer; a norm layer that isn't named is at its identity. A setting
-            with all norm layers at their identity is the original.
+        settings: alphas by name of norm layer; a norm layer that isn't named has that of the baseline. A
+            setting with all alphas of the baseline is the original.
         batch_size: number of images in a batch.
         seconds: time to measure for all settings together. At least seven rounds are run, however long they
             take.
@@ -114,16 +115,16 @@ def measure(
     Raises:
         BnpatchError: the model has no norm layer, or none of a name, or does not take such a batch.
     """
-    as_it_is = model.identities()
-    complete = [as_it_is | dict(weights) for weights in settings]
-    different = [weights for weights in complete if weights != as_it_is]
+    baseline = model.baseline_alphas()
+    complete = [baseline | dict(weights) for weights in settings]
+    different = [weights for weights in complete if weights != baseline]
     with model.borrowed(), _torch_threads(threads):
-        model.set_alphas(as_it_is)
-        turns = _turns(model, [as_it_is, *different], batch_size, threads)
+        model.set_alphas(baseline)
+        turns = _turns(model, [baseline, *different], batch_size, threads)
         times = interleaved(turns, seconds, clock)
     original, *others = (Latency.of_rounds(column, times[:, 0], batch_size) for column in times.T)
     measured = iter(others)
-    return [original if weights == as_it_is else next(measured) for weights in complete]
+    return [original if weights == baseline else next(measured) for weights in complete]
 
 
 def interleaved(turns: Sequence[Turn], seconds: float, clock: Clock = time.perf_counter) -> Seconds:
@@ -223,7 +224,7 @@ def _onnx_turns(
 
     def open_run(weights: Mapping[str, float]) -> Callable[[], object]:
         model.set_alphas(weights)
-        session = open_session(model.rewritten()[0], model.device, threads)
+        session = open_session(patched_graph(model)[0], model.device, threads)
         run = partial(session.run, read, feeds)
         try:
             run()

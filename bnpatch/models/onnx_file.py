@@ -69,9 +69,9 @@ def load_onnx(
     learn_ranks(graph, signature, base.input_size)
     model = OnnxModel(
         graph,
-        path.stem,
         signature,
-        base,
+        name=path.stem,
+        preprocessing=base,
         class_names=class_names,
         device=device or torch.device("cpu"),
         notes=notes,

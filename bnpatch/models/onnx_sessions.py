@@ -1,12 +1,14 @@
-"""Open sessions of onnxruntime that take a patch as inputs, or that normalize by the batch.
+"""Sessions of onnxruntime: of a graph as it is, with a patch as inputs, or normalizing by the batch.
 
 One session has all alphas and running statistics as inputs, so that a search opens it once and no weight
-means a new graph. Once a state has slopes, they are inputs too. Another session normalizes by the batch and
-returns its moments, to re-estimate statistics.
+means a new graph. Once a state has slopes, they are inputs too. Another session runs the graph as it was
+read, so that the baseline is exactly the user's file. A third one normalizes by the batch and returns its
+moments, to re-estimate statistics.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from bnpatch.core.patch import PatchWeights, Statistics
-from bnpatch.onnx import match
+from bnpatch.core.inventory import FUSED
+from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
 from bnpatch.onnx.expressions import Tape
 from bnpatch.onnx.formulas import append_by_batch
 from bnpatch.onnx.fused_conv import observe_values
+from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.rewrite import rewrite
 from bnpatch.onnx.runtime import Signature, open_session
 
@@ -58,58 +61,91 @@ class WeightedSession:
         return feeds
 
 
-def open_weighted(
-    graph: ir.Model,
-    norms: Sequence[match.NormLayer],
-    weights: PatchWeights,
-    running: Statistics,
-    device: torch.device,
-    *,
-    include_1x1: bool,
-    observe: bool,
-) -> WeightedSession:
-    """Open a session with all weights as inputs; with slopes only if one of them has an effect.
+class Sessions:
+    """The sessions of one graph; each is opened when it is first asked for, and kept.
 
     Args:
-        graph: the model with its recovered norms; it is rewritten.
-        norms: the norm layers to patch.
-        weights: default values of the inputs, for every norm layer.
-        running: running statistics of norms that have none in the graph.
+        graph: the model as it was read.
+        recovered: the model with its recovered norms.
+        norms: the norm layers of ``recovered`` that can be patched.
+        state: running statistics of norms that have none in the graph, and whether to weight single values.
+            Its weights don't matter.
         device: where to run.
-        include_1x1: see :class:`~bnpatch.core.patch.PatchState`.
-        observe: return the moments of each example at every norm layer outside branches, too.
     """
-    moments: MomentNames = {}
-    if observe:
-        outside = [norm for norm in match.inventory(graph).norm_layers if norm.node.graph is graph.graph]
-        values = observe_values(graph, [(norm.input, len(norm.dims)) for norm in outside])
-        for norm, pair in zip(outside, values, strict=True):
-            moments.setdefault(norm.module, []).append(pair)
-    done = rewrite(
-        graph,
-        weights.alphas,
-        running=running,
-        alpha_inputs="per-site",
-        running_inputs=True,
-        include_1x1=include_1x1,
-        slopes=weights.slopes if weights.varying() else None,
-    )
-    session = open_session(graph, device)
-    taken = {value.name for value in session.get_overridable_initializers()}
-    modules = {norm.name: norm.module for norm in norms}
-    alphas, slopes = (
-        {name: modules[norm] for norm, name in inputs.items() if name in taken}
-        for inputs in (done.alpha_inputs, done.slope_inputs)
-    )
-    pairs: MomentNames = {}
-    for name, pair in done.running_inputs.items():
-        if pair[0] in taken:
-            pairs.setdefault(modules[name], []).append(pair)
-    return WeightedSession(session, alphas, slopes, pairs, moments)
+
+    def __init__(
+        self,
+        graph: ir.Model,
+        recovered: ir.Model,
+        norms: Sequence[OnnxNormLayer],
+        state: PatchState,
+        device: torch.device,
+    ) -> None:
+        self._graph, self._recovered, self._norms, self._device = graph, recovered, norms, device
+        self._include_1x1 = state.include_1x1
+        self._running = {n: as_arrays(part) for n, part in state.running.items() if not n.endswith(FUSED)}
+        self._weighted: dict[bool, WeightedSession] = {}
+
+    @cached_property
+    def plain(self) -> Any:
+        """The session of the graph as it was read."""
+        return open_session(self._graph, self._device)
+
+    @cached_property
+    def by_batch(self) -> tuple[Any, MomentNames]:
+        """See :func:`_open_by_batch`."""
+        return _open_by_batch(self._recovered.clone(), self._norms, self._running, self._device)
+
+    def weighted(self, weights: PatchWeights, observe: bool = False) -> WeightedSession:
+        """Return a session with all weights as inputs; with slopes only if one of them has an effect.
+
+        Args:
+            weights: the weights to run with, for every norm layer.
+            observe: return the moments of each example at every norm layer outside branches, too.
+        """
+        opened = self._weighted.get(observe)
+        if opened is None or (weights.varying() and not opened.slopes):
+            opened = self._weighted[observe] = self._open_weighted(weights, observe)
+        return opened
+
+    def _open_weighted(self, weights: PatchWeights, observe: bool) -> WeightedSession:
+        graph, moments = self._recovered.clone(), {}
+        if observe:
+            moments = _with_moments(graph)
+        done = rewrite(
+            graph,
+            PatchWeights(weights.alphas, slopes=weights.slopes if weights.varying() else {}),
+            running=self._running,
+            alpha_inputs="per-site",
+            running_inputs=True,
+            include_1x1=self._include_1x1,
+        )
+        session = open_session(graph, self._device)
+        taken = {value.name for value in session.get_overridable_initializers()}
+        modules = {norm.name: norm.module for norm in self._norms}
+        alphas, slopes = (
+            {name: modules[norm] for norm, name in inputs.items() if name in taken}
+            for inputs in (done.alpha_inputs, done.slope_inputs)
+        )
+        running: MomentNames = {}
+        for name, pair in done.running_inputs.items():
+            if pair[0] in taken:
+                running.setdefault(modules[name], []).append(pair)
+        return WeightedSession(session, alphas, slopes, running, moments)
 
 
-def open_by_batch(
-    graph: ir.Model, norms: Sequence[match.NormLayer], running: Statistics, device: torch.device
+def _with_moments(graph: ir.Model) -> MomentNames:
+    """Add outputs with the moments of each example at every norm layer outside branches."""
+    names: MomentNames = {}
+    outside = [norm for norm in inventory(graph).norm_layers if norm.node.graph is graph.graph]
+    values = observe_values(graph, [(norm.input, len(norm.dims)) for norm in outside])
+    for norm, pair in zip(outside, values, strict=True):
+        names.setdefault(norm.module, []).append(pair)
+    return names
+
+
+def _open_by_batch(
+    graph: ir.Model, norms: Sequence[OnnxNormLayer], running: Statistics, device: torch.device
 ) -> tuple[Any, MomentNames]:
     """Open a session whose norms normalize by the batch.
 
@@ -123,17 +159,17 @@ def open_by_batch(
         The session, and the names of its outputs with the moments of the batch.
     """
     names: MomentNames = {}
-    inside = {n.module for n in match.inventory(graph).norm_layers if n.node.graph is not graph.graph}
+    inside = {n.module for n in inventory(graph).norm_layers if n.node.graph is not graph.graph}
 
-    def append(tape: Tape, norm: match.NormLayer, *_: Any) -> ir.Value:
+    def append(tape: Tape, norm: OnnxNormLayer, *_: Any) -> ir.Value:
         result, moments = append_by_batch(tape, norm)
         graph.graph.outputs.extend([moments.mean, moments.var])
         names.setdefault(norm.module, []).append((moments.mean.name or "", moments.var.name or ""))
         return result
 
-    # An alpha of 0.5 is no norm layer's identity, so all of them are rewritten.
+    # No norm layer computes what it did at an alpha of 0.5, so all of them are rewritten.
     alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
-    rewrite(graph, alphas, running=running, include_1x1=True, append=append)
+    rewrite(graph, PatchWeights(alphas), running=running, include_1x1=True, append=append)
     return open_session(graph, device), names
 
 

@@ -87,6 +87,19 @@ class Output:
         y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
         return y.float().clamp_min(_TINY).log() if self.kind is Kind.SOFTMAX else y
 
+    def check_classes(self, model: str) -> int:
+        """Return the number of classes.
+
+        Raises:
+            BnpatchError: the output for one image isn't one number per class; the message names the model.
+        """
+        if self.num_classes is None:
+            raise BnpatchError(
+                f"{model} returns {self}, not one number per class",
+                "choose another output with --output-name, or give tune_alpha a metric of your own in Python",
+            )
+        return self.num_classes
+
     def as_classes(self, y: Tensor) -> Tensor:
         """Return the logits (N, K) of the classes for what :meth:`read` returned.
 
@@ -125,16 +138,8 @@ def tensors_of(value: Any, depth: int = _DEPTH) -> dict[str, Tensor]:
     }
 
 
-def describe(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> dict[str, Output]:
-    """Describe what a model returned for :data:`PROBES` inputs.
-
-    Args:
-        tensors: the tensors that the model returned, by name.
-        sigmoids: names of those that come from a sigmoid.
-
-    Returns:
-        The outputs with an axis for the batch, by name. Whole numbers are left out if there are others.
-    """
+def _described(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> list[Output]:
+    """Return the outputs with an axis for the batch. Whole numbers are left out if there are others."""
     found = {}
     for position, (name, y) in enumerate(tensors.items()):
         axis = next((axis for axis, size in enumerate(y.shape) if size == PROBES), None)
@@ -152,7 +157,7 @@ def describe(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> dict[s
             if any(torch.allclose(answer, other, rtol=1e-2, atol=1e-2) for other in before):
                 found[name] = replace(output, repeats=True)
             before.append(answer)
-    return found
+    return list(found.values())
 
 
 def _kind_by_values(y: Tensor) -> Kind:
@@ -164,22 +169,34 @@ def _kind_by_values(y: Tensor) -> Kind:
     return Kind.SOFTMAX if bool(((sums - 1).abs() < rounding).all()) else Kind.LOGITS
 
 
-def choose(found: Mapping[str, Output], wanted: str | None, classes: int | None, model: str) -> Output:
+def choose(
+    tensors: Mapping[str, Tensor],
+    sigmoids: Collection[str],
+    wanted: str | None,
+    classes: int | None,
+    model: str,
+) -> Output:
     """Return the output to read, and warn if others could have been meant.
 
     The outputs with the right number of classes are taken, among these the ones with a telling name, and of
     equal ones in a tuple the first.
 
     Args:
-        found: the outputs of the model.
+        tensors: what the model returned for :data:`PROBES` inputs, by name.
+        sigmoids: names of the tensors that come from a sigmoid.
         wanted: name or number of the output that the user wants.
         classes: number of classes that the model or the data has, if it is known.
         model: name of the model, for messages.
 
     Raises:
-        BnpatchError: there is no such output, or it is not clear which one is meant.
+        BnpatchError: there is no such output or none at all, or it is not clear which one is meant.
     """
-    outputs = list(found.values())
+    outputs = _described(tensors, sigmoids)
+    if not outputs:
+        shapes = ", ".join(str(tuple(y.shape)) for y in tensors.values()) or "no tensor"
+        raise BnpatchError(
+            f"{model} returns {shapes} for {PROBES} images", "give a model that returns a tensor"
+        )
     distinct = [output for output in outputs if not output.repeats]
     some = ", ".join(map(str, outputs[:8])) + (", ..." if len(outputs) > 8 else "")
     if wanted is not None:

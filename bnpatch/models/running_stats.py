@@ -7,7 +7,6 @@ those of every norm layer.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def recover_folded(
     patchable = load(model) if isinstance(model, nn.Module) else model
     examples = _open(images, patchable, options)
     pooled, watch = _Pool(), None
-    with _as_it_came(patchable):
+    with patchable.in_state(patchable.baseline()):
         for batch in examples.batches(batch_size, indices):
             watch = watch or _watch(patchable, batch.x[:1])
             for name, rows in watch(batch.x).items():
@@ -130,7 +129,7 @@ def calibrate(
         raise BnpatchError("the model is itself a norm", "put it into a torch.nn.Sequential")
     examples = _open(images, patchable, options)
     pooled = _Pool()
-    with _as_it_came(patchable):
+    with patchable.in_state(patchable.baseline()):
         for batch in _random_batches(examples, indices, batch_size, seed):
             _, seen = patchable.observe(batch.x)
             for name in names:
@@ -183,13 +182,6 @@ def target_moments(
             pooled.add(name, Moments(moments.mean[None], moments.var[None]), weight=len(batch.indices))
         on_batch(len(batch.indices))
     return pooled.moments()
-
-
-@contextmanager
-def _as_it_came(model: Model[Any]) -> Iterator[None]:
-    """Make the model compute what it did before any patch; when the context ends, restore its state."""
-    with model.in_state(model.baseline()):
-        yield
 
 
 def _open(images: Any, model: Model[Any], options: Mapping[str, Any]) -> Examples:

@@ -144,7 +144,6 @@ def of_ultralytics(size: Any, channels: int) -> Preprocessing:
     It resizes the short side, and values are in [0, 1].
 
     Args:
-        metadata: metadata of the ONNX file, for messages.
         size: value of ``imgsz`` in the metadata: a side, or height and width.
         channels: number of input channels.
 

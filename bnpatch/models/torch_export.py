@@ -1,4 +1,4 @@
-"""Export a torch model to an ONNX graph that keeps its Batch Norm, and rewrite that graph."""
+"""Export a torch model, without its patch, to an ONNX graph that keeps its Batch Norm."""
 
 import copy
 import io
@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError, first_line, root_cause
-from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.models.metadata import write_metadata
 from bnpatch.nn.frozen_norm import as_batch_norm, is_plain_frozen
 from bnpatch.nn.hooks import in_evaluation_mode
 from bnpatch.nn.surgery import swap
-from bnpatch.onnx.fused_conv import insert_norms
-from bnpatch.onnx.rewrite import AlphaInputs, rewrite
 
 if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel
@@ -103,10 +100,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def patched_graph(
-    source: "TorchModel", example_input: Tensor, alpha_inputs: AlphaInputs | None
-) -> tuple[ir.Model, tuple[str, ...]]:
-    """Export the unpatched torch model, and rewrite the graph with the model's current state.
+def unpatched_graph(source: "TorchModel", example_input: Tensor) -> tuple[ir.Model, frozenset[str]]:
+    """Export a torch model without its patch.
 
     The graph computes in float32, or in float16 if the example is of that type. onnxruntime has no
     convolutions in bfloat16 and in double precision on a CPU.
@@ -114,41 +109,18 @@ def patched_graph(
     Args:
         source: the model.
         example_input: inputs (N, ...) with which it is exported.
-        alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
 
     Returns:
-        The graph, and the names of the norm layers that were rewritten.
+        The graph, and the names of the norm layers in it. It lacks those that only training uses, such as
+        those of Inception's auxiliary classifier.
     """
-    alphas, identities = source.alphas(), source.identities()
     moments = source.statistics_in_use()
-    running = {n: Moments(*(part.cpu().numpy() for part in (m.mean, m.var))) for n, m in moments.items()}
     dtype = example_input.dtype if example_input.dtype == torch.float16 else torch.float32
     output, names = source.output_for(example_input), source.output_names(example_input)
     with source.unpatched(), _frozen_as_batch_norm(source) as module, _norms_without_moments(module, moments):
         graph = module_to_graph(_in_dtype(module, dtype), example_input.to(source.device, dtype), names)
     write_metadata(graph, source.preprocessing, source.class_names, names[output.position])
-    # The graph lacks norm layers that only training uses, such as those of Inception's auxiliary classifier.
-    reached = source.norm_shapes(example_input)
-    alphas = {name: alpha for name, alpha in alphas.items() if name in reached}
-    used = {
-        n: m
-        for n, m in source.state.running.items()
-        if n.endswith(FUSED) and n in reached and (alpha_inputs or alphas[n] or n in running)
-    }
-    insert_norms(graph, {name.removesuffix(FUSED): moments for name, moments in used.items()})
-    alphas = {n: a for n, a in alphas.items() if n in used or not n.endswith(FUSED)}
-    chosen = {n: a for n, a in alphas.items() if alpha_inputs or a != identities[n] or n in running}
-    running = {name: m for name, m in running.items() if name in chosen}
-    done = rewrite(
-        graph,
-        chosen,
-        running=running,
-        channels_per_group={s.name: s.channels_per_group for s in source.inventory().norm_layers},
-        alpha_inputs=alpha_inputs,
-        include_1x1=source.state.include_1x1,
-        slopes={n: s for n, s in source.weights.slopes_to_write(alpha_inputs).items() if n in chosen},
-    )
-    return graph, done.patched
+    return graph, frozenset(source.norm_shapes(example_input))
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""Read the state of a patch off the layers of a torch module."""
+"""The state of a patch on the layers of a torch module: read it off them, and make them compute with it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchState, PatchWeights
-from bnpatch.nn.fused_conv import VirtualNorm
-from bnpatch.nn.norm import ExampleWeightedNorm
-from bnpatch.nn.surgery import NormLayer
+from bnpatch.core.inventory import FUSED
+from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import PatchState, PatchWeights, Statistics
+from bnpatch.models.fingerprints import is_fused
+from bnpatch.nn.fused_conv import VirtualNorm, forget, recover
+from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, unpatch
+
+#: Returns statistics as tensors on the device of a module.
+OnDevice = Callable[[Moments[Any]], Moments[Tensor]]
 
 
-def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
+def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchState:
     """Return the state of the norm layers; ``given`` has the parts of the statistics that they mixed."""
     alphas: dict[str, float] = {}
     lambdas: dict[str, float] = {}
@@ -24,10 +29,10 @@ def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
         lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
         if norm.kind == VirtualNorm.__name__:
             running.setdefault(norm.name, buffers_of(norm))
-        if not isinstance(layer := norm.module, ExampleWeightedNorm):
+        if (layer := norm.patched) is None:
             continue
         include_1x1 = include_1x1 or layer.include_1x1
-        if norm.identity == 0 and layer.channels_per_group > 1:
+        if norm.baseline_alpha == 0 and layer.channels_per_group > 1:
             groups[norm.name] = layer.channels_per_group
         if layer.running is None or lambdas[norm.name] or norm.name in running:
             continue
@@ -38,7 +43,58 @@ def state_of(norm_layers: Iterable[NormLayer], given: PatchState) -> PatchState:
     return PatchState(PatchWeights(alphas, lambdas, slopes), target, running, groups, include_1x1)
 
 
-def buffers_of(norm: NormLayer) -> Moments[Tensor]:
+def with_norm_layers(
+    module: nn.Module, before: Statistics, running: Statistics, on_device: OnDevice
+) -> nn.Module:
+    """Make norm layers, in place, of exactly the norms that have running statistics, own ones or given ones.
+
+    Args:
+        module: the module.
+        before: the statistics of the norms that are norm layers already and have none of their own.
+        running: those of the norms that are to be norm layers.
+        on_device: returns them on the device of the module.
+
+    Returns:
+        The module; it is another object only if the module itself is a norm.
+    """
+    if running is before:
+        return module
+    gone, new = before.keys() - running.keys(), running.keys() - before.keys()
+    waiting = {name for name in new if not is_fused(module, name)}
+    module = calibrated(module, {name: on_device(running[name]) for name in waiting})
+    for name, moments in running.items():
+        if is_fused(module, name) and moments is not before.get(name):
+            recover(module, {name.removesuffix(FUSED): on_device(moments)})
+    module = unpatch(module, where=lambda norm: norm.name in gone)
+    for name in gone:
+        if is_fused(module, name):
+            forget(module, name.removesuffix(FUSED))
+    return module
+
+
+def with_state(module: nn.Module, state: PatchState, on_device: OnDevice) -> nn.Module:
+    """Patch a module, in place, with a state that names every norm layer.
+
+    Returns:
+        The module; it is another object only if the module itself is a norm.
+    """
+    weights = state.weights
+    module = patch(module, weights.alphas, include_1x1=state.include_1x1, slope=weights.slopes)
+    for norm in inventory(module).norm_layers:
+        layer = norm.patched
+        assert layer is not None  # patch() has just made it one
+        if norm.baseline_alpha == 0:
+            layer.channels_per_group = state.channels_per_group.get(norm.name, 1)
+        source = None  # stands for the buffers, which a recovered norm layer has, too
+        if norm.parameters()[2] is None:
+            source = on_device(state.running[norm.name])
+        if weight := weights.lambdas[norm.name]:
+            source = mix(weight, on_device(state.target[norm.name]), source or buffers_of(norm))
+        layer.running = source
+    return module
+
+
+def buffers_of(norm: TorchNormLayer) -> Moments[Tensor]:
     """Return the running statistics in the buffers of a norm layer."""
     _, _, mean, var = norm.parameters()
     assert mean is not None  # callers use the running statistics of the state for norms without buffers

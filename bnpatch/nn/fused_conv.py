@@ -58,11 +58,9 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
         run: a function that runs the model on one input.
     """
     found = inventory(model)
-    names = [norm_layer.name for norm_layer in found.norm_layers] + [
-        left.name for left in found.skipped_norms
-    ]
+    names = (*(norm.name for norm in found.norm_layers), *(norm.name for norm in found.skipped_norms))
     norms = {name: model.get_submodule(name) for name in names}
-    convolutions = {name: m for name, m in model.named_modules() if _may_be_folded(m)}
+    convolutions = {name: m for name, m in model.named_modules() if _may_be_fused(m)}
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         convolutions = {name: m for name, m in convolutions.items() if not _embeds_patches(m)}
     outputs: dict[str, list[Tensor]] = {}
@@ -105,7 +103,7 @@ def is_convolution(model: nn.Module, name: str) -> bool:
     return isinstance(module, _CONVOLUTIONS) and module.bias is not None
 
 
-def _may_be_folded(module: nn.Module) -> bool:
+def _may_be_fused(module: nn.Module) -> bool:
     is_plain = type(module) in _CONVOLUTIONS and _child(module) is None
     return is_plain and isinstance(bias := module.bias, Tensor) and bool(torch.any(bias != 0))
 

@@ -62,8 +62,8 @@ def accurate_moments(x: Tensor) -> Moments[Tensor]:
     """Compute the moments of each channel of each example: (N, C, *spatial) to (N, C), in float32 or wider.
 
     The function makes two passes over the data, so it loses no digits if the mean is much larger than the
-    standard deviation. :func:`~bnpatch.nn.norm.example_moments`, which the layer uses, is faster but loses
-    digits in that case.
+    standard deviation. :func:`~bnpatch.nn.functional.example_moments`, which the layer uses, is faster but
+    loses digits in that case.
     """
     values = x.flatten(2) if x.ndim > 2 else x[..., None]
     values = values.to(torch.promote_types(x.dtype, torch.float32))

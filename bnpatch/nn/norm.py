@@ -1,13 +1,5 @@
-"""The patched layer at inference: it normalizes by a mixture of example and running statistics.
+"""The patched layer at inference: it normalizes by a mixture of example and running statistics."""
 
-The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
-input, to the learned scale and shift, to alpha and to the slope:
-
-- contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
-- channels last: one ``addcmul``, because that view would need a copy.
-"""
-
-import math
 import warnings
 from typing import Any, TypeGuard
 
@@ -17,10 +9,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning, check_alpha, check_slope
-from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
-
-# For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
-_EPS = 2.0**-20
+from bnpatch.core.moments import Moments
+from bnpatch.nn.functional import has_single_values, weighted_norm
 
 # The attributes that the layer adds to the state of the module that it takes over.
 _OWN_STATE = (
@@ -29,13 +19,20 @@ _OWN_STATE = (
     "always_inference",
     "channels_per_group",
     "include_1x1",
-    "identity",
+    "baseline_alpha",
     "_alpha",
     "_slope",
-    "_is_identity",
+    "_is_baseline",
     "_is_constant",
     "_running",
 )
+
+# The names that pickled models may have for them.
+_FORMER_NAMES = {
+    "weigh_single_values": "include_1x1",
+    "identity": "baseline_alpha",
+    "_is_identity": "_is_baseline",
+}
 
 
 class ExampleWeightedNorm(nn.Module):
@@ -46,12 +43,12 @@ class ExampleWeightedNorm(nn.Module):
     from the running ones. The output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
-    that was Group Norm therefore has its identity at 1; its running statistics come from data, see
+    that was Group Norm therefore computes what it did at 1; its running statistics come from data, see
     :attr:`running`.
 
     The layer *is* the module that it replaces, under another class: both share one ``__dict__``, and with it
     every parameter, buffer, submodule, hook, flag and state-dict key. The original class still does training
-    steps and inference at the identity, so these give the original's result bit for bit.
+    steps and inference at the :attr:`baseline_alpha`, so these give the original's result bit for bit.
 
     Make one with :meth:`take_over`; :func:`bnpatch.patch` does so for a whole model:
 
@@ -63,7 +60,7 @@ class ExampleWeightedNorm(nn.Module):
         origin_class: the class of the module that was replaced.
         always_inference: the original normalizes by its running statistics in training too (frozen).
         channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
-        identity: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
+        baseline_alpha: the alpha at which the layer computes what the original did: 0 for Batch Norm, 1 for
             Group Norm.
         include_1x1: also weight the example where it has one value per channel (``(N, C)`` or 1 x 1 maps).
             Such an example has no variance, so the formula mostly shrinks the signal. By default these
@@ -74,11 +71,11 @@ class ExampleWeightedNorm(nn.Module):
     always_inference: bool
     channels_per_group: int
     include_1x1: bool
-    identity: float
+    baseline_alpha: float
     eps: float
     _alpha: Tensor
     _slope: Tensor
-    _is_identity: bool
+    _is_baseline: bool
     _is_constant: bool  # every example gets the weight alpha
     _running: Moments[Tensor] | None
 
@@ -90,7 +87,7 @@ class ExampleWeightedNorm(nn.Module):
         *,
         always_inference: bool = False,
         channels_per_group: int = 1,
-        identity: float = 0.0,
+        baseline_alpha: float = 0.0,
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
         slope: float | Tensor = 0.0,
@@ -104,7 +101,7 @@ class ExampleWeightedNorm(nn.Module):
             alpha: see :attr:`alpha`.
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
-            identity: see the class.
+            baseline_alpha: see the class.
             running: see :attr:`running`; required if ``origin`` has no running statistics.
             include_1x1: see the class.
             slope: see :attr:`slope`.
@@ -120,7 +117,7 @@ class ExampleWeightedNorm(nn.Module):
             _version=type(origin)._version,
             always_inference=always_inference,
             channels_per_group=channels_per_group,
-            identity=identity,
+            baseline_alpha=baseline_alpha,
             include_1x1=include_1x1,
             _running=running,
         )
@@ -142,7 +139,7 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The weight of the example, in [0, 1]; at :attr:`identity` the layer computes what it did.
+        """The weight of the example, in [0, 1]; at :attr:`baseline_alpha` the layer computes what it did.
 
         Set a number, or a 0-dim tensor that requires grad in order to learn it. The layer keeps the number
         as a CPU tensor that is no buffer. Such a tensor combines with tensors of any device without a copy
@@ -159,8 +156,8 @@ class ExampleWeightedNorm(nn.Module):
         """How much the weight depends on the distance of the example, in [-4, 4]; 0 for not at all.
 
         :attr:`alpha` is the weight of an example at distance 1; see
-        :func:`~bnpatch.core.moments.weight_by_distance`. At :attr:`identity`, and wherever alpha is 0 or 1,
-        the slope changes nothing. Set a number or a tensor to learn it, as for :attr:`alpha`:
+        :func:`~bnpatch.core.moments.weight_by_distance`. Where alpha is 0 or 1, the slope changes nothing.
+        Set a number or a tensor to learn it, as for :attr:`alpha`:
 
             >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1, slope=0.5)
             >>> layer.slope = torch.tensor(0.0, requires_grad=True)
@@ -180,7 +177,7 @@ class ExampleWeightedNorm(nn.Module):
         slope = slope if _is_learned(slope) else _on_host(check_slope(float(slope)))
         number = None if _is_learned(alpha) else float(alpha)
         self.__dict__["_alpha"], self.__dict__["_slope"] = alpha, slope
-        self.__dict__["_is_identity"] = number == self.identity
+        self.__dict__["_is_baseline"] = number == self.baseline_alpha
         self.__dict__["_is_constant"] = number in (0, 1) or not (_is_learned(slope) or float(slope))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -203,8 +200,7 @@ class ExampleWeightedNorm(nn.Module):
         self.__dict__["_running"] = moments
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "weigh_single_values" in state:  # a model that was pickled with version 0.1
-            state["include_1x1"] = state.pop("weigh_single_values")
+        state = {_FORMER_NAMES.get(name, name): value for name, value in state.items()}
         if "_slope" not in state:  # a model that was pickled before there were slopes
             state |= {"_slope": _on_host(0.0), "_is_constant": True}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -222,11 +218,11 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def running_var(self) -> Tensor | None:
-        """The running variance. Reading it warns if the layer is not at its identity.
+        """The running variance. Reading it warns if the layer computes otherwise than it did.
 
         Code that fuses or re-parameterizes a layer reads this attribute, and would drop alpha.
         """
-        if not self._is_identity or (self._running is not None and self.identity == 0):
+        if not self._is_baseline or (self._running is not None and self.baseline_alpha == 0):
             warnings.warn(
                 "the running variance of a patched layer was read: if that was to fuse the layer, its alpha "
                 "is lost; call bnpatch.unpatch first, or fuse before patching",
@@ -294,18 +290,18 @@ class ExampleWeightedNorm(nn.Module):
             return True
         if x.ndim < 2 or x.shape[1] != self.num_channels or not x.numel():
             return True  # the original class raises the right error, or returns the right empty output
-        if self._running is not None and self.identity == 0:
+        if self._running is not None and self.baseline_alpha == 0:
             return False  # the original would use other running statistics
         return not self.weighs(x)
 
     def weighs(self, x: Tensor) -> bool:
         """Tell whether the layer weights the examples of ``x`` otherwise than the original does."""
-        if self._is_identity:
+        if self._is_baseline:
             return False
-        if self.include_1x1 or not _has_single_values(x):
+        if self.include_1x1 or not has_single_values(x):
             return True
         # A single value has a variance once it is pooled with other channels; Group Norm pools them anyway.
-        return self.channels_per_group > 1 and self.identity == 0
+        return self.channels_per_group > 1 and self.baseline_alpha == 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
@@ -315,117 +311,6 @@ class ExampleWeightedNorm(nn.Module):
         alpha, slope = (w if isinstance(w, float) else "learned" for w in (self.alpha, self.slope))
         slope = f", slope={slope}" if slope else ""
         return f"{self.num_channels}, eps={self.eps}, alpha={alpha}{slope}, was {self.origin_class.__name__}"
-
-
-def weighted_norm(
-    x: Tensor,
-    running: Moments[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    alpha: float | Tensor,
-    channels_per_group: int = 1,
-    slope: float | Tensor = 0.0,
-) -> Tensor:
-    """Normalize each example by a mixture of its own and the running statistics (Eq. 3 of the paper).
-
-    The function computes moments in float32 or wider, whatever the dtype of ``x``:
-
-        >>> x, running = torch.randn(2, 8, 4, 4), Moments(torch.zeros(8), torch.ones(8))
-        >>> weighted_norm(x, running, None, None, eps=1e-5, alpha=0.1).shape
-        torch.Size([2, 8, 4, 4])
-
-    Args:
-        x: input of shape (N, C, *spatial), floating point.
-        running: running mean and variance, each of shape (C,).
-        weight: learned scale (gamma) of shape (C,), or None for 1.
-        bias: learned shift (beta) of shape (C,), or None for 0.
-        eps: added to the variance.
-        alpha: weight of the example, in [0, 1]; a tensor may require grad.
-        channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
-        slope: how much the weight depends on the distance of the example, see
-            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad.
-
-    Returns:
-        A tensor of the shape, dtype and memory format of ``x``.
-    """
-    _, moments = mixture(x, running, eps, alpha, channels_per_group, slope)
-    scale = torch.rsqrt(moments.var + eps)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype)
-    shift = -moments.mean * scale
-    if bias is not None:
-        shift = shift + bias.to(scale.dtype)
-    return affine(x, scale, shift)
-
-
-def mixture(
-    x: Tensor,
-    running: Moments[Tensor],
-    eps: float,
-    alpha: float | Tensor,
-    channels_per_group: int = 1,
-    slope: float | Tensor = 0.0,
-) -> tuple[float | Tensor, Moments[Tensor]]:
-    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider.
-
-    Returns:
-        The weight of each example, (N, 1), or ``alpha`` if ``slope`` is the number 0; and the moments of the
-        mixture, (N, C).
-    """
-    example = example_moments(x)
-    dtype = example.mean.dtype
-    running = Moments(running.mean.to(dtype), running.var.to(dtype))
-    if channels_per_group > 1:
-        example, running = (_pool_channels(m, channels_per_group) for m in (example, running))
-    weight = weight_by_distance(alpha, slope, example, running, eps)
-    return weight, mix(weight, example, running)
-
-
-def example_moments(x: Tensor) -> Moments[Tensor]:
-    """Compute the moments of each channel of each example: (N, C, *spatial) to (N, C).
-
-    The variance is ``E[x^2] - mean^2`` in float32 (float64 for float64 input), clamped at 0. On a CPU this is
-    many times faster than ``torch.var_mean``, but loses digits if the mean is much larger than the standard
-    deviation: the relative error of the variance is about 1e-7 * (mean / std)^2 in float32.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if _has_single_values(x):
-        mean = x.flatten(1).to(dtype)
-        return Moments(mean, torch.zeros_like(mean))
-    if _is_channels_last(x):
-        # A sum over the middle axis of (N, S, C) reads memory in order.
-        rows = x.movedim(1, -1).flatten(1, -2).to(dtype)
-        mean = rows.sum(1) / rows.shape[1]
-        mean_square = (rows * rows).sum(1) / rows.shape[1]
-    else:
-        values = x.flatten(2)
-        mean = values.mean(2, dtype=dtype)
-        mean_square = torch.linalg.vector_norm(values, dim=2, dtype=dtype).square() / values.shape[2]
-    return Moments(mean, (mean_square - mean * mean).clamp_min(0))
-
-
-def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
-    """Pool moments (..., C) over groups of consecutive channels; each channel gets those of its group."""
-    shape = moments.mean.shape
-    per_group = (*shape[:-1], -1, channels_per_group)
-    groups = Moments(moments.mean.reshape(per_group), moments.var.reshape(per_group))
-    pooled = pool(groups, axes=-1)
-    return Moments(*(m.expand_as(groups.mean).reshape(shape) for m in (pooled.mean, pooled.var)))
-
-
-def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Compute ``x * scale + shift`` with coefficients (N, C), in their dtype; return it in that of ``x``."""
-    if _is_channels_last(x):
-        shape = (*scale.shape, *(1,) * (x.ndim - 2))
-        scale, shift = scale.reshape(shape), shift.reshape(shape)
-        return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
-    n_times_c = scale.numel()
-    rows = x.reshape(1, n_times_c, *x.shape[2:])
-    mean, var = scale.new_zeros(n_times_c), scale.new_full((n_times_c,), 1 - _EPS)
-    # With mean = 0 and var + eps = 1, batch_norm does only the multiplication and the addition.
-    y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=_EPS)
-    return y.reshape(x.shape)
 
 
 def _is_learned(weight: float | Tensor) -> TypeGuard[Tensor]:
@@ -452,11 +337,3 @@ def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
 
 def _is_traced(x: object) -> bool:
     return isinstance(x, Proxy)
-
-
-def _has_single_values(x: Tensor) -> bool:
-    return math.prod(x.shape[2:]) == 1
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim > 2 and x.stride(1) == 1 and not x.is_contiguous()

@@ -7,7 +7,7 @@ and torchvision only if the model uses them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
-from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, SkippedNorm
+from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, NormLayer, SkippedNorm
 from bnpatch.core.moments import Moments
 from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm
 from bnpatch.nn.norm import ExampleWeightedNorm
@@ -38,7 +38,8 @@ CONVERTIBLE: Mapping[str, bool] = {
 
 _OTHER_KIND = "not this kind of norm: it has no running statistics that stand for a data set"
 
-_GROUP_NORMS = (
+#: Classes that become norm layers once they have running statistics from data.
+GROUP_NORMS = (
     f"{_TORCH}.normalization.GroupNorm",
     "timm.layers.norm.GroupNorm",
     "timm.layers.norm.GroupNorm1",
@@ -51,7 +52,6 @@ _LAZY_NORMS = tuple(f"{_TORCH}.batchnorm.LazyBatchNorm{d}d" for d in (1, 2, 3))
 
 #: Classes that are recognised and skipped, with the reason.
 LEFT_ALONE: Mapping[str, str] = {
-    **dict.fromkeys(_GROUP_NORMS, NEEDS_CALIBRATION),
     **dict.fromkeys(_INSTANCE_NORMS, "Instance Norm normalizes by the example alone, on purpose"),
     **dict.fromkeys(_LAZY_NORMS, "not initialised yet: run one batch through the model first"),
     "timm.layers.inplace_abn.InplaceAbn": "its fused kernel rewrites its own weights",
@@ -66,7 +66,7 @@ LEFT_ALONE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class NormLayer:
+class TorchNormLayer:
     """A module of a model that normalizes by running statistics.
 
     Attributes:
@@ -82,51 +82,45 @@ class NormLayer:
     aliases: tuple[str, ...] = ()
 
     @property
+    def patched(self) -> ExampleWeightedNorm | None:
+        """The module if it was swapped for a layer that weights the example, else None."""
+        return self.module if isinstance(self.module, ExampleWeightedNorm) else None
+
+    @property
     def num_channels(self) -> int:
         """C, the number of channels that the layer normalizes."""
         norm: Any = self.module
-        return int(norm.num_channels if self.is_patched else norm.running_mean.numel())
+        return int(norm.running_mean.numel()) if self.patched is None else self.patched.num_channels
 
     @property
-    def identity(self) -> float:
+    def baseline_alpha(self) -> float:
         """The alpha at which the layer computes what it did: 0 for Batch Norm, 1 for Group Norm."""
-        return self.module.identity if isinstance(self.module, ExampleWeightedNorm) else 0.0
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
-        if isinstance(self.module, ExampleWeightedNorm):
-            return self.module.parameters_of_norm()
-        norm: Any = self.module
-        return norm.weight, norm.bias, norm.running_mean, norm.running_var
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether the layer was swapped for one that weights the example."""
-        return isinstance(self.module, ExampleWeightedNorm)
+        return 0.0 if self.patched is None else self.patched.baseline_alpha
 
     @property
     def channels_per_group(self) -> int:
         """Number of consecutive channels whose moments are pooled; 1 is Batch Norm."""
-        return self.module.channels_per_group if isinstance(self.module, ExampleWeightedNorm) else 1
+        return 1 if self.patched is None else self.patched.channels_per_group
 
     @property
     def alpha(self) -> float:
         """The weight of the example, in [0, 1]; 0 if the layer is not patched."""
-        if not isinstance(self.module, ExampleWeightedNorm):
-            return 0.0
-        alpha = self.module.alpha
-        return alpha.item() if isinstance(alpha, Tensor) else alpha
+        return 0.0 if self.patched is None else _number(self.patched.alpha)
 
     @property
     def slope(self) -> float:
         """How much the weight depends on the distance of the example; 0 if the layer is not patched."""
-        if not isinstance(self.module, ExampleWeightedNorm):
-            return 0.0
-        slope = self.module.slope
-        return slope.item() if isinstance(slope, Tensor) else slope
+        return 0.0 if self.patched is None else _number(self.patched.slope)
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
+        norm: Any = self.module
+        if self.patched is not None:
+            return self.patched.parameters_of_norm()
+        return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
-def inventory(model: nn.Module) -> Inventory[NormLayer]:
+def inventory(model: nn.Module) -> Inventory[TorchNormLayer]:
     """List the norm layers of a model, and the normalization layers that bnpatch skips, with reasons.
 
     The model is not changed; it may be patched already:
@@ -135,20 +129,19 @@ def inventory(model: nn.Module) -> Inventory[NormLayer]:
         >>> [layer.name for layer in found.norm_layers], [norm.kind for norm in found.skipped_norms]
         (['1'], ['LayerNorm'])
     """
-    norm_layers, skipped_norms = [], []
-    inside: list[str] = []  # norm layers; a norm inside one of them (an auxiliary norm) is not listed again
+    norm_layers: list[TorchNormLayer] = []
+    skipped_norms: list[SkippedNorm] = []
+    inside: list[str] = []  # with what the names of modules in norm layers begin, such as auxiliary norms
     for module, (name, *aliases) in _modules_by_name(model):
-        kind = _origin_class(module).__name__
-        reason = _why_not(module)
-        if reason is None and any(
-            name.startswith(f"{norm_layer}." if norm_layer else "") for norm_layer in inside
-        ):
+        found = _judge(module, name, tuple(aliases))
+        if isinstance(found, TorchNormLayer) and name.startswith(tuple(inside)):
             reason = "belongs to another norm, which does not use it at inference"
-        if reason is None:
-            norm_layers.append(NormLayer(name, kind, module, tuple(aliases)))
-            inside.append(name)
-        elif reason:
-            skipped_norms.append(SkippedNorm(name, kind, reason, reason == NEEDS_CALIBRATION))
+            found = SkippedNorm(name, found.kind, reason)
+        if isinstance(found, TorchNormLayer):
+            norm_layers.append(found)
+            inside.append(f"{name}." if name else "")
+        elif found is not None:
+            skipped_norms.append(found)
     return Inventory(tuple(norm_layers), tuple(skipped_norms))
 
 
@@ -156,13 +149,13 @@ def patch(
     model: nn.Module,
     alpha: float | Mapping[str, float] = 0.0,
     *,
-    where: Callable[[NormLayer], bool] = lambda norm_layer: True,
+    where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True,
     include_1x1: bool | None = None,
     slope: float | Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
-    Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At its identity
+    Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At the baseline
     (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
     patched model sets new weights. Group Norm can be patched once it has running statistics, see
     :func:`bnpatch.calibrate`.
@@ -197,8 +190,7 @@ def patch(
     slopes = _by_name({} if slope is None else slope, norm_layers, found.skipped_norms, check_slope)
     swaps: dict[int, nn.Module] = {}
     for norm_layer in norm_layers:
-        if isinstance(norm_layer.module, ExampleWeightedNorm):
-            layer = norm_layer.module
+        if (layer := norm_layer.patched) is not None:
             layer.alpha = alphas.get(norm_layer.name, layer.alpha)
             layer.slope = slopes.get(norm_layer.name, layer.slope)
             if include_1x1 is not None:
@@ -214,6 +206,12 @@ def patch(
     return swap(model, swaps)
 
 
+def patched_layers(model: nn.Module) -> dict[str, ExampleWeightedNorm]:
+    """Return, by name, the norm layers that were swapped for layers that weight the example."""
+    layers = ((norm_layer.name, norm_layer.patched) for norm_layer in inventory(model).norm_layers)
+    return {name: layer for name, layer in layers if layer is not None}
+
+
 def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
     """Return, by name, the norms that become norm layers once they have running statistics.
 
@@ -226,7 +224,7 @@ def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
     """Give running statistics to norms that have none, in place, which makes them norm layers.
 
-    Each layer starts at its identity. A Batch Norm without running statistics normalizes by those of the
+    Each layer still computes what it did. A Batch Norm without running statistics normalizes by those of the
     batch, which no layer that treats examples separately can reproduce; it gets the running statistics that
     it never kept, and alpha = 0.
 
@@ -241,27 +239,22 @@ def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.M
         BnpatchError: a name is not one of :func:`uncalibrated`.
     """
     norms = uncalibrated(model)
-    options: dict[str, dict[str, Any]] = {}
+    if unknown := [name for name in moments if name not in norms]:
+        raise BnpatchError(f"the model has no norm {unknown[0]!r} to calibrate", "calibrate it again")
+    swaps: dict[int, nn.Module] = {}
     for name, running in moments.items():
-        if name not in norms:
-            raise BnpatchError(f"the model has no norm {name!r} to calibrate", "calibrate it again")
         norm: Any = norms[name]
-        if (groups := getattr(norm, "num_groups", None)) is None:
-            options[name] = {"running": running}
-        else:
+        of_group_norm: dict[str, Any] = {}
+        if (groups := getattr(norm, "num_groups", None)) is not None:
             per_group = norm.num_channels // groups
-            options[name] = {
-                "alpha": 1.0,
-                "identity": 1.0,
-                "channels_per_group": per_group,
-                "running": running,
-            }
-    return swap(
-        model, {id(norms[n]): ExampleWeightedNorm.take_over(norms[n], **o) for n, o in options.items()}
-    )
+            of_group_norm = {"alpha": 1.0, "baseline_alpha": 1.0, "channels_per_group": per_group}
+        swaps[id(norm)] = ExampleWeightedNorm.take_over(norm, running=running, **of_group_norm)
+    return swap(model, swaps)
 
 
-def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True) -> nn.Module:
+def unpatch(
+    model: nn.Module, *, where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True
+) -> nn.Module:
     """Undo :func:`patch`, in place: every layer gets its original class back.
 
     Args:
@@ -271,12 +264,8 @@ def unpatch(model: nn.Module, *, where: Callable[[NormLayer], bool] = lambda nor
     Returns:
         The model; it is another object only if the model itself is a norm.
     """
-    layers = [
-        s.module
-        for s in inventory(model).norm_layers
-        if isinstance(s.module, ExampleWeightedNorm) and where(s)
-    ]
-    return swap(model, {id(layer): layer.give_back() for layer in layers})
+    layers = [norm_layer.patched for norm_layer in inventory(model).norm_layers if where(norm_layer)]
+    return swap(model, {id(layer): layer.give_back() for layer in layers if layer is not None})
 
 
 def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
@@ -298,39 +287,42 @@ def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     return ((modules[key], names[key]) for key in names)
 
 
-def _why_not(module: Any) -> str | None:
-    """Return None for a norm layer, the reason for a skipped norm, and "" for a module that is no norm."""
+def _judge(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLayer | SkippedNorm | None:
+    """Return a norm layer, a skipped norm with the reason, or None for a module that is no norm."""
     if isinstance(module, ExampleWeightedNorm):
-        return None
-    name = _qualified_name(type(module))
-    if name in LEFT_ALONE:
-        return LEFT_ALONE[name]
-    if name not in CONVERTIBLE:
+        return TorchNormLayer(name, module.origin_class.__name__, module, aliases)
+    kind, qualified_name = type(module).__name__, _qualified_name(type(module))
+    if qualified_name in LEFT_ALONE:
+        return SkippedNorm(name, kind, LEFT_ALONE[qualified_name])
+    is_group_norm = qualified_name in GROUP_NORMS
+    if not is_group_norm and qualified_name not in CONVERTIBLE:
         eps = epsilon_of_frozen_norm(module)
         if eps is None:
-            return _why_not_unknown(module)
+            reason = _why_not_unknown(module)
+            return None if reason is None else SkippedNorm(name, kind, reason)
         module.eps = eps  # some have it in their code alone
-    if module.running_mean is None or module.running_var is None:
-        return NEEDS_CALIBRATION
+    if is_group_norm or module.running_mean is None or module.running_var is None:
+        return SkippedNorm(name, kind, NEEDS_CALIBRATION, is_uncalibrated=True)
     if "forward" in vars(module):
-        return "its forward was replaced on the instance, by a hooks library perhaps"
-    return None
+        return SkippedNorm(name, kind, "its forward was replaced on the instance, by a hooks library perhaps")
+    return TorchNormLayer(name, kind, module, aliases)
 
 
-def _why_not_unknown(module: nn.Module) -> str:
+def _why_not_unknown(module: nn.Module) -> str | None:
+    """Return why a module of an unknown class is skipped, or None if it is no norm."""
     if script_name := getattr(module, "original_name", None):  # TorchScript hides the Python class
-        scripted_norm = "norm" in str(script_name).lower()
-        return "compiled by TorchScript: patch the Python model before scripting it" if scripted_norm else ""
+        reason = "compiled by TorchScript: patch the Python model before scripting it"
+        return reason if "norm" in str(script_name).lower() else None
     if isinstance(module, _BatchNorm):
         return "a subclass of Batch Norm that bnpatch does not know; its forward may differ"
     is_norm = re.search(r"norm|affine", type(module).__name__, re.IGNORECASE)
     is_leaf = not any(True for child in module.children() for _ in child.parameters())
-    return _OTHER_KIND if is_norm and is_leaf else ""
+    return _OTHER_KIND if is_norm and is_leaf else None
 
 
 def _by_name(
     weight: float | Mapping[str, float],
-    norm_layers: list[NormLayer],
+    norm_layers: list[TorchNormLayer],
     skipped_norms: tuple[SkippedNorm, ...],
     check: Callable[..., float],
 ) -> dict[str, float]:
@@ -340,14 +332,14 @@ def _by_name(
         name: norm_layer.name for norm_layer in norm_layers for name in (norm_layer.name, *norm_layer.aliases)
     }
     if unknown := [name for name in weight if name not in names]:
-        remedy = f"its norm layers are {_enumerate([s.name for s in norm_layers])}"
+        remedy = f"its norm layers are {_enumerate(norm_layers)}"
         if any(left.name == unknown[0] and left.is_uncalibrated for left in skipped_norms):
             remedy = CALIBRATE
         raise BnpatchError(f"the model has no norm layer {unknown[0]!r}", remedy)
     return {names[name]: check(float(value), name) for name, value in weight.items()}
 
 
-def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
+def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
     if found.norm_layers:
         return "no norm layer of the model was chosen", "the filter refused all of them"
     if not found.skipped_norms:
@@ -357,10 +349,7 @@ def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
             "or see bnpatch.recover_folded",
         )
     if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
-        return (
-            f"the model's norms have no running statistics: {_enumerate([w.name for w in waiting])}",
-            CALIBRATE,
-        )
+        return f"the model's norms have no running statistics: {_enumerate(waiting)}", CALIBRATE
     kinds = {left.kind: left.reason for left in found.skipped_norms}
     kind, reason = next(iter(kinds.items()))
     return (
@@ -369,12 +358,13 @@ def _nothing_to_patch(found: Inventory[NormLayer]) -> tuple[str, str]:
     )
 
 
-def _enumerate(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _number(weight: float | Tensor) -> float:
+    return weight.item() if isinstance(weight, Tensor) else weight
 
 
-def _origin_class(module: nn.Module) -> type[nn.Module]:
-    return module.origin_class if isinstance(module, ExampleWeightedNorm) else type(module)
+def _enumerate(norms: Sequence[NormLayer | SkippedNorm], most: int = 5) -> str:
+    rest = f" and {len(norms) - most} more" if len(norms) > most else ""
+    return ", ".join(norm.name for norm in norms[:most]) + rest
 
 
 def _qualified_name(cls: type) -> str:

@@ -46,7 +46,7 @@ _NOT_NORMALIZING = re.compile(r"affine|layerscale|stdconv|(local|global)response
 
 @dataclass(frozen=True)
 class NormPaths:
-    """Find the norms of a model that reach its output without passing another norm.
+    """The norms of a model, by whether their output reaches that of the model without passing another norm.
 
     Attributes:
         unnormalized: names of the norms with a path to the output that meets no other norm.
@@ -80,7 +80,7 @@ def unnormalized_norms(model: nn.Module, example_input: Tensor) -> frozenset[str
 
 
 def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
-    """Do the same as :func:`unnormalized_norms` for all norms, also those that bnpatch skips.
+    """Tell which norms reach the output without passing another norm, also among those that bnpatch skips.
 
     A skipped norm normalizes like any other, so it ends the path of a norm before it.
 

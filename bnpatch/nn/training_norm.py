@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.core.norm_spec import NormSpec, Renorm
-from bnpatch.nn.norm import ExampleWeightedNorm, affine, example_moments
-from bnpatch.nn.surgery import NormLayer, inventory, patch, swap
+from bnpatch.nn.functional import affine, example_moments
+from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, swap
 
 
 class GeneralNorm(ExampleWeightedNorm):
@@ -307,7 +308,7 @@ def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[T
 
 
 def convert_norms(
-    model: nn.Module, spec: NormSpec, *, where: Callable[[NormLayer], bool] = lambda norm_layer: True
+    model: nn.Module, spec: NormSpec, *, where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True
 ) -> nn.Module:
     """Make the Batch Norm layers of a model train as ``spec`` says, in place; scale and shift are kept.
 
@@ -331,8 +332,8 @@ def convert_norms(
     model = patch(model, where=where)
     swaps: dict[int, nn.Module] = {}
     for norm_layer in inventory(model).norm_layers:
-        layer = norm_layer.module
-        if not (where(norm_layer) and isinstance(layer, ExampleWeightedNorm)) or layer.always_inference:
+        layer = norm_layer.patched
+        if layer is None or not where(norm_layer) or layer.always_inference:
             continue
         if norm_layer.parameters()[2] is not None:
             swaps[id(layer)] = GeneralNorm.of(layer, spec.for_channels(norm_layer.num_channels))

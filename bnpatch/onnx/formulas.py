@@ -64,7 +64,7 @@ from bnpatch.core.moments import (
 )
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.inference import Array
-from bnpatch.onnx.match import NormLayer
+from bnpatch.onnx.match import OnnxNormLayer
 
 Form = Literal["direct", "normalized", "folded"]
 
@@ -75,7 +75,7 @@ _LARGEST_FOLDED_ALPHA = 0.99
 _FOLDING = ("Conv", "ConvTranspose", "Gemm")
 
 
-def best_form(norm_layer: NormLayer, running: Moments[Array], alpha: float | None) -> Form:
+def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float | None) -> Form:
     """Return the fastest of the forms that are accurate at this norm layer.
 
     Args:
@@ -96,7 +96,7 @@ def best_form(norm_layer: NormLayer, running: Moments[Array], alpha: float | Non
 
 def append_norm(
     tape: Tape,
-    norm_layer: NormLayer,
+    norm_layer: OnnxNormLayer,
     running: Moments[Array],
     alpha: float | ir.Value,
     form: Form | None = None,
@@ -152,7 +152,7 @@ def append_norm(
 
 
 def append_batch_norm(
-    tape: Tape, norm_layer: NormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
+    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
 ) -> ir.Value:
     """Append a BatchNormalization with other running statistics. If they are constants, runtimes can fold it.
 
@@ -175,7 +175,7 @@ def append_batch_norm(
     return tape.op("BatchNormalization", norm_layer.input, weight, bias, *moments, epsilon=norm_layer.eps)
 
 
-def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moments[ir.Value]]:
+def append_by_batch(tape: Tape, norm_layer: OnnxNormLayer) -> tuple[ir.Value, Moments[ir.Value]]:
     """Append the norm as it is in training: it normalizes by the moments of the whole batch.
 
     A Group Norm stays a Group Norm.
@@ -192,7 +192,7 @@ def append_by_batch(tape: Tape, norm_layer: NormLayer) -> tuple[ir.Value, Moment
     x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
     moments = centred_moments(x, (0, *range(2, len(norm_layer.dims))))
     found = Moments(moments.mean.value, moments.var.value)
-    if norm_layer.identity == 1:
+    if norm_layer.baseline_alpha == 1:
         ignored = Moments(
             np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
         )  # alpha = 1 gives the running statistics the weight 0
@@ -217,7 +217,7 @@ def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
     return Moments(mean, (centred * centred).mean(axes))
 
 
-def _folded(tape: Tape, norm_layer: NormLayer, running: Moments[Array], alpha: float) -> Value:
+def _folded(tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float) -> Value:
     root = alpha**0.5
     total = running.var + norm_layer.eps
     weight, bias, rest = (
@@ -236,7 +236,7 @@ def _folded(tape: Tape, norm_layer: NormLayer, running: Moments[Array], alpha: f
 
 
 def _folded_with_slope(
-    tape: Tape, norm_layer: NormLayer, running: Moments[Array], alpha: float, slope: float
+    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float, slope: float
 ) -> Value:
     total = running.var + norm_layer.eps
     weight, bias, eps = (
@@ -257,7 +257,7 @@ def _folded_with_slope(
 
 def _weighted_norm(
     x: Value,
-    norm_layer: NormLayer,
+    norm_layer: OnnxNormLayer,
     running: Moments[Any],
     eps: float | Array,
     alpha_and_slope: tuple[Any, Any],
@@ -323,7 +323,7 @@ def _means(x: Value, rank: int, blocked: bool) -> tuple[Value, Value]:
     return (x.mean(axes), (x * x).mean(axes)) if axes else (x, x * x)
 
 
-def _is_blocked(norm_layer: NormLayer) -> bool:
+def _is_blocked(norm_layer: OnnxNormLayer) -> bool:
     """Tell whether the input can be in onnxruntime's blocked layout, which 2d float32 convolutions have."""
     return norm_layer.dtype == ir.DataType.FLOAT and len(norm_layer.dims) == 4
 
@@ -335,7 +335,9 @@ def _pooled_per_channel(running: Moments[Array], channels_per_group: int) -> Mom
     return Moments(*(np.repeat(v, channels_per_group) for v in (pooled.mean, pooled.var)))
 
 
-def _batch_norm(tape: Tape, norm_layer: NormLayer, running: Moments[Array], scale: float = 1.0) -> ir.Value:
+def _batch_norm(
+    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], scale: float = 1.0
+) -> ir.Value:
     """Append a BatchNormalization by the running statistics, like the norm layer's node, but with bias 0."""
     scales, zeros = (
         tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (scale, 0.0)

@@ -7,8 +7,8 @@ Softmax, at an output or in a squeeze-and-excite block has a bias, too.
 The scale and shift of the Batch Norm are lost, but they are not needed, because normalization does not change
 under an affine map of each channel. The output y0 of such a convolution is treated as the output of a virtual
 Batch Norm. Its running statistics (b, v) are those of y0 over data like the training data, its scale is
-sqrt(v + eps), and its shift is b. With alpha = 0 it is the identity; with alpha > 0 it is the formula of the
-paper up to eps.
+sqrt(v + eps), and its shift is b. With alpha = 0 it returns its input; with alpha > 0 it is the formula of
+the paper up to eps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ def observe_values(model: ir.Model, values: Sequence[tuple[ir.Value, int]]) -> l
 
 
 def insert_norms(model: ir.Model, moments: Mapping[str, Moments[Array]], eps: float = 1e-5) -> None:
-    """Put a Batch Norm that is the identity after each named convolution, in place.
+    """Put a Batch Norm that returns its input after each named convolution, in place.
 
     Args:
         model: the model.

@@ -26,7 +26,7 @@ _GROUP_NORM_PER_CHANNEL = 21  # from this opset on, the scale has one value per 
 
 
 @dataclass(frozen=True)
-class NormLayer:
+class OnnxNormLayer:
     """A Batch Norm or Group Norm in a graph.
 
     Attributes:
@@ -82,7 +82,7 @@ class NormLayer:
         return int(self.weight.size)
 
     @property
-    def identity(self) -> float:
+    def baseline_alpha(self) -> float:
         """The alpha at which the norm layer computes what the original does."""
         return 0.0 if self.kind == "BatchNormalization" else 1.0
 
@@ -106,10 +106,10 @@ class NormLayer:
 
     @property
     def _pools_channels(self) -> bool:
-        return self.channels_per_group > 1 and self.identity == 0
+        return self.channels_per_group > 1 and self.baseline_alpha == 0
 
 
-def inventory(model: ir.Model) -> Inventory[NormLayer]:
+def inventory(model: ir.Model) -> Inventory[OnnxNormLayer]:
     """List the norm layers of a model, and the skipped norms with reasons. The model is not changed.
 
     The function also searches subgraphs (If, Loop, Scan). It lists norms in model-local functions as skipped,
@@ -119,11 +119,11 @@ def inventory(model: ir.Model) -> Inventory[NormLayer]:
     types = infer_types(model)
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     used: set[str] = set()
-    norm_layers: list[NormLayer] = []
+    norm_layers: list[OnnxNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
     for node, function in _nodes(model):
         found = _judge(node, opset, types, function)
-        if isinstance(found, NormLayer):
+        if isinstance(found, OnnxNormLayer):
             norm_layers.append(replace(found, name=_unique(found.module, used)))
         elif isinstance(found, SkippedNorm):
             skipped_norms.append(found)
@@ -140,7 +140,7 @@ def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
 
 def _judge(
     node: ir.Node, opset: int, types: Mapping[int, TensorType], function: str
-) -> NormLayer | SkippedNorm | None:
+) -> OnnxNormLayer | SkippedNorm | None:
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type not in NORMS:
@@ -148,7 +148,7 @@ def _judge(
     kind = node.op_type
     try:
         if function:
-            raise _NoSiteError(
+            raise _SkippedError(
                 f"it lies in the model-local function {function!r}, which has to be inlined first"
             )
         if kind == "BatchNormalization":
@@ -162,50 +162,50 @@ def _judge(
                 exported.nodes, kind, input_, exported.num_groups, exported.eps,
                 [exported.weight, exported.bias], _module_name(exported.nodes[-1], exported.parameters),
             )  # fmt: skip
-        raise _NoSiteError("Instance Norm normalizes by the example alone, on purpose")
-    except _NoSiteError as no:
+        raise _SkippedError("Instance Norm normalizes by the example alone, on purpose")
+    except _SkippedError as no:
         return SkippedNorm(_module_name(node, list(node.inputs[1:])), kind, str(no))
 
 
-class _NoSiteError(Exception):
-    """A node is no norm layer; the message says why."""
+class _SkippedError(Exception):
+    """A node is skipped; the message says why."""
 
 
-def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> NormLayer:
+def _batch_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> OnnxNormLayer:
     if opset < 7:
-        raise _NoSiteError(
+        raise _SkippedError(
             f"BatchNormalization of opset {opset} is another operator: convert the model to 7 or newer"
         )
     if _int(node, "training_mode", 0):
-        raise _NoSiteError(
+        raise _SkippedError(
             "it runs in training mode: it normalizes by its own batch, or standardizes weights"
         )
     if opset < 9 and not _int(node, "spatial", 1):
-        raise _NoSiteError("it has moments per position (spatial = 0), not per channel")
+        raise _SkippedError("it has moments per position (spatial = 0), not per channel")
     if len(node.inputs) != 5 or any(extra.uses() or extra.is_graph_output() for extra in node.outputs[1:]):
-        raise _NoSiteError("it has another number of inputs or outputs than at inference")
+        raise _SkippedError("it has another number of inputs or outputs than at inference")
     parameters = [
         _parameter(value, ("scale", "bias", "mean", "var")[i]) for i, value in enumerate(node.inputs[1:])
     ]
     if any(MARK in name for name in names_of(node.inputs[1])):
-        raise _NoSiteError("it belongs to a patch: patch the original model instead")
+        raise _SkippedError("it belongs to a patch: patch the original model instead")
     if not np.all(parameters[3] >= 0):
-        raise _NoSiteError("its running variance is negative somewhere")
+        raise _SkippedError("its running variance is negative somewhere")
     input_ = _type_of(node.inputs[0], types)
     name = _module_name(node, [node.inputs[i] for i in (3, 4, 1, 2)])
     return _norm_layer((node,), node.op_type, input_, parameters[0].size, _eps(node), parameters, name)
 
 
-def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> NormLayer:
+def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> OnnxNormLayer:
     if len(node.inputs) != 3:
-        raise _NoSiteError("it has another number of inputs than its operator")
+        raise _SkippedError("it has another number of inputs than its operator")
     num_groups = _int(node, "num_groups", 0)
     parameters = [_parameter(value, ("scale", "bias")[i]) for i, value in enumerate(node.inputs[1:])]
     input_ = _type_of(node.inputs[0], types)
     if opset < _GROUP_NORM_PER_CHANNEL:
         channels = input_.dims[1] if len(input_.dims) > 1 else None
         if not isinstance(channels, int) or num_groups < 1 or channels % num_groups:
-            raise _NoSiteError("its number of channels is not known, and its scale has one value per group")
+            raise _SkippedError("its number of channels is not known, and its scale has one value per group")
         parameters = [np.repeat(parameter, channels // num_groups) for parameter in parameters]
     name = _module_name(node, list(node.inputs[1:]))
     return _norm_layer((node,), node.op_type, input_, num_groups, _eps(node), parameters, name)
@@ -214,22 +214,22 @@ def _group_norm(node: ir.Node, opset: int, types: Mapping[int, TensorType]) -> N
 def _norm_layer(
     nodes: tuple[ir.Node, ...], kind: str, input_: TensorType, num_groups: int, eps: float,
     parameters: list[Array], name: str,
-) -> NormLayer:  # fmt: skip
+) -> OnnxNormLayer:  # fmt: skip
     channels = parameters[0].size
     if len({parameter.size for parameter in parameters}) > 1 or channels == 0:
-        raise _NoSiteError("its parameters differ in size, or are empty")
+        raise _SkippedError("its parameters differ in size, or are empty")
     if num_groups < 1 or channels % num_groups:
-        raise _NoSiteError(f"its {channels} channels do not divide into {num_groups} groups")
+        raise _SkippedError(f"its {channels} channels do not divide into {num_groups} groups")
     if not all(np.all(np.isfinite(parameter)) for parameter in parameters) or not np.isfinite(eps) or eps < 0:
-        raise _NoSiteError("its parameters are not finite (overflowed in float16, perhaps)")
+        raise _SkippedError("its parameters are not finite (overflowed in float16, perhaps)")
     if input_.dtype not in _FLOATS:
-        raise _NoSiteError("the type of its input is not known, or not floating point")
+        raise _SkippedError("the type of its input is not known, or not floating point")
     if len(input_.dims) < 2:
-        raise _NoSiteError("the rank of its input is not known, or below 2")
+        raise _SkippedError("the rank of its input is not known, or below 2")
     if isinstance(input_.dims[1], int) and input_.dims[1] != channels:
-        raise _NoSiteError(f"its input has {input_.dims[1]} channels, its parameters {channels}")
+        raise _SkippedError(f"its input has {input_.dims[1]} channels, its parameters {channels}")
     dims = (input_.dims[0], channels, *input_.dims[2:])
-    return NormLayer(
+    return OnnxNormLayer(
         name, name, kind, nodes, input_.dtype, dims, channels // num_groups, eps,
         *(parameter.astype(np.float64) for parameter in parameters),
     )  # fmt: skip
@@ -238,9 +238,9 @@ def _norm_layer(
 def _parameter(value: ir.Value | None, role: str) -> Array:
     array = constant_of(value)
     if array is None:
-        raise _NoSiteError(f"its {role} is computed at run time")
+        raise _SkippedError(f"its {role} is computed at run time")
     if array.ndim != 1:
-        raise _NoSiteError(f"its {role} has shape {array.shape}, not one value per channel")
+        raise _SkippedError(f"its {role} has shape {array.shape}, not one value per channel")
     return array.astype(np.float64)
 
 
@@ -257,7 +257,7 @@ def _number(node: ir.Node, name: str, kind: ir.AttributeType, default: float) ->
     if attribute is None:
         return default
     if attribute.is_ref() or attribute.type != kind:
-        raise _NoSiteError(f"its attribute {name} is not a number")
+        raise _SkippedError(f"its attribute {name} is not a number")
     return float(attribute.value)
 
 

@@ -193,7 +193,7 @@ def baseline_alphas(result: TuneResult) -> Mapping[str, float]:
 
 def patches_nothing(result: TuneResult) -> bool:
     """Do the weights that are kept change nothing?"""
-    return result.weights.is_identity(baseline_alphas(result))
+    return result.weights.is_baseline(baseline_alphas(result))
 
 
 def weight_label(result: TuneResult) -> str:

@@ -92,7 +92,7 @@ class CandidateSearch:
         self.cut_short = self.interrupted = False
         self._statistics_from = (examples, tuning) if task.calib is None else (task.calib, None)
         self._on_trial, self._keep = on_trial, keep
-        self._identity_alphas = model.identities()
+        self._baseline_alphas = model.baseline_alphas()
         self._best_score = -math.inf  # of all trials so far; higher is better
         order = shuffled(tuning, examples.groups, np.random.default_rng(plan.seed))
         blocks = blocks_of(order, objective.set_size, examples.groups)
@@ -126,8 +126,8 @@ class CandidateSearch:
         Raises:
             KeyboardInterrupt: the user interrupted before any candidate was found.
         """
-        zeros = dict.fromkeys(self._identity_alphas, 0.0)
-        found = {"identity": PatchWeights(dict(self._identity_alphas), zeros, zeros)}
+        zeros = dict.fromkeys(self._baseline_alphas, 0.0)
+        found = {"identity": PatchWeights(dict(self._baseline_alphas), zeros, zeros)}
         try:
             for _, find in self._ways(found)[: self.plan.reach]:
                 if self.budget.is_over() or self.interrupted:
@@ -210,7 +210,7 @@ class CandidateSearch:
         """Set one lambda for all norm layers, or alphas at one distance from the identity."""
         if kind == "lambda":
             return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.target, weight)})
-        return replace(start, alphas={name: abs(i - weight) for name, i in self._identity_alphas.items()})
+        return replace(start, alphas={name: abs(i - weight) for name, i in self._baseline_alphas.items()})
 
     def _refined(self, best: Candidate) -> Mapping[str, PatchWeights]:
         """Scale all alphas and drop small ones, by the metric itself: gradients can't do either.
@@ -224,7 +224,7 @@ class CandidateSearch:
         def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
-                identity = self._identity_alphas[name]
+                identity = self._baseline_alphas[name]
                 away = min(1.0, params["scale"] * abs(alpha - identity))
                 alphas[name] = abs(identity - (away if away >= params["threshold"] else 0.0))
             return replace(start, alphas=alphas)

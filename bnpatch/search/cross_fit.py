@@ -179,7 +179,7 @@ class Searches:
         if fold > 0 and (search.num_tried < whole.num_tried or ended_sooner):
             return None
         if self.task.plan.max_overhead is not None:
-            weights = _limited_like(chosen, weights, self.task.model.identities())
+            weights = _limited_like(chosen, weights, self.task.model.baseline_alphas())
         return search.base.with_weights(weights)
 
     def _begin(self, tuning: Indices, plan: Plan, at_least: float = 0.0) -> CandidateSearch:
@@ -273,8 +273,8 @@ class Searches:
 
 
 def _limited_like(
-    chosen: PatchWeights, weights: PatchWeights, identity_alphas: Mapping[str, float]
+    chosen: PatchWeights, weights: PatchWeights, baseline_alphas: Mapping[str, float]
 ) -> PatchWeights:
     """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
-    left_out = {name: alpha for name, alpha in identity_alphas.items() if chosen.alphas[name] == alpha}
+    left_out = {name: alpha for name, alpha in baseline_alphas.items() if chosen.alphas[name] == alpha}
     return replace(weights, alphas={**weights.alphas, **left_out})

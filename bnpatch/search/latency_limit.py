@@ -169,13 +169,13 @@ def trade_off(
     Returns:
         The points, the baseline first.
     """
-    identity_alphas, sign = model.identities(), metric.sign
-    identity = PatchWeights(identity_alphas, dict.fromkeys(identity_alphas, 0.0))
-    weighted = [name for name, alpha in weights.alphas.items() if alpha != identity_alphas[name]]
+    baseline_alphas, sign = model.baseline_alphas(), metric.sign
+    identity = PatchWeights(baseline_alphas, dict.fromkeys(baseline_alphas, 0.0))
+    weighted = [name for name, alpha in weights.alphas.items() if alpha != baseline_alphas[name]]
     whole, costs = scores(weights), norm_costs(model)
 
     def without(name: str) -> PatchWeights:
-        return replace(weights, alphas={**weights.alphas, name: identity_alphas[name]})
+        return replace(weights, alphas={**weights.alphas, name: baseline_alphas[name]})
 
     def lost(name: str) -> float:
         rest = if_finite(lambda: scores(without(name)))
@@ -184,7 +184,7 @@ def trade_off(
     family = [
         replace(
             weights,
-            alphas={n: a if n in norm_layers else identity_alphas[n] for n, a in weights.alphas.items()},
+            alphas={n: a if n in norm_layers else baseline_alphas[n] for n, a in weights.alphas.items()},
         )
         for norm_layers in nested_norms({name: lost(name) / costs[name] for name in weighted})
     ]
@@ -196,6 +196,6 @@ def trade_off(
     points = [Point(identity, 0, 0.0, 0.0, latencies[0])]
     for (member, after), latency in zip(usable, latencies[1:], strict=True):
         change = paired_difference(before, after, groups)
-        count = sum(alpha != identity_alphas[name] for name, alpha in member.alphas.items())
+        count = sum(alpha != baseline_alphas[name] for name, alpha in member.alphas.items())
         points.append(Point(member, count, sign * change.value, change.reach / Z95, latency))
     return points

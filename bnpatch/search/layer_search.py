@@ -84,7 +84,7 @@ class LayerSearch:
         self._cache, self._selection, self._indices = cache, selection, indices
         self._plan, self._budget = plan, budget
         self._keep, self._step_cost = keep, STEP_COST * (1 if keep is None else 2)
-        self._identity_alphas = cache.model.identities()
+        self._baseline_alphas = cache.model.baseline_alphas()
 
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
@@ -117,7 +117,7 @@ class LayerSearch:
         shapes = self._model.norm_shapes(batch.x)
         everywhere = self._cache.base.include_1x1
         weighted = [
-            n for n in self._identity_alphas if everywhere or n not in shapes or math.prod(shapes[n]) > 1
+            n for n in self._baseline_alphas if everywhere or n not in shapes or math.prod(shapes[n]) > 1
         ]
         if per == "layer":
             return {name: name for name in weighted}
@@ -163,12 +163,12 @@ class LayerSearch:
         Norm layers whose identity is not alpha = 0 are left out: they use the example's statistics already.
         """
         ramp = dict(
-            zip(self._identity_alphas, np.linspace(*ends, len(self._identity_alphas)).tolist(), strict=True)
+            zip(self._baseline_alphas, np.linspace(*ends, len(self._baseline_alphas)).tolist(), strict=True)
         )
         first: dict[str, str] = {}
         for name, group in groups.items():
             first.setdefault(group, name)
-        return {n: ramp[first[group]] for n, group in groups.items() if self._identity_alphas[n] == 0}
+        return {n: ramp[first[group]] for n, group in groups.items() if self._baseline_alphas[n] == 0}
 
     def _by_gradient(
         self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
@@ -178,7 +178,7 @@ class LayerSearch:
             raise NoGradientError
         starts = self._promising(self._starts(found, groups), found["identity"])
         if self._plan.slopes:
-            slopes = {name: group for name, group in groups.items() if self._identity_alphas[name] == 0}
+            slopes = {name: group for name, group in groups.items() if self._baseline_alphas[name] == 0}
             starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
         learned = self._learn(starts)
         if learned is None:
@@ -266,7 +266,7 @@ class LayerSearch:
         if self._plan.slopes:
             start = candidates[best]
             moved = {
-                n: g for n, g in groups.items() if 0 < start.alphas[n] < 1 and self._identity_alphas[n] == 0
+                n: g for n, g in groups.items() if 0 < start.alphas[n] < 1 and self._baseline_alphas[n] == 0
             }
             candidates[varying] = self._coordinates(start, _coordinates("slope", moved))
         return candidates

@@ -23,17 +23,18 @@ import onnxscript.optimizer
 import torch
 
 from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import append_norm, example_moments
 from bnpatch.onnx.io import save
-from bnpatch.onnx.match import NormLayer, inventory
+from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.rewrite import Append, rewrite
 
 ALPHA = 0.1
 MODELS = {"test_resnet": 160, "mobilenet_v2": 224, "resnet50": 224}
 
 
-def textbook(tape: Tape, norm_layer: NormLayer, running, alpha) -> ir.Value:
+def textbook(tape: Tape, norm_layer: OnnxNormLayer, running, alpha) -> ir.Value:
     """Variance in two passes, then subtract, divide, multiply, add, each over the whole tensor."""
     x = Value(tape, norm_layer.input, norm_layer.dtype)
     weight, bias, mean, var = columns(
@@ -44,7 +45,7 @@ def textbook(tape: Tape, norm_layer: NormLayer, running, alpha) -> ir.Value:
     return ((x - moments.mean) * (1.0 / (moments.var + norm_layer.eps).sqrt()) * weight + bias).value
 
 
-def sum_square(u: Value, norm_layer: NormLayer) -> Moments:
+def sum_square(u: Value, norm_layer: OnnxNormLayer) -> Moments:
     total = tape_op(u, "ReduceSumSquare", keepdims=1)
     mean = u.mean((2, 3))
     return Moments(
@@ -52,21 +53,21 @@ def sum_square(u: Value, norm_layer: NormLayer) -> Moments:
     )
 
 
-def reduce_mean(u: Value, norm_layer: NormLayer) -> Moments:
+def reduce_mean(u: Value, norm_layer: OnnxNormLayer) -> Moments:
     """Outside the blocked layout."""
     mean = u.mean((2, 3))
     return Moments(mean, ((u * u).mean((2, 3)) - mean * mean).clamp_min_0())
 
 
-def blocked_moments(u: Value, norm_layer: NormLayer) -> Moments:
+def blocked_moments(u: Value, norm_layer: OnnxNormLayer) -> Moments:
     return example_moments(u, rank=4, blocked=True)
 
 
-def mul_add(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
+def mul_add(u: Value, scale: Value, shift: Value, norm_layer: OnnxNormLayer) -> Value:
     return u * scale + shift
 
 
-def batch_norm_view(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
+def batch_norm_view(u: Value, scale: Value, shift: Value, norm_layer: OnnxNormLayer) -> Value:
     """One BatchNormalization on a (1, N * C, H, W) view; eps = 1 and mean = var = 0 leave the affine map."""
     flat_scale, flat_shift = scale.reshape((-1,)), shift.reshape((-1,))
     zero = (flat_scale * 0).value
@@ -75,7 +76,7 @@ def batch_norm_view(u: Value, scale: Value, shift: Value, norm_layer: NormLayer)
     return y.reshape((-1, norm_layer.num_channels, 0, 0))
 
 
-def resized_planes(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) -> Value:
+def resized_planes(u: Value, scale: Value, shift: Value, norm_layer: OnnxNormLayer) -> Value:
     """Same-shape Mul and Add, which stay in the blocked layout, with planes made by Resize."""
     sizes = u.tape.constant(np.array([1, 1, *norm_layer.dims[2:]]), ir.DataType.FLOAT)
     mode = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -86,7 +87,7 @@ def resized_planes(u: Value, scale: Value, shift: Value, norm_layer: NormLayer) 
 def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
     """The normalized form, with other operators for the statistics or for the affine map."""
 
-    def append(tape: Tape, norm_layer: NormLayer, running, alpha) -> ir.Value:
+    def append(tape: Tape, norm_layer: OnnxNormLayer, running, alpha) -> ir.Value:
         u = normalized(tape, norm_layer)
         total = running.var + norm_layer.eps
         weight, bias, var, eps = columns(
@@ -99,7 +100,7 @@ def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
     return append
 
 
-def normalized(tape: Tape, norm_layer: NormLayer) -> Value:
+def normalized(tape: Tape, norm_layer: OnnxNormLayer) -> Value:
     scales, zeros = (tape.constant(np.full(norm_layer.num_channels, v), norm_layer.dtype) for v in (1.0, 0.0))
     mean, var = norm_layer.node.inputs[3:5]
     return Value(
@@ -114,7 +115,7 @@ def tape_op(u: Value, op_type: str, **attributes) -> Value:
     return Value(u.tape, u.tape.op(op_type, u.value, axes, **attributes), u.dtype)
 
 
-def columns(norm_layer: NormLayer, *vectors):
+def columns(norm_layer: OnnxNormLayer, *vectors):
     return [np.broadcast_to(v, norm_layer.num_channels).reshape(-1, 1, 1) for v in vectors]
 
 
@@ -177,7 +178,7 @@ def measure(name: str, rounds: int, threads: int) -> None:
         choices.append(("last quarter", append_norm, all_sites[-len(all_sites) // 4 :]))
         for label, append, norm_layers in choices:
             model = original.clone()
-            rewrite(model, dict.fromkeys(norm_layers, ALPHA), append=append)
+            rewrite(model, PatchWeights(dict.fromkeys(norm_layers, ALPHA)), append=append)
             names.append(label)
             sessions.append(session(model, Path(folder), threads))
     for batch in (1, 8):

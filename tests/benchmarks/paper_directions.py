@@ -127,7 +127,7 @@ class Lab:
     def run(self, seed, make=residual, batches=TrainingData.batches, **values):
         """Train from scratch; the scores of every alpha on the images to tune on and on the others."""
         torch.manual_seed(seed)
-        model = TorchModel(make(), "small", self.preprocessing)
+        model = TorchModel(make(), name="small", preprocessing=self.preprocessing)
         train_set, tune_set, test_set = (
             bnpatch.open_examples(pair, model) for pair in (self.train, self.tune, self.test)
         )

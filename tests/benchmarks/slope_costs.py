@@ -20,6 +20,7 @@ import torchvision
 
 from bnpatch import export_onnx, load
 from bnpatch.core.patch import PatchWeights
+from bnpatch.models.export import patched_graph
 from bnpatch.onnx.runtime import open_session
 
 ALPHA, SLOPE = 0.1, 0.5
@@ -50,7 +51,7 @@ def onnx_turns(model, x):
     runs = []
     for weights in settings(model):
         model.set_weights(weights)
-        session = open_session(model.rewritten()[0], model.device, 1)
+        session = open_session(patched_graph(model)[0], model.device, 1)
         runs.append(partial(session.run, None, {model.signature.input: x.numpy()}))
     return [partial(lambda run: run, run) for run in runs]
 

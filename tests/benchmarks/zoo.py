@@ -27,8 +27,8 @@ import bnpatch
 from bnpatch.core.moments import Moments, pool
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.torch_model import TorchModel
+from bnpatch.nn.functional import example_moments
 from bnpatch.nn.hooks import at_inputs
-from bnpatch.nn.norm import example_moments
 from bnpatch.nn.surgery import calibrated, uncalibrated
 from tests.nn.test_surgery import images, settle
 
@@ -188,7 +188,7 @@ def calibrated_on(family, model, x):
 def moved(model, distance):
     """Alphas at a distance from the identity."""
     return {
-        norm_layer.name: abs(norm_layer.identity - distance)
+        norm_layer.name: abs(norm_layer.baseline_alpha - distance)
         for norm_layer in bnpatch.inventory(model).norm_layers
     }
 
@@ -226,7 +226,9 @@ def check_export(family, model, result):
     half = Preprocessing(tuple(x.shape[1:]), (0.5,), (0.5,))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = bnpatch.export_onnx(TorchModel(model, "m", half), Path(folder) / "m.onnx", x)
+            done = bnpatch.export_onnx(
+                TorchModel(model, name="m", preprocessing=half), Path(folder) / "m.onnx", x
+            )
             result.deviation = done.max_deviation
         except bnpatch.BnpatchError as error:
             result.problem = str(error)

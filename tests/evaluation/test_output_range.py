@@ -9,7 +9,8 @@ from bnpatch.core.moments import Moments
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.output_range import OutputRange, inference_bound, output_ranges, training_bound
 from bnpatch.models.load import load
-from bnpatch.nn.norm import ExampleWeightedNorm, mixture
+from bnpatch.nn.functional import mixture
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import patch
 from tests.nn.test_surgery import images, settle
 

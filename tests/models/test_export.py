@@ -41,7 +41,7 @@ def test_export_of_timm_models(name, tmp_path):
     }  # the module is as it was
 
 
-def test_sites_at_identity_stay_as_they_were(checkpoint, exporter, tmp_path):
+def test_norm_layers_at_their_baseline_stay_as_they_were(checkpoint, exporter, tmp_path):
     model = bnpatch.load(checkpoint)
     names = list(model.alphas())
     model.set_alphas({names[0]: 0.2})
@@ -158,7 +158,7 @@ def test_calibrated_norms_are_exported(tmp_path):
     bnpatch.calibrate(module, INPUTS)
     names = {f"norms.{i}" for i in range(len(CALIBRATED))}
     identities = {
-        norm_layer.name: norm_layer.identity for norm_layer in bnpatch.inventory(module).norm_layers
+        norm_layer.name: norm_layer.baseline_alpha for norm_layer in bnpatch.inventory(module).norm_layers
     }
     assert identities.keys() == names
     for alphas in (identities, 0.4):

@@ -188,6 +188,6 @@ def test_costs_of_a_graph_that_leaves_the_image_size_open(exported):
     model.graph.graph.inputs[0].shape = type(model.graph.graph.inputs[0].shape)(["batch", 1, "h", "w"])
     for value in (v for node in model.graph.graph for v in node.outputs):
         value.shape = None
-    opened = bnpatch.OnnxModel(model.graph, "open", model.signature, model.preprocessing)
+    opened = bnpatch.OnnxModel(model.graph, model.signature, name="open", preprocessing=model.preprocessing)
     assert opened.norm_shapes() == model.norm_shapes()  # for the size that the preprocessing makes
     assert norm_costs(opened) == known

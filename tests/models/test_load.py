@@ -255,7 +255,7 @@ def test_borrowing_gives_back(checkpoint):
     loaded = bnpatch.load(module)
     with loaded.borrowed():
         loaded.set_alphas(0.3)
-    assert {n.name: n.alpha for n in loaded.inventory().norm_layers if n.is_patched} == {name: 0.1}
+    assert {n.name: n.alpha for n in loaded.inventory().norm_layers if n.patched} == {name: 0.1}
     assert {n: a for n, a in loaded.alphas().items() if a} == {name: 0.1}
 
 

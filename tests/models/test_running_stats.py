@@ -48,7 +48,7 @@ def test_group_norm_gets_the_moments_of_its_input():
         assert_moments(model.statistics_in_use()[name], values)
     assert torch.equal(model.predict(INPUTS), before)
     assert set(model.alphas().values()) == {1.0}
-    assert model.identities() == model.alphas()
+    assert model.baseline_alphas() == model.alphas()
     assert calibrate(model, examples) == ()
 
 
@@ -118,7 +118,7 @@ def test_a_module_of_ones_own_is_calibrated_and_patched():
     assert not torch.equal(module(INPUTS), before)
     again = bnpatch.load(module)  # knows what was found
     found = again.statistics_in_use()
-    again.set_alphas(again.identities())
+    again.set_alphas(again.baseline_alphas())
     again.set_weights(PatchWeights(lambdas=dict.fromkeys(found, 0.0)))
     assert torch.equal(module(INPUTS), before)
     assert torch.equal(again.statistics_in_use()["norm1"].mean, found["norm1"].mean)
@@ -158,7 +158,7 @@ def test_batch_norm_without_running_moments():
     values = inputs_of(module, "1", INPUTS)
     assert bnpatch.calibrate(module, INPUTS) == ("1",)
     assert_moments(module[1].running, values)
-    assert bnpatch.inventory(module).norm_layers[0].identity == 0.0
+    assert bnpatch.inventory(module).norm_layers[0].baseline_alpha == 0.0
     together = module(INPUTS)
     alone = torch.cat([module(x[None]) for x in INPUTS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)  # free of the batch now

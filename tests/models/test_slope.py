@@ -62,13 +62,13 @@ def test_torch_and_onnxruntime_agree(checkpoint, exported, target):
     assert (models[0].predict(X) - outputs[0]).abs().max() > 0.1 * outputs[0].abs().max()
 
 
-def test_no_slope_changes_the_identity_and_zero_is_the_constant_weight(model):
+def test_no_slope_changes_the_baseline_and_zero_is_the_constant_weight(model):
     before = model.predict(X)
     names = list(model.alphas())
     model.set_alphas(0.2)
     constant = model.predict(X)
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.0), slopes=dict.fromkeys(names, 0.7)))
-    assert model.weights.is_identity(model.identities())
+    assert model.weights.is_baseline(model.baseline_alphas())
     assert torch.equal(model.predict(X), before)
     model.set_alphas(0.2)
     assert not torch.equal(model.predict(X), constant)

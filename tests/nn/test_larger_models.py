@@ -60,7 +60,7 @@ DETECTORS = {"fasterrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in DETECTORS else name for name in MODELS]
 )
-def test_identity_is_exact_and_a_weight_counts(name):
+def test_the_baseline_is_exact_and_a_weight_counts(name):
     torch.manual_seed(0)
     model = settle(MODELS[name]())
     expected_sites = [

@@ -9,7 +9,8 @@ from torch import nn
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments, mix
-from bnpatch.nn.norm import ExampleWeightedNorm, example_moments, weighted_norm
+from bnpatch.nn.functional import example_moments, weighted_norm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from tests import reference
 from tests.nn.pairwise import pairwise
 
@@ -360,11 +361,11 @@ def test_a_half_precision_layer_takes_running_moments_of_float32(dtype, alpha):
     np.testing.assert_allclose(y.double(), expected, rtol=0, atol=atol)
 
 
-def test_group_norm_has_its_identity_at_one():
+def test_group_norm_computes_what_it_did_at_one():
     gn, x = nn.GroupNorm(2, 6).double().eval(), sample((3, 6, 4, 4))
     nn.init.normal_(gn.weight, generator=torch.Generator().manual_seed(0))
     before, moments = gn(x), running()
-    layer = ExampleWeightedNorm.take_over(gn, 1.0, identity=1.0, channels_per_group=3, running=moments)
+    layer = ExampleWeightedNorm.take_over(gn, 1.0, baseline_alpha=1.0, channels_per_group=3, running=moments)
     assert torch.equal(layer(x), before)
     for alpha in (0.0, 0.6, 0.999999):
         layer.alpha = alpha
@@ -379,7 +380,7 @@ def test_group_norm_has_its_identity_at_one():
 
 
 def test_the_slope_is_data_like_alpha(monkeypatch):
-    """It changes nothing at the identity; 0 is not even computed; and it leaves with the layer."""
+    """It changes nothing at the baseline; 0 is not even computed; and it leaves with the layer."""
     x = sample((3, 6, 4, 4), torch.float32)
     bn = batch_norm(6)
     plain, layer = bn(x), ExampleWeightedNorm.take_over(bn, 0.0, slope=0.7)
@@ -401,11 +402,11 @@ def test_the_slope_is_data_like_alpha(monkeypatch):
 
 
 @pytest.mark.parametrize("slope", [-2.0, 0.7])
-def test_group_norm_keeps_its_identity_whatever_the_slope(slope):
+def test_group_norm_computes_what_it_did_whatever_the_slope(slope):
     gn, x = nn.GroupNorm(2, 6).eval(), sample((3, 6, 4, 4), torch.float32)
     before = gn(x)
     layer = ExampleWeightedNorm.take_over(
-        gn, 1.0, identity=1.0, channels_per_group=3, running=running(dtype=torch.float32), slope=slope
+        gn, 1.0, baseline_alpha=1.0, channels_per_group=3, running=running(dtype=torch.float32), slope=slope
     )
     assert torch.equal(layer(x), before)
     layer.alpha = 0.9
@@ -441,10 +442,12 @@ def test_a_learned_slope_learns_from_zero_and_may_belong_to_somebody_else():
     torch.testing.assert_close(layer(x), constant, rtol=1e-6, atol=1e-6)  # alpha is rounded to float32
 
 
-def test_a_layer_that_was_pickled_without_a_slope_has_none():
+def test_a_layer_that_was_pickled_under_former_names_without_a_slope_has_none():
     layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2)
     x, state = sample((2, 6, 4, 4), torch.float32), dict(vars(layer))
     del state["_slope"], state["_is_constant"]
+    state |= {"weigh_single_values": state.pop("include_1x1"), "identity": state.pop("baseline_alpha")}
+    state["_is_identity"] = state.pop("_is_baseline")
     copied = ExampleWeightedNorm.__new__(ExampleWeightedNorm)
     copied.__setstate__(state)
     assert copied.slope == 0.0

@@ -195,7 +195,7 @@ def test_linear_norm_sees_single_values_and_stays_plain():
 
 
 def test_every_name_in_the_tables_is_a_class():
-    for name in [*surgery.CONVERTIBLE, *surgery.LEFT_ALONE]:
+    for name in [*surgery.CONVERTIBLE, *surgery.GROUP_NORMS, *surgery.LEFT_ALONE]:
         module, _, cls = name.rpartition(".")
         if "InplaceAbnSync" in cls:
             continue  # of the optional package
@@ -339,7 +339,7 @@ def test_calibrated_norms_are_sites(case):
         0.0 if is_batch_norm else 1.0,
     )
     assert norm_layer.num_channels == 8
-    assert norm_layer.identity == norm_layer.alpha
+    assert norm_layer.baseline_alpha == norm_layer.alpha
     assert list(model.state_dict()) == keys
     if not is_batch_norm:  # which has no identity that is free of the batch
         assert torch.equal(model(x), before)
@@ -389,7 +389,7 @@ def test_layers_are_lent_out_as_what_they_were():
     net[0].running = moments(seed=4)
     x = images(2, 8, 4, 4)
     before, layers = net(x), list(net)
-    with TorchModel(net, "net", preprocessing=None).unpatched() as plain:
+    with TorchModel(net, name="net", preprocessing=None).unpatched() as plain:
         assert [type(m) for m in plain] == [nn.BatchNorm2d, nn.GroupNorm, nn.BatchNorm2d]
         assert not torch.equal(plain(x), before)
     assert [id(layer) for layer in net] == [id(layer) for layer in layers]

@@ -15,7 +15,8 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.norm_spec import NormSpec
-from bnpatch.nn.norm import ExampleWeightedNorm, weighted_norm
+from bnpatch.nn.functional import weighted_norm
+from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import calibrated
 from bnpatch.nn.training_norm import GeneralNorm, convert_norms, grouped_norm, renorm
 from tests import reference

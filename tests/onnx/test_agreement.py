@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import weighted_norm
+from bnpatch.core.patch import PatchWeights
+from bnpatch.nn.functional import weighted_norm
 from bnpatch.onnx.formulas import append_norm
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
@@ -38,8 +39,8 @@ def newest_opset():
 def patched(proto, alpha, append=append_norm, slope=0.0, **options):
     graph = from_proto(proto)
     names = [norm_layer.name for norm_layer in inventory(graph).norm_layers]
-    slopes = dict.fromkeys(names, slope) if slope else None
-    rewrite(graph, dict.fromkeys(names, alpha), append=append, slopes=slopes, **options)
+    slopes = dict.fromkeys(names, slope) if slope else {}
+    rewrite(graph, PatchWeights(dict.fromkeys(names, alpha), slopes=slopes), append=append, **options)
     return check(graph)
 
 

@@ -9,6 +9,7 @@ import onnx.backend.test
 import pytest
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.io import load, save
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
@@ -85,7 +86,7 @@ def use(file, data):
     alphas = dict.fromkeys(
         (norm_layer.name for norm_layer in found.norm_layers if not norm_layer.needs_calibration), 0.1
     )
-    rewrite(model, alphas)
+    rewrite(model, PatchWeights(alphas))
     save(model, file.with_suffix(".out"))
 
 

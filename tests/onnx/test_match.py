@@ -37,7 +37,7 @@ def assert_has_parameters(norm_layer, arrays, prefix="bn"):
 @pytest.mark.parametrize("opset", [7, 8, 9, 13, 14, 15, 20, 23, onnx.defs.onnx_opset_version()])
 def test_batch_norm_of_every_opset(opset):
     norm_layer = only_site(bn_model(opset=opset))
-    assert (norm_layer.name, norm_layer.kind, norm_layer.num_channels, norm_layer.identity) == (
+    assert (norm_layer.name, norm_layer.kind, norm_layer.num_channels, norm_layer.baseline_alpha) == (
         "bn",
         "BatchNormalization",
         6,
@@ -190,7 +190,7 @@ def test_group_normalization_per_group_and_per_channel(opset):
         2,
     )
     assert norm_layer.needs_calibration
-    assert norm_layer.identity == 1.0
+    assert norm_layer.baseline_alpha == 1.0
     expected = [1, 1, 2, 2, 3, 3] if opset < 21 else [1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(norm_layer.weight, expected)
 

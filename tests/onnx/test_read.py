@@ -9,6 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.io import load, save
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
@@ -105,7 +106,7 @@ def test_external_data_over_a_threshold(external):
     assert sorted(p.name for p in external.parent.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert external.stat().st_size < 20_000
     graph = load(external)
-    rewrite(graph, {"bn": 0.3})
+    rewrite(graph, PatchWeights({"bn": 0.3}))
     one = save(graph, external.parent / "one.onnx")
     two = save(graph, external.parent / "two.onnx", external_data_threshold=10_000)
     x = example(2, 128, 4, 4)
@@ -114,7 +115,7 @@ def test_external_data_over_a_threshold(external):
     assert (external.parent / "two.onnx.data").exists()
     assert not (external.parent / "one.onnx.data").exists()
     memory = from_proto(wide_model())
-    rewrite(memory, {"bn": 0.3})
+    rewrite(memory, PatchWeights({"bn": 0.3}))
     np.testing.assert_array_equal(s[0].run(None, {"x": x})[0], run(memory, x))
 
 

@@ -7,6 +7,7 @@ import onnx.backend.test
 import onnx_ir as ir
 import pytest
 
+from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.io import load
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
@@ -33,7 +34,7 @@ def test_light_graphs(name):
     x = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
     for alpha in (0.0, 1e-9, 0.1):
         patched = graph.clone()
-        report = rewrite(patched, {norm_layer.name: alpha for norm_layer in found.norm_layers})
+        report = rewrite(patched, PatchWeights({norm_layer.name: alpha for norm_layer in found.norm_layers}))
         assert len(report.patched) == (SITES[name] if alpha else 0)
         proto = check(patched)
         if alpha < 0.1:
@@ -77,7 +78,7 @@ def test_identity_in_the_limit(case):
     _, x, graph = case
     norm_layers = inventory(graph).norm_layers
     patched = graph.clone()
-    rewrite(patched, {norm_layer.name: 1e-9 for norm_layer in norm_layers}, include_1x1=True)
+    rewrite(patched, PatchWeights({norm_layer.name: 1e-9 for norm_layer in norm_layers}), include_1x1=True)
     expected = output(ir.to_proto(graph), x.numpy())
     deviation = np.abs(output(check(patched), x.numpy()) - expected).max() / np.abs(expected).max()
     assert deviation < 1e-5
@@ -86,9 +87,8 @@ def test_identity_in_the_limit(case):
 def test_alpha_0_from_an_input_is_the_original(case):
     _, x, graph = case
     patched = graph.clone()
-    rewrite(
-        patched, {norm_layer.name: 0.0 for norm_layer in inventory(graph).norm_layers}, alpha_inputs="global"
-    )
+    zeros = PatchWeights({norm_layer.name: 0.0 for norm_layer in inventory(graph).norm_layers})
+    rewrite(patched, zeros, alpha_inputs="global")
     expected = output(ir.to_proto(graph), x.numpy())
     deviation = np.abs(output(check(patched), x.numpy()) - expected).max() / np.abs(expected).max()
     assert deviation < 1e-5
@@ -105,7 +105,7 @@ def test_patched_torch_and_patched_graph_agree_by_name(case):
     assert {norm_layer.name for norm_layer in inventory(graph).norm_layers} == set(names)
     alphas = {name: float(a) for name, a in zip(names, np.linspace(0, 0.5, len(names)), strict=True)}
     patched = graph.clone()
-    rewrite(patched, alphas)
+    rewrite(patched, PatchWeights(alphas))
     model = surgery.patch(model, alphas)
     try:
         with torch.no_grad():

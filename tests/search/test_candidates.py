@@ -11,7 +11,7 @@ from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.nn.norm import mixture
+from bnpatch.nn.functional import mixture
 from bnpatch.search.candidates import as_trial
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
@@ -153,7 +153,7 @@ def starts_of(tiny, found, *, recalibrate=True):
         {name: Moments(np.zeros(c), np.ones(c)) for name, c in zip(tiny.alphas(), WIDTHS, strict=True)}
     )
     search = LayerSearch.__new__(LayerSearch)
-    search._identity_alphas = tiny.identities()
+    search._baseline_alphas = tiny.baseline_alphas()
     search._cache = SimpleNamespace(base=target if recalibrate else tiny.state)
     search._plan = Plan(recalibrate=recalibrate)
     return search._starts(found, {name: name for name in tiny.alphas()})

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments
-from bnpatch.nn.norm import example_moments, weighted_norm
+from bnpatch.nn.functional import example_moments, weighted_norm
 from bnpatch.search.label_free import (
     Seen,
     alignment,

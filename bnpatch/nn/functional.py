@@ -1,0 +1,139 @@
+"""Normalize each example by a mixture of its own and the running statistics: the formula on tensors.
+
+The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
+input, to the learned scale and shift, to alpha and to the slope:
+
+- contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
+- channels last: one ``addcmul``, because that view would need a copy.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+
+# For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
+_EPS = 2.0**-20
+
+
+def weighted_norm(
+    x: Tensor,
+    running: Moments[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    alpha: float | Tensor,
+    channels_per_group: int = 1,
+    slope: float | Tensor = 0.0,
+) -> Tensor:
+    """Normalize each example by a mixture of its own and the running statistics (Eq. 3 of the paper).
+
+    The function computes moments in float32 or wider, whatever the dtype of ``x``:
+
+        >>> x, running = torch.randn(2, 8, 4, 4), Moments(torch.zeros(8), torch.ones(8))
+        >>> weighted_norm(x, running, None, None, eps=1e-5, alpha=0.1).shape
+        torch.Size([2, 8, 4, 4])
+
+    Args:
+        x: input of shape (N, C, *spatial), floating point.
+        running: running mean and variance, each of shape (C,).
+        weight: learned scale (gamma) of shape (C,), or None for 1.
+        bias: learned shift (beta) of shape (C,), or None for 0.
+        eps: added to the variance.
+        alpha: weight of the example, in [0, 1]; a tensor may require grad.
+        channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
+        slope: how much the weight depends on the distance of the example, see
+            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``.
+    """
+    _, moments = mixture(x, running, eps, alpha, channels_per_group, slope)
+    scale = torch.rsqrt(moments.var + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    shift = -moments.mean * scale
+    if bias is not None:
+        shift = shift + bias.to(scale.dtype)
+    return affine(x, scale, shift)
+
+
+def mixture(
+    x: Tensor,
+    running: Moments[Tensor],
+    eps: float,
+    alpha: float | Tensor,
+    channels_per_group: int = 1,
+    slope: float | Tensor = 0.0,
+) -> tuple[float | Tensor, Moments[Tensor]]:
+    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider.
+
+    Returns:
+        The weight of each example, (N, 1), or ``alpha`` if ``slope`` is the number 0; and the moments of the
+        mixture, (N, C).
+    """
+    example = example_moments(x)
+    dtype = example.mean.dtype
+    running = Moments(running.mean.to(dtype), running.var.to(dtype))
+    if channels_per_group > 1:
+        example, running = (_pool_channels(m, channels_per_group) for m in (example, running))
+    weight = weight_by_distance(alpha, slope, example, running, eps)
+    return weight, mix(weight, example, running)
+
+
+def example_moments(x: Tensor) -> Moments[Tensor]:
+    """Compute the moments of each channel of each example: (N, C, *spatial) to (N, C).
+
+    The variance is ``E[x^2] - mean^2`` in float32 (float64 for float64 input), clamped at 0. On a CPU this is
+    many times faster than ``torch.var_mean``, but loses digits if the mean is much larger than the standard
+    deviation: the relative error of the variance is about 1e-7 * (mean / std)^2 in float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if has_single_values(x):
+        mean = x.flatten(1).to(dtype)
+        return Moments(mean, torch.zeros_like(mean))
+    if _is_channels_last(x):
+        # A sum over the middle axis of (N, S, C) reads memory in order.
+        rows = x.movedim(1, -1).flatten(1, -2).to(dtype)
+        mean = rows.sum(1) / rows.shape[1]
+        mean_square = (rows * rows).sum(1) / rows.shape[1]
+    else:
+        values = x.flatten(2)
+        mean = values.mean(2, dtype=dtype)
+        mean_square = torch.linalg.vector_norm(values, dim=2, dtype=dtype).square() / values.shape[2]
+    return Moments(mean, (mean_square - mean * mean).clamp_min(0))
+
+
+def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
+    """Pool moments (..., C) over groups of consecutive channels; each channel gets those of its group."""
+    shape = moments.mean.shape
+    per_group = (*shape[:-1], -1, channels_per_group)
+    groups = Moments(moments.mean.reshape(per_group), moments.var.reshape(per_group))
+    pooled = pool(groups, axes=-1)
+    return Moments(*(m.expand_as(groups.mean).reshape(shape) for m in (pooled.mean, pooled.var)))
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Compute ``x * scale + shift`` with coefficients (N, C), in their dtype; return it in that of ``x``."""
+    if _is_channels_last(x):
+        shape = (*scale.shape, *(1,) * (x.ndim - 2))
+        scale, shift = scale.reshape(shape), shift.reshape(shape)
+        return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
+    n_times_c = scale.numel()
+    rows = x.reshape(1, n_times_c, *x.shape[2:])
+    mean, var = scale.new_zeros(n_times_c), scale.new_full((n_times_c,), 1 - _EPS)
+    # With mean = 0 and var + eps = 1, batch_norm does only the multiplication and the addition.
+    y = F.batch_norm(rows, mean, var, scale.reshape(-1), shift.reshape(-1), training=False, eps=_EPS)
+    return y.reshape(x.shape)
+
+
+def has_single_values(x: Tensor) -> bool:
+    """Tell whether an example has one value per channel: (N, C), or 1 x 1 maps."""
+    return math.prod(x.shape[2:]) == 1
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim > 2 and x.stride(1) == 1 and not x.is_contiguous()
