@@ -271,6 +271,7 @@ def _identified(
     checkpoint: Checkpoint, arch: str | None, hint: str | None, library: str | None
 ) -> tuple[StateDict, Architecture, str]:
     """Return the weights by the names of their architecture, the architecture, and a note or ""."""
+    renamed.check_hugging_face(hub_config(checkpoint.path))
     state = renamed.of_hugging_face(checkpoint.state_dict) or checkpoint.state_dict
     try:
         part, note = part_of(state, arch, checkpoint.path)
@@ -278,8 +279,10 @@ def _identified(
             return part, architecture.fit(arch, part), note
         return part, architecture.identify(part, hint, checkpoint.path.name, library), note
     except BnpatchError:
-        match = None if arch else renamed.in_order_of_use(without_extras(state))
-        if match is None:
+        own = without_extras(state)
+        if arch is None and (match := renamed.in_order_of_hugging_face(own)) is not None:
+            return match[1], match[0], ""
+        if (match := renamed.in_order_of_use(own, wanted=arch)) is None:
             raise
         found, part = match
         note = f"its tensors have other names than those of {found}, and are taken in their order"

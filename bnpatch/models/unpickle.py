@@ -105,8 +105,7 @@ def _check_archive(path: Path) -> None:
         )
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         raise BnpatchError(
-            f"{path} is a torch.export program, which this version can't patch",
-            "give the checkpoint that it was exported from",
+            f"{path} is a torch.export program under another name", "give it a name that ends in .pt2"
         )
     if not any(name.endswith("data.pkl") for name in names):
         raise BnpatchError(
