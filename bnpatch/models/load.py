@@ -125,6 +125,7 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)
 
 
+_SEE_ACCURACY = "see that the accuracy is what you know it to be"
 # Names of the weights in folders of Hugging Face's library.
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
@@ -273,20 +274,23 @@ def _identified(
     """Return the weights by the names of their architecture, the architecture, and a note or ""."""
     renamed.check_hugging_face(hub_config(checkpoint.path))
     state = renamed.of_hugging_face(checkpoint.state_dict) or checkpoint.state_dict
+    own_names = without_extras(state)
     try:
         part, note = part_of(state, arch, checkpoint.path)
         if arch:
             return part, architecture.fit(arch, part), note
         return part, architecture.identify(part, hint, checkpoint.path.name, library), note
     except BnpatchError:
-        own = without_extras(state)
-        if arch is None and (match := renamed.in_order_of_hugging_face(own)) is not None:
+        if arch is None and (match := renamed.in_order_of_hugging_face(own_names)) is not None:
             return match[1], match[0], ""
-        if (match := renamed.in_order_of_use(own, wanted=arch)) is None:
+        if (named := renamed.with_own_classifier(own_names)) is not None:
+            found = architecture.fit(arch, named) if arch else architecture.identify(named, hint)
+            return named, found, f"the classifier has another name than that of {found}: {_SEE_ACCURACY}"
+        if (match := renamed.in_order_of_use(own_names, wanted=arch)) is None:
             raise
         found, part = match
         note = f"its tensors have other names than those of {found}, and are taken in their order"
-        return part, found, f"{note}: see that the accuracy is what you know it to be"
+        return part, found, f"{note}: {_SEE_ACCURACY}"
 
 
 def _preprocessing(

@@ -17,6 +17,7 @@ from bnpatch.models.architecture import (
     LIBRARIES,
     OWN_CODE,
     Architecture,
+    by_tensor_names,
     is_optional,
     known_names,
     parse_name,
@@ -44,6 +45,9 @@ _OTHERS = {
     ),
 }
 _HEAD = 2  # tensors of a linear classifier: weight and bias
+
+# Names of the classifiers of timm and torchvision.
+_CLASSIFIERS = ("fc", "classifier", "head.fc", "head", "head.classifier", "classifier.1", "last_linear")
 
 # Names of the branch of a residual block that is listed before the others in some projects, after in others.
 _SHORTCUTS = re.compile(r"shortcut|downsample|identity|skip|projection")
@@ -125,6 +129,34 @@ def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
                 conv_or_bn="bn" if is_norm else "conv", zero_or_one=int(is_norm),
             )  # fmt: skip
     return None
+
+
+def with_own_classifier(state_dict: StateDict) -> dict[str, Tensor] | None:
+    """Return weights under the names of an architecture whose body has a linear classifier from elsewhere.
+
+    Projects put a model without its classifier under one name, and a classifier of their own under another,
+    such as ``backbone.*`` and ``head.weight``. None if the names tell of no architecture.
+    """
+    heads = [key.removesuffix(".weight") for key, tensor in state_dict.items() if _is_linear(key, tensor)]
+    if not heads or f"{heads[-1]}.bias" not in state_dict:
+        return None
+    head = heads[-1]
+    roles = {role: state_dict[f"{head}.{role}"] for role in ("weight", "bias")}
+    body = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[0] != head}
+    while body:
+        for classifier in _CLASSIFIERS:
+            named = {**body, **{f"{classifier}.{role}": tensor for role, tensor in roles.items()}}
+            if by_tensor_names(named):
+                return named
+        first = {key.partition(".")[0] for key in body}
+        if len(first) > 1 or not all("." in key for key in body):
+            return None
+        body = {key.partition(".")[2]: tensor for key, tensor in body.items()}
+    return None
+
+
+def _is_linear(key: str, tensor: Tensor) -> bool:
+    return key.endswith(".weight") and tensor.ndim == 2
 
 
 def in_order_of_use(

@@ -53,6 +53,24 @@ def test_a_resnet_with_other_prefixes(prefixes, resnet, tmp_path):
     assert any("have other names" in note for note in model.notes)
 
 
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [("backbone.", "head."), ("model.encoder.", "model.classifier.1."), ("backbone._orig_mod.", "fc.")],
+)
+def test_a_classifier_of_ones_own_after_any_model_of_timm(body, head, tmp_path):
+    module = settle(timm.create_model("test_efficientnet", num_classes=4))
+    content = {}
+    for key, tensor in module.state_dict().items():
+        is_head = key.startswith("classifier.")
+        content[head + key.removeprefix("classifier.") if is_head else body + key] = tensor
+    model = loaded(tmp_path, content)
+    assert_same(model, module)
+    assert any("the classifier has another name" in note for note in model.notes)
+    # What is beside body and classifier may be part of the model.
+    with pytest.raises(BnpatchError, match="fit no architecture"):
+        loaded(tmp_path, {**content, "pool.p": torch.ones(1)})
+
+
 def test_shortcuts_may_come_before_the_other_branch(resnet, tmp_path):
     """As they are defined in many projects; names are those of a module that was written anew."""
     content = {}
@@ -183,7 +201,10 @@ IN_ORDER = {
 }
 
 
-@pytest.fixture(params=IN_ORDER)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tf_mobilenetv2_035", "tf_efficientnet_b0")]
+
+
+@pytest.fixture(params=["tf_mobilenetv1_025", *SLOW])
 def in_alphabetical_order(request, tmp_path):
     """A folder that Hugging Face's library saves, and the model of timm that computes the same."""
     module = settle(Architecture("timm", request.param, num_classes=4).build())

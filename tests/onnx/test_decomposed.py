@@ -1,15 +1,19 @@
 """Batch Norm that a graph has as Sub, Div, Mul and Add with constants."""
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from onnx import helper
 
+import bnpatch
 from bnpatch.core.moments import Moments, mix
+from bnpatch.models.running_stats import recover_folded
 from bnpatch.onnx.fused_conv import find_fused_convs
 from bnpatch.onnx.inference import constant_of
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
-from tests.onnx.build import check, example, from_proto, model, parameters, run
+from tests.onnx.build import batch_norm, check, example, from_proto, model, parameters, run
 
 EPS = 1e-3
 W, B, MEAN, VAR = (f"bn.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
@@ -197,6 +201,35 @@ def test_a_convolution_with_a_scale_and_a_shift_is_as_one_that_was_fused(after, 
     graph = from_proto(convolution(*after))
     assert [conv.name for conv in find_fused_convs(graph)] == found
     assert not inventory(graph).skipped_norms
+
+
+def test_a_scale_and_a_shift_after_a_convolution_are_patched_as_the_batch_norm_was(tmp_path):
+    """Whatever the scale and the shift are, the norm before them has the statistics of the images."""
+    images = torch.from_numpy(example(40, 6, 5, 4, seed=3))
+    x = images.numpy().astype(np.float64)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))  # the convolution is the identity
+    scale, shift = arrays_of()[W].reshape(-1), arrays_of()[B].reshape(-1)
+    trained = {W: scale * np.sqrt(var + EPS), B: shift + mean * scale, MEAN: mean, VAR: var}
+    norm = batch_norm(("h", W, B, MEAN, VAR), epsilon=EPS)
+    weight = {"c.weight": np.eye(6, dtype=np.float32).reshape(6, 6, 1, 1)}
+    conv = helper.make_node("Conv", ["x", "c.weight"], ["h"], name="c")
+    onnx.save(
+        model([conv, norm], {**{n: a.astype(np.float32) for n, a in trained.items()}, **weight}),
+        tmp_path / "bn.onnx",
+    )
+    onnx.save(convolution(TIMES_W, PLUS_B), tmp_path / "affine.onnx")
+    size = {"img_size": (5, 4)}
+    with_norm, without = (bnpatch.load(tmp_path / f"{n}.onnx", preprocessing=size) for n in ("bn", "affine"))
+    dark = 0.3 * images[:5]
+    unpatched = without.predict(dark)
+    assert recover_folded(without, images) == 1
+    with_norm.set_alphas(0.4)
+    without.set_alphas(0.4)
+    # They differ by eps, which the recovered norm has as 1e-5.
+    torch.testing.assert_close(without.predict(dark), with_norm.predict(dark), rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(without.predict(dark), unpatched, atol=0.1)
+    done = bnpatch.export_onnx(without, tmp_path / "patched.onnx")
+    assert done.patched == ("c.folded",)
 
 
 def test_numbers_that_are_computed_from_constants():
