@@ -30,6 +30,7 @@ from tests.onnx.build import bn_model, model, parameters
 
 SIDE = 8
 CASES = {}
+SLOW = {"a_program_under_another_name"}  # torch exports for seconds
 
 
 def case(problem, remedy):
@@ -153,6 +154,18 @@ def a_program_under_another_name(w):
     program = torch.export.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), (X,))
     torch.export.save(program, path := w.folder / "model.pt")
     return lambda: load(path), lambda _: load(path.rename(path.with_suffix(".pt2")))
+
+
+@case("is an ONNX model under another name", r"give it a name that ends in \.onnx")
+def a_graph_under_another_name(w):
+    path = onnx_file(w, bn_model(), "model.pt")
+    return lambda: load(path), lambda _: load(path.rename(path.with_suffix(".onnx")))
+
+
+@case("is a file of torch.save under another name", r"give it a name that ends in \.pt")
+def a_checkpoint_under_another_name(w):
+    path = w.file("model.onnx", w.checkpoint.read_bytes())
+    return lambda: load(path), lambda _: load(path.rename(path.with_suffix(".pt")))
 
 
 @case("holds a list, not weights", "save a state dict")
@@ -531,6 +544,11 @@ def too_many_classes(w):
     return lambda: opened((X, Y + 5)), lambda _: opened((X, Y))
 
 
+@case("the data has class 3, Net has the outputs 0 to 2", "subtract 1, if the classes count from 1")
+def classes_from_1(w):
+    return lambda: opened((X, Y + 1)), lambda _: opened((X, Y + 1 - 1))
+
+
 @case("the images are of type torch.int32", "give bytes, or floating-point inputs")
 def integers_as_images(w):
     return (
@@ -859,7 +877,9 @@ def a_folder_in_the_place_of_a_file(w):
 
 
 @pytest.mark.filterwarnings("ignore::bnpatch.core.errors.BnpatchWarning")  # they are tested where they belong
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_who_follows_the_remedy_succeeds(name, world):
     problem, remedy, make = CASES[name]
     fails, follow = make(world)

@@ -116,6 +116,11 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     if colon and source in ("timm", "torchvision", "hf-hub", "hf_hub") and not path.exists():
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
     if (path / HUB_CONFIG).is_file():
+        if shards := sorted(path.glob("*.index.json")):
+            raise BnpatchError(
+                f"the weights in {path} are in several files, says {shards[0].name}",
+                "save them in one: model.save_pretrained(folder, max_shard_size='100GB')",
+            )
         weights = [path / name for name in _TRANSFORMERS if (path / name).is_file()]
         if "model_type" not in hub_config(path / HUB_CONFIG) or not weights:
             return _load_timm("local-dir", model)

@@ -146,7 +146,7 @@ def with_own_classifier(state_dict: StateDict) -> dict[str, Tensor] | None:
     while body:
         for classifier in _CLASSIFIERS:
             named = {**body, **{f"{classifier}.{role}": tensor for role, tensor in roles.items()}}
-            if by_tensor_names(named):
+            if f"{classifier}.weight" not in body and by_tensor_names(named):
                 return named
         first = {key.partition(".")[0] for key in body}
         if len(first) > 1 or not all("." in key for key in body):

@@ -23,7 +23,7 @@ def loaded(path, nodes, arrays, x=("n", 3, SIDE, SIDE), y=("n", 6)):
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)]
     used = {name for node in nodes for name in node.input}
     arrays = {name: np.asarray(array) for name, array in arrays.items() if name in used}
-    onnx.save(model(nodes, arrays, x=x, outputs=outputs, opset=13), path)
+    onnx.save(model(nodes, arrays, x=x, outputs=outputs, opset=17), path)
     return bnpatch.load(path, preprocessing=SIZE)
 
 
