@@ -33,7 +33,7 @@ def constant_of(value: ir.Value | None) -> Array | None:
     An initializer counts as constant even if the graph lists it as an input, which every graph had to do
     before IR version 4.
     """
-    return None if value is None else _evaluate(value, _DEEPEST)
+    return None if value is None else _evaluate(value, _DEEPEST, {})
 
 
 def names_of(value: ir.Value | None) -> list[str]:
@@ -62,7 +62,14 @@ def source_of(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-def _evaluate(value: ir.Value, depth: int) -> Array | None:
+def _evaluate(value: ir.Value, depth: int, known: dict[int, Array | None]) -> Array | None:
+    """Return the array of a value; ``known`` has the values by ``id`` that are evaluated already."""
+    if id(value) not in known:
+        known[id(value)] = _computed(value, depth, known)
+    return known[id(value)]
+
+
+def _computed(value: ir.Value, depth: int, known: dict[int, Array | None]) -> Array | None:
     if value.const_value is not None:
         return _as_array(value.const_value)
     node = value.producer()
@@ -78,12 +85,13 @@ def _evaluate(value: ir.Value, depth: int) -> Array | None:
     function = _OPERATORS.get(node.op_type)
     if function is None:
         return None
-    inputs = [None if operand is None else _evaluate(operand, depth - 1) for operand in node.inputs]
-    if node.op_type == "CastLike" and inputs and inputs[0] is not None:
-        return inputs[0]  # the type does not matter here, and the second operand need not be constant
-    operands = [operand for operand in inputs if operand is not None]
-    if len(operands) < len(inputs):
-        return None
+    operands: list[Array] = []
+    # The type does not matter here, so that the second operand of CastLike need not be constant.
+    for operand in node.inputs[:1] if node.op_type == "CastLike" else node.inputs:
+        array = None if operand is None else _evaluate(operand, depth - 1, known)
+        if array is None:
+            return None
+        operands.append(array)
     try:
         with np.errstate(all="ignore"):  # what is not finite is found later
             result = function(node, operands)

@@ -238,3 +238,11 @@ def test_numbers_that_are_computed_from_constants():
     wanted = arrays_of()
     scale = wanted[W] / np.sqrt(wanted[VAR] + EPS)
     np.testing.assert_allclose(constant_of(value), wanted[B] - wanted[MEAN] * scale, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_that_many_nodes_share_are_computed_once():
+    """Each of 30 nodes adds a value to itself, which would be 2^30 additions."""
+    nodes = [op("Add", f"a{index}", f"a{index}", f"a{index + 1}") for index in range(30)]
+    graph = from_proto(model([*nodes, op("Add", "x", "a30", "y")], {"a0": np.ones((1, 6, 1, 1), np.float32)}))
+    value = graph.graph[-1].inputs[1]
+    np.testing.assert_array_equal(constant_of(value).reshape(-1), np.full(6, 2.0**30))
