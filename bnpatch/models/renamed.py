@@ -75,12 +75,11 @@ _HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
 # The tensors of others are put into the order of use, which is that of these words at each place of a name.
 _IN_ORDER = ("efficientnet.", "mobilenet_v1.", "mobilenet_v2.")
 _USED_FIRST = (
-    *("embeddings", "conv_stem", "first_conv", "layer", "encoder", "blocks", "expansion", "expand_1x1"),
-    *("depthwise_conv", "conv_3x3", "squeeze_excite", "reduce", "expand", "projection", "reduce_1x1"),
-    *("conv_1x1", "top_conv", "top_bn", "convolution", "expand_conv", "project_conv", "batchnorm"),
-    *("normalization", "expand_bn", "depthwise_norm", "project_bn"),
-    *("weight", "bias", "running_mean", "running_var"),
-)
+    "embeddings conv_stem first_conv layer encoder blocks expansion expand_1x1 depthwise_conv conv_3x3 "
+    "squeeze_excite reduce expand projection reduce_1x1 conv_1x1 top_conv top_bn convolution expand_conv "
+    "project_conv batchnorm normalization expand_bn depthwise_norm project_bn "
+    "weight bias running_mean running_var"
+).split()
 # What the architectures here compute, by family; a configuration that says otherwise is of another one.
 _MOBILENET = {"hidden_act": "relu6", "tf_padding": True, "layer_norm_eps": 1e-3, "output_stride": 32}
 _COMPUTES: Mapping[str, Mapping[str, Any]] = {

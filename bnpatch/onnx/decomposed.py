@@ -23,21 +23,9 @@ from bnpatch.onnx.inference import Array, TensorType, constant_of, source_of
 _EPS = 1e-5  # torch's default, where the file has only the standard deviation
 
 # Operators between the images and the first layer of a model that normalizes images itself.
-_ON_IMAGES = (
-    "Cast",
-    "Transpose",
-    "Identity",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Resize",
-    "Gather",
-    "Slice",
-    "Concat",
-)
+_ON_IMAGES = "Cast Transpose Identity Add Sub Mul Div Resize Gather Slice Concat".split()
 # What pre-activation networks put before a Batch Norm.
-_BEFORE_AFFINE = ("Add", "Sum", "Concat", "MaxPool", "AveragePool", "Relu", "LeakyRelu", "Clip", "Sigmoid")
+_BEFORE_AFFINE = "Add Sum Concat MaxPool AveragePool Relu LeakyRelu Clip Sigmoid".split()
 
 
 @dataclass(frozen=True)
