@@ -57,12 +57,12 @@ def export(
         typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
         return
     batches = ", ".join(map(str, done.batches))
-    size = " x ".join(map(str, loaded.preprocessing.input_size))
+    sizes = " and ".join(" x ".join(map(str, size)) for size in done.sizes)
     norm_layers = f"{len(done.patched)} of {len(loaded.inventory().norm_layers)} norm layers weigh examples"
     put(f"wrote {done.path}: {norm_layers}, opset {done.opset}")
     if not done.patched:
         put("nothing is patched: " + ("every alpha is 0" if chosen else "--recipe says what to patch with"))
     put(
         f"deviates from the model by at most {done.max_deviation:.1e} of the largest output, "
-        f"{done.mean_deviation:.1e} on average (batches of {batches}, {size})"
+        f"{done.mean_deviation:.1e} on average (batches of {batches}; {sizes})"
     )

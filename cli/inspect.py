@@ -152,9 +152,10 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
         put("(an example has no variance there: its weight would mostly shrink the signal)")
     if facts.fused:
         put(
-            f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm fused into it: "
-            + some(facts.fused)
+            f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm, fused into it or left as "
+            f"scale and shift: {some(facts.fused)}"
         )
+        put("tune-alpha --recover-folded makes norm layers of these")
     if facts.skipped_norms:
         put(f"\n{len(facts.skipped_norms)} norms are skipped")
         reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)

@@ -10,7 +10,9 @@ FUSED = ".folded"
 
 #: Why a norm is skipped that becomes a norm layer once it gets running statistics from data.
 NEEDS_CALIBRATION = "has no running statistics of its own; they can be estimated on images"
-#: The remedy that messages give for it.
+#: Why a norm is skipped of which only y = scale * x + shift is left.
+SCALE_AND_SHIFT = "a scale and a shift are all that is left of it: they don't tell the running statistics"
+#: The remedy that messages give for what NEEDS_CALIBRATION says.
 CALIBRATE = (
     "bnpatch.calibrate(model, images) takes the running statistics of Group Norm and its kin from images"
 )

@@ -202,10 +202,13 @@ def _check_targets(
     num_outputs = model.num_outputs(x, _count(targets))
     wrong = (targets >= num_outputs) | (targets < lowest)
     if wrong.any():
+        from_1 = targets.min() == 1 and targets.max() == num_outputs
         raise BnpatchError(
             f"the data has class {int(targets[wrong][0])}, "
             f"{model.name} has the outputs 0 to {num_outputs - 1}",
-            "use the data set that the model was trained for",
+            "subtract 1, if the classes count from 1"
+            if from_1
+            else "use the data set that the model was trained for",
         )
     return True
 

@@ -20,7 +20,14 @@ LIBRARIES = ("torchvision", "timm")
 # Name of tensors that architectures have and old checkpoints lack.
 _OPTIONAL = "num_batches_tracked"
 
-_OWN_CODE = "for code of your own call bnpatch.tune_alpha(module, data) from Python"
+# MobileNets as TensorFlow computes them, which timm has under no name: padding, and eps of the Batch Norm.
+_TENSORFLOW_MOBILENETS = {
+    f"tf_mobilenetv{version}_{width:03}": (version, width / 100)
+    for version, widths in ((1, (25, 50, 75, 100)), (2, (35, 50, 75, 100, 140)))
+    for width in widths
+}
+
+OWN_CODE = "for code of your own call bnpatch.tune_alpha(module, data) from Python"
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def known_names(library: str) -> list[str]:
     if library == "timm":
         import timm
 
-        return list(timm.list_models())
+        return [*timm.list_models(), *_TENSORFLOW_MOBILENETS]
     import torchvision
 
     return list(torchvision.models.list_models(module=torchvision.models))
@@ -121,7 +128,7 @@ def identify(
     if not fits:
         raise BnpatchError(
             f"the weights of {file_name or 'the checkpoint'} fit no architecture of timm or torchvision",
-            _OWN_CODE,
+            OWN_CODE,
         )
     best = fits[0]
     also = tuple(str(arch) for arch in fits[1:] if arch.name != best.name)
@@ -150,7 +157,7 @@ def _remedy_for(state_dict: Mapping[str, Tensor]) -> str:
     try:
         return f"they fit {identify(state_dict)}: name that, or leave out --arch"
     except BnpatchError:
-        return f"they fit no other architecture either: {_OWN_CODE}"
+        return f"they fit no other architecture either: {OWN_CODE}"
 
 
 def names_hash(state_dict: Mapping[str, Any]) -> str:
@@ -271,6 +278,8 @@ def _build(library: str, name: str, num_classes: int, in_chans: int) -> nn.Modul
     if library == "timm":
         import timm
 
+        if name in _TENSORFLOW_MOBILENETS:
+            return _tensorflow_mobilenet(name, num_classes=num_classes, in_chans=in_chans)
         model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans)
         return model
     import torchvision
@@ -280,6 +289,15 @@ def _build(library: str, name: str, num_classes: int, in_chans: int) -> nn.Modul
     model = torchvision.models.get_model(name, num_classes=num_classes, **quick)
     if in_chans != 3:
         _widen_stem(model, in_chans)
+    return model
+
+
+def _tensorflow_mobilenet(name: str, **sizes: int) -> nn.Module:
+    from timm.models import efficientnet
+
+    version, width = _TENSORFLOW_MOBILENETS[name]
+    make = getattr(efficientnet, f"_gen_mobilenet_v{version}")
+    model: nn.Module = make(f"mobilenetv{version}_100", width, pad_type="same", bn_eps=1e-3, **sizes)
     return model
 
 

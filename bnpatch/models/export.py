@@ -6,6 +6,8 @@ onnxruntime, and the outputs are compared with those of the model. The file gets
 """
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,14 @@ from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.onnx import io
 from bnpatch.onnx.fused_conv import insert_norms
 from bnpatch.onnx.rewrite import AlphaInputs, rewrite
-from bnpatch.onnx.runtime import read_signature
+from bnpatch.onnx.runtime import Signature, read_signature
 
 #: Largest deviation that is accepted, relative to the largest output. It allows for rounding in a deep
 #: network whose operators are in another order; half precision rounds by 2^-11 at every layer.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 _PARITY_BATCHES = (1, 2, 5)
+_LARGER_BY = 32  # pixels; the largest stride of most networks
 
 
 class ParityError(BnpatchError):
@@ -51,6 +54,7 @@ class Export:
         max_deviation: largest absolute difference of outputs, divided by the largest output.
         mean_deviation: mean absolute difference of outputs, divided by the largest output.
         batches: number of images in each batch that was compared.
+        sizes: sizes (C, *spatial) of the inputs that were compared; two if the graph leaves them open.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class Export:
     max_deviation: float
     mean_deviation: float
     batches: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...] = ()
 
 
 def export_onnx(
@@ -105,7 +110,7 @@ def export_onnx(
     ):
         # The file is compared before it gets its name, so that a deviating file never exists under it.
         written = io.save(graph, folder / target.name, external_data_threshold=external_data_threshold)
-        deviations, batches = _compare(source, written, example_input, images)
+        deviations, shapes = _compare(source, written, example_input, images)
         worst = max(high for high, _ in deviations)
         if not worst <= max(TOLERANCE[dtype] for dtype in (source.dtype, *given)):
             raise ParityError(
@@ -117,7 +122,8 @@ def export_onnx(
                 part.replace(target.parent / part.name)
         written.replace(target)
     mean = sum(mean for _, mean in deviations) / len(deviations)
-    return Export(target, patched, graph.opset_imports.get("", 0), worst, mean, batches)
+    batches, sizes = tuple(shape[0] for shape in shapes), tuple(dict.fromkeys(shape[1:] for shape in shapes))
+    return Export(target, patched, graph.opset_imports.get("", 0), worst, mean, batches, sizes)
 
 
 def patched_graph(
@@ -162,10 +168,11 @@ def _compare(
     written: Path,
     example_input: Tensor | None,
     images: Tensor | None,
-) -> tuple[list[tuple[float, float]], tuple[int, ...]]:
-    """Return the deviations (largest, mean) of the file from the model, and the batch sizes.
+) -> tuple[list[tuple[float, float]], list[tuple[int, ...]]]:
+    """Return the deviations (largest, mean) of the file from the model, and the shapes of the inputs.
 
-    The deviations are relative to the largest output of the batch.
+    The file is read again, so that the comparison is with what users will run. The deviations are relative to
+    the largest output of the batch.
     """
     graph = io.load(written)
     signature = read_signature(graph)
@@ -177,18 +184,36 @@ def _compare(
         graph, signature, name="exported", preprocessing=source.preprocessing, device=device, output=output
     )
     generator = torch.Generator().manual_seed(0)
-    shape = like.shape[1:]
-    batches = [torch.randn(n, *shape, generator=generator).to(like.dtype) for n in _PARITY_BATCHES]
-    if images is not None:
-        batches.append(images)
-    deviations = []
+
+    def random(count: int, size: Sequence[int]) -> Tensor:
+        return torch.randn(count, *size, generator=generator).to(like.dtype)
+
+    batches = [random(count, like.shape[1:]) for count in _PARITY_BATCHES]
+    batches += [] if images is None else [images]
     with source.evaluating():
-        for x in batches:
-            expected, got = source.predict(x).cpu().double(), exported.predict(x).double()
-            scale = expected.abs().max().clamp_min(1e-12)
-            difference = (got - expected).abs() / scale
-            deviations.append((difference.max().item(), difference.mean().item()))
-    return deviations, tuple(len(x) for x in batches)
+        expected = [source.predict(x) for x in batches]
+        if (other := _another_size(signature, like.shape[1:])) is not None:
+            with suppress(BnpatchError):  # the model itself may be for one size
+                x = random(_PARITY_BATCHES[1], other)
+                expected.append(source.predict(x))
+                batches.append(x)
+        pairs = zip(expected, map(exported.predict, batches), strict=True)
+        deviations = [_deviation(y.cpu().double(), got.double()) for y, got in pairs]
+    return deviations, [tuple(x.shape) for x in batches]
+
+
+def _another_size(signature: Signature, size: Sequence[int]) -> tuple[int, ...] | None:
+    """Return a size (C, *spatial) that is larger where the graph leaves it open, or None."""
+    channels, *sides = size
+    steps = [_LARGER_BY if known is None else 0 for known in signature.size[1:]]
+    if len(steps) != len(sides) or not any(steps):
+        return None
+    return (channels, *(side + step for side, step in zip(sides, steps, strict=True)))
+
+
+def _deviation(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    difference = (found - expected).abs() / expected.abs().max().clamp_min(1e-12)
+    return difference.max().item(), difference.mean().item()
 
 
 def _folder_of(path: Path) -> Path:

@@ -12,6 +12,9 @@ from bnpatch.core.errors import BnpatchError, first_line
 # The largest JSON file in bytes. A configuration has kilobytes, ten thousand class names less than 1 MiB.
 _LARGEST_JSON = 16 << 20
 
+#: The remedy for a model of TensorFlow.
+TO_ONNX = "convert the model to ONNX, with tf2onnx for example"
+
 # By first bytes, files that are no weights of torch: what they are, and the remedy.
 _OTHERS: dict[bytes, tuple[str, str]] = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
@@ -23,7 +26,7 @@ _OTHERS: dict[bytes, tuple[str, str]] = {
     b"\xfd7zxz": ("an xz archive", "unpack it, and give the file inside"),
     b"7z\xbc\xaf": ("a 7z archive", "unpack it, and give the file inside"),
     b"rar!": ("a rar archive", "unpack it, and give the file inside"),
-    b"\x89hdf": ("an HDF5 file, as Keras writes them", "give weights that torch.save or safetensors wrote"),
+    b"\x89hdf": ("an HDF5 file, as Keras writes them", TO_ONNX),
 }
 
 
@@ -68,10 +71,40 @@ def check_kind(path: Path) -> None:
         raise BnpatchError(f"cannot read {path}: {reason}", "check the path") from error
     if not head:
         raise BnpatchError(f"{path} is empty", "copy or download it again")
+    if head[4:8] == b"TFL3":
+        raise BnpatchError(
+            f"{path} is a TensorFlow Lite file", "convert it to ONNX, with tf2onnx for example"
+        )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, (kind, remedy) in _OTHERS.items():
         if start.startswith(beginning):
             raise BnpatchError(f"{path} is {kind}", remedy)
+
+
+def check_not_onnx(path: Path) -> None:
+    """Raise an error if a file is an ONNX model; such a file begins with the version of its layout.
+
+    Raises:
+        BnpatchError: the file is an ONNX model, which is known by its name only.
+    """
+    if start_of(path)[:1] == b"\x08":  # the number of the protobuf field; no pickle begins with it
+        raise BnpatchError(f"{path} is an ONNX model under another name", "give it a name that ends in .onnx")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file is in the layout of safetensors: the length of a header in JSON, and the header.
+
+    A damaged file counts if its name ends so.
+    """
+    start = start_of(path)
+    by_torch = start.startswith((b"PK", b"\x80"))
+    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not by_torch)
+
+
+def start_of(path: Path) -> bytes:
+    """Return the first 16 bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def read_json(path: Path) -> Any:

@@ -116,6 +116,11 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     if colon and source in ("timm", "torchvision", "hf-hub", "hf_hub") and not path.exists():
         return _load_torchvision(name) if source == "torchvision" else _load_timm(source, name)
     if (path / HUB_CONFIG).is_file():
+        if shards := sorted(path.glob("*.index.json")):
+            raise BnpatchError(
+                f"the weights in {path} are in several files, says {shards[0].name}",
+                "save them in one: model.save_pretrained(folder, max_shard_size='100GB')",
+            )
         weights = [path / name for name in _TRANSFORMERS if (path / name).is_file()]
         if "model_type" not in hub_config(path / HUB_CONFIG) or not weights:
             return _load_timm("local-dir", model)
@@ -125,6 +130,7 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)
 
 
+_SEE_ACCURACY = "see that the accuracy is what you know it to be"
 # Names of the weights in folders of Hugging Face's library.
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
@@ -271,19 +277,25 @@ def _identified(
     checkpoint: Checkpoint, arch: str | None, hint: str | None, library: str | None
 ) -> tuple[StateDict, Architecture, str]:
     """Return the weights by the names of their architecture, the architecture, and a note or ""."""
+    renamed.check_hugging_face(hub_config(checkpoint.path))
     state = renamed.of_hugging_face(checkpoint.state_dict) or checkpoint.state_dict
+    own_names = without_extras(state)
     try:
         part, note = part_of(state, arch, checkpoint.path)
         if arch:
             return part, architecture.fit(arch, part), note
         return part, architecture.identify(part, hint, checkpoint.path.name, library), note
     except BnpatchError:
-        match = None if arch else renamed.in_order_of_use(without_extras(state))
-        if match is None:
+        if arch is None and (match := renamed.in_order_of_hugging_face(own_names)) is not None:
+            return match[1], match[0], ""
+        if (named := renamed.with_own_classifier(own_names)) is not None:
+            found = architecture.fit(arch, named) if arch else architecture.identify(named, hint)
+            return named, found, f"the classifier has another name than that of {found}: {_SEE_ACCURACY}"
+        if (match := renamed.in_order_of_use(own_names, wanted=arch)) is None:
             raise
         found, part = match
         note = f"its tensors have other names than those of {found}, and are taken in their order"
-        return part, found, f"{note}: see that the accuracy is what you know it to be"
+        return part, found, f"{note}: {_SEE_ACCURACY}"
 
 
 def _preprocessing(

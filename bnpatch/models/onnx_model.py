@@ -136,10 +136,15 @@ class OnnxModel(Model[OnnxNormLayer]):
 
     @override
     def _refuse_without_norm_layers(self) -> None:
-        remedy = "it was fused into the convolutions, most likely: add --recover-folded"
-        if left := self.inventory().skipped_norms:
-            waits = any(norm.is_uncalibrated for norm in left)
-            remedy = CALIBRATE if waits else f"its norms are skipped: {left[0].reason}"
+        left = self.inventory().skipped_norms
+        if any(norm.is_uncalibrated for norm in left):
+            remedy = CALIBRATE
+        elif self.fused_convs():
+            remedy = "it was fused into the convolutions, most likely: add --recover-folded"
+        elif left:
+            remedy = f"its norms are skipped: {left[0].reason}"
+        else:
+            remedy = "it has neither norms nor convolutions with a bias: take another model"
         raise BnpatchError(f"{self.name} has no norm that could be patched", remedy)
 
     @override

@@ -8,19 +8,31 @@ tensor has the same role (weight, bias, running mean or variance) and the same s
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from bnpatch.models.architecture import Architecture, is_optional, known_names
+from bnpatch.core.errors import BnpatchError
+from bnpatch.models.architecture import (
+    LIBRARIES,
+    OWN_CODE,
+    Architecture,
+    by_tensor_names,
+    is_optional,
+    known_names,
+    parse_name,
+)
 
 StateDict = Mapping[str, Tensor]
 
 # Architectures that people write anew, and how many tensors each has, so that few of them have to be built.
-_TENSORFLOW = {  # efficientnet_pytorch pads as these do
+_TENSORFLOW = {  # efficientnet_pytorch and Hugging Face's library pad as these do
     "timm:tf_efficientnet_": (
         "b0 311 b1 439 b2 439 b3 496 b4 610 b5 738 b6 852 b7 1037 lite0 247 lite1 322 lite2 322 "
         "lite3 367 lite4 457"
-    )
+    ),
+    "timm:tf_mobilenetv1_": "025 137 050 137 075 137 100 137",
+    "timm:tf_mobilenetv2_": "035 262 050 262 075 262 100 262 140 262",
 }
 _OTHERS = {
     "torchvision:": (
@@ -33,6 +45,9 @@ _OTHERS = {
     ),
 }
 _HEAD = 2  # tensors of a linear classifier: weight and bias
+
+# Names of the classifiers of timm and torchvision.
+_CLASSIFIERS = ("fc", "classifier", "head.fc", "head", "head.classifier", "classifier.1", "last_linear")
 
 # Names of the branch of a residual block that is listed before the others in some projects, after in others.
 _SHORTCUTS = re.compile(r"shortcut|downsample|identity|skip|projection")
@@ -55,6 +70,40 @@ _HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
         (r"classifier\.1", "head.fc"),
     ),
 }
+
+
+# The tensors of others are put into the order of use, which is that of these words at each place of a name.
+_IN_ORDER = ("efficientnet.", "mobilenet_v1.", "mobilenet_v2.")
+_USED_FIRST = (
+    "embeddings conv_stem first_conv layer encoder blocks expansion expand_1x1 depthwise_conv conv_3x3 "
+    "squeeze_excite reduce expand projection reduce_1x1 conv_1x1 top_conv top_bn convolution expand_conv "
+    "project_conv batchnorm normalization expand_bn depthwise_norm project_bn "
+    "weight bias running_mean running_var"
+).split()
+# What the architectures here compute, by family; a configuration that says otherwise is of another one.
+_MOBILENET = {"hidden_act": "relu6", "tf_padding": True, "layer_norm_eps": 1e-3, "output_stride": 32}
+_COMPUTES: Mapping[str, Mapping[str, Any]] = {
+    "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False},
+    "regnet": {"hidden_act": "relu", "downsample_in_first_stage": True},
+    "efficientnet": {"hidden_act": "swish", "batch_norm_eps": 1e-3},
+    "mobilenet_v1": _MOBILENET,
+    "mobilenet_v2": _MOBILENET,
+}
+
+
+def check_hugging_face(config: Mapping[str, Any]) -> None:
+    """Check that a configuration of Hugging Face's library is of an architecture that is known here.
+
+    Raises:
+        BnpatchError: it says that the model computes something else, which the tensors don't show.
+    """
+    family = str(config.get("model_type"))
+    for key, value in _COMPUTES.get(family, {}).items():
+        if config.get(key, value) != value:
+            raise BnpatchError(
+                f"config.json says {key} = {config[key]!r}: no {family} of timm or torchvision is like this",
+                OWN_CODE,
+            )
 
 
 def of_hugging_face(state_dict: StateDict) -> dict[str, Tensor] | None:
@@ -81,8 +130,43 @@ def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
     return None
 
 
-def in_order_of_use(state_dict: StateDict) -> tuple[Architecture, dict[str, Tensor]] | None:
+def with_own_classifier(state_dict: StateDict) -> dict[str, Tensor] | None:
+    """Return weights under the names of an architecture whose body has a linear classifier from elsewhere.
+
+    Projects put a model without its classifier under one name, and a classifier of their own under another,
+    such as ``backbone.*`` and ``head.weight``. None if the names tell of no architecture.
+    """
+    heads = [key.removesuffix(".weight") for key, tensor in state_dict.items() if _is_linear(key, tensor)]
+    if not heads or f"{heads[-1]}.bias" not in state_dict:
+        return None
+    head = heads[-1]
+    roles = {role: state_dict[f"{head}.{role}"] for role in ("weight", "bias")}
+    body = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[0] != head}
+    while body:
+        for classifier in _CLASSIFIERS:
+            named = {**body, **{f"{classifier}.{role}": tensor for role, tensor in roles.items()}}
+            if f"{classifier}.weight" not in body and by_tensor_names(named):
+                return named
+        first = {key.partition(".")[0] for key in body}
+        if len(first) > 1 or not all("." in key for key in body):
+            return None
+        body = {key.partition(".")[2]: tensor for key, tensor in body.items()}
+    return None
+
+
+def _is_linear(key: str, tensor: Tensor) -> bool:
+    return key.endswith(".weight") and tensor.ndim == 2
+
+
+def in_order_of_use(
+    state_dict: StateDict, is_tensorflow: bool = False, wanted: str | None = None
+) -> tuple[Architecture, dict[str, Tensor]] | None:
     """Find an architecture with the same tensors in the same order, and give the weights its names.
+
+    Args:
+        state_dict: the weights in the order of use.
+        is_tensorflow: architectures that pad as TensorFlow does are tried first.
+        wanted: name of the only architecture to try.
 
     Returns:
         The architecture, whose :attr:`~bnpatch.models.architecture.Architecture.also` names others that fit;
@@ -91,10 +175,11 @@ def in_order_of_use(state_dict: StateDict) -> tuple[Architecture, dict[str, Tens
     given = _ordered(state_dict)
     fits: list[tuple[Architecture, dict[str, Tensor]]] = []
     has_head = [tensor.ndim for tensor in list(given.values())[-_HEAD:]] == [2, 1]
-    for library, name, count in candidates("_conv_stem" in next(iter(given), "")):
+    is_tensorflow = is_tensorflow or "_conv_stem" in next(iter(given), "")
+    for library, name, count in _named(wanted) if wanted else candidates(is_tensorflow):
         if not has_head and library == "torchvision":  # it builds no model without a classifier
             library = "timm"
-        if len(given) != count - (0 if has_head else _HEAD) or name not in known_names(library):
+        if count not in (None, len(given) + (0 if has_head else _HEAD)) or name not in known_names(library):
             continue
         arch = Architecture(library, name)
         if (found := _matched(arch, _ordered(arch.sketch().state_dict()), given)) is not None:
@@ -103,6 +188,30 @@ def in_order_of_use(state_dict: StateDict) -> tuple[Architecture, dict[str, Tens
         return None
     arch, weights = fits[0]
     return replace(arch, also=tuple(str(other) for other, _ in fits[1:])), weights
+
+
+def _named(arch: str) -> Iterator[tuple[str, str, int | None]]:
+    library, name = parse_name(arch)
+    return ((lib, name, None) for lib in ([library] if library else LIBRARIES))
+
+
+def in_order_of_hugging_face(state_dict: StateDict) -> tuple[Architecture, dict[str, Tensor]] | None:
+    """Do the same for an EfficientNet or a MobileNet (V1, V2) of Hugging Face's library, in any order."""
+    if not any(key.startswith(_IN_ORDER) for key in state_dict):
+        return None
+    keys = sorted((key for key in state_dict if not is_optional(key)), key=_order_of_use)
+    names = {key: f"{place}.{key.rpartition('.')[-1]}" for place, key in enumerate(keys)}
+    match = in_order_of_use({names[key]: state_dict[key] for key in keys}, is_tensorflow=True)
+    return None if match is None else (replace(match[0], also=()), match[1])  # the others pad otherwise
+
+
+def _order_of_use(key: str) -> list[int]:
+    first, *words = key.split(".")
+    known = (_USED_FIRST.index(word) if word in _USED_FIRST else -1 for word in words)
+    return [
+        first == "classifier",
+        *(int(w) if w.isdecimal() else k for w, k in zip(words, known, strict=True)),
+    ]
 
 
 def candidates(is_tensorflow: bool = False) -> Iterator[tuple[str, str, int]]:

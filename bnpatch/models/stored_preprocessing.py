@@ -126,15 +126,32 @@ def of_hugging_face(config: Mapping[str, Any], where: str) -> Values:
         squashed = squashed or "crop_pct" not in config or resized[1] >= 384  # ConvNeXt's rule
         mode = {"crop_pct": 1.0, "crop_mode": "squash"} if squashed else {"crop_pct": share}
         values = {"input_size": resized, "crop_mode": "center", **mode}
-    if config.get("do_normalize", True):
-        for key, name in (("image_mean", "mean"), ("image_std", "std")):
-            if config.get(key) is not None:
-                values[name] = _numbers(config[key], f"{where}: {key}", positive=name == "std")
-    elif values:
-        values |= {"mean": (0.0,), "std": (1.0,)}
+    values |= _normalization_of_hugging_face(config, where, bool(values))
     resample = config.get("resample")
     if isinstance(resample, int) and 0 <= resample < len(_PIL_FILTERS):
         values["interpolation"] = _PIL_FILTERS[resample]
+    return values
+
+
+def _normalization_of_hugging_face(config: Mapping[str, Any], where: str, has_size: bool) -> Values:
+    """Return mean and standard deviation for values in [0, 1].
+
+    The processor multiplies bytes by ``rescale_factor`` first, and that of EfficientNet may subtract 1
+    (``rescale_offset``) and divide by the standard deviation twice (``include_top``).
+    """
+    if not config.get("do_normalize", True):
+        return {"mean": (0.0,), "std": (1.0,)} if has_size else {}
+    values: Values = {}
+    factor = config.get("rescale_factor") if config.get("do_rescale", True) else 1.0
+    scale = 1.0 if factor is None else 255 * _numbers(factor, f"{where}: rescale_factor", positive=True)[0]
+    offset = 1.0 if config.get("rescale_offset") else 0.0
+    if config.get("image_mean") is not None:
+        mean = _numbers(config["image_mean"], f"{where}: image_mean", positive=False)
+        values["mean"] = tuple((value + offset) / scale for value in mean)
+    if config.get("image_std") is not None:
+        power = 2 if config.get("include_top") else 1
+        std = _numbers(config["image_std"], f"{where}: image_std", positive=True)
+        values["std"] = tuple(value**power / scale for value in std)
     return values
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.core.errors import BnpatchError, first_line, root_cause
 from bnpatch.core.moments import Moments
 from bnpatch.models.metadata import write_metadata
-from bnpatch.nn.frozen_norm import as_batch_norm, is_plain_frozen
+from bnpatch.nn.frozen_norm import as_batch_norm, is_frozen
 from bnpatch.nn.hooks import in_evaluation_mode
 from bnpatch.nn.surgery import swap
 
@@ -127,7 +127,7 @@ def unpatched_graph(source: "TorchModel", example_input: Tensor) -> tuple[ir.Mod
 def _frozen_as_batch_norm(source: "TorchModel") -> Iterator[nn.Module]:
     """Yield the module with Batch Norm in the place of frozen ones, which export as Mul and Add otherwise."""
     norms = [norm.module for norm in source.inventory().norm_layers]
-    frozen = {id(norm): as_batch_norm(norm) for norm in norms if is_plain_frozen(norm)}
+    frozen = {id(norm): as_batch_norm(norm) for norm in norms if is_frozen(norm)}
     before = {id(frozen[id(norm)]): norm for norm in norms if id(norm) in frozen}
     try:
         yield swap(source.module, frozen)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.models.foreign import check_kind, reading
+from bnpatch.models.foreign import check_kind, check_not_onnx, is_safetensors, reading
 
 #: How much more than its own size a checkpoint may unpack to, in bytes. torch.save doesn't compress.
 MOST_UNPACKED = 1 << 30
@@ -81,7 +81,8 @@ def read_content(path: Path, unsafe: bool) -> Any:
     """
     check_kind(path)
     remedy = "copy it again, and see that it is complete"
-    if path.suffix == ".safetensors":
+    check_not_onnx(path)
+    if is_safetensors(path):
         from safetensors.torch import load_file
 
         with reading(path, "a safetensors file", remedy):
@@ -105,8 +106,11 @@ def _check_archive(path: Path) -> None:
         )
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         raise BnpatchError(
-            f"{path} is a torch.export program, which this version can't patch",
-            "give the checkpoint that it was exported from",
+            f"{path} is a torch.export program under another name", "give it a name that ends in .pt2"
+        )
+    if any(name.endswith(".weights.h5") for name in names):
+        raise BnpatchError(
+            f"{path} is a Keras archive", "convert the model to ONNX, with tf2onnx for example"
         )
     if not any(name.endswith("data.pkl") for name in names):
         raise BnpatchError(
@@ -123,10 +127,11 @@ def _check_archive(path: Path) -> None:
 
 def _torch_load(path: Path, unsafe: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_SAFE):
+        # Of a path torch would go by the name, of an open file it can't.
+        with torch.serialization.safe_globals(_SAFE), path.open("rb") as file:
             if unsafe:
-                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
-            return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:

@@ -16,7 +16,7 @@ StateDict = dict[str, Tensor]
 
 # Keys under which checkpoints have their weights, in order of preference.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "net", "weights", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+_PREFIXES = ("module.", "model.", "net.", "backbone.")
 _DEPTH = 3  # the EMA of some projects is a dictionary with its own state dict
 
 # Words in the keys of averaged weights, such as state_dict_ema, model_ema, ema_weights, averaged_model.
@@ -125,6 +125,8 @@ def strip_prefixes(state_dict: Mapping[str, Any]) -> StateDict:
         for key, value in state_dict.items()
         if isinstance(value, Tensor) and key.rsplit(".", 1)[-1] not in _COUNTERS
     }
+    # torch.compile marks each module that it compiled, also those inside.
+    state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", key): value for key, value in state.items()}
     while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # torchvision's published DenseNet weights still have the tensor names of 2017.

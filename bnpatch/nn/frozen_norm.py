@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnpatch.core.inventory import SCALE_AND_SHIFT
 from bnpatch.nn.hooks import in_evaluation_mode
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -36,8 +37,7 @@ def epsilon_of_frozen_norm(module: nn.Module) -> float | None:
 def _compared(module: nn.Module) -> float | None:
     try:
         twin: Any = copy.deepcopy(module).cpu().double()
-        random = torch.Generator().manual_seed(0)
-        x = torch.randn(2, len(twin.weight), 3, 4, dtype=torch.float64, generator=random)
+        x = _random_inputs(len(twin.weight))
         with torch.no_grad(), in_evaluation_mode(twin):
             y: Tensor = twin(x)
             in_training: Tensor = twin.train()(x)
@@ -54,16 +54,64 @@ def _compared(module: nn.Module) -> float | None:
     return None
 
 
-def is_plain_frozen(module: nn.Module) -> bool:
-    """Tell whether a norm layer is a frozen Batch Norm without an activation, of torchvision or a project."""
-    return not isinstance(module, _BatchNorm) and epsilon_of_frozen_norm(module) is not None
+def why_not_frozen(module: nn.Module) -> str:
+    """Return why a module that normalizes by hand is skipped; "" for a module that does not."""
+    tensors = {**module._parameters, **module._buffers}
+    present = {name for name, tensor in tensors.items() if tensor is not None and tensor.ndim == 1}
+    if any(True for _ in module.children()) or _is_of_torch(module):
+        return ""
+    if {"running_mean", "running_var"} <= present:
+        return "normalizes by code of its own: torch's BatchNorm2d takes the same tensors and can be patched"
+    return SCALE_AND_SHIFT if present == {"weight", "bias"} and _scales_and_shifts(module) else ""
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _scales_and_shifts(module: nn.Module) -> bool:
+    try:
+        twin: Any = copy.deepcopy(module).cpu().double()
+        x = torch.randn(
+            2, len(twin.weight), 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        with torch.no_grad():
+            expected = x * twin.weight.view(1, -1, 1, 1) + twin.bias.view(1, -1, 1, 1)
+            return torch.allclose(twin(x), expected, rtol=_ROUNDING, atol=_ROUNDING)
+    except Exception:  # the code of a user's module may raise anything
+        return False
+
+
+def _random_inputs(channels: int) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, 3, 4, dtype=torch.float64, generator=random)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Tell whether a module is a frozen Batch Norm: of torchvision, of timm or of a project."""
+    return _is_timms(module) or (
+        not isinstance(module, _BatchNorm) and epsilon_of_frozen_norm(module) is not None
+    )
 
 
 def as_batch_norm(module: nn.Module) -> nn.Module:
-    """Return a Batch Norm with the tensors of a frozen one, which an exporter recognizes."""
+    """Return a Batch Norm with the tensors of a frozen one, which an exporter recognizes.
+
+    That of timm keeps its dropout and its activation.
+    """
     frozen: Any = module
-    norm = nn.BatchNorm2d(len(frozen.running_mean), eps=frozen.eps).eval()
+    norm: Any = nn.BatchNorm2d(len(frozen.running_mean), eps=frozen.eps)
+    if _is_timms(module):
+        from timm.layers.norm_act import BatchNormAct2d
+
+        norm = BatchNormAct2d(len(frozen.running_mean), eps=frozen.eps)
+        norm.drop, norm.act = frozen.drop, frozen.act
     with torch.no_grad():
         norm.weight, norm.bias = (nn.Parameter(part.detach()) for part in (frozen.weight, frozen.bias))
     norm.running_mean, norm.running_var = frozen.running_mean, frozen.running_var
-    return norm
+    result: nn.Module = norm.eval()
+    return result
+
+
+def _is_timms(module: nn.Module) -> bool:
+    return type(module).__name__ == "FrozenBatchNormAct2d" and type(module).__module__.startswith("timm.")

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, NormLayer, SkippedNorm
 from bnpatch.core.moments import Moments
-from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm
+from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm, why_not_frozen
 from bnpatch.nn.norm import ExampleWeightedNorm
 
 _TORCH = "torch.nn.modules"
@@ -315,6 +315,8 @@ def _why_not_unknown(module: nn.Module) -> str | None:
         return reason if "norm" in str(script_name).lower() else None
     if isinstance(module, _BatchNorm):
         return "a subclass of Batch Norm that bnpatch does not know; its forward may differ"
+    if reason := why_not_frozen(module):
+        return reason
     is_norm = re.search(r"norm|affine", type(module).__name__, re.IGNORECASE)
     is_leaf = not any(True for child in module.children() for _ in child.parameters())
     return _OTHER_KIND if is_norm and is_leaf else None

@@ -1,8 +1,9 @@
 """Find convolutions of an ONNX graph that a Batch Norm may have been fused into, and add it again.
 
 A fused Batch Norm leaves only one trace, a bias: in most architectures with Batch Norm, convolutions have no
-bias of their own. The convolutions that are found are therefore only candidates. A convolution before a
-Softmax, at an output or in a squeeze-and-excite block has a bias, too.
+bias of their own. A Batch Norm that the graph has as Mul and Add, with numbers per channel, is as good as
+fused: it does not tell its running statistics. The convolutions that are found are therefore only candidates.
+A convolution before a Softmax, at an output or in a squeeze-and-excite block has a bias, too.
 
 The scale and shift of the Batch Norm are lost, but they are not needed, because normalization does not change
 under an affine map of each channel. The output y0 of such a convolution is treated as the output of a virtual
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
+from bnpatch.onnx.decomposed import constant_steps, find_decomposed
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import centred_moments
 from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
@@ -29,7 +31,7 @@ _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "
 
 @dataclass(frozen=True)
 class FusedConv:
-    """A convolution with a bias and no norm after it.
+    """A convolution with a bias, or with a scale and a shift per channel after it, and with no norm after it.
 
     Attributes:
         name: dotted name of the torch module if the name of the weight tells it, else the name of the node.
@@ -62,17 +64,15 @@ def find_fused_convs(model: ir.Model) -> tuple[FusedConv, ...]:
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     has_layer_norm = any(node.op_type == "LayerNormalization" for node in nodes)
     for node in nodes:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 3:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 2:
             continue
-        weight, bias = constant_of(node.inputs[1]), constant_of(node.inputs[2])
         dims = types.get(id(node.outputs[0]), TensorType()).dims
-        if weight is None or bias is None or bias.ndim != 1 or not bias.any():
-            continue
-        if all(size == 1 for size in dims[2:]) or _is_normalized(node.outputs[0]):
+        channels = _shifted_channels(node, len(dims))
+        if not channels or all(size == 1 for size in dims[2:]) or _is_normalized(node.outputs[0], types):
             continue
         if has_layer_norm and _embeds_patches(node):
             continue
-        candidates.append(FusedConv(_name(node), node, int(bias.size), dims))
+        candidates.append(FusedConv(_name(node), node, channels, dims))
     return tuple(candidates)
 
 
@@ -150,8 +150,20 @@ def _graph_of(candidate: FusedConv) -> ir.Graph | ir.Function:
     return graph
 
 
-def _is_normalized(value: ir.Value) -> bool:
+def _shifted_channels(node: ir.Node, rank: int) -> int:
+    """Return the number of channels that a convolution shifts, by its bias or by an Add after it; else 0."""
+    weight, bias = constant_of(node.inputs[1]), constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    if weight is not None and bias is not None and bias.ndim == 1 and bias.any():
+        return int(bias.size)
+    steps = constant_steps(node, rank, ("Mul", "Div", "Add", "Sub"))
+    shifts = (numbers.size for step, numbers in steps if step.op_type in ("Add", "Sub"))
+    return next(shifts, 0) if weight is not None else 0
+
+
+def _is_normalized(value: ir.Value, types: Mapping[int, TensorType]) -> bool:
     users = [use.node for use in value.uses()]
+    if any(find_decomposed(node, types) for node in users):
+        return True
     # Exporters write Group Norm as a Reshape followed by an Instance Norm.
     users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
     return any(node.op_type in _NORMS for node in users)

@@ -50,10 +50,10 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
     if len(node.inputs) != 3 or node.inputs[0] is None or len(node.outputs) != 1:
         return None
     ones, zeros = constant_of(node.inputs[1]), constant_of(node.inputs[2])
-    before, after = node.inputs[0].producer(), _only_user(node, "Reshape")
+    before, after = node.inputs[0].producer(), only_user(node, "Reshape")
     if ones is None or zeros is None or before is None or before.op_type != "Reshape" or after is None:
         return None
-    if not np.all(ones == 1) or not np.all(zeros == 0) or _only_user(before, node.op_type) is not node:
+    if not np.all(ones == 1) or not np.all(zeros == 0) or only_user(before, node.op_type) is not node:
         return None
     if len(before.inputs) != 2 or not _splits_into(before.inputs[1], ones.size):
         return None
@@ -62,10 +62,10 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
     nodes, parameters = [before, node, after], []
     constants: list[Array] = []
     for op_type, neutral in (("Mul", 1.0), ("Add", 0.0)):
-        user = _only_user(nodes[-1], op_type)
-        operand = None if user is None else _other_operand(user, nodes[-1].outputs[0])
+        user = only_user(nodes[-1], op_type)
+        operand = None if user is None else other_operand(user, nodes[-1].outputs[0])
         constant = constant_of(operand)
-        if user is None or constant is None or not _is_per_channel(constant, len(dims)):
+        if user is None or constant is None or not is_per_channel(constant, len(dims)):
             constants.append(np.full(1, neutral))
             continue
         constants.append(constant.reshape(-1))
@@ -81,7 +81,8 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
     return ExportedGroupNorm(tuple(nodes), ones.size, value, weight, bias, parameters)
 
 
-def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
+def only_user(node: ir.Node, op_type: str) -> ir.Node | None:
+    """Return the node of this type that alone uses the output of a node, or None."""
     output = node.outputs[0]
     # A use as the second operand of CastLike does not count, because it reads only the type.
     uses = [use for use in output.uses() if not (use.node.op_type == "CastLike" and use.idx == 1)]
@@ -116,13 +117,14 @@ def _is_shape_of(shape: ir.Value | None, value: ir.Value | None) -> bool:
     return sizes is not None and sizes.ndim == 1 and sizes.size > 2
 
 
-def _other_operand(node: ir.Node, value: ir.Value) -> ir.Value | None:
+def other_operand(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """Return the other input of a node that has two, or None."""
     if len(node.inputs) != 2:
         return None
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
-def _is_per_channel(constant: Array, rank: int) -> bool:
+def is_per_channel(constant: Array, rank: int) -> bool:
     """Tell whether a constant has one value per channel when it broadcasts with an input of this rank."""
     sizes = (1,) * (rank - constant.ndim) + constant.shape
     return len(sizes) == rank > 2 and all(size == 1 for i, size in enumerate(sizes) if i != 1)

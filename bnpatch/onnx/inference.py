@@ -33,7 +33,7 @@ def constant_of(value: ir.Value | None) -> Array | None:
     An initializer counts as constant even if the graph lists it as an input, which every graph had to do
     before IR version 4.
     """
-    return None if value is None else _evaluate(value, _DEEPEST)
+    return None if value is None else _evaluate(value, _DEEPEST, {})
 
 
 def names_of(value: ir.Value | None) -> list[str]:
@@ -50,7 +50,26 @@ def names_of(value: ir.Value | None) -> list[str]:
     return names
 
 
-def _evaluate(value: ir.Value, depth: int) -> Array | None:
+def source_of(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that computes a value, past those that only copy it or change its shape or type."""
+    node = value.producer() if value is not None else None
+    for _ in range(_DEEPEST):
+        if node is None or node.domain not in _DEFAULT:
+            return None
+        if node.op_type not in _VIEWS or not node.inputs or node.inputs[0] is None:
+            return node
+        node = node.inputs[0].producer()
+    return None
+
+
+def _evaluate(value: ir.Value, depth: int, known: dict[int, Array | None]) -> Array | None:
+    """Return the array of a value; ``known`` has the values by ``id`` that are evaluated already."""
+    if id(value) not in known:
+        known[id(value)] = _computed(value, depth, known)
+    return known[id(value)]
+
+
+def _computed(value: ir.Value, depth: int, known: dict[int, Array | None]) -> Array | None:
     if value.const_value is not None:
         return _as_array(value.const_value)
     node = value.producer()
@@ -66,14 +85,16 @@ def _evaluate(value: ir.Value, depth: int) -> Array | None:
     function = _OPERATORS.get(node.op_type)
     if function is None:
         return None
-    inputs = [None if operand is None else _evaluate(operand, depth - 1) for operand in node.inputs]
-    if node.op_type == "CastLike" and inputs and inputs[0] is not None:
-        return inputs[0]  # the type does not matter here, and the second operand need not be constant
-    operands = [operand for operand in inputs if operand is not None]
-    if len(operands) < len(inputs):
-        return None
+    operands: list[Array] = []
+    # The type does not matter here, so that the second operand of CastLike need not be constant.
+    for operand in node.inputs[:1] if node.op_type == "CastLike" else node.inputs:
+        array = None if operand is None else _evaluate(operand, depth - 1, known)
+        if array is None:
+            return None
+        operands.append(array)
     try:
-        result = function(node, operands)
+        with np.errstate(all="ignore"):  # what is not finite is found later
+            result = function(node, operands)
     except (ValueError, TypeError, IndexError, MemoryError, OverflowError, ArithmeticError):
         return None  # the node is invalid
     return result if result.size <= _MOST_ELEMENTS else None
@@ -102,6 +123,13 @@ def _expand(node: ir.Node, operands: list[Array]) -> Array:
     return np.broadcast_to(operands[0], shape)
 
 
+def _divide(node: ir.Node, operands: list[Array]) -> Array:
+    dividend, divisor = operands
+    if np.issubdtype(dividend.dtype, np.integer):  # ONNX rounds toward 0
+        return np.asarray(np.trunc(dividend / divisor).astype(dividend.dtype))
+    return np.asarray(dividend / divisor)
+
+
 def _unsqueeze(node: ir.Node, operands: list[Array]) -> Array:
     axes = operands[1].tolist() if len(operands) > 1 else list(node.attributes["axes"].as_ints())
     return np.expand_dims(operands[0], tuple(axes))
@@ -128,14 +156,21 @@ def _range(node: ir.Node, operands: list[Array]) -> Array:
 _DEFAULT = ("", "ai.onnx")
 _VIEWS = ("Identity", "Cast", "CastLike", "Unsqueeze", "Reshape", "Expand")
 _OPERATORS: Mapping[str, Callable[[ir.Node, list[Array]], Array]] = {
+    "Add": lambda node, operands: operands[0] + operands[1],
     "Identity": lambda node, operands: operands[0],
     "Cast": lambda node, operands: operands[0].astype(ir.DataType(node.attributes["to"].as_int()).numpy()),
     "CastLike": lambda node, operands: operands[0],
     "Concat": lambda node, operands: np.concatenate(operands, axis=node.attributes["axis"].as_int()),
     "ConstantOfShape": _constant_of_shape,
+    "Div": _divide,
     "Expand": _expand,
+    "Mul": lambda node, operands: operands[0] * operands[1],
+    "Neg": lambda node, operands: -operands[0],
+    "Pow": lambda node, operands: operands[0] ** operands[1],
     "Range": _range,
+    "Reciprocal": lambda node, operands: 1 / operands[0],
     "Reshape": _reshape,
+    "Sqrt": lambda node, operands: np.sqrt(operands[0]),
     "Sub": lambda node, operands: operands[0] - operands[1],
     "Unsqueeze": _unsqueeze,
 }

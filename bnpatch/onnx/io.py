@@ -166,6 +166,10 @@ def _read(file: Path) -> onnx.ModelProto:
     except BnpatchError:
         raise
     except Exception as error:  # DecodeError of google.protobuf, whose class depends on the installation
+        if _is_of_torch(file):
+            raise BnpatchError(
+                f"{file} is a file of torch.save under another name", "give it a name that ends in .pt"
+            ) from error
         raise BnpatchError(
             f"{file} is not an ONNX model, or is truncated",
             "compare its size with the source and fetch it again",
@@ -173,6 +177,11 @@ def _read(file: Path) -> onnx.ModelProto:
     if not proto.ir_version or not proto.HasField("graph"):
         raise BnpatchError(f"{file} is not an ONNX model", "export one, with torch.onnx.export for example")
     return proto
+
+
+def _is_of_torch(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"PK", b"\x80\x02")  # a zip archive, or a pickle
 
 
 def _check_opset(file: Path, proto: onnx.ModelProto) -> None:

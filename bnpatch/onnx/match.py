@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.core.inventory import Inventory, SkippedNorm
+from bnpatch.core.inventory import SCALE_AND_SHIFT, Inventory, SkippedNorm
+from bnpatch.onnx.decomposed import find_decomposed, is_affine
 from bnpatch.onnx.group_norm import find_exported_group_norm
 from bnpatch.onnx.inference import NORMS, Array, Dims, TensorType, constant_of, infer_types, names_of
 
@@ -36,6 +37,7 @@ class OnnxNormLayer:
             norm layers with the same value here.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
+        operand: which input of the first node is normalized.
         dtype: type of the input.
         dims: dimensions of the input, (N, C, *spatial).
         channels_per_group: number of consecutive channels whose moments are pooled; 1 is Batch Norm.
@@ -58,6 +60,7 @@ class OnnxNormLayer:
     bias: Array = field(repr=False)
     running_mean: Array | None = field(default=None, repr=False)
     running_var: Array | None = field(default=None, repr=False)
+    operand: int = field(default=0, kw_only=True)
 
     @property
     def node(self) -> ir.Node:
@@ -67,7 +70,7 @@ class OnnxNormLayer:
     @property
     def input(self) -> ir.Value:
         """The value that is normalized, (N, C, *spatial)."""
-        value = self.nodes[0].inputs[0]
+        value = self.nodes[0].inputs[self.operand]
         assert value is not None  # _judge has read its type
         return value
 
@@ -144,7 +147,7 @@ def _judge(
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type not in NORMS:
-        return None
+        return None if function else _judge_arithmetic(node, types)
     kind = node.op_type
     try:
         if function:
@@ -165,6 +168,24 @@ def _judge(
         raise _SkippedError("Instance Norm normalizes by the example alone, on purpose")
     except _SkippedError as no:
         return SkippedNorm(_module_name(node, list(node.inputs[1:])), kind, str(no))
+
+
+def _judge_arithmetic(node: ir.Node, types: Mapping[int, TensorType]) -> OnnxNormLayer | SkippedNorm | None:
+    """Judge a node that may begin a Batch Norm of simpler operators."""
+    if (found := find_decomposed(node, types)) is not None:
+        input_ = _type_of(node.inputs[found.operand], types)
+        name = _module_name(found.nodes[-1], found.values)
+        try:
+            layer = _norm_layer(
+                found.nodes, "BatchNormalization", input_, found.parameters[0].size, found.eps,
+                found.parameters, name,
+            )  # fmt: skip
+            return replace(layer, operand=found.operand)
+        except _SkippedError as no:
+            return SkippedNorm(name, "BatchNormalization", str(no))
+    if is_affine(node, types):
+        return SkippedNorm(_module_name(node, list(node.inputs)), "Mul, Add", SCALE_AND_SHIFT)
+    return None
 
 
 class _SkippedError(Exception):

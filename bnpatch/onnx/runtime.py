@@ -100,7 +100,7 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
         except Exception as error:
             raise BnpatchError(
                 f"onnxruntime refuses the graph: {first_line(error)}",
-                "try a newer onnxruntime",
+                "export the model again with operators of the standard, or try a newer onnxruntime",
             ) from error
 
 

@@ -13,6 +13,7 @@ from bnpatch.models.export import ParityError, export_onnx
 from bnpatch.models.running_stats import target_moments
 from tests.models.small import INPUTS, assert_close
 from tests.nn.test_surgery import CALIBRATED, images, settle
+from tests.onnx.build import bn_model
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,58 @@ def test_a_file_that_deviates_does_not_stay(checkpoint, exporter, tmp_path, monk
         export_onnx(model, tmp_path / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+@pytest.fixture
+def any_size(tmp_path):
+    """A patched ONNX model that takes images of any size."""
+    path = tmp_path / "source.onnx"
+    onnx.save(bn_model(x=("n", 3, "h", "w"), conv=True), path)
+    model = bnpatch.load(path, preprocessing={"img_size": (5, 4)})
+    model.set_alphas(0.3)
+    return model
+
+
+def test_a_file_for_images_of_any_size_is_compared_at_two(any_size, tmp_path):
+    done = export_onnx(any_size, tmp_path / "model.onnx")
+    assert (done.batches, done.sizes) == ((1, 2, 5, 2), ((3, 5, 4), (3, 37, 36)))
+    done = export_onnx(
+        any_size, tmp_path / "model.onnx", images=images(4, 3, 9, 9)
+    )  # and at that of the data
+    assert (done.batches, done.sizes) == ((1, 2, 5, 4, 2), ((3, 5, 4), (3, 9, 9), (3, 37, 36)))
+
+
+def test_a_file_that_deviates_at_another_size_does_not_stay(any_size, tmp_path, monkeypatch):
+    graph, patched = any_size.rewritten()
+    proto = ir.to_proto(graph)
+    proto.graph.node[-1].output[0] = "before"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(2), "axis"))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5), "height"))
+    for operator, inputs, output in (
+        ("Shape", ["x"], "sizes"),
+        ("Gather", ["sizes", "axis"], "rows"),
+        ("Sub", ["rows", "height"], "more"),
+        ("Cast", ["more"], "error"),  # 0 at the size of the preprocessing
+        ("Add", ["before", "error"], "y"),
+    ):
+        options = {"to": onnx.TensorProto.FLOAT} if operator == "Cast" else {}
+        proto.graph.node.append(onnx.helper.make_node(operator, inputs, [output], **options))
+    spoiled = ir.from_proto(proto)
+    monkeypatch.setattr(type(any_size), "rewritten", lambda *_: (spoiled, patched))
+    with pytest.raises(ParityError, match="deviates"):
+        export_onnx(any_size, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_model_for_one_size_is_compared_at_that(tmp_path):
+    proto = bn_model(x=("n", 3, "h", "w"), conv=True)
+    proto.graph.node[-1].output[0] = "before"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 3, 5, 4), np.float32), "map"))
+    proto.graph.node.append(onnx.helper.make_node("Mul", ["before", "map"], ["y"]))
+    onnx.save(proto, tmp_path / "source.onnx")
+    model = bnpatch.load(tmp_path / "source.onnx", preprocessing={"img_size": (5, 4)})
+    model.set_alphas(0.3)
+    assert export_onnx(model, tmp_path / "model.onnx").sizes == ((3, 5, 4),)
 
 
 def test_a_model_that_torch_cannot_export_is_said(tmp_path, capfd):

@@ -24,6 +24,7 @@ OTHERS = {
     "an XML document": XML.encode(),
     "a gzip archive; unpack it": b"\x1f\x8b\x08\x00" + bytes(60),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(60),
+    "a TensorFlow Lite file": b"\x1c\0\0\0TFL3" + bytes(60),
 }
 
 
@@ -169,3 +170,20 @@ def test_whatever_a_parser_raises_names_the_file(error):
 def test_a_null_character_in_a_name():
     with pytest.raises(BnpatchError, match=r"cannot read .*null"):
         read_checkpoint("a\0.pt")
+
+
+def test_the_content_of_a_file_counts_more_than_its_name(checkpoint, tmp_path):
+    """safetensors may be named .pt, and what torch.save wrote .safetensors."""
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.pt")
+    torch.save(state, tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        found = bnpatch.load(tmp_path / name).module.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
+def test_weights_in_several_files_are_said(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BnpatchError, match=r"are in several files.*max_shard_size"):
+        bnpatch.load(tmp_path)

@@ -50,7 +50,25 @@ def test_a_resnet_with_other_prefixes(prefixes, resnet, tmp_path):
     content = {renamed(key): tensor for key, tensor in resnet.state_dict().items()}
     model = loaded(tmp_path, {**content, "criterion.weight": torch.ones(6)})
     assert_same(model, resnet)
-    assert any("have other names" in note for note in model.notes)
+    assert any("see that the accuracy is what you know it to be" in note for note in model.notes)
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [("backbone.", "head."), ("model.encoder.", "model.classifier.1."), ("backbone._orig_mod.", "fc.")],
+)
+def test_a_classifier_of_ones_own_after_any_model_of_timm(body, head, tmp_path):
+    module = settle(timm.create_model("test_efficientnet", num_classes=4))
+    content = {}
+    for key, tensor in module.state_dict().items():
+        is_head = key.startswith("classifier.")
+        content[head + key.removeprefix("classifier.") if is_head else body + key] = tensor
+    model = loaded(tmp_path, content)
+    assert_same(model, module)
+    assert any("the classifier has another name" in note for note in model.notes)
+    # What is beside body and classifier may be part of the model.
+    with pytest.raises(BnpatchError, match="fit no architecture"):
+        loaded(tmp_path, {**content, "pool.p": torch.ones(1)})
 
 
 def test_shortcuts_may_come_before_the_other_branch(resnet, tmp_path):
@@ -145,6 +163,100 @@ def test_a_folder_that_hugging_face_saved(resnet, tmp_path):
     assert_same(model, resnet)
     assert model.class_names == tuple(labels.values())
     assert model.preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def _unit(name, conv="convolution", norm="normalization"):
+    """Names of a convolution and of its Batch Norm in Hugging Face's library."""
+    return [f"{name}.{conv}", f"{name}.{norm}"]
+
+
+def _mobilenet_v1():
+    layers = [f"mobilenet_v1.layer.{index}" for index in range(26)]
+    return [part for name in ("mobilenet_v1.conv_stem", *layers) for part in _unit(name)]
+
+
+def _mobilenet_v2():
+    stem = [f"conv_stem.{unit}" for unit in ("first_conv", "conv_3x3", "reduce_1x1")]
+    layers = [
+        f"layer.{index}.{unit}" for index in range(16) for unit in ("expand_1x1", "conv_3x3", "reduce_1x1")
+    ]
+    return [part for name in (*stem, *layers, "conv_1x1") for part in _unit(f"mobilenet_v2.{name}")]
+
+
+def _efficientnet_b0():
+    names = _unit("efficientnet.embeddings", norm="batchnorm")
+    for index in range(16):
+        block = f"efficientnet.encoder.blocks.{index}"
+        names += _unit(f"{block}.expansion", "expand_conv", "expand_bn") if index else []
+        names += _unit(f"{block}.depthwise_conv", "depthwise_conv", "depthwise_norm")
+        names += [f"{block}.squeeze_excite.reduce", f"{block}.squeeze_excite.expand"]
+        names += _unit(f"{block}.projection", "project_conv", "project_bn")
+    return names + _unit("efficientnet.encoder", "top_conv", "top_bn")
+
+
+IN_ORDER = {
+    "tf_mobilenetv1_025": _mobilenet_v1,
+    "tf_mobilenetv2_035": _mobilenet_v2,
+    "tf_efficientnet_b0": _efficientnet_b0,
+}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tf_mobilenetv2_035", "tf_efficientnet_b0")]
+
+
+@pytest.fixture(params=["tf_mobilenetv1_025", *SLOW])
+def in_alphabetical_order(request, tmp_path):
+    """A folder that Hugging Face's library saves, and the model of timm that computes the same."""
+    module = settle(Architecture("timm", request.param, num_classes=4).build())
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in module.state_dict()))
+    names = dict(zip(modules, [*IN_ORDER[request.param](), "classifier"], strict=True))
+    content = {}
+    for key, tensor in module.state_dict().items():
+        place, _, role = key.rpartition(".")
+        content[f"{names[place]}.{role}"] = tensor.contiguous()
+    save_file(content, tmp_path / "model.safetensors")
+    config = {"model_type": names[modules[0]].split(".")[0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path, module, config
+
+
+def test_mobilenets_and_efficientnets_of_hugging_face(in_alphabetical_order):
+    """Padding is that of TensorFlow: at stride 2 it lies at the end alone."""
+    folder, module, _ = in_alphabetical_order
+    model = bnpatch.load(folder, device="cpu")
+    assert_same(model, module)
+    model.set_alphas(0.2)
+    assert model.save(folder / "patched.pt", model.recipe())  # by the name of its architecture
+    again = bnpatch.load(folder / "patched.pt", device="cpu")
+    x = images(2, 3, 64, 64)
+    torch.testing.assert_close(again.module(x), model.module(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("resnet", {"downsample_in_bottleneck": True}),
+        ("mobilenet_v2", {"tf_padding": False}),
+        ("efficientnet", {"hidden_act": "relu"}),
+    ],
+)
+def test_a_configuration_of_another_architecture_is_refused(family, change, resnet, tmp_path):
+    """Its tensors would fit, and the outputs would be wrong."""
+    save_file({key: t.contiguous() for key, t in resnet.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    bnpatch.load(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **change}))
+    with pytest.raises(BnpatchError, match=rf"config.json says {next(iter(change))} = .*no {family}"):
+        bnpatch.load(tmp_path, device="cpu")
+
+
+def test_the_architecture_of_renamed_tensors_can_be_chosen(resnet, tmp_path):
+    content = {f"own.{key}": tensor for key, tensor in resnet.state_dict().items()}
+    torch.save(content, tmp_path / "model.pth")
+    model = bnpatch.load(tmp_path / "model.pth", arch="timm:resnetblur18", device="cpu")
+    assert str(model.arch) == "timm:resnetblur18"
+    with pytest.raises(BnpatchError, match="do not fit"):
+        bnpatch.load(tmp_path / "model.pth", arch="timm:resnet34")
 
 
 def test_a_timm_model_that_hugging_face_wrapped(tmp_path):

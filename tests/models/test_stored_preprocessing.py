@@ -121,3 +121,17 @@ def test_a_damaged_file_beside_the_checkpoint_is_named(name, text, tmp_path):
 def test_arrays_are_numbers_too(tmp_path):
     known = loaded_with(tmp_path, pretrained_cfg={"mean": torch.tensor([0.5, 0.25, 0.125])}).preprocessing
     assert known.mean == (0.5, 0.25, 0.125)
+
+
+def test_the_normalization_of_hugging_face_is_that_of_its_processor():
+    """Bytes x become ((x * factor - offset) - mean) / std, and EfficientNet's processor divides twice."""
+    config = {"image_mean": [0.25] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}
+    x = np.array([0.0, 51.0, 255.0])
+    for change, expected in (
+        ({}, (x / 127.5 - 0.25) / 0.5),
+        ({"rescale_offset": True}, (x / 127.5 - 1 - 0.25) / 0.5),
+        ({"rescale_offset": True, "include_top": True}, (x / 127.5 - 1 - 0.25) / 0.5 / 0.5),
+        ({"do_rescale": False}, (x - 0.25) / 0.5),
+    ):
+        values = of_hugging_face({**config, **change}, "")
+        np.testing.assert_allclose((x / 255 - values["mean"][0]) / values["std"][0], expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -53,14 +54,45 @@ def test_a_frozen_norm_of_ones_own_is_patched_as_batch_norm_is(eps):
 
 @pytest.mark.parametrize("norm", [Frozen(6, error=1e-4), ByBatch(6)], ids=["another formula", "by the batch"])
 def test_a_class_that_computes_something_else_is_skipped(norm):
-    assert not inventory(network(norm)).norm_layers
+    module = network(norm)
+    found = inventory(module)
+    assert not found.norm_layers
+    (left,) = found.skipped_norms
+    assert "torch's BatchNorm2d takes the same tensors" in left.reason
+    plain = nn.BatchNorm2d(6)
+    assert not plain.load_state_dict(norm.state_dict(), strict=False).unexpected_keys  # what it says is true
+    module[1] = plain
+    assert len(inventory(patch(module, 0.3)).norm_layers) == 1
 
 
-@pytest.mark.parametrize("norm", [Frozen, FrozenBatchNorm2d])
+class ByHand(nn.Module):
+    """The scale and shift that are left of a Batch Norm; the sign tells it from another module."""
+
+    def __init__(self, sign=1):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+        self.sign = sign
+
+    def forward(self, x):
+        return x * self.weight.view(1, -1, 1, 1) + self.sign * self.bias.view(1, -1, 1, 1)
+
+
+def test_a_scale_and_a_shift_by_hand_are_said():
+    (left,) = inventory(network(ByHand())).skipped_norms
+    assert (left.name, left.kind) == ("1", "ByHand")
+    assert "don't tell the running statistics" in left.reason
+    assert not inventory(network(ByHand(sign=-1))).skipped_norms
+
+
+@pytest.mark.parametrize("norm", [Frozen, FrozenBatchNorm2d, FrozenBatchNormAct2d])
 def test_frozen_norms_are_exported(norm, tmp_path):
     module = patch(network(norm(6)), 0.3)
     done = bnpatch.export_onnx(module, tmp_path / "model.onnx", images(2, 3, 8, 8))
     assert done.patched == ("1",)
+    x = images(2, 3, 8, 8) - 1  # some values are negative, so that an activation shows
+    torch.testing.assert_close(
+        bnpatch.load(tmp_path / "model.onnx").predict(x), module(x), rtol=1e-4, atol=1e-4
+    )
     assert type(unpatch(module)[1]) is norm  # the module is as it was
 
 
