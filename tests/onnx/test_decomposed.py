@@ -8,6 +8,7 @@ from onnx import helper
 
 import bnpatch
 from bnpatch.core.moments import Moments, mix
+from bnpatch.core.patch import PatchWeights
 from bnpatch.models.running_stats import recover_folded
 from bnpatch.onnx.fused_conv import find_fused_convs
 from bnpatch.onnx.inference import constant_of
@@ -105,7 +106,7 @@ def test_a_readable_arrangement_is_a_norm_layer(nodes):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_its_rewrite_is_the_formula(nodes, alpha):
     graph = from_proto(proto_of(nodes))
-    done = rewrite(graph, {"bn": alpha})
+    done = rewrite(graph, PatchWeights({"bn": alpha}))
     assert done.patched == (("bn",) if alpha else ())
     x = example(2, 6, 5, 4)
     # The stored square root has another split of var + eps, of which alpha moves at most 1e-3.
@@ -115,7 +116,7 @@ def test_its_rewrite_is_the_formula(nodes, alpha):
 
 def test_a_rewrite_leaves_nothing_of_it():
     graph = from_proto(proto_of(FORMS["divides by the square root"]))
-    rewrite(graph, {"bn": 0.3})
+    rewrite(graph, PatchWeights({"bn": 0.3}))
     assert not [node for node in graph.graph if (node.name or "").startswith("op_")]
     assert not [name for name in graph.graph.initializers if name.startswith("bn.running")]
 
@@ -123,7 +124,7 @@ def test_a_rewrite_leaves_nothing_of_it():
 def test_other_running_statistics_make_it_a_batch_norm():
     graph = from_proto(proto_of(STORED))
     moved = Moments(np.zeros(6), np.ones(6))
-    rewrite(graph, {"bn": 0.0}, running={"bn": moved})
+    rewrite(graph, PatchWeights({"bn": 0.0}), running={"bn": moved})
     operators = [node.op_type for node in graph.graph if node.op_type != "Constant"]
     assert operators == ["Relu", "BatchNormalization"]
     assert check(graph)
