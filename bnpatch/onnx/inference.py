@@ -6,6 +6,7 @@ other value counts as dynamic. :func:`names_of` returns the names of a value and
 view of. :func:`infer_types` returns types and dimensions of all values.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,11 @@ class TensorType:
 
     dtype: ir.DataType | None = None
     dims: Dims = ()
+
+    @property
+    def least_size(self) -> int:
+        """Number of elements, where each dimension that is not known counts as 1."""
+        return math.prod(size for size in self.dims if isinstance(size, int))
 
 
 def infer_types(model: ir.Model) -> dict[int, TensorType]:

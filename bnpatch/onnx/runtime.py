@@ -1,6 +1,8 @@
 """Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
+import math
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.limits import SECONDS, VALUES
 from bnpatch.onnx import io
 from bnpatch.onnx.inference import NORMS, infer_types
 
@@ -96,12 +99,52 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
         path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
         try:
             settings = {"device_id": str(device.index)} if device.index is not None else {}
-            return onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+            session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
         except Exception as error:
             raise BnpatchError(
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "try a newer onnxruntime",
             ) from error
+    loops = any(node.op_type == "Loop" for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return _TimedSession(session) if loops or model.functions else session
+
+
+class _TimedSession:
+    """A session that ends a run after some seconds per example, for graphs with loops, which may have no end.
+
+    Args:
+        session: the session of onnxruntime, whose other methods it has.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._input = session.get_inputs()[0].name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, outputs: list[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the graph.
+
+        Raises:
+            BnpatchError: the run took longer than :data:`~bnpatch.core.limits.SECONDS` for each example.
+        """
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        seconds = SECONDS.value * max(1, len(feeds[self._input]))
+        timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, options)
+        except Exception:
+            if options.terminate:
+                SECONDS.check(math.inf, f"a loop in the graph has not ended after {seconds:g} s")
+            raise
+        finally:
+            timer.cancel()
+        return results
 
 
 def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> None:
@@ -114,8 +157,13 @@ def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> N
         model: the graph.
         signature: its signature.
         size: (channels, *spatial) of the input.
+
+    Raises:
+        BnpatchError: the graph has a value of more numbers than :data:`~bnpatch.core.limits.VALUES` allows.
     """
     types = infer_types(model)
+    largest = max((known.least_size for known in types.values()), default=0)
+    VALUES.check(largest, f"the graph has a value of {largest:,} numbers")
     inputs = [node.inputs[0] for node in model.graph if node.op_type in NORMS and node.inputs]
     unknown = {v.name: v for v in inputs if v is not None and not types[id(v)].dims and v.name}
     if not unknown:

@@ -61,16 +61,18 @@ def test_a_zip_archive_without_weights_is_called_so(tmp_path):
 
 def test_an_archive_that_would_fill_the_memory(tmp_path, monkeypatch):
     """A file of kilobytes can claim gigabytes: its members are compressed."""
-    monkeypatch.setattr("bnpatch.models.unpickle.MOST_UNPACKED", 1 << 20)
+    monkeypatch.setenv("BNPATCH_MAX_UNPACKED_MB", "1")
     torch.save({"0.weight": torch.zeros(1 << 20)}, tmp_path / "plain.pt")
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w") as made:
         for name in plain.namelist():
             made.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
-    message = r"claims to unpack to .* GiB; bnpatch reads at most 0\.000977 GiB more .*; save it with torch"
+    message = r"model\.pt unpacks to 4 MB more than its size .* limit is 1; .* BNPATCH_MAX_UNPACKED_MB to a"
     with pytest.raises(BnpatchError, match=message):
         read_checkpoint(path)
-    assert read_checkpoint(tmp_path / "plain.pt").state_dict.keys() == {"0.weight"}  # the remedy
+    assert read_checkpoint(tmp_path / "plain.pt").state_dict.keys() == {"0.weight"}
+    monkeypatch.setenv("BNPATCH_MAX_UNPACKED_MB", "5")  # the remedy
+    assert read_checkpoint(path).state_dict.keys() == {"0.weight"}
 
 
 class PathOf:
