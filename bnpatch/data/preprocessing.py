@@ -14,6 +14,8 @@ from bnpatch.core.errors import BnpatchError
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 _VALUES = {"img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+_CROP_MODES = ("center", "squash", "border")
+_LARGEST_SIDE = 1 << 16
 
 Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
@@ -162,10 +164,27 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "Preprocessing":
-        """Read what :meth:`to_json` made; ``where`` says where it was stored, for :attr:`source`."""
+        """Read what :meth:`to_json` made; ``where`` says where it was stored, for :attr:`source`.
+
+        Raises:
+            BnpatchError, AttributeError, IndexError, TypeError, ValueError: another program wrote the values.
+        """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
-        return cls(**{**plain, "source": f"{where}, as of {first}"})
+        read = cls(**{**plain, "source": f"{where}, as of {first}"})
+        fits = {
+            "input_size": all(
+                isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in read.input_size
+            ),
+            "mean": all(map(math.isfinite, read.mean)),
+            "std": all(map(math.isfinite, read.std)),
+            "interpolation": read.interpolation in _INTERPOLATIONS,
+            "crop_pct": isinstance(read.crop_pct, (int, float)) and 0 < read.crop_pct < math.inf,
+            "crop_mode": read.crop_mode in _CROP_MODES,
+        }
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise ValueError(f"{wrong[0]} is {str(values.get(wrong[0]))[:40]}")
+        return read
 
 
 class ImageModel(Protocol):

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import pickle
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.checkpoint import read_checkpoint
 from bnpatch.models.foreign import reading
 
@@ -157,6 +159,34 @@ def test_a_damaged_checkpoint_of_bnpatch(value, tmp_path, checkpoint):
             bnpatch.load(tmp_path / "model.pt")
     else:
         assert bnpatch.load(tmp_path / "model.pt").arch
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": [3, "32", 32]},
+        {"input_size": [3, 0, 32]},
+        {"input_size": 32},
+        {"mean": [float("inf")]},
+        {"std": ["wide"]},
+        {"interpolation": ["bilinear"]},
+        {"crop_pct": "0.9"},
+        {"crop_pct": 0},
+        {"crop_mode": "left"},
+        {"size": 32},
+    ],
+)
+def test_a_preprocessing_that_bnpatch_did_not_write(change):
+    good = Preprocessing((3, 32, 32), (0.5,), (0.5,)).to_json()
+    assert Preprocessing.from_json(json.loads(json.dumps(good)), "here").input_size == (3, 32, 32)
+    with pytest.raises(BnpatchError), reading(pathlib.Path("a.pt"), "a checkpoint", "make it again"):
+        Preprocessing.from_json({**good, **change}, "here")
+
+
+def test_a_key_that_cannot_be_printed(tmp_path):
+    torch.save({10**5000: 1}, tmp_path / "a.pt")
+    with pytest.raises(BnpatchError, match=r"a\.pt is damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError, KeyError, OverflowError, ValueError])
