@@ -105,11 +105,12 @@ def npz(size: int) -> Callable[[Path], Path]:
     """Images of ``size`` bytes, all black."""
 
     def make(folder: Path) -> Path:
-        count = size >> 10
+        side = 224
+        count = size // (3 * side * side)
         path = folder / "data.npz"
         head = io.BytesIO()
         np.lib.format.write_array_header_1_0(
-            head, {"descr": "|u1", "fortran_order": False, "shape": (count, 32, 32)}
+            head, {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
         )
         targets = io.BytesIO()
         np.save(targets, np.zeros(count, np.uint8))
@@ -117,8 +118,8 @@ def npz(size: int) -> Callable[[Path], Path]:
             archive.writestr("y.npy", targets.getvalue())
             with archive.open("x.npy", "w", force_zip64=True) as stream:
                 stream.write(head.getvalue())
-                for _ in range(size >> 24):
-                    stream.write(bytes(1 << 24))
+                for _ in range(count):
+                    stream.write(bytes(3 * side * side))
         return path
 
     return make

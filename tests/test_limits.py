@@ -3,11 +3,13 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from PIL import Image
 
 import bnpatch
@@ -20,7 +22,7 @@ from bnpatch.data.images import FileImages
 from bnpatch.onnx import io
 from tests.data.test_bit_depth import write_png
 from tests.hostile import chain, classifying, doubling, filling, looping
-from tests.onnx.build import batch_norm
+from tests.onnx.build import batch_norm, constant
 
 
 def write(path, proto):
@@ -43,7 +45,8 @@ def test_a_limit_is_read_from_the_environment(monkeypatch):
 
 def test_the_table_has_every_limit():
     known = {limit for limit in vars(limits).values() if isinstance(limit, limits.Limit)}
-    rows = [line.split("|")[1:3] for line in limits.__doc__.splitlines() if line.startswith("| ``")]
+    page = Path(__file__).parents[1] / "docs" / "performance.md"
+    rows = [line.split("|")[1:3] for line in page.read_text().splitlines() if line.startswith("| `BNPATCH")]
     assert {(name.strip(" `"), float(default.replace(",", ""))) for name, default in rows} == {
         (limit.name, limit.default) for limit in known
     }
@@ -187,6 +190,39 @@ def test_nodes_of_a_graph(tmp_path, monkeypatch):
 def test_values_that_fill_the_memory(tmp_path, proto, numbers):
     with pytest.raises(BnpatchError, match=f"a value of {numbers} numbers, .*BNPATCH_MAX_VALUES"):
         bnpatch.load(write(tmp_path / "m.onnx", proto))
+
+
+def test_shape_inference_computes_nothing_large(tmp_path):
+    """It would list a trillion numbers to learn the shape of what follows."""
+    start = [constant("zero", np.array(0)), constant("one", np.array(1)), constant("most", np.array(1 << 40))]
+    counting = [*start, helper.make_node("Range", ["zero", "most", "one"], ["c"])]
+    concatenating = [constant("c0", np.array([1, 1]))]
+    concatenating += [helper.make_node("Concat", [f"c{k}"] * 2, [f"c{k + 1}"], axis=0) for k in range(40)]
+    concatenating.append(helper.make_node("Identity", ["c40"], ["c"]))
+    end = [
+        helper.make_node("Cast", ["c"], ["f0"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["f0"], ["m"], keepdims=0),
+        helper.make_node("Add", ["n", "m"], ["h"]),
+    ]
+    for nodes in (counting, concatenating):
+        proto = classifying([batch_norm(output="n"), *nodes, *end])
+        with pytest.raises(BnpatchError, match=r"a value of [\d,]+ numbers"):
+            io.load(write(tmp_path / "m.onnx", proto))
+
+
+@pytest.mark.parametrize("where", ["initializer", "attribute"])
+def test_sparse_tensors_are_not_lost(tmp_path, where):
+    values, places = np.ones(1, np.float32), np.zeros(1, np.int64)
+    tensor = helper.make_sparse_tensor(
+        onnx.numpy_helper.from_array(values, "s"), onnx.numpy_helper.from_array(places, "i"), [10**6, 10**6]
+    )
+    proto = classifying([batch_norm(output="h")])
+    if where == "initializer":
+        proto.graph.sparse_initializer.append(tensor)
+    else:
+        proto.graph.node.append(helper.make_node("Constant", [], ["s"], sparse_value=tensor))
+    with pytest.raises(BnpatchError, match=r"m\.onnx has sparse tensors"):
+        io.load(write(tmp_path / "m.onnx", proto))
 
 
 def test_loops(tmp_path, monkeypatch):

@@ -1,17 +1,7 @@
 """Limits on what a file may ask of the machine, so that no file fills the memory or runs without end.
 
-A file of a kilobyte can ask for a terabyte. Every limit lies far above what models and data sets need, and
-can be set by an environment variable, ``BNPATCH_MAX_`` and its name:
-
-| variable | default | what it limits |
-|---|---|---|
-| ``BNPATCH_MAX_UNPACKED_MB`` | 500 | what a checkpoint or an .npz file unpacks to beyond its own size |
-| ``BNPATCH_MAX_MEGAPIXELS`` | 178 | pixels of an image file, in millions; colors of 16 bits count twice |
-| ``BNPATCH_MAX_TEXT_MB`` | 20 | the size of a class map, a recipe or a configuration |
-| ``BNPATCH_MAX_CLASSES`` | 200,000 | names in a class map |
-| ``BNPATCH_MAX_NODES`` | 20,000 | nodes of an ONNX graph, with those of all functions that it calls |
-| ``BNPATCH_MAX_VALUES`` | 268,435,456 | numbers in one value of an ONNX graph, for one example |
-| ``BNPATCH_MAX_SECONDS`` | 5 | run time of an ONNX graph with a loop, for each example |
+A file of a kilobyte can ask for a terabyte. Every limit lies far above what models and data sets need, and an
+environment variable sets each; docs/performance.md has the table.
 """
 
 import os

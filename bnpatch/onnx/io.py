@@ -21,7 +21,7 @@ from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.io import check_regular, temporary_folder
 from bnpatch.core.leftovers import without_temporary
 from bnpatch.core.limits import NODES
-from bnpatch.onnx.inference import NORMS
+from bnpatch.onnx.inference import NORMS, check_sizes
 
 #: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
 EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything that is no tensor
@@ -39,15 +39,18 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Calls of model-local functions that contain norms are inlined (:func:`inline_norms`).
 
     Raises:
-        BnpatchError: the file does not exist, is not a valid ONNX model, needs an opset that is not
-            supported, or its external data are missing, too short or outside its folder.
+        BnpatchError: the file does not exist, is not a valid ONNX model, asks for more than
+            :mod:`bnpatch.core.limits` allows, needs an opset that is not supported, has sparse tensors, or
+            its external data are missing, too short or outside its folder.
     """
     file = Path(os.path.abspath(path))
     proto = _read(file)
     _check_opset(file, proto)
     try:
-        _check_text(proto)
+        _check_fields(file, proto)
         count = _count_nodes(proto)
+    except BnpatchError:
+        raise
     except Exception as error:  # values of types that no field should have
         raise _not_valid(file, error) from error
     NODES.check(count, f"{file} has {count:,} nodes, with those of the functions that it calls")
@@ -65,6 +68,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             onnx.checker.check_model(ir.to_proto(model))
         for tensor in _tensors(model):
             tensor.numpy()  # raises if there are fewer numbers than the shape says; the checker does not
+        check_sizes(model)
+    except BnpatchError as error:
+        raise BnpatchError(f"{file}: {error.problem}", error.remedy) from error
     except Exception as error:  # ValidationError, and errors of other types in the checker itself
         raise _not_valid(file, error) from error
     return inline_norms(model)
@@ -196,13 +202,20 @@ def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
         )
 
 
-def _check_text(message: Any) -> None:
-    """Raise ValueError if a name is not UTF-8. Protobuf reads such a name, but can't write it."""
+def _check_fields(file: Path, message: Any) -> None:
+    """Raise an error for what protobuf or onnx-ir reads, but can't write.
+
+    Raises:
+        ValueError: a name is not UTF-8.
+        BnpatchError: a tensor is sparse.
+    """
+    if message.DESCRIPTOR.name == "SparseTensorProto":
+        raise BnpatchError(f"{file} has sparse tensors, which bnpatch would lose", "write them as dense ones")
     for field, value in message.ListFields():
         values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
         if field.type == field.TYPE_MESSAGE:
             for part in values:
-                _check_text(part)
+                _check_fields(file, part)
         elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
             raise ValueError(f"its field {field.name!r} is not UTF-8 text")
 

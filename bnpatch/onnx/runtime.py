@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.core.limits import SECONDS, VALUES
+from bnpatch.core.limits import SECONDS
 from bnpatch.onnx import io
 from bnpatch.onnx.inference import NORMS, infer_types
 
@@ -157,13 +157,8 @@ def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> N
         model: the graph.
         signature: its signature.
         size: (channels, *spatial) of the input.
-
-    Raises:
-        BnpatchError: the graph has a value of more numbers than :data:`~bnpatch.core.limits.VALUES` allows.
     """
     types = infer_types(model)
-    largest = max((known.least_size for known in types.values()), default=0)
-    VALUES.check(largest, f"the graph has a value of {largest:,} numbers")
     inputs = [node.inputs[0] for node in model.graph if node.op_type in NORMS and node.inputs]
     unknown = {v.name: v for v in inputs if v is not None and not types[id(v)].dims and v.name}
     if not unknown:
