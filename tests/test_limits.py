@@ -57,7 +57,7 @@ def test_arrays(tmp_path, checkpoint, monkeypatch):
     np.savez_compressed(path, x=np.zeros((4000, 32, 32), np.uint8), y=np.zeros(4000, int))
     model = bnpatch.load(checkpoint)
     monkeypatch.setenv(limits.UNPACKED_MB.name, "1")
-    with pytest.raises(BnpatchError, match=r"data\.npz unpacks to 4 MB more than its size"):
+    with pytest.raises(BnpatchError, match=r"data\.npz: x\.npy unpacks to 4 MB more than the file"):
         bnpatch.open_examples(path, model)
     monkeypatch.setenv(limits.UNPACKED_MB.name, "5")
     assert len(bnpatch.open_examples(path, model)) == 4000

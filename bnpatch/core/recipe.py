@@ -288,7 +288,7 @@ class Recipe:
             content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
         except OSError as error:
             raise BnpatchError(
-                f"cannot read {path}: {first_line(error)}", "name a recipe.json file"
+                f"cannot read {path}: {error.strerror or error}", "name a recipe.json file"
             ) from error
         except (ValueError, RecursionError) as error:
             raise BnpatchError(f"{path} is not a recipe", "name a recipe.json file") from error

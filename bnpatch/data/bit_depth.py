@@ -95,6 +95,7 @@ def of_sample(images: Iterable[Callable[[], npt.NDArray[Any] | None]], where: st
         with contextlib.suppress(Exception):  # an image that can't be read is reported when it is used
             found = values()
             largest = max(largest, -1 if found is None else _largest(found))
+            del found  # before the next one is decoded
         if largest >> _BITS[-2] > 0:
             return BitDepth(16, "found")
     if largest < 0:

@@ -63,14 +63,17 @@ class FileImages:
         if problem := self.problems.get(path):
             raise OSError(problem)
         with open_image(path) as image:
-            ROOM.take(image.width * image.height)
-            colors = deep_colors(path, image) if self.bit_depth.needs_low_bytes else None
+            deep = self.bit_depth.needs_low_bytes
+            ROOM.take(image.width * image.height * (2 if deep else 1))
+            colors = deep_colors(path, image) if deep else None
             if colors is None:
                 ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what it need not rotate
                 return as_mode(image, self.mode, self.bit_depth)
             shallow = Image.fromarray(self.bit_depth.to_bytes(colors))
+            del colors  # of a large image, a gigabyte
             shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-            return ImageOps.exif_transpose(shallow).convert(self.mode)
+            ImageOps.exif_transpose(shallow, in_place=True)
+            return as_mode(shallow, self.mode)
 
     def name(self, index: int) -> str:
         """Return the path below the root."""

@@ -38,10 +38,6 @@ def read_arrays(path: Path, wanted: Sequence[Sequence[str]]) -> dict[str, npt.ND
             members = _members(file)
             group = next((group for group in wanted if all(name in members for name in group)), ())
             size = path.stat().st_size
-            more = (sum(members[name].file_size for name in group) - size) / 1e6
-            UNPACKED_MB.check(
-                more, f"{path} unpacks to {more:,.0f} MB more than its size (numpy.savez compresses nothing)"
-            )
             return {name: _read(file, members[name], size) for name in group}
     except OSError as error:
         raise BnpatchError(f"cannot read {path}: {first_line(error)}", "check the path") from error
@@ -49,8 +45,8 @@ def read_arrays(path: Path, wanted: Sequence[Sequence[str]]) -> dict[str, npt.ND
         raise BnpatchError(f"{path} does not fit into memory", "give fewer examples, or a folder") from error
     except RuntimeError as error:  # the file is encrypted, or compressed by a method that Python lacks
         raise BnpatchError(f"cannot read {path}: {first_line(error)}", "write it with numpy.savez") from error
-    except BnpatchError:
-        raise
+    except BnpatchError as error:
+        raise BnpatchError(f"{path}: {error.problem}", error.remedy) from error
     except Exception as error:  # NumPy parses the header as Python, and raises errors of many types
         raise BnpatchError(
             f"{path} is damaged or not an .npz file ({first_line(error)})", "write it again"
@@ -89,6 +85,10 @@ def _read(file: zipfile.ZipFile, info: zipfile.ZipInfo, file_size: int) -> npt.N
         most = _MOST_PER_BYTE.get(info.compress_type, _MOST_OTHERWISE) * min(info.compress_size, file_size)
         if min(shape, default=0) < 0 or size > min(info.file_size, most):
             raise ValueError(f"{info.filename} claims {size:,} bytes, and has {info.file_size:,}")
+    more = (size - file_size) / 1e6
+    UNPACKED_MB.check(
+        more, f"{info.filename} unpacks to {more:,.0f} MB more than the file (numpy.savez compresses nothing)"
+    )
     with file.open(info) as stream:
         array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -212,8 +212,11 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         with reading(checkpoint.path, "a checkpoint of bnpatch", "make it again"):
             values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
+            output = stored.get("output")
+            if not isinstance(output, str | None):
+                raise TypeError(f"its output is a {type(output).__name__}")
         model.preprocessing = values
-        model.wanted_output = stored.get("output") or None
+        model.wanted_output = output or None
         if recipe.norm_layers:
             model.apply(recipe)
             if any(recipe.alphas.values()):

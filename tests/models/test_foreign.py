@@ -149,10 +149,15 @@ def test_headers_of_safetensors(header, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [[1], "text", {"preprocessing": "text", "recipe": 3}, {"preprocessing": {"a": 1}}]
+    "value", [[1], "text", {"preprocessing": "text", "recipe": 3}, {"preprocessing": {"a": 1}}, "output"]
 )
 def test_a_damaged_checkpoint_of_bnpatch(value, tmp_path, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
+    if value == "output":
+        model = bnpatch.load(checkpoint)
+        model.save(tmp_path / "good.pt", model.recipe())
+        good = torch.load(tmp_path / "good.pt", weights_only=True)["bnpatch"]
+        value = {**good, "output": torch.zeros(2)}
     torch.save({**content, "bnpatch": value}, tmp_path / "model.pt")
     if isinstance(value, dict):
         with pytest.raises(BnpatchError, match=r"model\.pt is damaged or not a checkpoint of bnpatch"):
