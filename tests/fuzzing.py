@@ -375,10 +375,13 @@ def array_bytes(data, rng):
     """Damage an array in the archive, not the archive."""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(made, "w") as copy:
+        wrong = rng.choice(whole.namelist())
         for name in whole.namelist():
             content = whole.read(name)
             head, rest = content[:128], content[128:]
-            copy.writestr(name, rng.choice(BYTES)(head, rng) + rest)
+            if name == wrong:
+                head, rest = rng.choice([(rng.choice(BYTES)(head, rng), rest), (head, flip_bytes(rest, rng))])
+            copy.writestr(name, head + rest)
     return made.getvalue()
 
 

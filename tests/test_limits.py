@@ -259,3 +259,11 @@ def test_a_pipe_is_no_graph(tmp_path):
     os.mkfifo(tmp_path / "m.onnx")
     with pytest.raises(BnpatchError, match="cannot be read: not a regular file"):
         io.load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UNDEFINED, TensorProto.STRING])
+def test_an_input_that_is_no_image(tmp_path, kind):
+    proto = classifying([batch_norm(output="h")])
+    proto.graph.input[0].type.tensor_type.elem_type = kind
+    with pytest.raises(BnpatchError):
+        bnpatch.load(write(tmp_path / "m.onnx", proto))

@@ -45,6 +45,9 @@ class Preprocessing:
     source: str = "given"
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "input_size", tuple(self.input_size)
+        )  # a list, as JSON has it, equals no tuple
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))
@@ -64,7 +67,7 @@ class Preprocessing:
         cfg = resolve_model_data_config(
             module, args={k: v for k, v in (stored or {}).items() if v is not None}
         )
-        return cls(**cfg, source=source)
+        return cls(**cfg, source=source)._checked()
 
     @classmethod
     def of_torchvision(cls, weights: Any, channels: int = 3) -> "Preprocessing":
@@ -171,20 +174,21 @@ class Preprocessing:
         """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
-        read = cls(**{**plain, "source": f"{where}, as of {first}"})
+        return cls(**{**plain, "source": f"{where}, as of {first}"})._checked()
+
+    def _checked(self) -> "Preprocessing":
+        """Return this preprocessing; raise ValueError if a file gave it a value of another kind."""
         fits = {
-            "input_size": all(
-                isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in read.input_size
-            ),
-            "mean": all(map(math.isfinite, read.mean)),
-            "std": all(map(math.isfinite, read.std)),
-            "interpolation": read.interpolation in _INTERPOLATIONS,
-            "crop_pct": isinstance(read.crop_pct, (int, float)) and 0 < read.crop_pct < math.inf,
-            "crop_mode": read.crop_mode in _CROP_MODES,
+            "input_size": all(isinstance(n, int) and 0 < n <= _LARGEST_SIDE for n in self.input_size),
+            "mean": all(map(math.isfinite, self.mean)),
+            "std": all(map(math.isfinite, self.std)),
+            "interpolation": self.interpolation in _INTERPOLATIONS,
+            "crop_pct": isinstance(self.crop_pct, (int, float)) and 0 < self.crop_pct < math.inf,
+            "crop_mode": self.crop_mode in _CROP_MODES,
         }
         if wrong := [name for name, fit in fits.items() if not fit]:
-            raise ValueError(f"{wrong[0]} is {str(values.get(wrong[0]))[:40]}")
-        return read
+            raise ValueError(f"{wrong[0]} is {str(getattr(self, wrong[0]))[:40]}")
+        return self
 
 
 class ImageModel(Protocol):

@@ -59,7 +59,9 @@ def read_signature(model: ir.Model) -> Signature:
         )
     dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
     dtype = inputs[0].dtype
-    if dtype is None or (inputs[0].shape is not None and len(dims) not in (3, 4, 5)):
+    if dtype in (None, ir.DataType.UNDEFINED, ir.DataType.STRING) or (
+        inputs[0].shape is not None and len(dims) not in (3, 4, 5)
+    ):
         raise BnpatchError(
             f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
             "give a graph that takes images (N, C, H, W), or (N, C, L) or (N, C, D, H, W)",
@@ -68,7 +70,7 @@ def read_signature(model: ir.Model) -> Signature:
     channels_last = len(size) == 3 and size[2] in (1, 3) and size[0] not in (1, 3)
     return Signature(
         input=inputs[0].name or "",
-        dtype=dtype.numpy(),
+        dtype=dtype.numpy(),  # type: ignore[union-attr]
         channels_last=channels_last,
         size=(size[2], *size[:2]) if channels_last else tuple(size),
         batch=batch,

@@ -7,6 +7,7 @@ import types
 import zipfile
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -206,3 +207,19 @@ def test_whatever_a_parser_raises_names_the_file(error):
 def test_a_null_character_in_a_name():
     with pytest.raises(BnpatchError, match=r"cannot read .*null"):
         read_checkpoint("a\0.pt")
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"mean": [{}]}, {"std": ["a\0b"]}, {"crop_pct": "0.9"}, {"input_size": [1, 32]}, {"mean": [None]}]
+)
+def test_a_folder_of_the_hub_whose_configuration_is_damaged(tmp_path, cfg):
+    net = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    good = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
+    for found in (good, {**good, **cfg}):
+        config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": found}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if found is good:
+            assert bnpatch.load(tmp_path).preprocessing.input_size == (1, 32, 32)
+    with pytest.raises(BnpatchError, match=r"config\.json|give the file of the weights"):
+        bnpatch.load(tmp_path)
