@@ -70,7 +70,7 @@ def read_signature(model: ir.Model) -> Signature:
     channels_last = len(size) == 3 and size[2] in (1, 3) and size[0] not in (1, 3)
     return Signature(
         input=inputs[0].name or "",
-        dtype=dtype.numpy(),  # type: ignore[union-attr]
+        dtype=dtype.numpy(),
         channels_last=channels_last,
         size=(size[2], *size[:2]) if channels_last else tuple(size),
         batch=batch,
