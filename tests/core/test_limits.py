@@ -45,7 +45,7 @@ def test_a_limit_is_read_from_the_environment(monkeypatch):
 
 def test_the_table_has_every_limit():
     known = {limit for limit in vars(limits).values() if isinstance(limit, limits.Limit)}
-    page = Path(__file__).parents[1] / "docs" / "performance.md"
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
     rows = [line.split("|")[1:3] for line in page.read_text().splitlines() if line.startswith("| `BNPATCH")]
     assert {(name.strip(" `"), float(default.replace(",", ""))) for name, default in rows} == {
         (limit.name, limit.default) for limit in known
