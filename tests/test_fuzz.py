@@ -8,7 +8,14 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from tests.fuzzing import KINDS
 
 # How many damaged files of each kind; twenty times as many are slow.
-COUNTS = {"ONNX, small": 200, "recipe": 500, ".npz": 60, "class map": 100, "class map, JSON": 100}
+COUNTS = {
+    "ONNX, small": 200,
+    "recipe": 500,
+    ".npz": 60,
+    "configuration": 100,
+    "class map": 100,
+    "class map, JSON": 100,
+}
 COUNT = 20
 
 
