@@ -6,6 +6,7 @@ the folder removes the temporary file.
 """
 
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -130,6 +131,16 @@ def _show_life(mark: Path, over: threading.Event) -> None:
     while not over.wait(_SIGN_OF_LIFE):
         with suppress(OSError):
             os.utime(mark)
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is a regular file, because opening a pipe or a device may never end.
+
+    Raises:
+        OSError: the path does not exist, or is something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy.typing as npt
 
 from bnpatch.core import hub
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.core.io import write_text
+from bnpatch.core.io import check_regular, write_text
+from bnpatch.core.limits import TEXT_MB
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights, as_arrays
 
@@ -309,8 +311,8 @@ class Recipe:
             raise BnpatchError(f"{source}: {error.problem}", error.remedy) from error
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BnpatchError(f"{source} is a damaged recipe ({first_line(error)})", remedy) from error
-        names = [norm_layer.name for norm_layer in norm_layers]
-        if twice := {name for name in names if names.count(name) > 1}:
+        counts = Counter(norm_layer.name for norm_layer in norm_layers)
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} stands there twice)", remedy)
         return cls(norm_layers, provenance, content.get("weigh_single_values", False))
 
@@ -327,11 +329,15 @@ class Recipe:
         if os.fspath(path).startswith(hub.PREFIX):
             path = hub.fetch(os.fspath(path).removeprefix(hub.PREFIX))
         try:
-            content = json.loads(
-                Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused
-            )
+            check_regular(Path(path))
+            size = Path(path).stat().st_size / 1e6
+            TEXT_MB.check(size, f"the recipe {path} has {size:,.0f} MB")
+            text = Path(path).read_text(encoding="utf-8")
+            content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
         except OSError as error:
-            raise BnpatchError(f"cannot read {path}: {error.strerror}", "name a recipe.json file") from error
+            raise BnpatchError(
+                f"cannot read {path}: {error.strerror or error}", "name a recipe.json file"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise BnpatchError(f"{path} is not a recipe", "name a recipe.json file") from error
         return cls.from_json(content, str(path))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.data.image_files import check_regular
+from bnpatch.data.image_files import check_size, open_image
 
+_ROWS = 256  # of an image, that are converted at a time
 _BITS = (8, 10, 12, 14, 16)  # the bit depths of sensors
 _MOST = 32
 
@@ -59,7 +60,10 @@ class BitDepth:
                 raise ValueError(f"values up to {largest}, beyond {self.bits} bits (--bit-depth)")
             if self.origin == "unseen" and 0 < largest < 1 << _DARK:
                 raise ValueError(f"values up to {largest} only, almost black as 16 bits (--bit-depth)")
-        return (values.astype(np.uint32) >> (self.bits - 8)).clip(0, 255).astype(np.uint8)
+        eight = np.empty(values.shape, np.uint8)
+        for rows in _strips(len(values)):
+            eight[rows] = (values[rows].astype(np.uint32) >> (self.bits - 8)).clip(0, 255)
+        return eight
 
 
 STANDARD = BitDepth()
@@ -91,6 +95,7 @@ def of_sample(images: Iterable[Callable[[], npt.NDArray[Any] | None]], where: st
         with contextlib.suppress(Exception):  # an image that can't be read is reported when it is used
             found = values()
             largest = max(largest, -1 if found is None else _largest(found))
+            del found  # before the next one is decoded
         if largest >> _BITS[-2] > 0:
             return BitDepth(16, "found")
     if largest < 0:
@@ -120,8 +125,7 @@ def of_files(folders: Collection[Sequence[Path]], where: str) -> BitDepth:
 
 
 def _values_of_file(path: Path) -> npt.NDArray[Any] | None:
-    check_regular(path)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         colors = deep_colors(path, image)
         return deep_values(image) if colors is None else colors
 
@@ -154,17 +158,31 @@ def deep_colors(path: Path, image: Image.Image) -> npt.NDArray[np.uint16] | None
         return None
     if not (swapped := _swapped(modes.pop())):
         return None
-    with Image.open(path) as low, Image.open(path) as high:
-        vars(low)["tile"] = [
-            type(tile)(*tile[:3], swapped if isinstance(tile[3], str) else (swapped, *tile[3][1:]))
-            for tile in tiles
-        ]
-        try:
-            both = np.stack([np.asarray(high), np.asarray(low)], axis=-1).astype(np.uint16)
-        except ValueError:  # Pillow has no such raw mode
-            return None
-    values: npt.NDArray[np.uint16] = both[..., 0] * np.uint16(256) + both[..., 1]
-    return values[..., :3]
+    check_size(image, weight=2)
+    values = np.zeros((image.height, image.width, 3), np.uint16)
+    for raw_mode in ("", swapped):  # one after the other: each takes 4 bytes per pixel while it is decoded
+        with Image.open(path) as part:
+            if raw_mode:
+                vars(part)["tile"] = [_with_mode(tile, raw_mode) for tile in tiles]
+            try:
+                part.load()
+            except ValueError:  # Pillow has no such raw mode
+                return None
+            for rows in _strips(part.height):
+                strip = np.asarray(part.crop((0, rows.start, part.width, rows.stop)))
+                values[rows] = values[rows] << 8 | strip[..., :3]
+    return values
+
+
+def _with_mode(tile: Any, raw_mode: str) -> Any:
+    """Return how to decode a part of an image, with another raw mode."""
+    arguments = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
+    return type(tile)(*tile[:3], arguments)
+
+
+def _strips(height: int) -> Iterator[slice]:
+    """Yield strips of rows, so that intermediate values of a large image are never there for all of it."""
+    return (slice(start, min(start + _ROWS, height)) for start in range(0, height, _ROWS))
 
 
 def _raw_mode(tile: Any) -> str:

@@ -1,7 +1,9 @@
 """Read a class map: a file with the names of the classes, from which the order of the outputs follows."""
 
 import codecs
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -12,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.data.image_files import check_regular
-
-MOST_BYTES, MOST_CLASSES = 32_000_000, 200_000  #: more than any classifier has
+from bnpatch.core.io import check_regular
+from bnpatch.core.limits import CLASSES, TEXT_MB
 
 _REMEDY = "write one class folder a line, in the order of the outputs, or a name, a tab and its index"
 
@@ -45,7 +46,8 @@ def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
     if stripped[:1] in ("[", "{") and (Path(path).suffix.lower() == ".json" or _is_json(stripped)):
         names = _of_json(stripped, path)
     else:
-        lines = list(islice((line.strip() for line in text.splitlines() if line.strip()), MOST_CLASSES + 1))
+        written = (line.strip() for line in io.StringIO(text, newline=None) if line.strip())
+        lines = list(islice(written, int(CLASSES.value) + 1))  # splitlines would list millions of lines first
         _check_count(len(lines), path)
         names = _of_lines(lines, path)
     names = [composed(name.strip()) for name in names]
@@ -60,8 +62,8 @@ def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def _text(path: str | os.PathLike[str]) -> str:
     try:
         check_regular(Path(path))
-        if (size := Path(path).stat().st_size) > MOST_BYTES:
-            raise BnpatchError(f"{path} has {size / 1e6:,.0f} MB, too much for a class map", _REMEDY)
+        size = Path(path).stat().st_size / 1e6
+        TEXT_MB.check(size, f"the class map {path} has {size:,.0f} MB")
         content = Path(path).read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if wide else "utf-8-sig")
@@ -117,8 +119,11 @@ def _of_lines(lines: list[str], path: str | os.PathLike[str]) -> list[str]:
 
 def _cut(line: str, separator: str | None) -> tuple[_Row, _Row]:
     """Split a line into name and index in two ways: with the index last, and with the index first."""
-    if separator == "," and len(row := next(csv.reader([line]), [])) == 2:  # names may be quoted
-        return (row[0], row[1]), (row[1], row[0])
+    if separator == ",":
+        with contextlib.suppress(csv.Error):  # the line is longer than any that names a class
+            row = next(csv.reader([line]), [])  # names may be quoted
+            if len(row) == 2:
+                return (row[0], row[1]), (row[1], row[0])
     last, first = line.rsplit(separator, 1), line.split(separator, 1)
     if len(last) < 2:
         return (line, ""), (line, "")
@@ -162,5 +167,4 @@ def _is_index(text: str) -> bool:
 
 
 def _check_count(count: int, path: str | os.PathLike[str]) -> None:
-    if count > MOST_CLASSES:
-        raise BnpatchError(f"{path} has more than {MOST_CLASSES:,} classes", _REMEDY)
+    CLASSES.check(count, f"{path} has {count:,} classes or more")

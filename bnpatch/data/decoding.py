@@ -5,9 +5,11 @@ do, and nothing has to be started, sent or ended (docs/decisions/0015).
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +29,48 @@ Item = tuple[Tensor | None, str]
 _AHEAD = 32
 
 
+# The most pixels that all threads together hold at a time, but for an image that has more by itself. Pillow
+# takes 4 bytes for a pixel, and as many again while it converts or rotates the image.
+_MOST_PIXELS = 128_000_000
+
+
+class _Room:
+    """Room for decoded pixels, for which threads wait. Large images are thus decoded one after the other."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.changed = threading.Condition()
+        self.mine = threading.local()  # "pixels": what this thread has taken; missing outside of reserved()
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Give back when the block ends what :meth:`take` takes in it."""
+        self.mine.pixels = 0
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= self.mine.pixels
+                self.changed.notify_all()
+            del self.mine.pixels
+
+    def take(self, pixels: int) -> None:
+        """Wait until there is room for an image.
+
+        Do nothing outside of :meth:`reserved`, nor for a second image in the same block.
+        """
+        if getattr(self.mine, "pixels", None) == 0:
+            pixels = min(pixels, self.size)
+            with self.changed:
+                self.changed.wait_for(lambda: self.used + pixels <= self.size)
+                self.used += pixels
+            self.mine.pixels = pixels
+
+
+#: The room for the images that are decoded in this process.
+ROOM = _Room(_MOST_PIXELS)
+
+
 class Source(Protocol):
     """The images of a data set before any preprocessing, by index."""
 
@@ -36,7 +80,10 @@ class Source(Protocol):
         """Number of examples."""
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """Return an image to preprocess, or an input as the model takes it; raise if it can't be read."""
+        """Return an image to preprocess, or an input as the model takes it; raise if it can't be read.
+
+        A source of images that may be large takes room in :data:`ROOM` before it decodes one.
+        """
 
     def name(self, index: int) -> str:
         """Return the name of the example, for messages."""
@@ -60,10 +107,11 @@ def decoded(
 
     def read(index: int) -> Item:
         try:
-            item = source.read(index)
-            if isinstance(item, Tensor):
-                return item.clone(), ""  # a data set may write its next input to the same memory
-            return torch.from_numpy(np.array(transform(item))), ""
+            with ROOM.reserved():
+                item = source.read(index)
+                if isinstance(item, Tensor):
+                    return item.clone(), ""  # a data set may write its next input to the same memory
+                return torch.from_numpy(np.array(transform(item))), ""
         except (
             Exception
         ) as error:  # decoders raise any type of error for a broken file, which must not end the run

@@ -3,15 +3,16 @@
 import functools
 import importlib
 import os
-import stat
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.io import check_regular
+from bnpatch.core.limits import MEGAPIXELS
 
 #: Reasons why an image is left out.
 BY_A_TOOL, A_LINK = "hidden or made by a tool", "a link to what is there already"
@@ -116,16 +117,6 @@ def is_by_a_tool(name: str) -> bool:
     return name.startswith(".") or name.lower() in _TOOL_NAMES
 
 
-def check_regular(path: Path) -> None:
-    """Check that a path is a regular file, because opening a pipe or a device may never end.
-
-    Raises:
-        OSError: the path does not exist, or is something else.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a regular file")
-
-
 def check_not_raw(path: Path) -> None:
     """Check that a file isn't the raw image of a camera, of which Pillow would read the small preview.
 
@@ -134,6 +125,50 @@ def check_not_raw(path: Path) -> None:
     """
     if path.suffix.lower() in _RAW:
         raise OSError("the raw image of a camera, of which Pillow reads the preview only")
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image file, without decoding it.
+
+    Raises:
+        OSError: the path is no file, or not one that Pillow can read; or it is the raw image of a camera, a
+            PostScript program, or an image of too many pixels.
+    """
+    check_regular(path)
+    check_not_raw(path)
+    advice = teach_pillow(path)
+    if MEGAPIXELS.value > MEGAPIXELS.default:  # Pillow refuses what has twice as many as this
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(MEGAPIXELS.value * 5e5))
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError as error:
+        if not advice:
+            raise
+        raise OSError(f"Pillow can't read it here ({advice})") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{error} (the environment variable {MEGAPIXELS.name} sets it)") from error
+    if image.format == "EPS":  # Ghostscript would run it
+        raise OSError("a PostScript program, which can run without end")
+    check_size(image)
+    return image
+
+
+def check_size(image: Image.Image, weight: int = 1) -> None:
+    """Check that an image has no more pixels than :data:`~bnpatch.core.limits.MEGAPIXELS` allows.
+
+    Args:
+        image: the image, which need not be decoded.
+        weight: how many pixels each of its pixels counts for.
+
+    Raises:
+        OSError: it has more.
+    """
+    megapixels = image.width * image.height * weight / 1e6
+    if megapixels > MEGAPIXELS.value:
+        raise OSError(
+            f"{megapixels:,.0f} megapixels, more than {MEGAPIXELS.value:,g} "
+            f"(the environment variable {MEGAPIXELS.name} sets it)"
+        )
 
 
 def teach_pillow(path: Path) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
-from bnpatch.data.image_files import check_not_raw, check_regular, teach_pillow
+from bnpatch.data.decoding import ROOM
+from bnpatch.data.image_files import open_image
 from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -61,22 +62,18 @@ class FileImages:
         path = self.paths[index]
         if problem := self.problems.get(path):
             raise OSError(problem)
-        check_regular(path)
-        check_not_raw(path)
-        advice = teach_pillow(path)
-        try:
-            opened = Image.open(path)
-        except UnidentifiedImageError as error:
-            if not advice:
-                raise
-            raise OSError(f"Pillow can't read it here ({advice})") from error
-        with opened as image:
-            colors = deep_colors(path, image) if self.bit_depth.needs_low_bytes else None
+        with open_image(path) as image:
+            deep = self.bit_depth.needs_low_bytes
+            ROOM.take(image.width * image.height * (2 if deep else 1))
+            colors = deep_colors(path, image) if deep else None
             if colors is None:
-                return as_mode(ImageOps.exif_transpose(image), self.mode, self.bit_depth)
+                ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what it need not rotate
+                return as_mode(image, self.mode, self.bit_depth)
             shallow = Image.fromarray(self.bit_depth.to_bytes(colors))
+            del colors  # of a large image, a gigabyte
             shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-            return ImageOps.exif_transpose(shallow).convert(self.mode)
+            ImageOps.exif_transpose(shallow, in_place=True)
+            return as_mode(shallow, self.mode)
 
     def name(self, index: int) -> str:
         """Return the path below the root."""
@@ -242,7 +239,9 @@ def as_mode(image: Image.Image, mode: str, bit_depth: BitDepth = STANDARD) -> Im
     if image.mode == "F":
         raise ValueError("floating-point image")
     values = deep_values(image)
-    return (image if values is None else Image.fromarray(bit_depth.to_bytes(values))).convert(mode)
+    shallow = image if values is None else Image.fromarray(bit_depth.to_bytes(values))
+    shallow.load()  # the file may be closed when the caller looks at the values
+    return shallow if shallow.mode == mode else shallow.convert(mode)
 
 
 def _parts(item: Any) -> tuple[Any, Any]:

@@ -14,6 +14,8 @@ from bnpatch.core.errors import BnpatchError
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 _VALUES = {"img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+_CROP_MODES = ("center", "squash", "border")
+_LARGEST_SIDE = 1 << 16
 
 Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
@@ -43,6 +45,9 @@ class Preprocessing:
     source: str = "given"
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "input_size", tuple(self.input_size)
+        )  # a list, as JSON has it, equals no tuple
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))
@@ -62,7 +67,7 @@ class Preprocessing:
         cfg = resolve_model_data_config(
             module, args={k: v for k, v in (stored or {}).items() if v is not None}
         )
-        return cls(**cfg, source=source)
+        return cls(**cfg, source=source)._checked()
 
     @classmethod
     def of_torchvision(cls, weights: Any, channels: int = 3) -> "Preprocessing":
@@ -162,10 +167,28 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "Preprocessing":
-        """Read what :meth:`to_json` made; ``where`` says where it was stored, for :attr:`source`."""
+        """Read what :meth:`to_json` made; ``where`` says where it was stored, for :attr:`source`.
+
+        Raises:
+            BnpatchError, AttributeError, IndexError, TypeError, ValueError: another program wrote the values.
+        """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
-        return cls(**{**plain, "source": f"{where}, as of {first}"})
+        return cls(**{**plain, "source": f"{where}, as of {first}"})._checked()
+
+    def _checked(self) -> "Preprocessing":
+        """Return this preprocessing; raise ValueError if a file gave it a value of another kind."""
+        fits = {
+            "input_size": all(isinstance(n, int) and 0 < n <= _LARGEST_SIDE for n in self.input_size),
+            "mean": all(map(math.isfinite, self.mean)),
+            "std": all(map(math.isfinite, self.std)),
+            "interpolation": self.interpolation in _INTERPOLATIONS,
+            "crop_pct": isinstance(self.crop_pct, (int, float)) and 0 < self.crop_pct < math.inf,
+            "crop_mode": self.crop_mode in _CROP_MODES,
+        }
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise ValueError(f"{wrong[0]} is {str(getattr(self, wrong[0]))[:40]}")
+        return self
 
 
 class ImageModel(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.models.foreign import reading
 from bnpatch.models.labels import Labels, as_mapping, labels_of
 from bnpatch.models.unpickle import read_content
 from bnpatch.models.weights import StateDict, check_weights, find_weights, strip_prefixes
@@ -63,6 +64,12 @@ def read_checkpoint(
     """
     path = Path(path)
     content = read_content(path, unsafe)
+    with reading(path, "a checkpoint", "save a state dict"):
+        return _of_content(content, path, use_ema)
+
+
+def _of_content(content: Any, path: Path, use_ema: bool) -> Checkpoint:
+    """Find the weights, and what is beside them, in the content of a file."""
     about: Mapping[str, Any] = {}
     weights = content
     if not isinstance(content, nn.Module):

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnpatch.core.errors import BnpatchError, first_line
-
-# The largest JSON file in bytes. A configuration has kilobytes, ten thousand class names less than 1 MiB.
-_LARGEST_JSON = 16 << 20
+from bnpatch.core.limits import TEXT_MB
 
 #: The remedy for a model of TensorFlow.
 TO_ONNX = "convert the model to ONNX, with tf2onnx for example"
@@ -111,14 +109,15 @@ def read_json(path: Path) -> Any:
     """Read a small JSON file; return None if it does not exist.
 
     Raises:
-        BnpatchError: the file can't be read, is larger than 16 MiB, or is not JSON.
+        BnpatchError: the file can't be read, is larger than :data:`~bnpatch.core.limits.TEXT_MB`, or is not
+            JSON.
     """
     if not path.is_file():
         return None
     remedy = f"mend it, or move it away from beside the weights: {path.name} describes them"
     with reading(path, "a JSON file", remedy):
-        if path.stat().st_size > _LARGEST_JSON:
-            raise BnpatchError(f"{path} has more than 16 MiB, too much for a configuration", remedy)
+        size = path.stat().st_size / 1e6
+        TEXT_MB.check(size, f"the configuration {path} has {size:,.0f} MB")
         return json.loads(path.read_text(encoding="utf-8"))
 
 

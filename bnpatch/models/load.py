@@ -17,7 +17,7 @@ from bnpatch.models import architecture, renamed
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.foreign import reading
-from bnpatch.models.labels import choose, labels_of, labels_of_module
+from bnpatch.models.labels import choose, labels_of, labels_of_module, read_names
 from bnpatch.models.onnx_file import load_onnx
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.published import published_weights, tagged_weights, torchvision_weights
@@ -157,14 +157,14 @@ def _load_timm(source: str, name: str) -> TorchModel:
         ) from error
     cfg = module.pretrained_cfg
     label = f"{cfg.get('architecture', name)}.{cfg['tag']}" if cfg.get("tag") else name
-    names = cfg.get("label_names")
-    return TorchModel(
-        module,
-        name=Path(name).name,
-        preprocessing=Preprocessing.of_timm(module, f"timm's pretrained_cfg of {label}"),
-        class_names=tuple(names) if names else None,
-        arch=_architecture_of(module, f"timm:{cfg.get('architecture', '')}"),
-    )
+    with reading(Path(full), "a model with a configuration of timm's", "correct its config.json"):
+        return TorchModel(
+            module,
+            name=Path(name).name,
+            preprocessing=Preprocessing.of_timm(module, f"timm's pretrained_cfg of {label}"),
+            class_names=read_names(cfg.get("label_names")),
+            arch=_architecture_of(module, f"timm:{cfg.get('architecture', '')}"),
+        )
 
 
 def _load_torchvision(name: str) -> TorchModel:
@@ -218,8 +218,11 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         with reading(checkpoint.path, "a checkpoint of bnpatch", "make it again"):
             values = Preprocessing.from_json(stored["preprocessing"], "the checkpoint")
             recipe = Recipe.from_json(stored["recipe"], f"the recipe in {checkpoint.path}")
+            output = stored.get("output")
+            if not isinstance(output, str | None):
+                raise TypeError(f"its output is a {type(output).__name__}")
         model.preprocessing = values
-        model.wanted_output = stored.get("output") or None
+        model.wanted_output = output or None
         if recipe.norm_layers:
             model.apply(recipe)
             if any(recipe.alphas.values()):

@@ -32,11 +32,18 @@ def stored_output(graph: ir.Model) -> str | None:
 
 
 def read_metadata(graph: ir.Model) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
-    """Read what :func:`write_metadata` wrote; None for what is missing."""
-    known, names = (graph.metadata_props.get(key) for key in (_PREPROCESSING, _CLASS_NAMES))
+    """Read what :func:`write_metadata` wrote; None for what is missing.
+
+    Raises:
+        ValueError, TypeError, KeyError: another program wrote something else under these keys.
+    """
+    known, written = (graph.metadata_props.get(key) for key in (_PREPROCESSING, _CLASS_NAMES))
+    names = json.loads(written) if written else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise TypeError(f"{_CLASS_NAMES} is no list of names")
     return (
         Preprocessing.from_json(json.loads(known), "the file's metadata") if known else None,
-        tuple(map(str, json.loads(names))) if names else None,
+        tuple(names) if names else None,
     )
 
 

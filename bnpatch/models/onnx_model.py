@@ -226,6 +226,8 @@ class OnnxModel(Model[OnnxNormLayer]):
         inputs = self._prepare(x)
         try:
             return run_in_portions(session, outputs, self.signature, inputs, feeds or {})
+        except BnpatchError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no common class that is public
             raise BnpatchError(
                 f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.limits import UNPACKED_MB
 from bnpatch.models.foreign import check_kind, check_not_onnx, is_safetensors, reading
-
-#: How much more than its own size a checkpoint may unpack to, in bytes. torch.save doesn't compress.
-MOST_UNPACKED = 1 << 30
 
 _np_multiarray: Any = import_module("numpy._core.multiarray")  # where NumPy's own pickles point to
 
@@ -116,13 +114,10 @@ def _check_archive(path: Path) -> None:
         raise BnpatchError(
             f"{path} is a zip archive that torch.save did not write", "unpack it, and give the file inside"
         )
-    size = path.stat().st_size
-    if unpacked > size + MOST_UNPACKED:
-        raise BnpatchError(
-            f"{path} has {size / 2**20:.3g} MiB and claims to unpack to {unpacked / 2**30:.3g} GiB; bnpatch "
-            f"reads at most {MOST_UNPACKED / 2**30:.3g} GiB more than a file's own size",
-            "save it with torch.save, which doesn't compress",
-        )
+    more = (unpacked - path.stat().st_size) / 1e6
+    UNPACKED_MB.check(
+        more, f"{path} unpacks to {more:,.0f} MB more than its size (torch.save compresses nothing)"
+    )
 
 
 def _torch_load(path: Path, unsafe: bool) -> Any:

@@ -6,6 +6,7 @@ other value counts as dynamic. :func:`names_of` returns the names of a value and
 view of. :func:`infer_types` returns types and dimensions of all values.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
+
+from bnpatch.core.limits import VALUES
 
 Array = NDArray[Any]
 
@@ -186,17 +189,42 @@ class TensorType:
     dtype: ir.DataType | None = None
     dims: Dims = ()
 
+    @property
+    def least_size(self) -> int:
+        """Number of elements, where each dimension that is not known counts as 1."""
+        return math.prod(size for size in self.dims if isinstance(size, int))
 
-def infer_types(model: ir.Model) -> dict[int, TensorType]:
+
+def check_sizes(model: ir.Model) -> None:
+    """Check that no value of a graph has too many numbers.
+
+    First without the values of small tensors: shape inference computes these, and would fill the memory for
+    a Range of a trillion numbers, or for a shape that Concat doubles again and again. Then with them, because
+    the sizes of others follow from them.
+
+    Raises:
+        BnpatchError: a value has more numbers than :data:`~bnpatch.core.limits.VALUES` allows.
+    """
+    for with_values in (False, True):
+        sizes = (known.least_size for known in infer_types(model, with_values).values())
+        largest = max(sizes, default=0)
+        VALUES.check(largest, f"the graph has a value of {largest:,} numbers")
+
+
+def infer_types(model: ir.Model, with_values: bool = True) -> dict[int, TensorType]:
     """Return type and dimensions by ``id`` of the value, for the graph and its subgraphs.
 
     Shape inference runs on a copy of the model, whose values are in the same order. The model is not changed.
+
+    Args:
+        model: the model.
+        with_values: follow the values of small tensors too, such as computed shapes.
     """
     copy = model.clone()
     copies = list(
         _values(copy.graph)
     )  # listed before the pass, because it leaves additional inputs behind if it fails
-    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=with_values)(copy)
     types = {}
     for mine, inferred in zip(_values(model.graph), copies, strict=True):
         dims = () if inferred.shape is None else tuple(_dim(size) for size in inferred.shape)

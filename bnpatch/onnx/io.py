@@ -9,7 +9,7 @@ Writing is atomic: the file is written into a temporary folder beside the target
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, TopologicalSortPass
 
 from bnpatch.core.errors import BnpatchError, first_line
-from bnpatch.core.io import temporary_folder
+from bnpatch.core.io import check_regular, temporary_folder
 from bnpatch.core.leftovers import without_temporary
-from bnpatch.onnx.inference import NORMS
+from bnpatch.core.limits import NODES
+from bnpatch.onnx.inference import NORMS, check_sizes
 
 #: A protobuf cannot be larger than 2 GiB; the tensors of a larger model go to a file beside it.
 EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything that is no tensor
@@ -38,14 +39,22 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Calls of model-local functions that contain norms are inlined (:func:`inline_norms`).
 
     Raises:
-        BnpatchError: the file does not exist, is not a valid ONNX model, needs an opset that is not
-            supported, or its external data are missing, too short or outside its folder.
+        BnpatchError: the file does not exist, is not a valid ONNX model, asks for more than
+            :mod:`bnpatch.core.limits` allows, needs an opset that is not supported, has sparse tensors, or
+            its external data are missing, too short or outside its folder.
     """
     file = Path(os.path.abspath(path))
     proto = _read(file)
     _check_opset(file, proto)
     try:
-        _check_text(proto)
+        _check_fields(file, proto)
+        count = _count_nodes(proto)
+    except BnpatchError:
+        raise
+    except Exception as error:  # values of types that no field should have
+        raise _not_valid(file, error) from error
+    NODES.check(count, f"{file} has {count:,} nodes, with those of the functions that it calls")
+    try:
         model = ir.from_proto(proto)
         was_sorted = not TopologicalSortPass()(model).modified
         external = [tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
@@ -59,6 +68,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             onnx.checker.check_model(ir.to_proto(model))
         for tensor in _tensors(model):
             tensor.numpy()  # raises if there are fewer numbers than the shape says; the checker does not
+        check_sizes(model)
+    except BnpatchError as error:
+        raise BnpatchError(f"{file}: {error.problem}", error.remedy) from error
     except Exception as error:  # ValidationError, and errors of other types in the checker itself
         raise _not_valid(file, error) from error
     return inline_norms(model)
@@ -156,13 +168,14 @@ def _save_in_one_file(model: ir.Model, file: Path) -> None:
 
 def _read(file: Path) -> onnx.ModelProto:
     try:
+        check_regular(file)
         if not file.stat().st_size:
             raise BnpatchError(f"{file} is empty", "fetch or export it again")
         proto = onnx.load(file, format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise BnpatchError(f"{file} does not exist", "check the path") from error
     except OSError as error:
-        raise BnpatchError(f"{file} cannot be read: {error.strerror or error}", "check the path") from error
+        raise BnpatchError(f"{file} cannot be read: {first_line(error)}", "check the path") from error
     except BnpatchError:
         raise
     except Exception as error:  # DecodeError of google.protobuf, whose class depends on the installation
@@ -198,15 +211,50 @@ def _check_opset(file: Path, proto: onnx.ModelProto) -> None:
         )
 
 
-def _check_text(message: Any) -> None:
-    """Raise ValueError if a name is not UTF-8. Protobuf reads such a name, but can't write it."""
+def _check_fields(file: Path, message: Any) -> None:
+    """Raise an error for what protobuf or onnx-ir reads, but can't write.
+
+    Raises:
+        ValueError: a name is not UTF-8.
+        BnpatchError: a tensor is sparse.
+    """
+    if message.DESCRIPTOR.name == "SparseTensorProto":
+        raise BnpatchError(f"{file} has sparse tensors, which bnpatch would lose", "write them as dense ones")
     for field, value in message.ListFields():
         values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
         if field.type == field.TYPE_MESSAGE:
             for part in values:
-                _check_text(part)
+                _check_fields(file, part)
         elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
             raise ValueError(f"its field {field.name!r} is not UTF-8 text")
+
+
+def _count_nodes(proto: onnx.ModelProto) -> int:
+    """Count the nodes that a graph has when all calls of functions are inlined.
+
+    A function that calls another one twice, which calls a third one twice, and so on, doubles with each line.
+    """
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    counts: dict[tuple[str, str, str], int | None] = {}  # None while the function is being counted
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            subgraphs = [a.g for a in node.attribute if a.HasField("g")]
+            subgraphs += [graph for a in node.attribute for graph in a.graphs]
+            total += 1 + sum(count(graph.node) for graph in subgraphs)
+            key = (node.domain, node.op_type, node.overload)
+            if key in functions:
+                if key not in counts:
+                    counts[key] = None
+                    counts[key] = count(functions[key].node)
+                inside = counts[key]
+                if inside is None:
+                    raise ValueError(f"function {node.op_type} calls itself")
+                total += inside
+        return total
+
+    return count(proto.graph.node)
 
 
 def _not_valid(file: Path, error: Exception) -> BnpatchError:
@@ -224,6 +272,7 @@ def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTe
         tensor.base_dir = file.parent
         name = f"the external data {str(tensor.location)!r} of {file}"
         try:
+            check_regular(Path(tensor.path))
             available = os.stat(tensor.path).st_size
             tensor.numpy()
         except FileNotFoundError as error:

@@ -1,6 +1,8 @@
 """Read the input and output of a graph, and open a session of onnxruntime that runs it."""
 
+import math
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.limits import SECONDS
 from bnpatch.onnx import io
 from bnpatch.onnx.inference import NORMS, infer_types
 
@@ -56,7 +59,9 @@ def read_signature(model: ir.Model) -> Signature:
         )
     dims = [size if isinstance(size, int) and size > 0 else None for size in (inputs[0].shape or ())]
     dtype = inputs[0].dtype
-    if dtype is None or (inputs[0].shape is not None and len(dims) not in (3, 4, 5)):
+    if dtype in (None, ir.DataType.UNDEFINED, ir.DataType.STRING) or (
+        inputs[0].shape is not None and len(dims) not in (3, 4, 5)
+    ):
         raise BnpatchError(
             f"input {inputs[0].name!r} of the graph is of type {dtype} and rank {len(dims)}",
             "give a graph that takes images (N, C, H, W), or (N, C, L) or (N, C, D, H, W)",
@@ -96,12 +101,52 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
         path = io.save(_with_open_dimensions(model), Path(folder) / "model.onnx")
         try:
             settings = {"device_id": str(device.index)} if device.index is not None else {}
-            return onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+            session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
         except Exception as error:
             raise BnpatchError(
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "export the model again with operators of the standard, or try a newer onnxruntime",
             ) from error
+    loops = any(node.op_type == "Loop" for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return _TimedSession(session) if loops or model.functions else session
+
+
+class _TimedSession:
+    """A session that ends a run after some seconds per example, for graphs with loops, which may have no end.
+
+    Args:
+        session: the session of onnxruntime, whose other methods it has.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._input = session.get_inputs()[0].name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, outputs: list[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the graph.
+
+        Raises:
+            BnpatchError: the run took longer than :data:`~bnpatch.core.limits.SECONDS` for each example.
+        """
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        seconds = SECONDS.value * max(1, len(feeds[self._input]))
+        timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, options)
+        except Exception:
+            if options.terminate:
+                SECONDS.check(math.inf, f"a loop in the graph has not ended after {seconds:g} s")
+            raise
+        finally:
+            timer.cancel()
+        return results
 
 
 def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> None:

@@ -151,9 +151,9 @@ def test_the_indices_as_names_need_no_word():
         ('{"a": null}', "not a class map; give a list of names"),
         ("[[1, 2]]", "not a class map; give a list of names"),
         ('["a", "a"]', "'a' comes twice"),
-        ("a\n" * 1_000_000, "more than 200,000 classes"),
-        ("[" + "1," * 1_000_000 + "1]", "more than 200,000 classes"),
-        (b"\0" * 40_000_000, "has 40 MB, too much for a class map"),
+        ("a\n" * 1_000_000, "has 200,001 classes or more, and the limit is 200,000"),
+        ("[" + "1," * 1_000_000 + "1]", "has 1,000,001 classes or more, and the limit is 200,000"),
+        (b"\0" * 40_000_000, "has 40 MB, and the limit is 20"),
         (b"\x89PNG\xff", "cannot read the class map"),
     ],
 )

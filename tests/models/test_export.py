@@ -4,16 +4,19 @@ import onnx_ir as ir
 import pytest
 import timm
 import torch
+from onnx import helper
 from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import ParityError, export_onnx, patched_graph
+from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.running_stats import target_moments
+from tests.hostile import classifying
 from tests.models.small import INPUTS, assert_close
 from tests.nn.test_surgery import CALIBRATED, images, settle
-from tests.onnx.build import bn_model
+from tests.onnx.build import batch_norm, bn_model
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +145,48 @@ def test_a_model_for_one_size_is_compared_at_that(tmp_path):
     model = bnpatch.load(tmp_path / "source.onnx", preprocessing={"img_size": (5, 4)})
     model.set_alphas(0.3)
     assert export_onnx(model, tmp_path / "model.onnx").sizes == ((3, 5, 4),)
+
+
+def not_finite(tmp_path):
+    """A graph that returns nan for some random images, and the path of its file."""
+    nodes = [batch_norm(output="n"), helper.make_node("Sqrt", ["n"], ["h"])]
+    (tmp_path / "in.onnx").write_bytes(classifying(nodes).SerializeToString())
+    return bnpatch.load(tmp_path / "in.onnx")
+
+
+def test_a_model_that_returns_nan_is_exported(tmp_path):
+    model = not_finite(tmp_path)
+    model.set_alphas(0.3)
+    x = images(2, 3, 8, 8)
+    assert model.predict(x).isnan().any()
+    export_onnx(model, tmp_path / "model.onnx")
+    assert bnpatch.load(tmp_path / "model.onnx").predict(x).isnan().any()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_file_that_alone_returns_nan_does_not_stay(tmp_path, monkeypatch, batch):
+    """In any of the batches that are compared."""
+    model = not_finite(tmp_path)
+    predict = OnnxModel.predict
+
+    def spoiled(self, x):
+        y = predict(self, x).nan_to_num(1.0)
+        return y * float("nan") if self is not model and len(x) == batch else y
+
+    monkeypatch.setattr(OnnxModel, "predict", spoiled)
+    with pytest.raises(ParityError, match="deviates by nan"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_checkpoint_of_a_model_that_returns_nan_needs_no_trust(checkpoint, tmp_path):
+    model = bnpatch.load(checkpoint)
+    with torch.no_grad():
+        model.module.fc.weight.copy_(torch.tensor([3e38, -3e38]).repeat(480).view(10, 96))
+    x = images(2, 1, 32, 32)
+    assert not model.predict(x).isfinite().all()
+    assert model.save(tmp_path / "model.pt", model.recipe())  # by the name of its architecture, not pickled
+    assert torch.equal(bnpatch.load(tmp_path / "model.pt").predict(x).isnan(), model.predict(x).isnan())
 
 
 def test_a_model_that_torch_cannot_export_is_said(tmp_path, capfd):

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import pickle
@@ -6,11 +7,13 @@ import types
 import zipfile
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.checkpoint import read_checkpoint
 from bnpatch.models.foreign import reading
 
@@ -62,16 +65,18 @@ def test_a_zip_archive_without_weights_is_called_so(tmp_path):
 
 def test_an_archive_that_would_fill_the_memory(tmp_path, monkeypatch):
     """A file of kilobytes can claim gigabytes: its members are compressed."""
-    monkeypatch.setattr("bnpatch.models.unpickle.MOST_UNPACKED", 1 << 20)
+    monkeypatch.setenv("BNPATCH_MAX_UNPACKED_MB", "1")
     torch.save({"0.weight": torch.zeros(1 << 20)}, tmp_path / "plain.pt")
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w") as made:
         for name in plain.namelist():
             made.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
-    message = r"claims to unpack to .* GiB; bnpatch reads at most 0\.000977 GiB more .*; save it with torch"
+    message = r"model\.pt unpacks to 4 MB more than its size .* limit is 1; .* BNPATCH_MAX_UNPACKED_MB to a"
     with pytest.raises(BnpatchError, match=message):
         read_checkpoint(path)
-    assert read_checkpoint(tmp_path / "plain.pt").state_dict.keys() == {"0.weight"}  # the remedy
+    assert read_checkpoint(tmp_path / "plain.pt").state_dict.keys() == {"0.weight"}
+    monkeypatch.setenv("BNPATCH_MAX_UNPACKED_MB", "5")  # the remedy
+    assert read_checkpoint(path).state_dict.keys() == {"0.weight"}
 
 
 class PathOf:
@@ -146,16 +151,49 @@ def test_headers_of_safetensors(header, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [[1], "text", {"preprocessing": "text", "recipe": 3}, {"preprocessing": {"a": 1}}]
+    "value", [[1], "text", {"preprocessing": "text", "recipe": 3}, {"preprocessing": {"a": 1}}, "output"]
 )
 def test_a_damaged_checkpoint_of_bnpatch(value, tmp_path, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
+    if value == "output":
+        model = bnpatch.load(checkpoint)
+        model.save(tmp_path / "good.pt", model.recipe())
+        good = torch.load(tmp_path / "good.pt", weights_only=True)["bnpatch"]
+        value = {**good, "output": torch.zeros(2)}
     torch.save({**content, "bnpatch": value}, tmp_path / "model.pt")
     if isinstance(value, dict):
         with pytest.raises(BnpatchError, match=r"model\.pt is damaged or not a checkpoint of bnpatch"):
             bnpatch.load(tmp_path / "model.pt")
     else:
         assert bnpatch.load(tmp_path / "model.pt").arch
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": [3, "32", 32]},
+        {"input_size": [3, 0, 32]},
+        {"input_size": 32},
+        {"mean": [float("inf")]},
+        {"std": ["wide"]},
+        {"interpolation": ["bilinear"]},
+        {"crop_pct": "0.9"},
+        {"crop_pct": 0},
+        {"crop_mode": "left"},
+        {"size": 32},
+    ],
+)
+def test_a_preprocessing_that_bnpatch_did_not_write(change):
+    good = Preprocessing((3, 32, 32), (0.5,), (0.5,)).to_json()
+    assert Preprocessing.from_json(json.loads(json.dumps(good)), "here").input_size == (3, 32, 32)
+    with pytest.raises(BnpatchError), reading(pathlib.Path("a.pt"), "a checkpoint", "make it again"):
+        Preprocessing.from_json({**good, **change}, "here")
+
+
+def test_a_key_that_cannot_be_printed(tmp_path):
+    torch.save({10**5000: 1}, tmp_path / "a.pt")
+    with pytest.raises(BnpatchError, match=r"a\.pt is damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError, KeyError, OverflowError, ValueError])
@@ -186,4 +224,20 @@ def test_weights_in_several_files_are_said(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(BnpatchError, match=r"are in several files.*max_shard_size"):
+        bnpatch.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"mean": [{}]}, {"std": ["a\0b"]}, {"crop_pct": "0.9"}, {"input_size": [1, 32]}, {"mean": [None]}]
+)
+def test_a_folder_of_the_hub_whose_configuration_is_damaged(tmp_path, cfg):
+    net = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    good = {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
+    for found in (good, {**good, **cfg}):
+        config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": found}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if found is good:
+            assert bnpatch.load(tmp_path).preprocessing.input_size == (1, 32, 32)
+    with pytest.raises(BnpatchError, match=r"config\.json|give the file of the weights"):
         bnpatch.load(tmp_path)

@@ -152,6 +152,9 @@ def test_metadata_is_never_run(tmp_path, monkeypatch):
         {"bnpatch.preprocessing": "{"},
         {"bnpatch.class_names": "9" * 5000},
         {"bnpatch.class_names": "7"},
+        {"bnpatch.class_names": '{"cat": 0}'},
+        {"bnpatch.class_names": '"cats"'},
+        {"bnpatch.class_names": '["cat", 1]'},
     ],
 )
 def test_damaged_metadata_is_refused_in_one_line(metadata, tmp_path):

@@ -1,0 +1,21 @@
+"""Files that ask for far more than their size suggests: what they cost with the default limits."""
+
+import sys
+
+import pytest
+
+from tests.hostile import CASES, cost
+
+SECONDS, MEGABYTES = 10, 2000  # of processor time, because others may use the machine too; beside the imports
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("name", CASES)
+def test_refused_or_done_within_bounds(name, tmp_path):
+    found = cost(name, CASES[name].make(tmp_path))
+    refused = found.outcome.startswith(("refused", "skipped"))
+    assert refused == CASES[name].refused, found
+    assert refused or found.outcome == "done", found
+    assert found.cpu < SECONDS, found
+    assert found.peak - found.base < MEGABYTES, found
