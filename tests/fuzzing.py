@@ -23,6 +23,7 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.moments import Moments
+from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import NormRecipe, Recipe
 from bnpatch.data.class_maps import read_class_map
 from bnpatch.onnx import io as onnx_io
@@ -212,7 +213,7 @@ def patch_graph(file):
     alphas = dict.fromkeys(
         (norm_layer.name for norm_layer in found.norm_layers if not norm_layer.needs_calibration), 0.1
     )
-    rewrite(model, alphas)
+    rewrite(model, PatchWeights(alphas))
     onnx_io.save(model, file.with_suffix(".out"))
 
 
