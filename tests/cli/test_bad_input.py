@@ -108,7 +108,7 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--augment", "fog"], "no augmentation 'fog'"),
         (["--keep-data", "nope"], "there is no nope"),
         (["--margin", "1"], "a margin of 1 is not a fraction"),
-        (["--storage", "nope/x"], "storage"),
+        (["--storage", "nope/x"], "is no database"),
         (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
         (["--std", "0"], "is not positive"),
         (["--mean", ","], "is not a list of numbers"),
