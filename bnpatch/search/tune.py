@@ -87,7 +87,7 @@ def tune_alpha(
         config: the less common options, see :class:`~bnpatch.search.config.SearchConfig`.
         options: fields of ``config`` by their names, which override it, and options of
             :func:`bnpatch.open_examples`, such as ``groups``. Groups given as labels are those of ``data``; a
-            function of names also groups ``test_data``.
+            function of names also groups ``test_data`` and ``keep``.
 
     Raises:
         BnpatchError: the model or the data can't be used.
