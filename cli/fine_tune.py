@@ -33,6 +33,7 @@ def fine_tune(
     data: opt.Data,
     val: Annotated[str, typer.Option(help="Validation images, in the same classes.", show_default=False)],
     run: Run,
+    group_by: opt.GroupBy = None,
     output: opt.Output = Path("bnpatch-out"),
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
@@ -54,6 +55,7 @@ def fine_tune(
 
     accelerate launch -m bnpatch_cli fine-tune model.pt --data train/ --val val/ --precision bf16
     """
+    from bnpatch.data.groups import warn_of_shared_groups
     from bnpatch.finetune.engine import new_accelerator
     from bnpatch.report.files import write_results
     from bnpatch.report.tables import TrainingResults
@@ -61,12 +63,15 @@ def fine_tune(
 
     from .render import progress_bar
 
+    groups = opt.groups_of(group_by)
     check_writable(output)
     with claimed(output) if is_first() else nullcontext():
         loaded = _opened_model(loading, model, (data, val), run.new_head, seed)
-        options = reading.settings(loaded)
+        options = {**reading.settings(loaded), "groups": groups}
         examples = bnpatch.open_examples(data, loaded, seed=seed, **_of_training(options))
         val_examples = bnpatch.open_examples(val, loaded, seed=seed, **options)
+        if groups is not None:
+            warn_of_shared_groups(groups, examples.source, val_examples.source)
         settings = training.settings(run.metric, reading.batch_size, reading.workers, seed, len(examples))
         accelerator = new_accelerator(settings, loaded.device)
         settings = techniques.settle(loaded, examples, settings, output / "choose.db", run.resume)

@@ -6,13 +6,14 @@ A group stays together in whatever splits a data set, and is one unit in interva
 import csv
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from bnpatch.core.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.decoding import Indices, Source
 
 #: One label per example, or a function from the name of an example to one; None for a group of its own.
@@ -52,6 +53,25 @@ def number_groups(groups: GroupsOf, source: Source) -> Indices:
             f"name groups that several examples share ({_REMEDY}), or leave groups out",
         )
     return np.array(numbers, dtype=np.int64)
+
+
+def warn_of_shared_groups(groups: Callable[[str], Any], source: Source, other: Source) -> None:
+    """Warn if two data sets, one to learn from and one to judge by, have images of the same group.
+
+    Args:
+        groups: a function from the name of an example to the label of its group, or None for none.
+        source: where the examples to learn from come from.
+        other: where those to judge by come from.
+    """
+    names = [{groups(some.name(index)) for index in range(len(some))} for some in (source, other)]
+    shared = sorted(map(str, names[0] & names[1] - {None}))
+    if shared:
+        warnings.warn(
+            f"{len(shared):,} groups, such as {shared[0]!r}, are both in the data to learn from and in that "
+            "to judge by, so that the verdict is better than on images of other groups: divide them by group",
+            BnpatchWarning,
+            stacklevel=2,
+        )
 
 
 def group_by(rule: str) -> Callable[[str], str | None]:

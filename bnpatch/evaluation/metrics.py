@@ -288,18 +288,27 @@ def paired_difference(before: Values, after: Values, groups: Indices | None = No
     changes, numbers = after - before, clusters(groups)
     if not np.isin(np.concatenate([before, after]), (0, 1)).all():
         return skewness_corrected(changes if numbers is None else by_group(changes, numbers))
-    n, quantile = float(len(changes)), Z95
-    if numbers is not None:
-        units = effective_groups(numbers)
-        if units < 2:
-            return Estimate(float(np.mean(changes)), -math.inf, math.inf)
-        n, quantile = effective_count(changes, numbers), _quantile(units)
-    return _bonett_price(changes, n, quantile)
+    return paired_rates(before, after, groups)
 
 
-def paired_rates(before: Values, after: Values, z: float = Z95) -> Estimate:
-    """Return the mean change of 0/1 scores (N,), with an interval of ``z`` standard errors to each side."""
-    return _bonett_price(after - before, float(len(before)), z)
+def paired_rates(
+    before: Values, after: Values, groups: Indices | None = None, *, level: float = 0.975
+) -> Estimate:
+    """Return the mean change of 0/1 scores (N,) with the interval of Bonett & Price.
+
+    Args:
+        before: scores without the change, (N,).
+        after: scores of the same examples with it, (N,).
+        groups: the group of each example, (N,), if some are not independent.
+        level: confidence of each end for itself: 0.975 for a 95% interval, 0.95 for a one-sided test.
+    """
+    changes, numbers = after - before, clusters(groups)
+    if numbers is None:
+        return _bonett_price(changes, float(len(changes)), float(ndtri(level)))
+    units = effective_groups(numbers)
+    if units < 2:
+        return Estimate(float(np.mean(changes)), -math.inf, math.inf)
+    return _bonett_price(changes, effective_count(changes, numbers), _quantile(units, level))
 
 
 def _bonett_price(changes: Values, n: float, quantile: float) -> Estimate:
@@ -352,11 +361,11 @@ def skewness_corrected(values: Values) -> Estimate:
     return Estimate(plain.value, min(low, plain.low), max(high, plain.high), plain.reach)
 
 
-def _quantile(n: float) -> float:
-    """Return the 97.5th percentile of Student's t for n values."""
+def _quantile(n: float, level: float = 0.975) -> float:
+    """Return a quantile of Student's t for n values."""
     from scipy.stats import t  # imported here because it is slow to import
 
-    return float(t.ppf(0.975, n - 1))
+    return float(t.ppf(level, n - 1))
 
 
 def _inverse_cubic(x: float, a: float) -> float:

@@ -94,7 +94,7 @@ def ablate(
     """
     callbacks = callbacks or Callbacks()
     in_training = Callbacks(progress=callbacks.progress)
-    selection, held_out = split(val_examples.strata, holdout, settings.seed)
+    selection, held_out = split(val_examples.strata, holdout, settings.seed, val_examples.groups)
     examples = RunExamples(train_examples, val_examples, selection=selection)
     named = variants(model, settings)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in named}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnpatch.data.dataset import Examples, split
+from bnpatch.data.dataset import Examples
 from bnpatch.evaluation.evaluate import compare_scores, evaluate
 from bnpatch.evaluation.metrics import Comparison
 from bnpatch.finetune.checkpoint import Epoch
@@ -15,6 +15,7 @@ from bnpatch.finetune.engine import new_accelerator
 from bnpatch.finetune.trainer import FineTuned, train
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.search.result import TuneResult
+from bnpatch.search.task import parts_of
 from bnpatch.search.tune import tune_alpha
 
 
@@ -76,7 +77,7 @@ def fine_tune(
     """
     settings = settings or FineTuneSettings()
     accelerator = accelerator or new_accelerator(settings, model.device)
-    selection, held_out = split(val_examples.strata, holdout, settings.seed)
+    [(selection, held_out)] = parts_of(val_examples, None, holdout, settings.seed, needs_labels=True)
     before = evaluate(model, val_examples, indices=held_out) if accelerator.is_main_process else None
     training = train(
         model,

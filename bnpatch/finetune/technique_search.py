@@ -94,7 +94,7 @@ class _Search:
         callbacks: Callbacks,
     ) -> None:
         self._model, self._settings, self._epochs, self._callbacks = model, settings, epochs, callbacks
-        subset, selection = split(examples.strata, _HOLDOUT, settings.seed)
+        subset, selection = split(examples.strata, _HOLDOUT, settings.seed, examples.groups)
         self._examples = RunExamples(examples, examples, subset, selection)
         self._specs, self._norm_layers = _specs(settings.batch_size), decayed_norms(model)
         guided = by_guidance(model, settings)

@@ -10,8 +10,9 @@
    without gradients, by ``coordinate_search``.
 6. *Candidates and selection*: ``candidates`` lists what is tried; ``selection`` chooses by examples that the
    weights were not learned from, within a ``latency_limit`` and without harm to the images to ``keep``.
-7. *Held-out evaluation* (``held_out``): what the choice does on examples that had no say in it. Where images
-   are few, parts of them take turns in being held out (``cross_fit``).
+7. *Held-out evaluation* (``held_out``): what the choice does on examples that had no say in it; without
+   labels, whatever the ``class_shares``. Where images are few, parts of them take turns in being held out
+   (``cross_fit``).
 
 ``tune`` is the public verb: it makes a ``task`` of the user's data and ``config``, and returns a ``result``
 with ``thumbnails`` of some images. ``progress`` counts what is done; ``distributed`` shares it between

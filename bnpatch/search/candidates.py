@@ -35,8 +35,8 @@ SELECTION = 0.3
 #: enough to miss the second peak of a curve.
 FIRST_ALPHAS = (0.01, 0.1225, 0.4225, 1.0, 0.04, 0.25, 0.64, 0.81, 0.49)
 
-# With fewer blocks than this, successive halving is pointless: this many trials are scored on all blocks.
-_LEAST_BLOCKS, _TRIALS_OF_FEW = 4, 7
+# Where there are too few blocks for successive halving, this many trials are scored on all blocks.
+_TRIALS_OF_FEW = 5
 
 # Statistics are re-estimated in batches of at least this size, because those of smaller ones are noisy.
 _STATISTICS_BATCH = 250
@@ -305,7 +305,7 @@ class CandidateSearch:
     @property
     def _limits(self) -> tuple[float, int | None]:
         """Limits of a global search in passes and in trials; with few blocks, only trials limit it."""
-        if len(self._cache.blocks) < _LEAST_BLOCKS:
+        if self._cache.has_few_blocks:
             return math.inf, self.plan.trials or _TRIALS_OF_FEW
         return self.plan.max_passes, self.plan.trials
 

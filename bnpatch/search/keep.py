@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import ndtri
 from torch import Tensor
 
-from bnpatch.core.errors import BnpatchWarning
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.patch import PatchState
 from bnpatch.data.dataset import Batch, Examples, Indices, portions, split
 from bnpatch.evaluation.evaluate import evaluate, if_finite
@@ -38,8 +38,8 @@ from bnpatch.search.objective import LabelledObjective
 #: Share of the answers of the unpatched model that stay, where the images to keep have no labels.
 ANSWERS_KEPT = Metric("answers kept", no_scores, is_rate=True)
 
-# The 95th percentile of the normal distribution: a one-sided interval ends so many standard errors away.
-_Z95_ONE_SIDED = float(ndtri(0.95))
+#: Confidence that a patch loses less than the upper end of the interval.
+_LEVEL = 0.95
 
 # Weight of the images to keep in the loss of learning, and in what compares its steps. With less, learning
 # loses some points on them; with more, it gives away much of the gain: docs/decisions/0019 has the numbers.
@@ -51,13 +51,15 @@ _CHECKED = 300
 Loss = Callable[[Model[Any], Sequence[Batch]], Iterator[Tensor]]
 
 
-def largest_loss(before: Values, after: Values) -> float:
+def largest_loss(before: Values, after: Values, groups: Indices | None = None) -> float:
     """Return the upper end of the one-sided 95% interval of the loss, from paired 0/1 scores (N,).
+
+    Examples of a group (``groups``, (N,)) are not independent; the interval then is by group.
 
     >>> round(largest_loss(np.ones(998), np.ones(998)), 5)
     0.00233
     """
-    return -paired_rates(before, after, _Z95_ONE_SIDED).low
+    return -paired_rates(before, after, groups, level=_LEVEL).low
 
 
 def fewest_images(margin: float) -> int:
@@ -66,7 +68,7 @@ def fewest_images(margin: float) -> int:
     >>> fewest_images(0.005)
     464
     """
-    return max(1, math.floor(_Z95_ONE_SIDED * math.sqrt(2) / margin) - 1)
+    return max(1, math.floor(float(ndtri(_LEVEL)) * math.sqrt(2) / margin) - 1)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class Kept:
         largest_loss: upper end of the one-sided 95% interval of the loss, as a fraction.
         margin: the loss that the user accepts, as a fraction.
         num_examples: number of images.
+        num_groups: number of groups that these are of; None if all are independent.
     """
 
     comparison: Comparison
     largest_loss: float
     margin: float
     num_examples: int
+    num_groups: int | None = None
 
     @property
     def is_within(self) -> bool:
@@ -99,8 +103,11 @@ class Kept:
         """The verdict with its numbers, for users."""
         metric = self.comparison.metric
         before, after = (metric.format(end.value) for end in (self.comparison.before, self.comparison.after))
+        images = f"{self.num_examples:,} images to keep"
+        if self.num_groups is not None:
+            images += f" in {self.num_groups:,} groups"
         return (
-            f"{self.verdict}: {metric.name} {before} → {after} on {self.num_examples:,} images to keep, "
+            f"{self.verdict}: {metric.name} {before} → {after} on {images}, "
             f"at 95% confidence a loss of at most {100 * max(0.0, self.largest_loss):.2f} points; "
             f"the margin is {100 * self.margin:g}"
         )
@@ -113,6 +120,7 @@ class Kept:
             "largest_loss": self.largest_loss,
             "margin": self.margin,
             "examples": self.num_examples,
+            **({} if self.num_groups is None else {"groups": self.num_groups}),
             "verdict": self.verdict,
         }
 
@@ -144,11 +152,11 @@ class KeepSet:
             examples: the images; those that can't be read are left out.
             margin: the loss that the user accepts, as a fraction.
             batch_size: images at a time.
-            seed: seed of the split.
+            seed: seed of the split; a group of images is in one half.
             count: called with a label and the number of images that were scored.
 
         Raises:
-            BnpatchError: none of the images can be read.
+            BnpatchError: none of the images can be read, or all of a half are of one group.
         """
         self._model, self._before, self._count = model, model.state, count
         self.margin, self.scored, self._seed = margin, 0, seed
@@ -157,23 +165,28 @@ class KeepSet:
         is_labelled = bool(examples.labelled[readable].all())
         self.metric = ACCURACY if is_labelled else ANSWERS_KEPT
         self.examples = examples if is_labelled else _answered(model, examples, readable, batch_size)
-        self._choosing, self._judging = (
-            readable[part] for part in split(self.examples.strata[readable], 0.5, seed)
-        )
-        _warn_if_few(min(len(self._choosing), len(self._judging)), margin)
+        groups = None if examples.groups is None else examples.groups[readable]
+        halves = split(self.examples.strata[readable], 0.5, seed, groups)
+        self._choosing, self._judging = (readable[half] for half in halves)
+        if groups is not None and min(len(np.unique(groups[half])) for half in halves) < 2:
+            raise BnpatchError(
+                "the images to keep are of too few groups", "give images of more groups, ten or more"
+            )
+        smaller = min(self._choosing, self._judging, key=len)
+        _warn_if_few(len(smaller), self._groups(smaller), margin)
         self._before_choosing = self._right(self._before, self._choosing)
 
     def on_choosing(self, state: PatchState) -> Kept | None:
         """Compare the state with the unpatched model, on the half that chooses; None if not finite."""
         self.scored += len(self._choosing)
         after = if_finite(partial(self._right, state, self._choosing))
-        return None if after is None else self._compared(self._before_choosing, after)
+        return None if after is None else self._compared(self._before_choosing, after, self._choosing)
 
     def judged(self, state: PatchState) -> Kept:
         """Compare the state with the unpatched model, on the half that judges."""
         before = self._right(self._before, self._judging)
         after = before if self._before.computes_like(state) else self._right(state, self._judging)
-        return self._compared(before, after)
+        return self._compared(before, after, self._judging)
 
     def cost(self, state: PatchState) -> float:
         """The weighted mean cross-entropy of some of the images, by which steps of learning are compared."""
@@ -199,8 +212,18 @@ class KeepSet:
 
         return both
 
-    def _compared(self, before: Values, after: Values) -> Kept:
-        return Kept(paired(self.metric, before, after), largest_loss(before, after), self.margin, len(before))
+    def _compared(self, before: Values, after: Values, indices: Indices) -> Kept:
+        groups = self._groups(indices)
+        return Kept(
+            paired(self.metric, before, after, groups),
+            largest_loss(before, after, groups),
+            self.margin,
+            len(before),
+            self.examples.num_groups(indices),
+        )
+
+    def _groups(self, indices: Indices) -> Indices | None:
+        return None if self.examples.groups is None else self.examples.groups[indices]
 
     def _right(self, state: PatchState, indices: Indices) -> Values:
         return self._scores(state, indices)[ACCURACY.name]
@@ -226,14 +249,21 @@ def _answered(model: Model[Any], examples: Examples, readable: Indices, batch_si
     return _Answered(examples, scores.values[PREDICTION.name], scores.indices)
 
 
-def _warn_if_few(count: int, margin: float) -> None:
+def _warn_if_few(count: int, groups: Indices | None, margin: float) -> None:
     """Warn if the images of a half are so few that only a patch that gains on them can pass."""
-    if count < (fewest := fewest_images(margin)):
-        enough = math.ceil(1e4 * _Z95_ONE_SIDED * math.sqrt(2) / (count + 1)) / 1e4
-        warnings.warn(
-            f"{2 * count:,} images to keep are too few to show that a patch loses at most {100 * margin:g} "
-            f"points on them, even if no answer changes: at least {2 * fewest:,} are needed, or a margin of "
-            f"{enough:g}",
-            BnpatchWarning,
-            stacklevel=2,
-        )
+    same = np.ones(count)
+    least = largest_loss(same, same, groups)
+    if least < margin:
+        return
+    fewest = fewest_images(margin)
+    if groups is not None:  # the interval is that of at least count / size independent images
+        size = int(np.unique(groups, return_counts=True)[1].max())
+        fewest = math.ceil((count + 2 * size) * least / margin)
+    units = "" if groups is None else f" in about {2 * len(np.unique(groups)):,} groups"
+    warnings.warn(
+        f"{2 * count:,} images to keep{units} are too few to show that a patch loses at most "
+        f"{100 * margin:g} points on them, even if no answer changes: at least {2 * fewest:,} are needed, "
+        f"or a margin of {math.floor(1e4 * least + 1) / 1e4:g}",
+        BnpatchWarning,
+        stacklevel=2,
+    )

@@ -180,6 +180,34 @@ def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     return torch.stack(parts).mean()
 
 
+def estimated_prior(predictions: Tensor, iterations: int = 100) -> Tensor:
+    """Estimate how often classes occur among examples from the predictions of a model for them.
+
+    This is the maximum-likelihood estimate by the EM algorithm of Saerens et al. ("Adjusting the outputs of a
+    classifier to new a priori probabilities", 2002) for a model with calibrated probabilities, trained with
+    equally frequent classes. If it was trained with others, the estimate exaggerates them. One more example
+    of each class is added, so that few examples of many classes exclude none.
+
+    >>> sure = torch.eye(2).repeat_interleave(torch.tensor([58, 38]), 0)
+    >>> estimated_prior(sure).round(decimals=2).tolist()
+    [0.6, 0.4]
+
+    Args:
+        predictions: probabilities, (N, K).
+        iterations: number of iterations.
+
+    Returns:
+        Frequencies (K,) that sum to 1, on the CPU.
+    """
+    found = predictions.cpu().double()
+    count, num_classes = found.shape
+    prior = found.mean(0)
+    for _ in range(iterations):
+        weighted = found * prior * num_classes
+        prior = (weighted / weighted.sum(1, keepdim=True)).mean(0)
+    return (count * prior + 1) / (count + num_classes)
+
+
 def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | None:
     """A class prior (K,), scaled to sum to 1, from numbers or from text with commas between them.
 

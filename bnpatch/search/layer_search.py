@@ -124,7 +124,11 @@ class LayerSearch:
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
 
     def _starts(self, found: Mapping[str, PatchWeights], groups: Mapping[str, str]) -> list[Start]:
-        """Where learning starts, without slopes."""
+        """Where learning starts, without slopes.
+
+        A step without labels needs a large set of examples. Where there are few of these, each start costs
+        some passes, so those without lambdas are left out if lambdas are learned.
+        """
         identity, re_estimated = found["identity"], self._cache.base.target
         alphas_alone = Groups(groups, {}, {})
         both = Groups(groups, {name: groups.get(name, name) for name in re_estimated}, {})
@@ -137,8 +141,10 @@ class LayerSearch:
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
-        starts += [start(_SMALL, None), start(_RAMP, None)]
-        if self._plan.recalibrate and re_estimated:
+        learns_lambdas = self._plan.recalibrate and re_estimated
+        if not (learns_lambdas and self._objective.set_size > 1 and self._cache.has_few_blocks):
+            starts += [start(_SMALL, None), start(_RAMP, None)]
+        if learns_lambdas:
             starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
         return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
 

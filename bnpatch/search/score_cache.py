@@ -13,6 +13,9 @@ from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Model
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 
+# With fewer blocks than this, successive halving is pointless.
+_LEAST_BLOCKS = 4
+
 
 def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
     """Sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
@@ -65,6 +68,11 @@ class ScoreCache:
         self._count = count
         self._known: dict[tuple[Any, int], dict[str, Values]] = {}
         self.base = model.state
+
+    @property
+    def has_few_blocks(self) -> bool:
+        """Whether there are too few blocks for successive halving, so that each trial is scored on all."""
+        return len(self.blocks) < _LEAST_BLOCKS
 
     def groups(self, blocks: range) -> Indices | None:
         """The group of each score of some blocks; None where scores are independent."""

@@ -11,6 +11,7 @@ import numpy as np
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.corruptions import augmented
 from bnpatch.data.dataset import Examples, Indices, folds, others, split
+from bnpatch.data.groups import warn_of_shared_groups
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.metrics import METRICS
 from bnpatch.models.base import Model
@@ -177,6 +178,8 @@ def open_task(
     examples = opened("data", spec.needs_labels)
     test = None if sources["test_data"] is None else opened("test_data", spec.needs_labels)
     judging = examples if test is None else test
+    if test is not None and callable(rule := options.get("groups")):
+        warn_of_shared_groups(rule, examples.source, test.source)
     return Task(
         model,
         spec,

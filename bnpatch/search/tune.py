@@ -23,6 +23,7 @@ from bnpatch.evaluation.metrics import (
 from bnpatch.evaluation.permutation import warn_if_permuted
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
+from bnpatch.search.class_shares import by_predicted_shares
 from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, chosen_of
 from bnpatch.search.cross_fit import Searches
 from bnpatch.search.distributed import on_all_processes
@@ -87,7 +88,7 @@ def tune_alpha(
         config: the less common options, see :class:`~bnpatch.search.config.SearchConfig`.
         options: fields of ``config`` by their names, which override it, and options of
             :func:`bnpatch.open_examples`, such as ``groups``. Groups given as labels are those of ``data``; a
-            function of names also groups ``test_data``.
+            function of names also groups ``test_data`` and ``keep``.
 
     Raises:
         BnpatchError: the model or the data can't be used.
@@ -162,6 +163,10 @@ def _judged(
     if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
         searches.notes.append(f"held-out data: {says}")
     found = searches.whole.base.with_weights(chosen.weights)
+    evidence, doubt = by_predicted_shares(task, task.test_examples, evidence, baseline, found)
+    if shifted is not None and not doubt:
+        shifted, doubt = by_predicted_shares(task, task.test_seen, shifted, baseline, found)
+    searches.notes += [doubt] if doubt else []
     best = None if baseline.computes_like(found) else found
     judged = None if keep is None else keep.judged(found)
     decision = decide(None if best is None else chosen.name, evidence, shifted, metrics, judged)

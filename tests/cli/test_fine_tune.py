@@ -66,6 +66,15 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):
     )
 
 
+def test_groups_of_validation_images(cli, checkpoint, data):
+    """80 images in 10 groups, by the last digit of their number; those to train on have the same names."""
+    code, out, err = cli(*arguments(checkpoint, data, "--group-by", r"(\d)$", "--json"))
+    assert code == 0, err
+    counts = json.loads(out)["data"]
+    assert counts["tuning_groups"] + counts["held_out_groups"] == 10
+    assert "10 groups, such as '0', are both in the data to learn from" in " ".join(err.split())
+
+
 def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):
     more = ["--channels-per-group", 8, "--norm-weight-decay", 1e-3, "--norm-weight-decay-sites", "all"]
     code, _, err = cli(*arguments(checkpoint, data, *more, "--decoupled", "--gamma-toward", 0))

@@ -84,6 +84,9 @@ def test_no_gain_is_exit_code_0_and_plain(cli, checkpoint, clean):
     code, out, _ = cli("tune-alpha", checkpoint, "--data", "right.npz", *QUICK)
     assert code == 0
     assert "No significant gain" in out
+    code, *_ = cli("tune-alpha", checkpoint, "--data", "right.npz", *QUICK, "--fail-unless-gain")
+    assert code == 1
+    assert set(bnpatch.Recipe.load(Path("bnpatch-out", "recipe.json")).alphas.values()) == {0.0}
 
 
 def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp_path):

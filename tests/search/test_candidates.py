@@ -147,14 +147,15 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
     assert trial.weight == 0.25
 
 
-def starts_of(tiny, found, *, recalibrate=True):
+def starts_of(tiny, found, *, recalibrate=True, set_size=1, few=False):
     """Where a search per layer starts."""
     target = tiny.state.with_target(
         {name: Moments(np.zeros(c), np.ones(c)) for name, c in zip(tiny.alphas(), WIDTHS, strict=True)}
     )
     search = LayerSearch.__new__(LayerSearch)
     search._baseline_alphas = tiny.baseline_alphas()
-    search._cache = SimpleNamespace(base=target if recalibrate else tiny.state)
+    search._cache = SimpleNamespace(base=target if recalibrate else tiny.state, has_few_blocks=few)
+    search._objective = SimpleNamespace(set_size=set_size)
     search._plan = Plan(recalibrate=recalibrate)
     return search._starts(found, {name: name for name in tiny.alphas()})
 
@@ -176,6 +177,20 @@ def test_learning_starts_at_several_places(tiny, recalibrate):
     assert first.weights == both
     assert first.groups.lambdas
     assert len(others) == 4
+
+
+@pytest.mark.parametrize(
+    ("few", "set_size", "recalibrate", "number"),
+    [(True, 250, True, 2), (True, 250, False, 2), (True, 1, True, 4), (False, 250, True, 4)],
+)
+def test_starts_without_lambdas_are_left_out_where_each_costs_passes(
+    tiny, few, set_size, recalibrate, number
+):
+    zeros = dict.fromkeys(tiny.alphas(), 0.0)
+    nothing = dict.fromkeys(("identity", "alpha", "lambda, alpha"), PatchWeights(zeros, zeros, zeros))
+    starts = starts_of(tiny, nothing, recalibrate=recalibrate, set_size=set_size, few=few)
+    assert len(starts) == number
+    assert all(start.groups.lambdas for start in starts) == (number == 2 and recalibrate)
 
 
 @pytest.mark.parametrize(

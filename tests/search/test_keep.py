@@ -12,7 +12,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.dataset import split
 from bnpatch.evaluation.evaluate import evaluate
-from bnpatch.evaluation.metrics import ACCURACY, Z95, paired_difference, paired_rates
+from bnpatch.evaluation.metrics import ACCURACY, paired_difference, paired_rates
 from bnpatch.report.html import report_page
 from bnpatch.report.text import Written, verdict_sentence
 from bnpatch.search import layer_search
@@ -121,7 +121,8 @@ def test_a_loss_on_the_half_that_judges_is_not_applied(tiny, dim, free, monkeypa
     _, judging = split(dim[1].astype(np.int64), 0.5, seed=0)
     wrong[judging] = answers(tiny, dim[0])[judging]
     monkeypatch.setattr(
-        "bnpatch.search.keep.split", lambda strata, fraction, seed: split(dim[1].astype(np.int64), 0.5, 0)
+        "bnpatch.search.keep.split",
+        lambda strata, fraction, seed, groups: split(dim[1].astype(np.int64), 0.5, 0),
     )
     result = search(tiny, dim, keep=(dim[0], wrong), margin=STRICT)
     assert result.chosen.name == free.chosen.name
@@ -133,6 +134,49 @@ def test_a_loss_on_the_half_that_judges_is_not_applied(tiny, dim, free, monkeypa
     page = report_page(result, tiny, Written(Path("recipe.json"), Path("patched.pt")))
     assert "chosen, but not kept" in page
     assert str(result.verdict.kept) in page
+
+
+def copies(data, groups, each):
+    """So many copies of the first few examples, each of which is a group: (images, labels), groups."""
+    return tuple(np.repeat(part[:groups], each, axis=0) for part in data), np.repeat(np.arange(groups), each)
+
+
+def test_a_group_of_images_to_keep_is_in_one_half_and_counts_once(tiny, plain):
+    (data, groups), alone = copies(plain, 200, 6), (plain[0][:200], plain[1][:200])
+    keep = KeepSet(tiny, bnpatch.open_examples(data, tiny, groups=groups), 0.03)
+    choosing, judging = groups[keep._choosing], groups[keep._judging]
+    assert len(choosing) + len(judging) == 1200
+    assert not set(choosing) & set(judging)
+    once = KeepSet(tiny, bnpatch.open_examples(alone, tiny), 0.03)
+    other = tiny.state.with_weights(tiny.state.weights)
+    found, expected = keep.judged(other), once.judged(other)
+    assert found.num_groups == 100
+    assert "on 600 images to keep in 100 groups" in str(found)
+    assert found.to_json()["groups"] == 100
+    # The interval of 100 groups is that of 100 images, but for Student's quantile.
+    assert expected.largest_loss < found.largest_loss < 1.1 * expected.largest_loss
+    assert expected.num_groups is None
+
+
+def test_few_groups_of_images_to_keep_are_said_to_be_few(tiny, plain):
+    data, groups = copies(plain, 40, 15)
+    examples = bnpatch.open_examples(data, tiny, groups=groups)
+    with pytest.warns(BnpatchWarning, match="600 images to keep in about 40 groups are too few") as said:
+        KeepSet(tiny, examples, 0.03)
+    text = next(str(w.message) for w in said if "too few" in str(w.message))
+    needed, margin = re.search(r"at least ([\d,]+) are needed, or a margin of ([\d.]+)$", text).groups()
+    for part, allowed in ((300, float(margin)), (int(needed.replace(",", "")) // 2, 0.03)):
+        same = np.ones(part)
+        assert largest_loss(same, same, np.arange(part) // 15) < allowed
+    examples.groups = np.zeros(600, np.int64)
+    with pytest.raises(BnpatchError, match="of too few groups"):
+        KeepSet(tiny, examples, 0.03)
+
+
+@pytest.mark.filterwarnings("ignore:600 images to keep")
+def test_a_rule_for_groups_is_one_for_the_images_to_keep_too(tiny, dim):
+    result = search(tiny, dim, keep=dim, margin=0.5, groups=lambda name: int(name.split()[-1]) // 3)
+    assert result.verdict.kept.num_groups == 100
 
 
 def test_what_few_images_can_show_is_said(tiny, plain):
@@ -163,7 +207,7 @@ def test_a_loss_as_large_as_the_margin_passes_in_one_case_of_twenty(count):
 
 def test_the_interval_of_rates_is_that_of_the_paired_difference_at_its_level():
     before, after = np.array([1.0, 1, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 0, 1])
-    assert paired_rates(before, after) == paired_difference(before, after) == paired_rates(before, after, Z95)
+    assert paired_rates(before, after) == paired_difference(before, after)
     assert largest_loss(before, after) < -paired_difference(before, after).low
 
 

@@ -250,6 +250,15 @@ def test_few_examples_take_turns_in_being_held_out(tiny, dim):
     assert result.verdict.classes.shape == (3, 100)
 
 
+def test_a_verdict_on_few_examples_says_so(tiny, dim):
+    run = {"granularity": "global", "trials": 2}
+    tuning, judging = ((dim[0][part], dim[1][part]) for part in (slice(100), slice(100, 120)))
+    result = bnpatch.tune_alpha(tiny, tuning, test_data=judging, **run)
+    assert "20 examples judged: so few say little" in result.notes
+    result = bnpatch.tune_alpha(tiny, tuning, test_data=(dim[0][100:200], dim[1][100:200]), **run)
+    assert "below 300 examples the interval of the cross-entropy is rough" in result.notes
+
+
 def test_stages_share_a_weight(model, foggy, monkeypatch):
     monkeypatch.setattr(Course, "of", lambda examples, starts, set_size=1: Course(32, 2, 4))
     some = foggy[0][:200], foggy[1][:200]
@@ -333,6 +342,14 @@ def test_several_norms_are_tuned_without_labels(tiny, plain, dim, monkeypatch):
     result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
     assert result.verdict.changed > 100  # of 300; ten seeds: 179 to 211
     assert share_given_back(tiny, plain, dim, result) > 0.4  # ten seeds: 0.68 to 1.00, of deviation 0.11
+
+
+@pytest.mark.parametrize("count", [150, 300])
+def test_few_images_without_labels_cost_at_most_forty_passes(tiny, dim, count):
+    result = bnpatch.tune_alpha(tiny, dim[0][:count], test_data=dim[0][300:], metric="unlabeled")
+    assert result.num_tuning == count
+    assert 20 < result.passes <= 40
+    assert str(result.verdict) == "gain"
 
 
 @pytest.mark.parametrize(("sets", "classes", "labels"), [(4, 10, True), (3, 10, False), (4, 11, False)])
