@@ -177,7 +177,7 @@ def _readable(examples: Examples, objective: Objective, indices: Indices) -> Ind
     return readable[np.argsort(rng.random(len(examples))[readable])]
 
 
-def _conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
+def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
     """Compare the scores without and with the patch, paired by example.
 
     Args:
@@ -231,7 +231,7 @@ def decide(
         metrics: metrics to compare; the first decides.
         kept: what the candidate does to the images to keep, where there are any.
     """
-    verdict = replace(_conclude(evidence, metrics), kept=kept)
+    verdict = replace(conclude(evidence, metrics), kept=kept)
     tuned = verdict.comparisons[0]
     if candidate is None:
         # In a cross-fit, searches without one of the parts may have found something.
@@ -241,7 +241,7 @@ def decide(
                 f"what was found without one of the parts changes their {tuned.metric.name} by "
                 f"{tuned.metric.format(change, signed=True)}; all images together speak for none of it"
             )
-        unchanged = _conclude(replace(evidence, after=evidence.before), metrics)
+        unchanged = conclude(replace(evidence, after=evidence.before), metrics)
         return Decision(False, replace(unchanged, kept=kept), reason)
     if tuned.outcome is Outcome.LOSS:
         reason = f"{candidate}: best in tuning, but a loss in {tuned.metric.name} on held-out examples"
@@ -249,7 +249,7 @@ def decide(
     where = "held-out examples"
     if shifted is not None:
         tuned, where = (
-            _conclude(shifted, metrics).comparisons[0],
+            conclude(shifted, metrics).comparisons[0],
             "held-out examples as --augment shifts them",
         )
     if tuned.outcome is Outcome.GAIN:
