@@ -113,7 +113,7 @@ def test_refuses_recipes_of_other_kinds_of_values(tmp_path, text):
     assert Recipe.load(path).alphas == {"a": 0.1}
 
 
-def test_a_thousand_mutated_recipes_are_read_or_refused(tmp_path):
+def test_mutated_recipes_are_read_or_refused(tmp_path):
     """By count and seed: bytes that are replaced, dropped or doubled anywhere."""
     rng = np.random.default_rng(0)
     layers = (NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", 0.3, moments(0)), *RECIPE.norm_layers[1:])
@@ -122,7 +122,7 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(tmp_path):
     schema = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     schema.validate(json.loads(good))
     refused = 0
-    for _ in range(1000):
+    for _ in range(400):
         damaged = bytearray(good)
         for place in rng.integers(0, len(damaged), rng.integers(1, 4)):
             place = min(int(place), len(damaged) - 1)
@@ -136,7 +136,7 @@ def test_a_thousand_mutated_recipes_are_read_or_refused(tmp_path):
             refused += 1
         else:
             schema.validate(json.loads(path.read_text()))  # the documented schema is as strict
-    assert refused > 300
+    assert refused > 120
 
 
 @pytest.mark.parametrize(

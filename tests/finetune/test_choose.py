@@ -107,10 +107,9 @@ def _score(spec, rate):
         (1, KeyboardInterrupt),
         (2, OSError),
         (4, RuntimeError),
-        (7, KeyboardInterrupt),
-        *(
-            (number, SystemExit) for number in (1, 2, 4, 7)
-        ),  # Optuna notes no end, as of a process that is killed
+        (7, SystemExit),  # Optuna notes no end, as of a process that is killed
+        pytest.param(7, KeyboardInterrupt, marks=pytest.mark.slow),
+        *(pytest.param(number, SystemExit, marks=pytest.mark.slow) for number in (1, 2, 4)),
     ],
 )
 def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_path, number, error):
