@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments, mix
@@ -452,3 +453,37 @@ def test_a_layer_that_was_pickled_under_former_names_without_a_slope_has_none():
     copied.__setstate__(state)
     assert copied.slope == 0.0
     assert torch.equal(copied(x), layer(x))
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the tensors of at least this many values that operators make."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        parts = made if isinstance(made, tuple) else (made,)
+        is_view = op.is_view or op._schema.name.endswith("_unsafe_view")
+        self.made += sum(isinstance(p, torch.Tensor) and p.numel() >= self.size and not is_view for p in parts)
+        return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4])
+def test_the_gradient_of_the_moments_is_exact(layout):
+    def moments(x):
+        found = example_moments(x)
+        return found.mean, found.var
+
+    x = sample((2, 3, 4, 2), layout=layout).requires_grad_()
+    assert torch.autograd.gradcheck(moments, x)
+    assert torch.autograd.gradgradcheck(moments, x)
+
+
+def test_the_gradient_of_the_moments_takes_one_pass():
+    x = sample((2, 6, 8, 8)).requires_grad_()
+    moments = example_moments(x)
+    with Sizes(x.numel()) as sizes:
+        (moments.mean.sum() + moments.var.sum()).backward()
+    assert sizes.made == 1
