@@ -16,7 +16,7 @@ from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Values
 from bnpatch.search.config import Plan
-from bnpatch.search.coordinate_search import Coordinate, coordinate_search
+from bnpatch.search.coordinate_search import Coordinate, coordinate_search, expected_cost
 from bnpatch.search.gradient_search import (
     CHECKS,
     STEP_COST,
@@ -89,11 +89,20 @@ class LayerSearch:
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
         if not self._model.has_gradients:
-            return 0.0
+            return self._expected_of_coordinates()
         starts = 4 if self._plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
         scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the identity
-        return self._step_cost * course.num_examples(starts) + scored * self._selection.num_checked
+        checked = self._selection.num_checked + (0 if self._keep is None else self._keep.num_checked)
+        return self._step_cost * course.num_examples(starts) + scored * checked
+
+    def _expected_of_coordinates(self) -> float:
+        """Estimate the cost of coordinate searches for alphas, for these and lambdas, and for slopes."""
+        num, plan = len(self._identity_alphas), self._plan
+        searches = [num] + [2 * num] * plan.recalibrate + [num // 2] * plan.slopes
+        scored = min(_COORDINATE_EXAMPLES, len(self._indices))
+        previewed = min(scored, max(_PREVIEW_EXAMPLES, self._objective.set_size))
+        return float(sum(expected_cost(coordinates, scored, previewed) for coordinates in searches))
 
     def find(self, found: Mapping[str, PatchWeights], per: str) -> dict[str, PatchWeights]:
         """Find weights, with and without slopes.
