@@ -161,11 +161,12 @@ class LayerSearch:
         """Keep the best few starts, by the selection examples.
 
         One that is worse than the identity is left out, unless it is the best: where most norm layers want no
-        weight, as in ImageNet networks, a few steps don't bring it back. Without labels all starts stay,
-        because there the identity may only seem good.
+        weight, as in ImageNet networks, a few steps don't bring it back. A few examples show that of starts
+        that are much worse. Without labels all starts stay, because there the identity may only seem good.
         """
         if self._objective.set_size > 1:
             return starts
+        starts = [s for s in starts if not self._selection.at_once_worse(s.weights, identity)] or starts
         cost = partial(self._cost, "choosing where to start")
         costs = [cost(start.weights) for start in starts]
         most = max(cost(identity), min(costs, default=math.inf))
