@@ -151,7 +151,7 @@ class CandidateSearch:
         """
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
-        if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
+        if plan.granularity == "auto" and len(self.tuning) < 200 and not self._layers.has_gradients:
             per = None  # too few examples to tell which of many changes helped
         passes, trials = self._limits
         one_pass = len(self.tuning)
