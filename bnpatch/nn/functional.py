@@ -119,6 +119,8 @@ class _MeanAndSquare(torch.autograd.Function):
     The gradient that autograd derives takes five, each with a new tensor of the size of the input.
     """
 
+    generate_vmap_rule = True  # for torch.func.vmap of gradients
+
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         return _mean_and_square(x)

@@ -481,6 +481,17 @@ def test_the_gradient_of_the_moments_is_exact(layout):
     assert torch.autograd.gradgradcheck(moments, x)
 
 
+def test_per_example_gradients_by_vmap():
+    x = sample((3, 4, 5, 2))
+
+    def loss(x):
+        moments = example_moments(x)
+        return (moments.mean.sin() * moments.var).sum()
+
+    each = torch.func.vmap(torch.func.grad(lambda one: loss(one[None])))(x)
+    torch.testing.assert_close(each, torch.func.grad(loss)(x))
+
+
 def test_the_gradient_of_the_moments_takes_one_pass():
     x = sample((2, 6, 8, 8)).requires_grad_()
     moments = example_moments(x)
