@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 import torch
@@ -24,6 +24,9 @@ from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.outputs import PROBES, Output, choose
+
+if TYPE_CHECKING:
+    from bnpatch.models.torch_model import TorchModel
 
 #: Maps a batch to the moments (N, C) of each example, by name of module.
 Watch = Callable[[Tensor], Mapping[str, Moments[Any]]]
@@ -61,7 +64,6 @@ class Model(ABC, Generic[NormLayerT]):
     # A field, so that it goes along where dataclasses.replace makes another of this model.
     _state: PatchState = field(default_factory=PatchState, repr=False)
 
-    has_gradients: ClassVar[bool]  # whether forward computes gradients
     runs_onnx: ClassVar[bool] = False
     suffix: ClassVar[str]  # suffix of a file that holds the patched model
     norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
@@ -137,6 +139,18 @@ class Model(ABC, Generic[NormLayerT]):
             BnpatchError: the model has no such norm or convolution.
         """
         self.set_state(self._state.with_running(running))
+
+    @abstractmethod
+    def with_gradients(self, x: Tensor) -> "TorchModel | None":
+        """Return a model of the same norm layers that computes gradients: this one, or a copy of it in torch.
+
+        Args:
+            x: a batch, on which a copy must agree with this model.
+
+        Returns:
+            The model; None where there is no such copy. To a copy, the running statistics that the state of
+            this model has are its own, so that its states don't have them.
+        """
 
     def baseline(self) -> PatchState:
         """Return the state in which the model computes what it did before any patch."""

@@ -20,7 +20,9 @@ from bnpatch.core.recipe import Recipe, fingerprint
 from bnpatch.models.base import Model, Watch
 from bnpatch.models.fingerprints import of_graph_norm
 from bnpatch.models.metadata import write_metadata
+from bnpatch.models.onnx_as_torch import as_torch
 from bnpatch.models.onnx_sessions import MomentNames, Sessions, WeightedSession, run_in_portions
+from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.hooks import joined, pooled_rows
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
 from bnpatch.onnx.inference import Array
@@ -46,7 +48,6 @@ class OnnxModel(Model[OnnxNormLayer]):
     :class:`~bnpatch.models.base.Model` has the other attributes.
     """
 
-    has_gradients: ClassVar[bool] = False
     runs_onnx: ClassVar[bool] = True
     suffix: ClassVar[str] = ".onnx"
     norm_cost: ClassVar[int] = 40_000
@@ -133,6 +134,10 @@ class OnnxModel(Model[OnnxNormLayer]):
                 f"the recipe pools channels at {pooled[0]!r}, of which an ONNX file knows nothing",
                 "export the torch checkpoint with the recipe",
             )
+
+    @override
+    def with_gradients(self, x: Tensor) -> TorchModel | None:
+        return as_torch(self, self._recovered, x)
 
     @override
     def _refuse_without_norm_layers(self) -> None:

@@ -53,7 +53,6 @@ class TorchModel(Model[TorchNormLayer]):
     :class:`~bnpatch.models.base.Model` has the other attributes.
     """
 
-    has_gradients: ClassVar[bool] = True
     suffix: ClassVar[str] = ".pt"
     norm_cost: ClassVar[int] = 400_000
 
@@ -96,6 +95,10 @@ class TorchModel(Model[TorchNormLayer]):
     def set_state(self, state: PatchState) -> None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not get gradients later
             super().set_state(state)
+
+    @override
+    def with_gradients(self, x: Tensor) -> "TorchModel":
+        return self
 
     @override
     def _refuse_without_norm_layers(self) -> None:

@@ -8,6 +8,7 @@ input, to the learned scale and shift, to alpha and to the slope:
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,44 @@ def example_moments(x: Tensor) -> Moments[Tensor]:
     if has_single_values(x):
         mean = x.flatten(1).to(dtype)
         return Moments(mean, torch.zeros_like(mean))
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    mean, mean_square = _MeanAndSquare.apply(x) if needs_gradient else _mean_and_square(x)
+    return Moments(mean, (mean_square - mean * mean).clamp_min(0))
+
+
+def _mean_and_square(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute E[x] and E[x^2] of each channel of each example: (N, C, *spatial) to (N, C)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if _is_channels_last(x):
         # A sum over the middle axis of (N, S, C) reads memory in order.
         rows = x.movedim(1, -1).flatten(1, -2).to(dtype)
-        mean = rows.sum(1) / rows.shape[1]
-        mean_square = (rows * rows).sum(1) / rows.shape[1]
-    else:
-        values = x.flatten(2)
-        mean = values.mean(2, dtype=dtype)
-        mean_square = torch.linalg.vector_norm(values, dim=2, dtype=dtype).square() / values.shape[2]
-    return Moments(mean, (mean_square - mean * mean).clamp_min(0))
+        return rows.sum(1) / rows.shape[1], (rows * rows).sum(1) / rows.shape[1]
+    values = x.flatten(2)
+    norm = torch.linalg.vector_norm(values, dim=2, dtype=dtype)
+    return values.mean(2, dtype=dtype), norm.square() / values.shape[2]
+
+
+class _MeanAndSquare(torch.autograd.Function):
+    """:func:`_mean_and_square` with a gradient that takes one pass over the input.
+
+    The gradient that autograd derives takes five, each with a new tensor of the size of the input.
+    """
+
+    generate_vmap_rule = True  # for torch.func.vmap of gradients
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _mean_and_square(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, mean: Tensor, mean_square: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        count = math.prod(x.shape[2:])
+        return affine(x, 2 * mean_square / count, mean / count)
 
 
 def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:

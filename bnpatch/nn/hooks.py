@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from bnpatch.core.moments import Moments, pool
 
+# How many values a CPU takes at a time for the variance: 2 MB of float32.
+_CPU_VALUES = 2**19
+
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -68,7 +71,11 @@ def accurate_moments(x: Tensor) -> Moments[Tensor]:
     values = x.flatten(2) if x.ndim > 2 else x[..., None]
     values = values.to(torch.promote_types(x.dtype, torch.float32))
     mean = values.mean(2)
-    return Moments(mean, (values - mean[..., None]).square().mean(2))
+    rows = max(1, len(values))
+    if x.device.type == "cpu":  # in portions that fit its cache
+        rows = max(1, _CPU_VALUES // max(1, values[:1].numel()))
+    portions = zip(torch.split(values, rows), torch.split(mean[..., None], rows), strict=True)
+    return Moments(mean, torch.cat([(part - center).square().mean(2) for part, center in portions]))
 
 
 def pooled_rows(moments: Moments[Tensor]) -> Moments[Tensor]:

@@ -6,8 +6,8 @@
 3. *Score cache* (``score_cache``): scores the same weights on the same examples only once.
 4. *Global search* (``global_search``): one weight for all norm layers. ``halving`` decides the next step from
    the ``trials`` so far; ``studies`` keeps these with Optuna, in one of the ``storages``.
-5. *Layer search* (``layer_search``): a weight per norm layer or stage, by ``gradient_search`` or, for models
-   without gradients, by ``coordinate_search``.
+5. *Layer search* (``layer_search``): a weight per norm layer or stage, by ``gradient_search`` or, for ONNX
+   files that can't be converted to torch, by ``coordinate_search``.
 6. *Candidates and selection*: ``candidates`` lists what is tried; ``selection`` chooses by examples that the
    weights were not learned from, within a ``latency_limit`` and without harm to the images to ``keep``.
 7. *Held-out evaluation* (``held_out``): what the choice does on examples that had no say in it; without

@@ -20,7 +20,7 @@ from bnpatch.search.global_search import global_search
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.objective import Objective
-from bnpatch.search.progress import Budget
+from bnpatch.search.progress import Budget, Progress
 from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
@@ -71,7 +71,7 @@ class CandidateSearch:
         objective: Objective,
         *,
         keep: KeepSet | None = None,
-        count: Callable[[str, int], None] = lambda label, examples: None,
+        progress: Progress | None = None,
         on_trial: Callable[[Trial, bool], None] = lambda trial, is_best: None,
     ) -> None:
         """Prepare a search.
@@ -81,12 +81,13 @@ class CandidateSearch:
             tuning: indices of the examples to score, which can be read.
             objective: scores the examples.
             keep: images on which a patch must do no harm; None for none.
-            count: called with a label and the number of examples that were scored.
+            progress: counts the examples that are scored; it must expect as many as :meth:`expected` says.
             on_trial: called after each trial of a global search, as that of :func:`bnpatch.tune_alpha`.
         """
         model, examples, plan = task.model, task.seen, task.plan
         self.model, self.tuning, self.objective, self.plan = model, tuning, objective, plan
-        self.budget = Budget(plan.timeout, count)
+        self._progress = progress or Progress(lambda label, done, total: None)
+        self.budget = Budget(plan.timeout, self._progress.count)
         self.trials: list[Trial] = []
         self.num_tried, self.resumed = 0, 0
         self.cut_short = self.interrupted = False
@@ -129,11 +130,12 @@ class CandidateSearch:
         zeros = dict.fromkeys(self._baseline_alphas, 0.0)
         found = {"identity": PatchWeights(dict(self._baseline_alphas), zeros, zeros)}
         try:
-            for _, find in self._ways(found)[: self.plan.reach]:
-                if self.budget.is_over() or self.interrupted:
-                    break
-                found |= find()
-                self.num_tried += 1
+            for cost, find in self._ways(found)[: self.plan.reach]:
+                with self._progress.part(cost):
+                    if self.budget.is_over() or self.interrupted:
+                        continue
+                    found |= find()
+                    self.num_tried += 1
         except KeyboardInterrupt:
             if len(found) == 1:
                 raise
@@ -149,22 +151,24 @@ class CandidateSearch:
         """
         plan = self.plan
         per: str | None = {"auto": "layer", "global": None}.get(plan.granularity, plan.granularity)
-        if plan.granularity == "auto" and not self.model.has_gradients and len(self.tuning) < 200:
+        if plan.granularity == "auto" and len(self.tuning) < 200 and not self._layers.has_gradients:
             per = None  # too few examples to tell which of many changes helped
         passes, trials = self._limits
-        cost = min(passes, trials or math.inf) * len(self.tuning)  # of a global search
+        one_pass = len(self.tuning)
+        cost = min(passes, trials or math.inf) * one_pass  # of a global search
         ways: list[tuple[float, Find]] = [
             (cost, lambda: self._one_weight("alpha", "alpha", found["identity"]))
         ]
         if plan.recalibrate:
             ways += [
+                # Statistics are re-estimated in one pass; the scores of the start are in the cache already.
                 (cost, lambda: self._one_weight("lambda", "lambda", found["identity"])),
-                (cost, lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
+                (cost - one_pass, lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
             ]
         if per:
             ways += [
                 (self._layers.expected(), lambda: self._per_layer(found, per)),
-                (cost, lambda: self._refined(chosen_of(self.selection.choose(found)))),
+                (cost - one_pass, lambda: self._refined(chosen_of(self.selection.choose(found)))),
             ]
         return ways
 

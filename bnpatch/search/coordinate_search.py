@@ -66,14 +66,25 @@ class _Gain:
         return cls(change.value, change.reach / Z95 if len(values) > 1 else 0.0, values)
 
 
+#: Maximum number of weights that are optimized, and of rounds.
+MOST, ROUNDS = 16, 2
+
+
+def expected_cost(num_coordinates: int, scored: int, previewed: int) -> int:
+    """Estimate how many examples :func:`coordinate_search` scores, in one round where all weights gain."""
+    probes = (1 + 2 * num_coordinates) * previewed
+    moves = min(MOST, num_coordinates) * ((len(TRIED) - 1) * previewed + scored)
+    return scored + probes + moves
+
+
 def coordinate_search(
     scores: Callable[[PatchWeights], Values | None],
     start: PatchWeights,
     coordinates: Sequence[Coordinate],
     *,
     preview: Callable[[PatchWeights], Values | None] | None = None,
-    most: int = 16,
-    rounds: int = 2,
+    most: int = MOST,
+    rounds: int = ROUNDS,
     stop: Callable[[], bool] = lambda: False,
     groups: Indices | None = None,
 ) -> PatchWeights:

@@ -67,6 +67,7 @@ class Searches:
         self._progress, self._on_trial, self._started = progress, on_trial, started
         self._begun: list[CandidateSearch] = []
         self._seconds_of_whole = 0.0
+        self._expected = 0.0  # examples that the first search was expected to score
         self._clean_examples = 0  # scored to see whether a patch harms images that are not augmented
         self.notes: list[str] = []
         self.interrupted = False
@@ -196,10 +197,15 @@ class Searches:
             readable,
             self._objective,
             keep=self.keep,
-            count=self._progress.count,
+            progress=self._progress,
             on_trial=self._report if is_first else lambda trial, is_best: None,
         )
-        self._progress.expect(search.expected())
+        if is_first:
+            num_judging = sum(len(held_out) for _, held_out in task.parts)
+            self._progress.expect(task.num_searches * search.expected() + 2 * num_judging)
+            self._expected = search.expected()
+        else:
+            self._progress.expect(search.expected() - self._expected)  # of fewer examples than the first
         self._begun.append(search)
         return search
 
@@ -215,7 +221,8 @@ class Searches:
             )
         if not self.task.is_augmented and self.keep is None:
             return candidates
-        return self._harmless(search, candidates)
+        with self._progress.part(0):
+            return self._harmless(search, candidates)
 
     def _harmless(self, search: CandidateSearch, candidates: list[Candidate]) -> list[Candidate]:
         """Choose a candidate that does no harm to the original images, nor to the images to keep."""
@@ -253,6 +260,7 @@ class Searches:
             return 0.0
         self.task.model.set_state(search.base.with_weights(weights))
         self._clean_examples += len(search.tuning)
+        self._progress.count("images that are not augmented", len(search.tuning))
         metric = self.task.spec.metric
         scores = if_finite(lambda: self._unshared.scores(self.task.model, self.task.examples, search.tuning))
         return -math.inf if scores is None else metric.sign * float(np.mean(scores[metric.name]))
@@ -260,9 +268,10 @@ class Searches:
     def _judged(
         self, objective: Objective, baseline: PatchState, after: PatchState, held_out: Indices
     ) -> Evidence:
-        self._progress.expect(2 * len(held_out))
-        evidence = gather(self.task.model, self.task.test_examples, objective, baseline, after, held_out)
-        self._progress.count("held-out evaluation", 2 * len(held_out))
+        task = self.task
+        with self._progress.part(2 * len(held_out)):
+            evidence = gather(task.model, task.test_examples, objective, baseline, after, held_out)
+            self._progress.count("held-out evaluation", 2 * len(held_out))
         return evidence
 
     def _report(self, trial: Trial, is_best: bool) -> None:

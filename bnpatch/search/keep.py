@@ -143,7 +143,7 @@ class KeepSet:
         margin: float,
         batch_size: int = 64,
         seed: int = 0,
-        count: Callable[[str, int], None] = lambda label, examples: None,
+        count: Callable[[str, float], None] = lambda label, examples: None,
     ) -> None:
         """Read the images, split them, and let the model answer where labels are missing.
 
@@ -175,6 +175,11 @@ class KeepSet:
         smaller = min(self._choosing, self._judging, key=len)
         _warn_if_few(len(smaller), self._groups(smaller), margin)
         self._before_choosing = self._right(self._before, self._choosing)
+
+    @property
+    def num_checked(self) -> int:
+        """The number of images that :meth:`cost` scores."""
+        return min(_CHECKED, len(self._choosing))
 
     def on_choosing(self, state: PatchState) -> Kept | None:
         """Compare the state with the unpatched model, on the half that chooses; None if not finite."""

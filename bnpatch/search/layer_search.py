@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Values
 from bnpatch.search.config import Plan
-from bnpatch.search.coordinate_search import Coordinate, coordinate_search
+from bnpatch.search.coordinate_search import Coordinate, coordinate_search, expected_cost
 from bnpatch.search.gradient_search import (
     CHECKS,
     STEP_COST,
@@ -86,14 +86,35 @@ class LayerSearch:
         self._keep, self._step_cost = keep, STEP_COST * (1 if keep is None else 2)
         self._baseline_alphas = cache.model.baseline_alphas()
 
+    @cached_property
+    def _with_gradients(self) -> "TorchModel | None":
+        batch = next(self._examples.batches(_OBSERVED_EXAMPLES, self._indices))
+        return self._model.with_gradients(batch.x)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether weights can be learned by gradient, with the model or with a copy of it."""
+        return self._with_gradients is not None
+
     def expected(self) -> float:
         """Estimate how many examples :meth:`find` will score."""
-        if not self._model.has_gradients:
-            return 0.0
+        if not self.has_gradients:
+            return self._expected_of_coordinates()
         starts = 4 if self._plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
         scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the identity
-        return self._step_cost * course.num_examples(starts) + scored * self._selection.num_checked
+        checked = self._selection.num_checked + (0 if self._keep is None else self._keep.num_checked)
+        return self._step_cost * course.num_examples(starts) + scored * checked
+
+    def _expected_of_coordinates(self) -> float:
+        """Estimate the cost of coordinate searches for alphas, for these and lambdas, and for slopes."""
+        num, plan = len(self._baseline_alphas), self._plan
+        searches = [num, 2 * num if plan.recalibrate else 0, num // 2 if plan.slopes else 0]
+        scored = min(_COORDINATE_EXAMPLES, len(self._indices))
+        previewed = min(scored, max(_PREVIEW_EXAMPLES, self._objective.set_size))
+        return float(
+            sum(expected_cost(coordinates, scored, previewed) for coordinates in searches if coordinates)
+        )
 
     def find(self, found: Mapping[str, PatchWeights], per: str) -> dict[str, PatchWeights]:
         """Find weights, with and without slopes.
@@ -152,11 +173,12 @@ class LayerSearch:
         """Keep the best few starts, by the selection examples.
 
         One that is worse than the identity is left out, unless it is the best: where most norm layers want no
-        weight, as in ImageNet networks, a few steps don't bring it back. Without labels all starts stay,
-        because there the identity may only seem good.
+        weight, as in ImageNet networks, a few steps don't bring it back. A few examples show that of starts
+        that are much worse. Without labels all starts stay, because there the identity may only seem good.
         """
         if self._objective.set_size > 1:
             return starts
+        starts = [s for s in starts if not self._selection.at_once_worse(s.weights, identity)] or starts
         cost = partial(self._cost, "choosing where to start")
         costs = [cost(start.weights) for start in starts]
         most = max(cost(identity), min(costs, default=math.inf))
@@ -180,13 +202,13 @@ class LayerSearch:
         self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
     ) -> dict[str, PatchWeights]:
         """Learn weights from several starts; without slopes, a norm layer gets its mean weight."""
-        if not self._model.has_gradients:
+        if self._with_gradients is None:
             raise NoGradientError
         starts = self._promising(self._starts(found, groups), found["identity"])
         if self._plan.slopes:
             slopes = {name: group for name, group in groups.items() if self._baseline_alphas[name] == 0}
             starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
-        learned = self._learn(starts)
+        learned = self._learn(self._with_gradients, starts)
         if learned is None:
             return {}
         constant, varying = _names(per, bool(learned.start.groups.lambdas))
@@ -219,23 +241,25 @@ class LayerSearch:
             weights, alphas={**weights.alphas, **alphas}, slopes=dict.fromkeys(weights.slopes, 0.0)
         )
 
-    def _learn(self, starts: Sequence[Start]) -> Learned | None:
-        label = "learning a weight per layer"
+    def _learn(self, model: "TorchModel", starts: Sequence[Start]) -> Learned | None:
+        label, base = "learning a weight per layer", self._cache.base
+        if model is not self._model:
+            base = replace(base, running={})  # the copy has them for its own
         indices = self._indices[:_LEARNED_EXAMPLES]
         example = next(self._examples.batches(1, indices)).x
         course = Course.of(len(indices), len(starts), self._objective.set_size)
         most = max(self._plan.batch_size, _LEARNED_VALUES // example.numel())
-        part_size = self._model.efficient_batch(min(course.batch_size, most), example)
+        part_size = model.efficient_batch(min(course.batch_size, most), example)
         while True:
             loss: Loss = self._objective.loss
             if self._keep is not None:
                 loss = self._keep.with_loss(loss, course.batch_size, part_size)
             problem = Problem(
-                cast("TorchModel", self._model),
+                model,
                 self._examples,
                 indices,
                 loss,
-                self._cache.base,
+                base,
                 course.batch_size,
                 part_size,
                 self._plan.seed,

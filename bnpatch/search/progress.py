@@ -1,29 +1,53 @@
 """What a search has done and may still do: the progress for the user, and the budget of one search."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Progress:
-    """Counts examples against an estimated total."""
+    """Counts work against an estimate of all work, in scorings of one example; a learning step counts more.
+
+    What is left is expected in parts. Once a part is over, what it took takes the place of what was expected:
+
+        >>> progress = Progress(print)
+        >>> progress.expect(300)
+        >>> with progress.part(200):
+        ...     progress.count("learning", 100)
+        learning 100 300
+        >>> progress.count("held-out evaluation", 50)
+        held-out evaluation 150 200
+
+    """
 
     def __init__(self, show: Callable[[str, int, int], None]) -> None:
+        """Start at nothing; ``show`` is called with a label, the work done, and an estimate of all work."""
         self._show = show
-        self._done, self._total, self._label = 0, 0, ""
+        self._done, self._total, self._label = 0.0, 0.0, ""
 
     def expect(self, examples: float) -> None:
-        """Add to the estimated total; a negative number takes back what is not going to be done."""
-        self._total += int(examples)
+        """Add to the estimate of all work; a negative number takes back what is not going to be done."""
+        self._total += examples
 
-    def count(self, label: str, examples: int) -> None:
-        """Add to the examples that are done, and show the progress."""
+    @contextmanager
+    def part(self, expected: float) -> Iterator[None]:
+        """Correct the estimate, of which a part was ``expected``, by what is counted in this context."""
+        before = self._done
+        try:
+            yield
+        finally:
+            self._total += self._done - before - expected
+
+    def count(self, label: str, examples: float) -> None:
+        """Add to the work that is done, and show the progress, unless nothing is known of what is left."""
         self._label = label
         self._done += examples
-        self._show(label, self._done, max(self._done, self._total))
+        if self._total:
+            self._show(label, round(self._done), round(max(self._done, self._total)))
 
     def finish(self) -> None:
         """Show that everything is done."""
-        self._show(self._label, self._done, self._done)
+        self._show(self._label, round(self._done), round(self._done))
 
 
 class Budget:
@@ -34,13 +58,13 @@ class Budget:
     """
 
     def __init__(
-        self, timeout: float | None, count: Callable[[str, int], None] = lambda label, examples: None
+        self, timeout: float | None, count: Callable[[str, float], None] = lambda label, examples: None
     ) -> None:
         """Start the clock.
 
         Args:
             timeout: seconds after which nothing new is started; None for no limit.
-            count: called with a label and the number of examples whenever some were scored.
+            count: called with a label and the number of examples whenever some were scored, weighted by cost.
         """
         self._timeout, self._count, self._started = timeout, count, time.monotonic()
         self.spent = 0.0
@@ -48,7 +72,7 @@ class Budget:
     def spend(self, label: str, examples: int, cost: float = 1.0) -> None:
         """Count examples; ``cost`` is that of one of them, in evaluations of an example."""
         self.spent += cost * examples
-        self._count(label, examples)
+        self._count(label, cost * examples)
 
     def seconds_left(self) -> float | None:
         """Seconds left; None where there is no limit."""

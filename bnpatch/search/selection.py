@@ -85,6 +85,10 @@ class Selection:
         scores = if_finite(partial(self._on, self._checked, weights, self.guide, label))
         return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))
 
+    def at_once_worse(self, weights: PatchWeights, than: PatchWeights) -> bool:
+        """Whether the first block of examples is enough to show that weights are worse than others."""
+        return self._is_better(self._checked[:1], weights, than, self.guide)
+
     def choose(self, found: Mapping[str, PatchWeights]) -> list[Candidate]:
         """Score all candidates, and mark one as chosen.
 

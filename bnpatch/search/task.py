@@ -77,7 +77,7 @@ class Task:
         """One search, and in a cross-fit one more without each part."""
         return 1 if len(self.parts) == 1 else 1 + len(self.parts)
 
-    def keep_set(self, count: Callable[[str, int], None]) -> KeepSet | None:
+    def keep_set(self, count: Callable[[str, float], None]) -> KeepSet | None:
         """The images to keep, compared with the present state of the model; None where there are none.
 
         Args:

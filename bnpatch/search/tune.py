@@ -81,7 +81,8 @@ def tune_alpha(
         keep: images, labelled or not, on which a patch must not lose more than ``margin``, such as the
             original validation set; see :mod:`bnpatch.search.keep`.
         seed: seed of all random choices.
-        progress: called with a label, the examples done, and an estimate of all examples.
+        progress: called with a label, the examples scored so far, and an estimate of all; a learning step
+            counts three times.
         on_trial: called after each trial of a global search, with the trial and whether it is the best so far
             of all global searches; ``trial.state`` is the state of the model. The searches of a cross-fit
             don't call it.
@@ -125,7 +126,8 @@ def _run(task: Task, progress: Progress, on_trial: Callable[[Trial, bool], None]
         judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
 
         def search(shared: Objective, held_out: Objective) -> TuneResult:
-            keep = task.keep_set(progress.count)
+            with progress.part(0):  # which was not expected
+                keep = task.keep_set(progress.count)
             searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
             searches.notes += notes
             result = _judged(searches, baseline, (held_out, judging), metrics)

@@ -223,6 +223,21 @@ def test_compiled_models_take_new_slopes_without_being_traced_again():
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+def test_a_program_on_disk_keeps_the_slopes(tmp_path):
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    module = settle(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    bnpatch.patch(module, 0.2, slope={"1": 1.5, "4": -1.0})
+    x = images(6, 3, 9, 9) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1)  # at many distances
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(module, (x[:2],), dynamic_shapes=batch), tmp_path / "model.pt2")
+    with torch.no_grad():
+        y = module(x)
+        assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), y)
+        assert_close(bnpatch.load(tmp_path / "model.pt2").predict(x), y)  # as an ONNX graph
+        bnpatch.patch(module, slope=0.0)
+        assert (module(x) - y).abs().max() > 0.01  # the slopes are no rounding error
+
+
 def test_a_search_tries_weights_without_the_slopes_that_the_model_had(checkpoint, foggy):
     some = foggy[0][:160], foggy[1][:160]
     scores = []

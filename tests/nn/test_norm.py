@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.moments import Moments, mix
@@ -452,3 +453,48 @@ def test_a_layer_that_was_pickled_under_former_names_without_a_slope_has_none():
     copied.__setstate__(state)
     assert copied.slope == 0.0
     assert torch.equal(copied(x), layer(x))
+
+
+class Sizes(TorchDispatchMode):
+    """Lists the numbers of values of the tensors that operators make; views make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        if not op.is_view:
+            parts = made if isinstance(made, tuple | list) else (made,)
+            self.made += [part.numel() for part in parts if isinstance(part, torch.Tensor)]
+        return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4])
+def test_the_gradient_of_the_moments_is_exact(layout):
+    def moments(x):
+        found = example_moments(x)
+        return found.mean, found.var
+
+    x = sample((2, 3, 4, 2), layout=layout).requires_grad_()
+    assert torch.autograd.gradcheck(moments, x)
+    assert torch.autograd.gradgradcheck(moments, x)
+
+
+def test_per_example_gradients_by_vmap():
+    x = sample((3, 4, 5, 2))
+
+    def loss(x):
+        moments = example_moments(x)
+        return (moments.mean.sin() * moments.var).sum()
+
+    each = torch.func.vmap(torch.func.grad(lambda one: loss(one[None])))(x)
+    torch.testing.assert_close(each, torch.func.grad(loss)(x))
+
+
+def test_the_gradient_of_the_moments_takes_one_pass():
+    x = sample((2, 6, 8, 8)).requires_grad_()
+    moments = example_moments(x)
+    with Sizes() as sizes:
+        (moments.mean.sum() + moments.var.sum()).backward()
+    assert sizes.made.count(x.numel()) == 1

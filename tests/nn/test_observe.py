@@ -3,7 +3,7 @@ from torch import nn
 
 from bnpatch.core.moments import Moments
 from bnpatch.nn.hooks import accurate_moments, at_inputs, joined, pooled_rows
-from tests.nn.test_norm import sample
+from tests.nn.test_norm import Sizes, sample
 
 
 def test_no_digits_are_lost_far_from_zero():
@@ -30,6 +30,14 @@ def test_shapes_types_and_layouts():
 def test_no_examples_have_no_rows():
     found = accurate_moments(torch.zeros(0, 4, 3, 3))
     assert found.mean.shape == found.var.shape == (0, 4)
+
+
+def test_a_large_batch_needs_little_memory_beside_it():
+    x = sample((20, 4, 128, 128), torch.float32)
+    with Sizes() as sizes:
+        found = accurate_moments(x)
+    assert max(sizes.made) < x.numel() / 2
+    torch.testing.assert_close(found.var, x.flatten(2).var(2, correction=0))
 
 
 def test_rows_of_unlike_number_are_pooled_as_one():

@@ -200,17 +200,27 @@ def test_starts_without_lambdas_are_left_out_where_each_costs_passes(
         ([4.0, 3.0, 5.0, 4.0, 3.5], 1, [1]),
         ([3.0, 1.0, math.inf, math.inf, 3.0], 1, [1]),
         ([0.5, 0.1, 0.3, 0.2, 0.4], 1, [1, 3, 2, 4]),
+        ([9.0, 9.5, 9.9, 9.1, 9.2], 1, [0]),
         ([3.0, 1.0, 2.0, 2.1, 9.0], 250, [0, 1, 2, 3, 4]),
     ],
 )
 def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, kept):
     identity, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in range(6))
-    by_alpha = dict(enumerate([2.0, *costs]))
+    by_alpha, scored = dict(enumerate([2.0, *costs])), []
+
+    def cost(weights, label):
+        scored.append(by_alpha[weights.alphas["norm"]])
+        return scored[-1]
+
+    def at_once_worse(weights, than):
+        return by_alpha[weights.alphas["norm"]] > by_alpha[than.alphas["norm"]] + 6
+
     search = LayerSearch.__new__(LayerSearch)
     search._objective, search._keep = SimpleNamespace(set_size=set_size), None
-    search._selection = SimpleNamespace(cost=lambda weights, label: by_alpha[weights.alphas["norm"]])
+    search._selection = SimpleNamespace(cost=cost, at_once_worse=at_once_worse)
     starts = [Start(weights, Groups({}, {}, {})) for weights in others]
     assert search._promising(starts, identity) == [starts[number] for number in kept]
+    assert max(scored, default=0) < 8 or min(costs) > 8  # what few examples refute is not scored on all
 
 
 def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
@@ -239,7 +249,17 @@ def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
     assert (found.alphas[names[1]], found.slopes) == (0.2, zeros)
 
 
-def test_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim):
+def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx, dim):
+    options = {"metric": "cross-entropy", "granularity": "layer"}
+    by_torch, by_onnx = (bnpatch.tune_alpha(m, dim, **options) for m in (tiny, bnpatch.load(tiny_onnx)))
+    assert by_onnx.passes == by_torch.passes
+    for one, other in zip(by_onnx.candidates, by_torch.candidates, strict=True):
+        assert one.name == other.name
+        assert one.weights.alphas == pytest.approx(other.weights.alphas, abs=0.01)  # rounding differs
+
+
+def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim, monkeypatch):
+    monkeypatch.setattr("bnpatch.models.onnx_model.OnnxModel.with_gradients", lambda model, x: None)
     result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", granularity="layer")
     names = [candidate.name for candidate in result.candidates]
     assert names[:4] == ["identity", "alpha", "alpha per layer", "alpha and slope per layer"]

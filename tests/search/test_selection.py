@@ -42,6 +42,26 @@ def test_what_beats_the_identity_beyond_doubt_is_asked_of_all_examples_then_the_
     assert chosen(tie) == "alpha"
 
 
+def test_a_few_examples_refute_weights_that_are_much_worse():
+    seen = []
+
+    def on(blocks, weights, label, metric):
+        seen.append(blocks)
+        return {"much worse": 6.0, "worse": 1.1, "identity": 1.0}[weights] + noise[weights]
+
+    rng = np.random.default_rng(0)
+    noise = {weights: rng.normal(0, 1, 10) for weights in ("much worse", "worse", "identity")}
+    objective = LabelledObjective(ACCURACY, [ACCURACY, CROSS_ENTROPY])
+    cache = SimpleNamespace(
+        blocks=np.arange(80).reshape(8, 10), on=on, groups=lambda blocks: None, objective=objective
+    )
+    selection = Selection(cache, range(5, 8))
+    assert selection.at_once_worse("much worse", than="identity")
+    assert not selection.at_once_worse("worse", than="identity")
+    assert not selection.at_once_worse("identity", than="much worse")
+    assert set(seen) == {range(5, 6)}
+
+
 def test_the_cross_entropy_may_settle_what_few_answers_do_not():
     right = np.tile([1.0, 0.0], 40)
     one_more = right.copy()

@@ -495,14 +495,26 @@ def test_the_recipe_says_where_it_comes_from(tuned):
     assert {"bnpatch", "torch", "timm", "optuna", "python"} == set(about["versions"])
 
 
-def test_progress_reaches_the_end(tiny, dim):
+@pytest.mark.parametrize(
+    "kind", ["layers", "one weight", "no labels", "few images", "to keep", "augmented", "coordinates"]
+)
+def test_the_progress_tells_what_is_left(tiny, dim, plain, kind, monkeypatch):
+    """A bar that is wrong by a fifth is of use; one that jumps from the middle to the end is not."""
+    options = {
+        "one weight": {"granularity": "global", "recalibrate": True},
+        "no labels": {"metric": "unlabeled"},
+        "to keep": {"keep": plain, "margin": 0.05},
+        "augmented": {"augment": "noise"},
+    }.get(kind, {})
+    data = tuple(part[:100] for part in dim) if kind == "few images" else dim
     calls = []
-    bnpatch.tune_alpha(
-        tiny, dim, granularity="global", recalibrate=True, progress=lambda *args: calls.append(args)
-    )
-    assert calls[-1][1] == calls[-1][2] > 600
-    assert {label for label, *_ in calls} >= {"alpha", "lambda", "held-out evaluation"}
-    assert all(done <= total for _, done, total in calls)
+    if kind == "coordinates":
+        monkeypatch.setattr(type(tiny), "with_gradients", lambda model, x: None)
+    bnpatch.tune_alpha(tiny, data, progress=lambda *args: calls.append(args), **options)
+    end = calls[-1][1]
+    assert calls[-1][2] == end > 600
+    assert {label for label, *_ in calls} >= {"alpha", "held-out evaluation"}
+    assert all(abs(done / total - done / end) < 0.2 for _, done, total in calls)
 
 
 def test_evaluate_does_not_depend_on_the_batch_size(model, foggy):

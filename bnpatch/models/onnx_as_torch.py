@@ -1,0 +1,100 @@
+"""An ONNX graph as a torch module, for the gradients that onnxruntime does not have.
+
+The package onnx2torch converts the graph. It knows the operators of opset 16 and some newer ones, so a newer
+graph is converted to an older opset first, and not every graph can be converted. The torch model is used only
+where it computes what onnxruntime computes, and only to learn weights: onnxruntime scores them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx import version_converter
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from torch import Tensor, fx
+
+from bnpatch.core.patch import PatchWeights
+from bnpatch.models.base import Model
+from bnpatch.models.torch_model import TorchModel
+from bnpatch.onnx.match import inventory
+
+# A graph with a newer opset than this is converted to it.
+_OPSET = 17
+
+# The largest difference of an output, as a fraction of the largest output. Rounding gives 1e-6.
+_TOLERANCE = 1e-3
+
+# The outputs are compared at the weights of the file, and at these everywhere.
+_ALPHA, _SLOPE = 0.3, 0.5
+
+
+def as_torch(model: Model[Any], graph: ir.Model, x: Tensor) -> TorchModel | None:
+    """Convert the graph of a model to a torch model whose norm layers have the same names.
+
+    Args:
+        model: the model, which runs on onnxruntime.
+        graph: its graph; it is not changed.
+        x: a batch, for which both must return the same.
+
+    Returns:
+        The torch model; None where the graph can't be converted, and where norm layers or outputs differ.
+    """
+    output = model.output_for(x)
+    try:
+        lent = TorchModel(
+            module=_module(graph.clone()),
+            name=model.name,
+            preprocessing=model.preprocessing,
+            device=model.device,
+            wanted_output=None if output.is_only else str(output.position),
+        )
+        return lent if _agrees(lent, model, x) else None
+    except Exception:  # converters raise errors of many types, and so do modules that they get wrong
+        return None
+
+
+def _module(graph: ir.Model) -> fx.GraphModule:
+    """Convert a graph, which is changed; Batch Norm gets the name of its norm layer."""
+    import onnx2torch  # here, because it takes time, and so that no failure of it is one of bnpatch
+
+    names = {}
+    for number, norm in enumerate(inventory(graph).norm_layers):
+        norm.node.name = f"norm_layer_{number}"
+        names[norm.node.name] = norm.module
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    for node in graph.graph:
+        if node.op_type == "Reshape":
+            node.attributes.pop("allowzero", None)  # unknown to onnx2torch; it matters for empty tensors only
+    proto = ir.to_proto(graph)
+    if graph.opset_imports[""] > _OPSET:
+        proto = version_converter.convert_version(proto, _OPSET)
+    module: fx.GraphModule = onnx2torch.convert(proto).eval()
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            module.add_submodule(names[node.target], module.get_submodule(node.target))
+            node.target = names[node.target]
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _agrees(lent: TorchModel, model: Model[Any], x: Tensor) -> bool:
+    """Tell whether both models have the same norm layers, and return the same, patched and not."""
+    alphas = model.baseline_alphas()
+    if lent.baseline_alphas() != alphas:
+        return False
+    everywhere = PatchWeights(dict.fromkeys(alphas, _ALPHA), slopes=dict.fromkeys(alphas, _SLOPE))
+    return all(_same(lent, model, x, weights) for weights in (PatchWeights(), everywhere))
+
+
+def _same(lent: TorchModel, model: Model[Any], x: Tensor, weights: PatchWeights) -> bool:
+    state = model.baseline().with_weights(weights)
+    with model.in_state(state), lent.in_state(replace(state, running={})):
+        expected, found = model.predict(x), lent.predict(x)
+    largest = expected.abs().max()
+    return (
+        bool(torch.isfinite(largest))
+        and expected.shape == found.shape
+        and bool((found.to(expected) - expected).abs().max() <= _TOLERANCE * largest)
+    )
