@@ -2,13 +2,10 @@
 
 import csv
 import json
-import sys
-import warnings
 
 import pytest
 
 import bnpatch
-from bnpatch_cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -19,22 +16,7 @@ def inverted(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["bnpatch", *map(str, args)])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
-
-
-def test_robustness(run, checkpoint, folder, tmp_path):
+def test_robustness(cli, checkpoint, folder, tmp_path):
     model = bnpatch.load(checkpoint)
     model.set_alphas(0.2)
     model.recipe().save(tmp_path / "recipe.json")
@@ -50,7 +32,7 @@ def test_robustness(run, checkpoint, folder, tmp_path):
         "--severities",
         "1,5",
     ]
-    code, out, err = run(*ask, "--recipe", "recipe.json")
+    code, out, err = cli(*ask, "--recipe", "recipe.json")
     assert code == 0, err
     assert "corruption error" in out
     assert "note: The severities are made for images of 224 pixels; on images of 32 x 32" in out
@@ -60,17 +42,17 @@ def test_robustness(run, checkpoint, folder, tmp_path):
         *((kind, severity) for severity in "15" for kind in ("fog", "snow")),
     ]
     assert "bnpatch robustness" in (tmp_path / "out" / "robustness.html").read_text()
-    code, out, _ = run(*ask, "--recipe", "recipe.json", "--json")
+    code, out, _ = cli(*ask, "--recipe", "recipe.json", "--json")
     content = json.loads(out)
     assert content["kinds"]["fog"]["before"]["value"] == pytest.approx(float(lines[1]["error"]))
     assert content["clean"]["change"]["value"] == pytest.approx(float(lines[0]["change"]))
-    code, _, err = run(*ask)
+    code, _, err = cli(*ask)
     assert code == 2
     assert "keeps the scores of another run: the recipe changed" in err
 
 
-def test_an_unpatched_model_is_scored_alone(run, checkpoint, folder):
-    code, out, _ = run(
+def test_an_unpatched_model_is_scored_alone(cli, checkpoint, folder):
+    code, out, _ = cli(
         "robustness",
         checkpoint,
         "--data",
@@ -88,9 +70,9 @@ def test_an_unpatched_model_is_scored_alone(run, checkpoint, folder):
     assert "The model is not patched, so there is nothing to compare the model with" in out
 
 
-def test_mistakes_show_before_the_model_is_loaded(run, folder):
-    assert "no corruption 'rain'" in run("robustness", "none.pt", "--data", folder, "--kinds", "rain")[2]
+def test_mistakes_show_before_the_model_is_loaded(cli, folder):
+    assert "no corruption 'rain'" in cli("robustness", "none.pt", "--data", folder, "--kinds", "rain")[2]
     for text in ("6", "", "1,x"):
-        code, _, err = run("robustness", "none.pt", "--data", folder, "--severities", text)
+        code, _, err = cli("robustness", "none.pt", "--data", folder, "--severities", text)
         assert code == 2
         assert "is not a list of severities; write 1,3,5" in err
