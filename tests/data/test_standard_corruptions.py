@@ -1,5 +1,6 @@
 import sys
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -84,20 +85,19 @@ def test_the_generator_of_the_caller_is_left_alone(kind):
     assert np.array_equal(np.random.random_sample(4), expected)
 
 
-def test_threads_do_not_disturb_each_other():
-    expected = [corrupt(image(), "gaussian_noise", 1, (0, n)) for n in range(40)]
-    made = {}
+def test_threads_do_not_disturb_each_other(monkeypatch):
+    """A corruption that lets other threads run between its two draws."""
 
-    def work(part):
-        for n in range(part, 40, 4):
-            made[n] = corrupt(image(), "gaussian_noise", 1, (0, n))
+    def slow(x, **options):
+        first = np.random.randint(0, 256, x.shape, np.uint8)
+        time.sleep(0.005)
+        return first + np.random.randint(0, 256, x.shape, np.uint8)
 
-    threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(made[n], expected[n]) for n in range(40))
+    monkeypatch.setattr("imagecorruptions.corrupt", slow)
+    expected = [corrupt(image(), "fog", 1, (0, n)) for n in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda n: corrupt(image(), "fog", 1, (0, n)), range(20)))
+    assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
 def test_noise_of_gray_images_is_as_strong_as_that_of_color_images():

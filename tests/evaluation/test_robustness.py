@@ -103,11 +103,11 @@ def test_the_interval_of_the_mean_corruption_error_is_that_of_resampled_images()
     from bnpatch.evaluation.robustness import Robustness
 
     rng = np.random.default_rng(0)
-    rates = {("fog", 1): (0.5, 0.4), ("snow", 1): (0.7, 0.6)}
-    hard = rng.random(400)
-    draws = {
-        c: [(hard * 2 * rate > rng.random(400)).astype(float) for rate in both] for c, both in rates.items()
-    }
+    draws = {}
+    for condition, rate in ((("fog", 1), 0.4), (("snow", 1), 0.7)):
+        before = (rng.random(400) < rate).astype(float)
+        after = np.where(rng.random(400) < 0.1, 0.0, before)  # mostly the same images
+        draws[condition] = before, after
     clean = {CLEAN: np.zeros(400)}
 
     def made(chosen):
