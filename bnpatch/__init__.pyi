@@ -10,6 +10,8 @@ from .core.recipe import Recipe as Recipe
 from .data.sources import open_examples as open_examples
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import Metric as Metric
+from .evaluation.robustness import Robustness as Robustness
+from .evaluation.robustness import robustness as robustness
 from .finetune.config import FineTuneSettings as FineTuneSettings
 from .finetune.norm_decay import NormDecay as NormDecay
 from .finetune.run import fine_tune as fine_tune

@@ -17,7 +17,7 @@ from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.text import visible
 
-from . import bench, demo, evaluate, export, fine_tune, inspect, tune
+from . import bench, demo, evaluate, export, fine_tune, inspect, robustness, tune
 
 app = typer.Typer(
     name="bnpatch",
@@ -30,6 +30,7 @@ app.command("inspect")(inspect.inspect)
 app.command("tune-alpha")(tune.tune_alpha)
 app.command("fine-tune")(fine_tune.fine_tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("robustness")(robustness.robustness)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

@@ -44,6 +44,7 @@ def evaluate(
     """
     from bnpatch.evaluation.evaluate import STANDARD_METRICS, compare
     from bnpatch.evaluation.metrics import PREDICTION
+    from bnpatch.models.doctor import warn_of_preprocessing
 
     from .render import counter, progress_bar
 
@@ -71,6 +72,7 @@ def evaluate(
             comparisons = compare(loaded, examples, patched, **run)
     content: dict[str, Any] = {"model": loaded.name, **_counts(examples)}
     examples.warn_of_near_copies()
+    warn_of_preprocessing(loaded, examples)
     if chosen is None:
         content["scores"] = _show_scores(scores, examples, loaded, as_json)
     else:

@@ -12,6 +12,7 @@ from bnpatch.core.errors import BnpatchError
 
 from . import options as opt
 from .advice import Advice, advise, print_advice
+from .checkup import examine, print_report
 from .console import put, say, some
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def inspect(
     model: opt.Model,
     data: Annotated[
         str | None,
-        typer.Option(help="Images to observe the range of each norm's output on.", show_default=False),
+        typer.Option(
+            help="Images to check the preprocessing with, and the range of each norm's output.",
+            show_default=False,
+        ),
     ] = None,
     train_batch_size: Annotated[
         int | None,
@@ -39,7 +43,10 @@ def inspect(
     loading: opt.Loading,
     reading: opt.Reading,
 ) -> None:
-    """Show what bnpatch would rewrite in a model, what it would skip, and what to do with it.
+    """Show what bnpatch would rewrite in a model, what it would skip, and what is wrong with it.
+
+    With images, which need no labels, it also says whether they are preprocessed as in training, whether they
+    are shifted, and whether a patch can be expected to help.
 
     Examples:
     bnpatch inspect model.pt
@@ -58,10 +65,12 @@ def inspect(
         advice = None
     else:
         advice = advise(loaded, data, train_batch_size, reading)
+    report = examine(loaded, data, reading)
     if as_json:
-        typer.echo(json.dumps(_as_json(loaded, facts, advice)))
+        typer.echo(json.dumps(_as_json(loaded, facts, advice) | report.to_json()))
         return
     _print_facts(facts, norm_layers)
+    print_report(report, train_batch_size or getattr(loaded, "train_batch_size", None))
     if advice is not None:
         print_advice(advice, norm_layers)
 

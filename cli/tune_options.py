@@ -91,7 +91,10 @@ class Searching:
     ] = None
     augment: Annotated[
         str | None,
-        _search(help="Tune for shifts that are not in the data: any of contrast,brightness,noise,blur."),
+        _search(
+            help="Tune for shifts that are not in the data: any of contrast,brightness,noise,blur, and of "
+            "the standard corruptions (fog, frost, snow, ...: pip install 'bnpatch\\[robustness]')."
+        ),
     ] = None
     class_prior: Annotated[
         str | None,

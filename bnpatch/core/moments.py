@@ -121,12 +121,25 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
     """
     if isinstance(slope, (int, float)) and slope == 0:
         return alpha
+    far = alpha * (distance(example, running, eps).clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
+    return far / (1 - alpha + far)
+
+
+def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
+    """Compute how far the moments of examples are from the running ones, see :func:`weight_by_distance`.
+
+    Args:
+        example: moments of each example, of shape (N, C, ...).
+        running: running statistics, of a shape that broadcasts with that of ``example``.
+        eps: what the layer adds to a variance.
+
+    Returns:
+        The distances, of shape (N, 1, ...).
+    """
     between = example.mean - running.mean
     total = running.var + (eps + _TINY)
     log_ratio = _log((example.var + (eps + _TINY)) / total)
-    distance = 0.5 * (between * between / total + log_ratio * log_ratio).mean(1, keepdims=True)
-    far = alpha * (distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
-    return far / (1 - alpha + far)
+    return 0.5 * (between * between / total + log_ratio * log_ratio).mean(1, keepdims=True)
 
 
 def _log(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Shift images at random and mildly in contrast, brightness, noise or blur.
+"""Views of examples with shifted images: at random to tune on, or all with one standard corruption.
 
 A patch that is tuned on shifted images also works on images that the user's data does not contain.
 :func:`bnpatch.search.selection.without_harm` limits what that may cost on the clean images.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.dataset import Batch, Examples
+from bnpatch.data.dataset import Batch, Cache, Examples
 from bnpatch.data.decoding import Indices
+from bnpatch.data.standard_corruptions import STANDARD, check_installed, corrupt, parse_names
 
 CLEAN_SHARE = 0.5  #: expected share of clean examples; each of the others gets one kind of shift
 MAX_STRENGTH = 1.5  #: above it, an image could lose all of its contrast
@@ -26,14 +27,19 @@ def augmented(
 ) -> "Augmented":
     """Make a view of examples in which about half are clean and the others are shifted.
 
-    Each example is clean with probability 0.5; otherwise it gets one of the kinds, all equally likely. The
-    size of the shift is drawn uniformly from a range. These are the ranges at ``strength`` 1; other strengths
-    scale their distance from no shift:
+    Each example is clean with probability 0.5; otherwise it gets one of the kinds, all equally likely. Four
+    kinds are bnpatch's own, mild and fast. The size of their shift is drawn uniformly from a range. These are
+    the ranges at ``strength`` 1; other strengths scale their distance from no shift:
 
     - contrast: the distance from mid-gray is multiplied by 0.4 to 1.4;
     - brightness: the values are multiplied by 0.4 to 1.4;
     - noise: Gaussian, with a standard deviation of 0 to 0.1 of the range of values;
     - blur: Gaussian, with a standard deviation of 0 to 0.02 of the shorter side.
+
+    The others are the standard corruptions (:data:`~bnpatch.data.standard_corruptions.STANDARD`) but for
+    contrast and brightness, which have one meaning here, the one above. Their severity is 1 to 5, all equally
+    likely, and ``strength`` does not change it. ``gaussian_noise`` is stronger than ``noise``: its standard
+    deviation is 0.08 to 0.38 of the range.
 
     The shift of an example depends only on its index and the seed. The view shares the cache of ``examples``,
     so no image is decoded or stored twice.
@@ -42,10 +48,11 @@ def augmented(
         examples: images as bytes.
         kinds: names of the shifts, in a list or in a text with commas between them.
         seed: seed of the random choices.
-        strength: scales the shifts; in (0, 1.5].
+        strength: scales bnpatch's own shifts; in (0, 1.5].
 
     Raises:
-        BnpatchError: a kind is not known, the strength is out of range, or the inputs are not bytes.
+        BnpatchError: a kind is not known or its package is missing, the strength is out of range, or the
+            inputs are not bytes.
     """
     if not 0 < strength <= MAX_STRENGTH:
         raise BnpatchError(f"a strength of {strength} is out of range", f"choose up to {MAX_STRENGTH}")
@@ -57,21 +64,43 @@ def augmented(
     return Augmented(examples, parse_kinds(kinds), seed, strength)
 
 
+def corrupted(examples: Examples, kind: str, severity: int, seed: int = 0) -> "Corrupted":
+    """Make a view of examples whose images all have one standard corruption.
+
+    The corruption of an example depends only on the kind, the severity, the seed and the index of the
+    example. The view keeps corrupted images in memory, as far as the budget of ``examples`` has room beside
+    the images as they are.
+
+        foggy = corrupted(examples, "fog", 3)
+
+    Args:
+        examples: images as bytes.
+        kind: a key of :data:`~bnpatch.data.standard_corruptions.STANDARD`.
+        severity: 1 to 5.
+        seed: seed of what is random.
+
+    Raises:
+        BnpatchError: the package with the corruptions is missing, or the inputs are not bytes.
+    """
+    check_installed()
+    if examples.as_they_are:
+        raise BnpatchError(
+            "inputs that are floats can't be corrupted, because their range is not known",
+            "give images as bytes or files",
+        )
+    return Corrupted(examples, kind, severity, seed)
+
+
 def parse_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of shifts that are in a list or in a text with commas between them.
 
     Raises:
-        BnpatchError: there is no name, a name is not known, or a name comes twice.
+        BnpatchError: there is no name, a name is not known, or a name comes twice; or a standard corruption
+            is named, and their package is missing.
     """
-    names = kinds.split(",") if isinstance(kinds, str) else kinds
-    names = tuple(name.strip().lower() for name in names if name.strip())
-    remedy = f"choose from {','.join(_SHIFTS)}"
-    if not names:
-        raise BnpatchError("there is nothing to augment with", remedy)
-    if unknown := next((name for name in names if name not in _SHIFTS), None):
-        raise BnpatchError(f"there is no augmentation {unknown!r}", remedy)
-    if len(set(names)) < len(names):
-        raise BnpatchError(f"{','.join(names)} has one twice", remedy)
+    names = parse_names(kinds, _SHIFTS, "augmentation")
+    if set(names) - _OWN.keys():
+        check_installed()
     return names
 
 
@@ -120,6 +149,29 @@ class Augmented(Examples):
         return x
 
 
+class Corrupted(Examples):
+    """A view of examples (see :func:`corrupted`) that shares their cache and their list of skipped ones."""
+
+    def __init__(self, examples: Examples, kind: str, severity: int, seed: int) -> None:
+        vars(self).update(vars(examples))
+        self.kind, self.severity, self.seed = kind, severity, seed
+        self._made = Cache(self._cache.budget - self._cache.used)
+
+    def _items(self, indices: Indices) -> Iterator[tuple[int, Tensor]]:
+        for index, x in super()._items(indices):
+            if x.dtype != torch.uint8 or x.ndim != 3:
+                raise BnpatchError(f"inputs of {x.dtype} can't be corrupted", "give images as bytes or files")
+            made = self._made.inputs.get(index)
+            if made is None:
+                made = torch.from_numpy(corrupt(x.numpy(), self.kind, self.severity, (self.seed, index)))
+                self._made.offer(index, made)
+            yield index, made
+
+    def fingerprint(self) -> str:
+        """Hash the examples and the settings of the corruption."""
+        return f"{super().fingerprint()}+{self.kind}{self.severity}#{self.seed}"
+
+
 # A shift takes images (N, C, H, W) with values in [0, 255], which it may overwrite; random numbers
 # (N, 1, 1, 1) in [0, 1); the strength; and seeds (N, 2), from which it may draw more random numbers.
 # `augmented` documents the ranges.
@@ -163,9 +215,21 @@ def _gaussian(size: int, sigma: float) -> Tensor:
     return torch.softmax(-((at[:, None] - at) ** 2) / (2 * max(sigma, 1e-3) ** 2), dim=1)
 
 
-_SHIFTS: dict[str, _Shift] = {
+def _standard(kind: str) -> _Shift:
+    def shift(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
+        severities = (1 + 5 * draws.flatten()).int().tolist()
+        images = x.to(torch.uint8).numpy()  # these are the bytes that they were
+        made = [corrupt(image, kind, s, key) for image, s, key in zip(images, severities, keys, strict=True)]
+        return torch.from_numpy(np.stack(made)).float()
+
+    return shift
+
+
+_OWN: dict[str, _Shift] = {
     "contrast": _contrast,
     "brightness": _brightness,
     "noise": _noise,
     "blur": _blur,
 }
+# Of a name that stands in both, bnpatch's own meaning counts.
+_SHIFTS: dict[str, _Shift] = _OWN | {kind: _standard(kind) for kind in STANDARD if kind not in _OWN}

@@ -90,7 +90,7 @@ class Examples:
         self.in_memory = False
         self.groups: Indices | None = None
         self.sketches = Sketches()
-        self._cache = _Cache(int(cache_gb * 1e9))
+        self._cache = Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
         """Number of examples, with those that can't be read."""
@@ -102,7 +102,7 @@ class Examples:
         self.targets, self.labelled = self.targets[indices], self.labelled[indices]
         if self.groups is not None:
             self.groups = self.groups[indices]
-        self.skipped, self._cache, self.sketches = {}, _Cache(self._cache.budget), Sketches()
+        self.skipped, self._cache, self.sketches = {}, Cache(self._cache.budget), Sketches()
 
     @property
     def strata(self) -> Indices:
@@ -213,7 +213,7 @@ class Examples:
 
 
 @dataclass
-class _Cache:
+class Cache:
     """Inputs by index, up to a total of ``budget`` bytes."""
 
     budget: int

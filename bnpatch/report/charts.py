@@ -106,7 +106,7 @@ def curve_chart(curve: Curve, axis_label: str, weight: str, name: str) -> Markup
 
     marks = "; ".join(text for _, _, text in curve.marked(weight))
     label = f"{title(curve.metric)} against {weight}. {marks}; {len(curve.points)} weights were tried"
-    return _svg(draw, name, label)
+    return svg(draw, name, label)
 
 
 def write_curves(result: TuneResult, path: str | os.PathLike[str]) -> bool:
@@ -163,12 +163,12 @@ def _draw_curve(axes: Axes, curve: Curve, weight: str) -> None:
             options["markersize"], label = 4, "_nolegend_"  # one of them is enough in the legend
         if point not in curve.line and np.isfinite(point.high - point.low):
             axes.vlines(point.weight, scale * point.low, scale * point.high, color=options["color"], lw=1.2)
-        axes.plot([point.weight], [scale * point.value], "o", clip_on=False, gid=_tip(text), **options)
+        axes.plot([point.weight], [scale * point.value], "o", clip_on=False, gid=tip_id(text), **options)
     for kind, point, text in curve.marked(weight):
         shape, colour = _MARKS[kind]
         edge = colours["paper"]
         options = {"color": colours[colour], "markeredgecolor": edge, "markersize": 8, "label": text}
-        axes.plot([point.weight], [scale * point.value], shape, clip_on=False, gid=_tip(text), **options)
+        axes.plot([point.weight], [scale * point.value], shape, clip_on=False, gid=tip_id(text), **options)
     axes.locator_params(axis="y", nbins=6)
 
 
@@ -203,13 +203,13 @@ def depth_chart(
             left = right
         bars = axes.bar(range(len(weights)), [max(value, 0.005 * top) for value in weights.values()])
         for bar, (each, value) in zip(bars, weights.items(), strict=True):
-            bar.set(color=colours["data" if value else "pale"], gid=_tip(f"{each}: {label} = {value:.3g}"))
+            bar.set(color=colours["data" if value else "pale"], gid=tip_id(f"{each}: {label} = {value:.3g}"))
         axes.set(xlim=(-0.5, len(weights) - 0.5), ylim=(0, 1.02 * top), xticks=[])
         axes.set_xlabel("norm layers from input to output")
         axes.grid(axis="x", visible=False)
 
     span = f"from {min(weights.values()):.3g} to {max(weights.values()):.3g}"
-    return _svg(draw, name, f"{label} of {len(weights)} norm layers by depth, {span}")
+    return svg(draw, name, f"{label} of {len(weights)} norm layers by depth, {span}")
 
 
 def distance_chart(weights: PatchWeights, name: str) -> Markup:
@@ -227,7 +227,7 @@ def distance_chart(weights: PatchWeights, name: str) -> Markup:
         for each, slope in slopes.items():
             alpha = weights.alphas[each]
             odds = alpha / (1 - alpha) * (distance + SMALLEST_DISTANCE) ** slope
-            tip = _tip(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
+            tip = tip_id(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
             axes.plot(distance, odds / (1 + odds), color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(
@@ -235,7 +235,7 @@ def distance_chart(weights: PatchWeights, name: str) -> Markup:
         )  # its own labels are mathematics, which text in SVG can't show
         axes.set(xlim=_DISTANCES, ylim=(0, 1), xlabel="distance of the example", ylabel="its weight")
 
-    return _svg(draw, name, f"weight against distance at {len(slopes)} norm layers")
+    return svg(draw, name, f"weight against distance at {len(slopes)} norm layers")
 
 
 def trade_off_chart(points: Sequence[Point], metric: Metric, name: str) -> Markup:
@@ -254,7 +254,7 @@ def trade_off_chart(points: Sequence[Point], metric: Metric, name: str) -> Marku
             colour = colours["pale" if is_dominated else "data"]
             axes.hlines(y, point.latency.low, point.latency.high, color=colour, linewidth=1.5)
             text = f"{metric.format(point.gain, signed=True)} at {point.latency.ratio:.2f}x"
-            tip = _tip(f"{point.num_norms} norm layers: {text}")
+            tip = tip_id(f"{point.num_norms} norm layers: {text}")
             face = "none" if is_dominated else colour
             axes.plot([x], [y], "o", color=colour, markerfacecolor=face, markersize=5, gid=tip)
             axes.annotate(str(point.num_norms), (x, y), (5, -12), textcoords="offset points", fontsize=10)
@@ -264,7 +264,7 @@ def trade_off_chart(points: Sequence[Point], metric: Metric, name: str) -> Marku
         axes.margins(y=0.15)
         axes.set_xlabel("time per batch, times the original's")
 
-    return _svg(draw, name, f"Gain in {title(metric)} against time of {len(points)} patches")
+    return svg(draw, name, f"Gain in {title(metric)} against time of {len(points)} patches")
 
 
 def recall_chart(changes: Sequence[ClassChange], names: Sequence[str], name: str) -> Markup:
@@ -282,21 +282,21 @@ def recall_chart(changes: Sequence[ClassChange], names: Sequence[str], name: str
             before, after = (100 * right / change.examples for right in (change.before, change.after))
             colour = colours["good" if after > before else "bad" if after < before else "pale"]
             axes.plot([before, after], [row, row], color=colour, linewidth=2)
-            face, tip = colours["paper"], _tip(f"{each}: {before:.1f}% → {after:.1f}%")
+            face, tip = colours["paper"], tip_id(f"{each}: {before:.1f}% → {after:.1f}%")
             axes.plot([before], [row], "o", color=colours["pale"], markerfacecolor=face, clip_on=False)
             axes.plot([after], [row], "o", color=colour, clip_on=False, gid=tip)
         axes.set_yticks(range(len(names)), [_short(each) for each in names])
         axes.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
         axes.set_xlabel("recall (%)")
 
-    return _svg(draw, name, f"Recall of {len(changes)} classes, before and after", 56 + 18 * len(changes))
+    return svg(draw, name, f"Recall of {len(changes)} classes, before and after", 56 + 18 * len(changes))
 
 
 def _scale(metric: Metric) -> int:
     return 100 if metric.is_rate else 1
 
 
-def _svg(draw: Callable[[Axes], None], name: str, label: str, height: int = HEIGHT) -> Markup:
+def svg(draw: Callable[[Axes], None], name: str, label: str, height: int = HEIGHT) -> Markup:
     """Return what ``draw`` draws as SVG to stand in a page, with ids that begin with ``name``."""
     content = io.StringIO()
     with _styled():
@@ -342,7 +342,8 @@ def _fit_into_page(element: ElementTree.Element, name: str, variables: Mapping[s
     element.tail = None
 
 
-def _tip(text: str) -> str:
+def tip_id(text: str) -> str:
+    """Return a gid that shows a text where its mark is pointed at."""
     return _TIP + _plain(text)
 
 

@@ -58,7 +58,7 @@ def report_page(
             f"{text.training_sentence(training.comparisons, result.metric)} Example weighing: {sentence}"
         )
     shapes, patches_nothing = _shapes(model), text.patches_nothing(result)
-    return _template().render(
+    return template("report.html.j2").render(
         result=result,
         name=model.name,
         command="tune-alpha" if training is None else "fine-tune",
@@ -90,8 +90,8 @@ def report_page(
 
 
 @cache
-def _template() -> Template:
-    """The template; text that is not markup yet is escaped, and can't reorder what is beside it."""
+def template(name: str) -> Template:
+    """A template; text that is not markup yet is escaped, and can't reorder what is beside it."""
     environment = Environment(
         loader=PackageLoader("bnpatch.report", ""),
         autoescape=True,
@@ -100,7 +100,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:

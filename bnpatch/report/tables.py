@@ -74,7 +74,7 @@ def before_and_after(result: TuneResult, model: Model[Any]) -> Table:
         return Table(caption, ["metric", "as it is"], rows)
     patched = "patched (not kept)" if text.is_refused(result) else "patched"
     caption = f"On {where}. Small: 95% intervals; the change is paired, example by example."
-    return Table(caption, ["metric", "as it is", patched, "change"], [_compared(c) for c in comparisons])
+    return Table(caption, ["metric", "as it is", patched, "change"], [compared(c) for c in comparisons])
 
 
 def kept(result: TuneResult) -> Table | None:
@@ -82,13 +82,13 @@ def kept(result: TuneResult) -> Table | None:
     if (verdict := result.verdict.kept) is None:
         return None
     caption = f"Images to keep. Small: 95% intervals. {verdict}."
-    return Table(caption, ["metric", "as it is", "patched", "change"], [_compared(verdict.comparison)])
+    return Table(caption, ["metric", "as it is", "patched", "change"], [compared(verdict.comparison)])
 
 
 def trained(training: TrainingResults, result: TuneResult, model: Model[Any]) -> Table:
     """All metrics of the checkpoint and of the fine-tuned model, on the held-out examples."""
     caption = f"On {text.scored_on(result)}. Small: 95% intervals; the change is paired, example by example."
-    rows = [_compared(c) for c in text.shown(training.comparisons, model, result.metric)]
+    rows = [compared(c) for c in text.shown(training.comparisons, model, result.metric)]
     return Table(caption, ["metric", "checkpoint", "fine-tuned", "change"], rows)
 
 
@@ -102,7 +102,8 @@ def contributions(training: TrainingResults) -> Table:
     return Table(caption, ["trained with", "accuracy", "cross-entropy"], rows)
 
 
-def _compared(comparison: Comparison) -> Row:
+def compared(comparison: Comparison) -> Row:
+    """A row with the scores before and after, and the change."""
     metric, change, verdict = comparison.metric, comparison.change, comparison.verdict
     sign = {Outcome.GAIN: "▲ ", Outcome.LOSS: "▼ ", Outcome.NO_CHANGE: ""}[comparison.outcome]
     notes = [text.interval(metric, change), f"{sign}{verdict}"]

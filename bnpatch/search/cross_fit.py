@@ -13,6 +13,7 @@ from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite, warn_at_chance
 from bnpatch.evaluation.metrics import ACCURACY
+from bnpatch.models.doctor import warn_of_preprocessing
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.config import Candidate, Plan, Trial, chosen_of
 from bnpatch.search.held_out import Evidence, gather
@@ -190,8 +191,12 @@ class Searches:
             plan = replace(plan, timeout=max(at_least, share))
         task = replace(self.task, plan=plan)
         readable = task.seen.readable(tuning)
-        if is_first and (says := task.examples.warn_of_near_copies()):
-            self.notes.append(says)
+        if is_first:
+            doubts = (
+                task.examples.warn_of_near_copies(),
+                warn_of_preprocessing(task.model, task.examples, readable),
+            )
+            self.notes += [says for says in doubts if says]
         search = CandidateSearch(
             task,
             readable,

@@ -197,8 +197,8 @@ def test_a_model_on_augmented_examples(checkpoint, clean):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        ("", "nothing to augment with; choose from contrast,brightness,noise,blur"),
-        ("contrast,fog", "no augmentation 'fog'; choose from contrast"),
+        ("", "no augmentation is named; choose from contrast,brightness,noise,blur"),
+        ("contrast,rain", "no augmentation 'rain'; choose from contrast"),
         ("blur,blur", "blur,blur has one twice"),
     ],
 )

@@ -465,7 +465,7 @@ def test_a_limit_on_latency_is_kept(tiny, dim):
         ({"max_overhead": 0.9}, "not possible"),
         ({"class_prior": "0.5,0.5"}, "a class prior is for tuning without labels"),
         ({"metric": "unlabeled", "class_prior": "0.5,0.5"}, "2 numbers does not fit 10 classes"),
-        ({"augment": "fog"}, "no augmentation 'fog'"),
+        ({"augment": "rain"}, "no augmentation 'rain'"),
     ],
 )
 def test_bad_settings_are_refused(tiny, dim, change, message):
