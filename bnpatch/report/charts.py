@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bnpatch.core.io import atomic_path
-from bnpatch.core.moments import SMALLEST_DISTANCE
+from bnpatch.core.moments import weight_at
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Metric
@@ -226,13 +226,12 @@ def distance_chart(weights: PatchWeights, name: str) -> Markup:
         colours = palette()
         for each, slope in slopes.items():
             alpha = weights.alphas[each]
-            odds = alpha / (1 - alpha) * (distance + SMALLEST_DISTANCE) ** slope
             tip = _tip(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
-            axes.plot(distance, odds / (1 + odds), color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
+            weight = weight_at(distance, alpha, slope)
+            axes.plot(distance, weight, color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(
-            "{x:g}"
-        )  # its own labels are mathematics, which text in SVG can't show
+        # Labels of a logarithmic axis are mathematics by default, which text in SVG can't show.
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlim=_DISTANCES, ylim=(0, 1), xlabel="distance of the example", ylabel="its weight")
 
     return _svg(draw, name, f"weight against distance at {len(slopes)} norm layers")
