@@ -115,9 +115,8 @@ def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
         for other in running_in(folder):
             here, process = owner(other) or (True, os.getpid())
             with suppress(FileNotFoundError):  # the other run has just ended
-                if other != mark and (
-                    is_alive(process) if here else now - other.stat().st_mtime < _ENDED_SECONDS
-                ):
+                is_running = is_alive(process) if here else now - other.stat().st_mtime < _ENDED_SECONDS
+                if other != mark and is_running:
                     raise BnpatchError(
                         f"another run of bnpatch (process {process}{'' if here else ' of another machine'}) "
                         f"writes to {folder}",

@@ -20,10 +20,7 @@ def visible(text: str, keep: str = "") -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        character if character in keep or not _is_control(character) else _escaped(character)
-        for character in text
-    )
+    return "".join(c if c in keep or not _is_control(c) else _escaped(c) for c in text)
 
 
 def _is_control(character: str) -> bool:

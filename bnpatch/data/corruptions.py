@@ -71,7 +71,7 @@ def parse_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     if unknown := next((name for name in names if name not in _SHIFTS), None):
         raise BnpatchError(f"there is no augmentation {unknown!r}", remedy)
     if len(set(names)) < len(names):
-        raise BnpatchError(f"{','.join(names)} has one twice", remedy)
+        raise BnpatchError(f"{','.join(names)} names a shift twice", remedy)
     return names
 
 

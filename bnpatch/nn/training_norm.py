@@ -181,7 +181,7 @@ def renorm(
         The output, and the moments of the batch, of shape (C,).
     """
     with torch.no_grad():  # the method treats the correction as a constant in the gradient
-        batch = pooled_rows(example_moments(x))
+        batch: Moments[Any] = pooled_rows(example_moments(x))
         std = (running.var.to(batch.var) + eps).sqrt()
         r = ((batch.var + eps).sqrt() / std).clamp(1 / r_max, r_max)
         d = ((batch.mean - running.mean) / std).clamp(-d_max, d_max)

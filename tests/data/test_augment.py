@@ -199,7 +199,7 @@ def test_a_model_on_augmented_examples(checkpoint, clean):
     [
         ("", "nothing to augment with; choose from contrast,brightness,noise,blur"),
         ("contrast,fog", "no augmentation 'fog'; choose from contrast"),
-        ("blur,blur", "blur,blur has one twice"),
+        ("blur,blur", "blur,blur names a shift twice"),
     ],
 )
 def test_bad_kinds(kinds, message):
