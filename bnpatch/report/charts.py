@@ -53,7 +53,7 @@ _LONGEST_NAME = 20
 
 @cache
 def palette() -> dict[str, str]:
-    """The colours of the light scheme by name, from the style sheet."""
+    """Return the colours of the light scheme by name, from the style sheet."""
     css = files("bnpatch.report").joinpath("report.css").read_text(encoding="utf-8")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css.split("}")[0]))
 
@@ -346,7 +346,7 @@ def _tip(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that may stand in XML."""
+    """Return text that may stand in XML."""
     return "".join(character if character.isprintable() else "\ufffd" for character in visible(text))
 
 
