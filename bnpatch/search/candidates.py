@@ -253,8 +253,8 @@ class CandidateSearch:
     ) -> Mapping[str, PatchWeights]:
         """Search a few parameters, which ``weights`` makes weights of; report and keep the trials.
 
-        ``start``, ``space`` and ``first`` are those of :class:`GlobalSearchConfig`; ``apart`` has weights that
-        ``weights`` depends on, so that a search with other ones gets a study of its own.
+        ``start``, ``space`` and ``first`` are those of :class:`GlobalSearchConfig`. If ``weights`` depends on
+        other weights, ``apart`` has them, so that a search with others gets a study of its own.
         """
         sizes = [len(block) for block in self._cache.blocks]
         passes, trials = self._limits

@@ -132,7 +132,7 @@ def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
 
 
 def unlabeled(prior: Tensor | None = None) -> LabelFreeLoss:
-    """Return self-labelling plus alignment: the best objective without labels, for 25 examples per class.
+    """Return self-labelling plus alignment, the best label-free objective for 25 examples per class or more.
 
     A set with fewer examples may have one class twice as often as another by chance. Each label that is then
     forced on an example costs more the more certain the network is, so that better networks score worse.
