@@ -224,9 +224,9 @@ class CandidateSearch:
         def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
-                identity = self._baseline_alphas[name]
-                away = min(1.0, params["scale"] * abs(alpha - identity))
-                alphas[name] = abs(identity - (away if away >= params["threshold"] else 0.0))
+                baseline = self._baseline_alphas[name]
+                away = min(1.0, params["scale"] * abs(alpha - baseline))
+                alphas[name] = abs(baseline - (away if away >= params["threshold"] else 0.0))
             return replace(start, alphas=alphas)
 
         first = [

@@ -275,6 +275,6 @@ class Searches:
 def _limited_like(
     chosen: PatchWeights, weights: PatchWeights, baseline_alphas: Mapping[str, float]
 ) -> PatchWeights:
-    """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
+    """Set the norm layers that the latency limit left out of ``chosen`` to their baseline alpha."""
     left_out = {name: alpha for name, alpha in baseline_alphas.items() if chosen.alphas[name] == alpha}
     return replace(weights, alphas={**weights.alphas, **left_out})

@@ -155,8 +155,8 @@ def trade_off(
 ) -> list[Point]:
     """Measure gain and latency of the weights on ever more of the norm layers, the most important first.
 
-    The importance of a norm layer is the loss in score when it alone is set to its identity, divided by its
-    expected cost. Lambdas cost nothing, and all points but the first have them unchanged.
+    The importance of a norm layer is the loss in score when it alone is set to its baseline alpha, divided by
+    its expected cost. Lambdas cost nothing, and all points but the first have them unchanged.
 
     Args:
         model: the model; its weights are any of those measured when this returns.

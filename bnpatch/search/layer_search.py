@@ -164,9 +164,9 @@ class LayerSearch:
         return [starts[number] for number in best if costs[number] <= most]
 
     def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
-        """Return alphas that change linearly with depth between ``ends``; a group has that of its first layer.
+        """Return alphas that change linearly with depth between ``ends``; a group has its first layer's.
 
-        Norm layers whose identity is not alpha = 0 are left out: they use the example's statistics already.
+        Norm layers whose baseline alpha is not 0 are left out: they use the example's statistics already.
         """
         ramp = dict(
             zip(self._baseline_alphas, np.linspace(*ends, len(self._baseline_alphas)).tolist(), strict=True)
