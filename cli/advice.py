@@ -39,7 +39,7 @@ class Advice:
         return techniques(self.train_batch_size, len(self.norm_layers), reached)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {
             "unnormalized": None if self.unnormalized is None else sorted(self.unnormalized),
             "norms_by_function_calls": self.num_function_calls,

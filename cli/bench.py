@@ -60,7 +60,7 @@ def bench(
     loaded = loading.open(model, chosen)
     what = _patch(loaded, chosen, alpha, model)
     alphas = loaded.alphas()
-    num_patched = sum(alphas[name] != identity for name, identity in loaded.baseline_alphas().items())
+    num_patched = sum(alphas[name] != baseline for name, baseline in loaded.baseline_alphas().items())
     say(f"patch          {num_patched} of {len(alphas)} norm layers: {what}")
     original, patched = measure(loaded, [{}, alphas], batch_size=batch_size, seconds=seconds, threads=threads)
     if num_patched and patched.is_noisy:

@@ -21,7 +21,7 @@ def put(text: str = "", *, err: bool = False) -> None:
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few names."""
+    """Return the first few names."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 

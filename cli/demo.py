@@ -52,7 +52,7 @@ def demo(
 
 
 def digits() -> tuple["npt.NDArray[Any]", "npt.NDArray[Any]"]:
-    """1,797 digits as bytes (N, SIDE, SIDE), dark on light, and their classes; shuffled."""
+    """Return 1,797 digits as bytes (N, SIDE, SIDE), dark on light, and their classes; shuffled."""
     import numpy as np
     from PIL import Image
 

@@ -55,7 +55,6 @@ def fine_tune(
 
     accelerate launch -m bnpatch_cli fine-tune model.pt --data train/ --val val/ --precision bf16
     """
-    from bnpatch.data.groups import warn_of_shared_groups
     from bnpatch.finetune.engine import new_accelerator
     from bnpatch.report.files import write_results
     from bnpatch.report.tables import TrainingResults
@@ -68,10 +67,7 @@ def fine_tune(
     with claimed(output) if is_first() else nullcontext():
         loaded = _opened_model(loading, model, (data, val), run.new_head, seed)
         options = {**reading.settings(loaded), "groups": groups}
-        examples = bnpatch.open_examples(data, loaded, seed=seed, **_of_training(options))
-        val_examples = bnpatch.open_examples(val, loaded, seed=seed, **options)
-        if groups is not None:
-            warn_of_shared_groups(groups, examples.source, val_examples.source)
+        examples, val_examples = _opened_examples(data, val, loaded, seed, options)
         settings = training.settings(run.metric, reading.batch_size, reading.workers, seed, len(examples))
         accelerator = new_accelerator(settings, loaded.device)
         settings = techniques.settle(loaded, examples, settings, output / "choose.db", run.resume)
@@ -122,6 +118,19 @@ def _opened_model(
     if not new_head:
         return loaded
     return head.new_head(loaded, head.classes_of(folders[0], ClassOrder(loaded.class_order)), seed)
+
+
+def _opened_examples(
+    data: str, val: str, model: "TorchModel", seed: int, options: dict[str, Any]
+) -> "tuple[Examples, Examples]":
+    """Open the training and the validation images, and warn if a group has images in both."""
+    from bnpatch.data.groups import warn_of_shared_groups
+
+    examples = bnpatch.open_examples(data, model, seed=seed, **_of_training(options))
+    val_examples = bnpatch.open_examples(val, model, seed=seed, **options)
+    if options["groups"] is not None:
+        warn_of_shared_groups(options["groups"], examples.source, val_examples.source)
+    return examples, val_examples
 
 
 def _of_training(options: dict[str, Any]) -> dict[str, Any]:

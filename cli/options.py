@@ -191,7 +191,7 @@ def say_assumed_order(model: "TorchModel | OnnxModel", reading: Reading, was_nam
 
 
 def groups_of(rule: str | None) -> "Callable[[str], str | None] | None":
-    """What ``--group-by`` says, as a function from the name of a file to its group."""
+    """Return what ``--group-by`` says, as a function from the name of a file to its group."""
     from bnpatch.data.groups import group_by
 
     return None if rule is None else group_by(rule)

@@ -58,7 +58,7 @@ def check_unpatched(model: "TorchModel | OnnxModel", called: str) -> None:
 
 
 def command(storage: str | None = None) -> str:
-    """What was typed, without the password of a database."""
+    """Return what was typed, without the password of a database."""
     words = sys.argv[1:]
     if storage is not None:
         words = [word.replace(storage, masked(storage)) for word in words]

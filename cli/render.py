@@ -41,7 +41,7 @@ def comparison_table(
     before: str = "as it is",
     after: str = "patched",
 ) -> None:
-    """Before, after, and the paired change with its interval, of what ``examples`` says."""
+    """Print before, after, and the paired change with its interval, of what ``examples`` says."""
     table(
         [examples, before, after, "change", "95% interval", ""],
         [
@@ -59,7 +59,7 @@ def comparison_table(
 
 
 def verdict_table(verdict: Verdict, comparisons: Sequence[Comparison]) -> None:
-    """Held-out examples before and after: the comparisons to show, flips."""
+    """Print held-out examples before and after: the comparisons to show, and changed answers."""
     comparison_table(comparisons, f"{verdict.num_examples} held-out")
     if verdict.flips is not None:
         typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
@@ -72,7 +72,7 @@ def verdict_table(verdict: Verdict, comparisons: Sequence[Comparison]) -> None:
 
 
 def candidates_table(result: TuneResult) -> None:
-    """The candidates of the search, as the selection examples scored them; these chose, so no intervals."""
+    """Print the candidates as the selection examples scored them; these chose, so no intervals."""
     metric, baseline = result.metric, result.candidates[0]
     rows = [
         [
@@ -87,7 +87,7 @@ def candidates_table(result: TuneResult) -> None:
 
 
 def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
-    """An interval for people, of a change if signed, else of a mean; "unknown" where there is none."""
+    """Format an interval, of a change if signed, else of a mean; "unknown" where there is none."""
     if estimate.low == -math.inf or estimate.high == math.inf:
         return "unknown"
     low, high = (end if signed else metric.clip(end) for end in (estimate.low, estimate.high))
@@ -96,7 +96,7 @@ def interval(metric: Metric, estimate: Estimate, signed: bool = False) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with the time left, for ``progress(label, done, total)``."""
+    """Show a bar on stderr with the time left; yield ``progress(label, done, total)``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -115,7 +115,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def counter(progress: Callable[[str, int, int], None], label: str, total: int) -> Callable[[int], None]:
-    """A function that is told how many more examples are done, and moves a bar."""
+    """Make a function that is told how many more examples are done, and moves a bar."""
     done = 0
 
     def count(more: int) -> None:

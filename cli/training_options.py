@@ -74,7 +74,7 @@ class Techniques:
         database: Path,
         resume: bool,
     ) -> "FineTuneSettings":
-        """Settings with the techniques that are asked for, or chosen; says why."""
+        """Return settings with the techniques that are asked for, or chosen; say why."""
         from bnpatch.core.norm_spec import NormSpec
         from bnpatch.finetune.norm_decay import NormDecay
         from bnpatch.finetune.techniques import decayed_norms
@@ -179,7 +179,7 @@ class Training:
     def settings(
         self, metric: str, batch_size: int, workers: int | None, seed: int, num_examples: int
     ) -> "FineTuneSettings":
-        """The library's settings, without techniques."""
+        """Return the library's settings, without techniques."""
         from bnpatch.finetune.config import Augmentation, FineTuneSettings
 
         if workers is None:  # starting a process costs as much as decoding a few hundred images

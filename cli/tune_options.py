@@ -127,7 +127,7 @@ class Searching:
     ] = None
 
     def config(self, judging: Judging, batch_size: int, output: Path) -> "SearchConfig":
-        """The library's settings, which are checked when they are made; results go to ``output``."""
+        """Return the library's settings, which are checked when they are made; results go to ``output``."""
         from bnpatch.search.config import SearchConfig
         from bnpatch.search.trackers import tracker
 

@@ -1,4 +1,4 @@
-"""Recipes on the Hugging Face hub. A repository holds ``recipe.json``, and a card that says what it does."""
+"""Read recipes from the Hugging Face hub and write them to it: ``recipe.json`` and a card about it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -28,8 +28,9 @@ from bnpatch.core.leftovers import (
 if TYPE_CHECKING:
     import torch
 
-# A run elsewhere shows so often, in seconds, that it lasts; it is over when it has not for so long.
-_SIGN_OF_LIFE, _SILENCE = 20.0, 120.0
+# A run touches its mark every so many seconds. A run of another machine counts as ended once its mark has not
+# been touched for the second number of seconds.
+_TOUCH_SECONDS, _ENDED_SECONDS = 20.0, 120.0
 
 
 @contextmanager
@@ -114,21 +115,22 @@ def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
         for other in running_in(folder):
             here, process = owner(other) or (True, os.getpid())
             with suppress(FileNotFoundError):  # the other run has just ended
-                if other != mark and (is_alive(process) if here else now - other.stat().st_mtime < _SILENCE):
+                is_running = is_alive(process) if here else now - other.stat().st_mtime < _ENDED_SECONDS
+                if other != mark and is_running:
                     raise BnpatchError(
                         f"another run of bnpatch (process {process}{'' if here else ' of another machine'}) "
                         f"writes to {folder}",
                         "wait for its end, or choose another --output",
                     )
-        threading.Thread(target=_show_life, args=(mark, over), daemon=True).start()
+        threading.Thread(target=_keep_touching, args=(mark, over), daemon=True).start()
         yield
     finally:
         over.set()
         mark.unlink(missing_ok=True)
 
 
-def _show_life(mark: Path, over: threading.Event) -> None:
-    while not over.wait(_SIGN_OF_LIFE):
+def _keep_touching(mark: Path, over: threading.Event) -> None:
+    while not over.wait(_TOUCH_SECONDS):
         with suppress(OSError):
             os.utime(mark)
 

@@ -76,17 +76,17 @@ def is_alive(process: int) -> bool:
 
 
 def _is_alive_on_windows(process: int) -> bool:
-    """Do the same on Windows, where ``os.kill`` would end the process."""
+    """Tell on Windows whether a process runs; ``os.kill`` would end it there."""
     import ctypes
 
     kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 - type checkers know it on Windows only
-    handle = kernel.OpenProcess(0x1000, False, process)  # to ask about it
+    handle = kernel.OpenProcess(0x1000, False, process)  # 0x1000: the right to read its state
     if not handle:
-        return bool(kernel.GetLastError() == 5)  # it is there, and not ours to ask about
+        return bool(kernel.GetLastError() == 5)  # access denied: the process runs for another user
     code = ctypes.c_ulong()
     kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
-    return code.value == 259  # still active
+    return code.value == 259  # STILL_ACTIVE
 
 
 def _temporaries(folder: str | os.PathLike[str]) -> list[Path]:

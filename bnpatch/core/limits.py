@@ -45,7 +45,7 @@ class Limit:
 
         Args:
             amount: what is asked for, in the unit of the limit.
-            problem: who asks for how much, as a sentence without its end.
+            problem: what asks for how much, as a sentence without the full stop.
 
         Raises:
             BnpatchError: the amount is above the limit.
@@ -57,10 +57,10 @@ class Limit:
             )
 
 
-UNPACKED_MB = Limit("BNPATCH_MAX_UNPACKED_MB", 500)
-MEGAPIXELS = Limit("BNPATCH_MAX_MEGAPIXELS", 178)
-TEXT_MB = Limit("BNPATCH_MAX_TEXT_MB", 20)
-CLASSES = Limit("BNPATCH_MAX_CLASSES", 200_000)
-NODES = Limit("BNPATCH_MAX_NODES", 20_000)
-VALUES = Limit("BNPATCH_MAX_VALUES", 1 << 28)
-SECONDS = Limit("BNPATCH_MAX_SECONDS", 5)
+UNPACKED_MB = Limit("BNPATCH_MAX_UNPACKED_MB", 500)  #: by how much a file may grow when it is unpacked
+MEGAPIXELS = Limit("BNPATCH_MAX_MEGAPIXELS", 178)  #: of an image
+TEXT_MB = Limit("BNPATCH_MAX_TEXT_MB", 20)  #: of a recipe, a class map or a configuration
+CLASSES = Limit("BNPATCH_MAX_CLASSES", 200_000)  #: in a class map
+NODES = Limit("BNPATCH_MAX_NODES", 20_000)  #: of an ONNX graph
+VALUES = Limit("BNPATCH_MAX_VALUES", 1 << 28)  #: numbers in one value of an ONNX graph
+SECONDS = Limit("BNPATCH_MAX_SECONDS", 5)  #: per example, in a graph with loops

@@ -94,19 +94,14 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
         D = 1/2 [(mean - running mean)^2 / (running var + eps) + ln^2((var + eps) / (running var + eps))]
 
     and its weight is ``sigmoid(logit(alpha) + slope ln(D + 1e-4))``: ``alpha`` is the weight of an example at
-    distance 1, and with a positive slope an example that is farther away has a larger weight.
+    distance 1, and with a positive slope an example that is farther away has a larger weight
+    (:func:`weight_at`).
 
         >>> examples = Moments(np.array([[0.0], [6.0]]), np.ones((2, 1)))  # one near, one far
         >>> running = Moments(np.zeros(1), np.ones(1))
         >>> weight_by_distance(0.1, 0.5, examples, running, eps=0.0).round(3)
         array([[0.001],
                [0.32 ]])
-
-    With ``r = (D + 1e-4)^slope`` the function computes ``alpha r / (1 - alpha + alpha r)``. This is equal,
-    and unlike the sigmoid it has no infinities and no rounding where it matters, because ``r`` is positive
-    and finite and ``(1 - alpha) + alpha`` rounds to 1. The weight is ``alpha`` for ``slope = 0``, 0 for
-    ``alpha = 0`` and 1 for ``alpha = 1``, bit for bit. It lies in [0, 1], and small weights are as accurate
-    as any.
 
     Args:
         alpha: the weight of an example at distance 1, in [0, 1]; a number, or a value that broadcasts.
@@ -121,8 +116,7 @@ def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: M
     """
     if isinstance(slope, (int, float)) and slope == 0:
         return alpha
-    far = alpha * (distance(example, running, eps).clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
-    return far / (1 - alpha + far)
+    return weight_at(distance(example, running, eps), alpha, slope)
 
 
 def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
@@ -140,6 +134,29 @@ def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
     total = running.var + (eps + _TINY)
     log_ratio = _log((example.var + (eps + _TINY)) / total)
     return 0.5 * (between * between / total + log_ratio * log_ratio).mean(1, keepdims=True)
+
+
+def weight_at(distance: Any, alpha: Any, slope: Any) -> Any:
+    """Compute the weight of an example at a distance, see :func:`weight_by_distance`.
+
+        >>> weight_at(np.array([0.0, 1.0, 9.0]), alpha=0.1, slope=0.5).round(3)
+        array([0.001, 0.1  , 0.25 ])
+
+    With ``r = (D + 1e-4)^slope`` the function computes ``alpha r / (1 - alpha + alpha r)``. This is equal to
+    the sigmoid, but has no infinities and no rounding where it matters, because ``r`` is positive and finite
+    and ``(1 - alpha) + alpha`` rounds to 1. The weight is ``alpha`` for ``slope = 0``, 0 for ``alpha = 0``
+    and 1 for ``alpha = 1``, bit for bit. It lies in [0, 1], and small weights are as accurate as any.
+
+    Args:
+        distance: the distance D, 0 or more; above :data:`LARGEST_DISTANCE` it counts as that.
+        alpha: the weight at distance 1, in [0, 1]; a number, or a value that broadcasts.
+        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4].
+
+    Returns:
+        The weights, of the broadcast shape.
+    """
+    far = alpha * (distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
+    return far / (1 - alpha + far)
 
 
 def _log(values: Any) -> Any:

@@ -203,22 +203,18 @@ class Recipe:
             BnpatchError: the recipe was made for another model; the message names the first norm layer that
                 differs.
         """
+        own = {norm.name: norm.fingerprint for norm in self.norm_layers}
+        names = (*own, *sorted(fingerprints.keys() - own.keys()))
+        name = next((n for n in names if own.get(n) != fingerprints.get(n)), None)
+        if name is None:
+            return
+        what = f"the parameters of norm layer {name!r} differ"
+        if name not in fingerprints:
+            what = f"norm layer {name!r} is missing"
+        elif name not in own:
+            what = f"it has no norm layer {name!r}"
         remedy = "apply it to the model that it was tuned on, or tune this one"
-        for norm_layer in self.norm_layers:
-            if norm_layer.name not in fingerprints:
-                raise BnpatchError(
-                    f"the recipe is for another model: norm layer {norm_layer.name!r} is missing", remedy
-                )
-            if fingerprints[norm_layer.name] != norm_layer.fingerprint:
-                raise BnpatchError(
-                    "the recipe is for another model: the parameters of norm layer "
-                    f"{norm_layer.name!r} differ",
-                    remedy,
-                )
-        if extra := fingerprints.keys() - {norm_layer.name for norm_layer in self.norm_layers}:
-            raise BnpatchError(
-                f"the recipe is for another model: it has no norm layer {min(extra)!r}", remedy
-            )
+        raise BnpatchError(f"the recipe is for another model: {what}", remedy)
 
     def check_sizes(self, num_channels: Mapping[str, int]) -> None:
         """Check that the statistics have the sizes of the model's norm layers, given by name.
@@ -226,8 +222,7 @@ class Recipe:
         Raises:
             BnpatchError: the statistics of a norm layer have another size.
         """
-        state = self.state
-        for name, statistics in (*state.target.items(), *state.running.items()):
+        for name, statistics in (*self.state.target.items(), *self.state.running.items()):
             if statistics.mean.shape != (num_channels[name],):
                 raise BnpatchError(
                     f"the recipe is damaged: norm layer {name!r} has {num_channels[name]} channels, its "
@@ -313,7 +308,7 @@ class Recipe:
             raise BnpatchError(f"{source} is a damaged recipe ({first_line(error)})", remedy) from error
         counts = Counter(norm_layer.name for norm_layer in norm_layers)
         if twice := [name for name, count in counts.items() if count > 1]:
-            raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} stands there twice)", remedy)
+            raise BnpatchError(f"{source} is a damaged recipe ({min(twice)!r} occurs twice)", remedy)
         return cls(norm_layers, provenance, content.get("weigh_single_values", False))
 
     @classmethod
@@ -328,6 +323,7 @@ class Recipe:
         """
         if os.fspath(path).startswith(hub.PREFIX):
             path = hub.fetch(os.fspath(path).removeprefix(hub.PREFIX))
+        remedy = "name a recipe.json file"
         try:
             check_regular(Path(path))
             size = Path(path).stat().st_size / 1e6
@@ -335,11 +331,9 @@ class Recipe:
             text = Path(path).read_text(encoding="utf-8")
             content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
         except OSError as error:
-            raise BnpatchError(
-                f"cannot read {path}: {error.strerror or error}", "name a recipe.json file"
-            ) from error
+            raise BnpatchError(f"cannot read {path}: {error.strerror or error}", remedy) from error
         except (ValueError, RecursionError) as error:
-            raise BnpatchError(f"{path} is not a recipe", "name a recipe.json file") from error
+            raise BnpatchError(f"{path} is not a recipe", remedy) from error
         return cls.from_json(content, str(path))
 
 
@@ -355,15 +349,15 @@ def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON, which must not have a key twice."""
+    """Make a dictionary of an object in JSON; raise ValueError if it has a key twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return content
 
 
 def _refused(constant: str) -> None:
-    """Refuse NaN and infinities, which are no JSON."""
+    """Raise ValueError for NaN and infinities, which are not JSON."""
     raise ValueError(f"{constant} is no number")
 
 
@@ -373,15 +367,13 @@ def _brief(value: Any) -> str:
 
 
 def _encode(moments: Moments[Array]) -> dict[str, str]:
-    parts = {"mean": moments.mean, "var": moments.var}
-    return {
-        name: base64.b64encode(np.asarray(part, "<f4").tobytes()).decode() for name, part in parts.items()
-    }
+    parts = vars(moments).items()
+    return {name: base64.b64encode(np.asarray(part, "<f4").tobytes()).decode() for name, part in parts}
 
 
 def _decode(parts: Mapping[str, str]) -> Moments[Array]:
     arrays = (np.frombuffer(base64.b64decode(parts[name], validate=True), "<f4") for name in ("mean", "var"))
     mean, var = (array.astype(np.float64) for array in arrays)
     if mean.shape != var.shape or not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all():
-        raise ValueError("moments that are none")
+        raise ValueError("means or variances that are not finite, negative variances, or other lengths")
     return Moments(mean, var)

@@ -20,12 +20,10 @@ def visible(text: str, keep: str = "") -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        character if character in keep or not _acts(character) else _escaped(character) for character in text
-    )
+    return "".join(c if c in keep or not _is_control(c) else _escaped(c) for c in text)
 
 
-def _acts(character: str) -> bool:
+def _is_control(character: str) -> bool:
     return character in _DIRECTION or unicodedata.category(character) in _CONTROL
 
 
@@ -33,7 +31,7 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-# After the name of the user, up to the last @; and what the query calls so, or hides a password in.
+# A password stands between the name of the user and the last @, or is the value of a parameter of the query.
 _PASSWORDS = (
     re.compile(r"^((?:[\w+.-]+:/{0,2})?[^:/@]*:(?!//))(.+)(?=@)", re.DOTALL),
     re.compile(r"([?&][^=&]*(?:passw|pwd|secret|token|odbc_connect)[^=&]*=)([^&]+)", re.IGNORECASE),

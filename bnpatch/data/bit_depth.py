@@ -16,7 +16,7 @@ from PIL import Image
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.image_files import check_size, open_image
 
-_ROWS = 256  # of an image, that are converted at a time
+_ROWS = 256  # number of rows of an image that are converted at a time
 _BITS = (8, 10, 12, 14, 16)  # the bit depths of sensors
 _MOST = 32
 
@@ -175,7 +175,7 @@ def deep_colors(path: Path, image: Image.Image) -> npt.NDArray[np.uint16] | None
 
 
 def _with_mode(tile: Any, raw_mode: str) -> Any:
-    """Return how to decode a part of an image, with another raw mode."""
+    """Return a copy of a tile, which tells Pillow how to decode a part of an image, with another raw mode."""
     arguments = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
     return type(tile)(*tile[:3], arguments)
 
@@ -192,7 +192,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _swapped(mode: str) -> str | None:
-    """Return the 16-bit raw mode with the other byte order, by which Pillow reads the low bytes, or ""."""
+    """Return the 16-bit raw mode with the other byte order, by which Pillow reads the low bytes, or None."""
     name, _, bits = mode.partition(";")
     other = "B" if sys.byteorder == "little" else "L"
     swaps = {"16B": "16L", "16L": "16B", "16N": f"16{other}"}

@@ -6,7 +6,6 @@ in which the user can give the match.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -16,14 +15,13 @@ import numpy as np
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.bit_depth import given, of_files
-from bnpatch.data.class_maps import composed, read_class_map
+from bnpatch.data.class_maps import SYNSET, composed, read_class_map
 from bnpatch.data.dataset import Indices
 from bnpatch.data.image_files import FoundImages, find_images
 from bnpatch.data.images import FileImages
 from bnpatch.data.preprocessing import ImageModel
 
 _SAY_WHICH = "say which is which with --class-map FILE: the folders, one a line, in the order of the outputs"
-_SYNSET = re.compile(r"n\d{8}")
 
 
 class ClassOrder(Enum):
@@ -79,10 +77,10 @@ def targets_of_folders(
             (f"no {name!r}" for name in folders if composed(name) not in by_name), f"{len(by_name)} names"
         )
         raise BnpatchError(
-            f"the class map has {strange}, {where} and the model's {num_outputs} outputs need it otherwise",
+            f"the class map has {strange}: it does not fit {where} and the model's {num_outputs} outputs",
             "list every class folder once, in the order of the outputs",
         )
-    if all(_SYNSET.fullmatch(name) for name in folders) and (synsets := _imagenet_synsets(num_outputs)):
+    if all(SYNSET.fullmatch(name) for name in folders) and (synsets := _imagenet_synsets(num_outputs)):
         if unknown := [name for name in folders if name not in synsets]:
             raise BnpatchError(
                 f"{where} has the class {unknown[0]}, which is not among the model's {num_outputs}",
@@ -208,14 +206,14 @@ def open_folder(
     by_class = found.by_class
     if strict and found.problems:
         path, problem = next(iter(found.problems.items()))
-        raise BnpatchError(f"cannot read {path}: {problem}", "see to it, or leave out --strict")
+        raise BnpatchError(f"cannot read {path}: {problem}", "make it readable, or leave out --strict")
     _warn_of_left_out(folder, found)
     outside = by_class.pop("", [])
     if not optional:
         _check_class_folders(folder, len(by_class), len(outside))
         outside = []
     if not by_class and not outside:
-        raise BnpatchError(f"{folder} has no images", "it needs some")
+        raise BnpatchError(f"{folder} has no images", "give a folder that has some")
     names = read_class_map(class_map) if class_map else model.class_names
     _check_parts(folder, by_class, names, optional)
     targets = (

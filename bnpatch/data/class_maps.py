@@ -20,7 +20,7 @@ from bnpatch.core.limits import CLASSES, TEXT_MB
 _REMEDY = "write one class folder a line, in the order of the outputs, or a name, a tab and its index"
 
 _Row = tuple[str, str]  # a name and its index
-_SYNSET = re.compile(r"n\d{8}")
+SYNSET = re.compile(r"n\d{8}")  #: a class of ImageNet, by its WordNet number
 
 
 def composed(name: str) -> str:
@@ -112,7 +112,7 @@ def _of_lines(lines: list[str], path: str | os.PathLike[str]) -> list[str]:
             ways = [rows for rows in ways if all(_is_index(index) for _, index in rows)]
             if rows := _chosen(ways, path):
                 return _in_order(rows, path)
-    if all(_SYNSET.fullmatch(line.split()[0]) for line in lines):  # what follows describes it
+    if all(SYNSET.fullmatch(line.split()[0]) for line in lines):  # what follows describes it
         return [line.split()[0] for line in lines]
     return lines
 

@@ -93,11 +93,11 @@ class Examples:
         self._cache = Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
-        """Number of examples, with those that can't be read."""
+        """Return the number of examples, with those that can't be read."""
         return len(self.targets)
 
     def keep(self, indices: Indices) -> None:
-        """Drop all other examples than those with these indices, and number these from 0."""
+        """Keep only the examples with these indices, and number them from 0."""
         self.source = Part(self.source, indices)
         self.targets, self.labelled = self.targets[indices], self.labelled[indices]
         if self.groups is not None:
@@ -245,11 +245,11 @@ def split(
     Returns:
         Indices of the two parts, each in ascending order.
     """
-    judges = _judges(strata)
+    eligible = _eligible(strata)
     if groups is None:
-        held_out = judges[subset(strata[judges], fraction, seed)]
+        held_out = eligible[subset(strata[eligible], fraction, seed)]
     else:
-        held_out = judges[deal(strata[judges], groups[judges], (1 - fraction, fraction), seed)[1]]
+        held_out = eligible[deal(strata[eligible], groups[eligible], (1 - fraction, fraction), seed)[1]]
     return others(held_out, len(strata), groups), held_out
 
 
@@ -278,17 +278,17 @@ def folds(strata: Indices, k: int, seed: int, groups: Indices | None = None) -> 
     Raises:
         BnpatchError: there are fewer than two parts, or fewer examples or groups than parts.
     """
-    judges = _judges(strata)
-    units = len(judges) if groups is None else len(np.unique(groups[judges]))
+    eligible = _eligible(strata)
+    units = len(eligible) if groups is None else len(np.unique(groups[eligible]))
     if not 2 <= k <= units:
         raise BnpatchError(
             f"{units} {'examples' if groups is None else 'groups'} can't be held out in {k} folds",
             "choose 2 folds or more, or give more data",
         )
     if groups is not None:
-        return [judges[part] for part in deal(strata[judges], groups[judges], [1 / k] * k, seed)]
+        return [eligible[part] for part in deal(strata[eligible], groups[eligible], [1 / k] * k, seed)]
     rng = np.random.default_rng(seed)
-    by_class = [rng.permutation(judges[strata[judges] == value]) for value in np.unique(strata[judges])]
+    by_class = [rng.permutation(eligible[strata[eligible] == value]) for value in np.unique(strata[eligible])]
     dealt = np.concatenate(by_class)  # every k-th of these goes to a fold, so each fold has all classes
     return [np.sort(dealt[part::k]) for part in range(k)]
 
@@ -297,12 +297,12 @@ def subset(strata: Indices, fraction: float, seed: int) -> Indices:
     """Choose a fraction of the examples at random, stratum by stratum; return indices in ascending order."""
     rng = np.random.default_rng(seed)
     chosen: list[int] = []
-    debt = 0.0  # the rounding error so far; the next stratum corrects it, so that the total is right
+    missing = 0.0  # rounding error so far, which the next stratum corrects, so that the total is right
     for value in np.unique(strata):
         members = rng.permutation(np.flatnonzero(strata == value))
-        debt += fraction * len(members)
-        count = min(round(debt), len(members))
-        debt -= count
+        missing += fraction * len(members)
+        count = min(round(missing), len(members))
+        missing -= count
         chosen.extend(members[:count].tolist())
     return np.array(sorted(chosen), dtype=np.int64)
 
@@ -319,7 +319,7 @@ def portions(indices: Indices, size: int, seed: int) -> Iterator[Indices]:
         order = order[size:]
 
 
-def _judges(strata: Indices) -> Indices:
+def _eligible(strata: Indices) -> Indices:
     """Return the indices of examples that can be held out: the labelled ones, or all if none is labelled."""
     labelled = np.flatnonzero(strata >= 0)
     return labelled if len(labelled) else np.arange(len(strata))

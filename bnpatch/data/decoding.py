@@ -28,7 +28,6 @@ Item = tuple[Tensor | None, str]
 # while a model computes, and memory for a few dozen examples.
 _AHEAD = 32
 
-
 # The most pixels that all threads together hold at a time, but for an image that has more by itself. Pillow
 # takes 4 bytes for a pixel, and as many again while it converts or rotates the image.
 _MOST_PIXELS = 128_000_000
@@ -77,7 +76,7 @@ class Source(Protocol):
     thread_safe: bool  #: whether several threads may read at the same time
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
 
     def read(self, index: int) -> Image.Image | Tensor:
         """Return an image to preprocess, or an input as the model takes it; raise if it can't be read.
@@ -112,9 +111,7 @@ def decoded(
                 if isinstance(item, Tensor):
                     return item.clone(), ""  # a data set may write its next input to the same memory
                 return torch.from_numpy(np.array(transform(item))), ""
-        except (
-            Exception
-        ) as error:  # decoders raise any type of error for a broken file, which must not end the run
+        except Exception as error:  # decoders raise errors of any type; a broken file must not end the run
             return None, f"{type(error).__name__}: {error}"
 
     if num_workers is None:

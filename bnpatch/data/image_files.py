@@ -136,8 +136,8 @@ def open_image(path: Path) -> Image.Image:
     """
     check_regular(path)
     check_not_raw(path)
-    advice = teach_pillow(path)
-    if MEGAPIXELS.value > MEGAPIXELS.default:  # Pillow refuses what has twice as many as this
+    advice = register_plugin(path)
+    if MEGAPIXELS.value > MEGAPIXELS.default:  # Pillow refuses more than twice this number
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(MEGAPIXELS.value * 5e5))
     try:
         image = Image.open(path)
@@ -171,7 +171,7 @@ def check_size(image: Image.Image, weight: int = 1) -> None:
         )
 
 
-def teach_pillow(path: Path) -> str:
+def register_plugin(path: Path) -> str:
     """Make Pillow read the format of a file, if a package for the format is installed.
 
     Returns:

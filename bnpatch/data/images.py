@@ -20,7 +20,7 @@ from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
-ORIENTATION = 0x0112  #: tag of EXIF
+ORIENTATION = 0x0112  #: EXIF tag of the orientation
 _SAMPLE = 16  # images that are decoded to find their bit depth
 
 
@@ -110,7 +110,7 @@ class ArrayInputs:
         return as_mode(Image.fromarray(np.ascontiguousarray(image.squeeze())), self.mode)
 
     def name(self, index: int) -> str:
-        """The position."""
+        """Return the position."""
         return f"example {index}"
 
     def content(self, index: int) -> bytes:
@@ -184,7 +184,7 @@ class IndexedImages:
         return _joined(parts, "targets").numpy()
 
     def name(self, index: int) -> str:
-        """The position."""
+        """Return the position."""
         return f"example {index}"
 
     def content(self, index: int) -> bytes:
@@ -192,7 +192,7 @@ class IndexedImages:
         return b"" if self.bit_depth.bits == STANDARD.bits else str(self.bit_depth.bits).encode()
 
 
-def drain(loader: Iterable[Any], budget: int) -> tuple[Tensor, Array | None]:
+def read_loader(loader: Iterable[Any], budget: int) -> tuple[Tensor, Array | None]:
     """Read all batches of a loader into memory.
 
     Args:

@@ -50,11 +50,11 @@ class Sketches:
         first, second = rng.integers(0, count, (2, _PAIRS))
         typical = float(np.median(np.linalg.norm(sketches[first] - sketches[second], axis=1)))
         norms = (sketches**2).sum(1)
-        reach = (_NEAR * typical) ** 2 + 1e-5  # more than the rounding error
+        limit = (_NEAR * typical) ** 2 + 1e-5  # of squared distances; 1e-5 is more than their rounding error
         some = rng.permutation(count)[:_COUNTED]
         parts = np.array_split(some, -(-len(some) * count // _AT_A_TIME))
         copies = [
-            (norms[part, None] + norms - 2 * sketches[part] @ sketches.T <= reach).sum(1) for part in parts
+            (norms[part, None] + norms - 2 * sketches[part] @ sketches.T <= limit).sum(1) for part in parts
         ]
         share = float(np.mean(1 / np.concatenate(copies)))
         return max(1, round(share * count)) if share <= _LARGEST_SHARE else None

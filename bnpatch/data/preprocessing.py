@@ -45,9 +45,8 @@ class Preprocessing:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "input_size", tuple(self.input_size)
-        )  # a list, as JSON has it, equals no tuple
+        # JSON has lists, which equal no tuple.
+        object.__setattr__(self, "input_size", tuple(self.input_size))
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))

@@ -21,7 +21,7 @@ from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
 from bnpatch.data.groups import GroupsOf, number_groups
-from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, drain
+from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, read_loader
 from bnpatch.data.npz import array_names, read_arrays
 from bnpatch.data.preprocessing import ImageModel
 
@@ -90,8 +90,8 @@ def open_examples(
             don't fit, or a loader gives more than ``cache_gb``.
     """
     optional = labels == "optional"
-    how = _How(optional, class_map, data_root, split_name, int(cache_gb * 1e9), bit_depth)
-    source, targets = _open(data, model, how, bool(options.get("strict")))
+    settings = _Options(optional, class_map, data_root, split_name, int(cache_gb * 1e9), bit_depth)
+    source, targets = _open(data, model, settings, bool(options.get("strict")))
     if len(source) == 0:
         raise BnpatchError(f"{_called(data)} has no examples", "name a data set with some")
     if targets is None and not optional:
@@ -126,7 +126,7 @@ def open_examples(
 
 
 @dataclass(frozen=True)
-class _How:
+class _Options:
     """Options of :func:`open_examples`; ``budget`` is ``cache_gb`` in bytes."""
 
     optional: bool
@@ -137,16 +137,16 @@ class _How:
     bit_depth: int | None
 
 
-def _open(data: Any, model: ImageModel, how: _How, strict: bool) -> tuple[Source, Array | None]:
+def _open(data: Any, model: ImageModel, settings: _Options, strict: bool) -> tuple[Source, Array | None]:
     """Return the source, and the targets of shape (N, ...) or None."""
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
         if path.is_dir():
-            return open_folder(path, model, how.class_map, how.optional, how.bit_depth, strict)
+            return open_folder(path, model, settings.class_map, settings.optional, settings.bit_depth, strict)
         if path.suffix == ".npz":
-            return _pair(*_read_npz(path, how), model)
+            return _pair(*_read_npz(path, settings), model)
         if _NAMED.fullmatch(str(data)):
-            return _open_named(str(data), model, how)
+            return _open_named(str(data), model, settings)
         if path.exists():
             raise BnpatchError(f"{path} is not a data set", "give a folder with a folder of images per class")
         raise BnpatchError(
@@ -157,9 +157,9 @@ def _open(data: Any, model: ImageModel, how: _How, strict: bool) -> tuple[Source
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _pair(data[0], data[1], model)
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, Mapping)):
-        return _open_dataset(data, model, how)
+        return _open_dataset(data, model, settings)
     if isinstance(data, Iterable) and not isinstance(data, Mapping):
-        return _pair(*drain(data, how.budget), model)
+        return _pair(*read_loader(data, settings.budget), model)
     raise BnpatchError(
         f"data is a {type(data).__name__}", "give a path, a pair of arrays, a torch data set or a loader"
     )
@@ -234,12 +234,12 @@ def _changes(transform: Any, image: Image.Image) -> bool:
     )
 
 
-def _read_npz(path: Path, how: _How) -> tuple[Array, Array | None]:
+def _read_npz(path: Path, settings: _Options) -> tuple[Array, Array | None]:
     """Return the images and the targets of an .npz file."""
     names = array_names(path)
-    pairs = [*_KEYS, *((f"{part}_images", f"{part}_labels") for part in _PARTS.get(how.split_name, ()))]
+    pairs = [*_KEYS, *((f"{part}_images", f"{part}_labels") for part in _PARTS.get(settings.split_name, ()))]
     for images, targets in pairs:
-        if images in names and (how.optional or targets in names):
+        if images in names and (settings.optional or targets in names):
             arrays = read_arrays(path, ((images, targets) if targets in names else (images,),))
             if images.endswith("_images"):
                 warnings.warn(
@@ -272,30 +272,32 @@ def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
     return ArrayInputs(x, mode), None if y is None else np.asarray(y)
 
 
-def _open_named(name: str, model: ImageModel, how: _How) -> tuple[Source, Array | None]:
+def _open_named(name: str, model: ImageModel, settings: _Options) -> tuple[Source, Array | None]:
     from timm.data import create_dataset
 
     mode = model.preprocessing.image_mode
     try:
-        dataset = create_dataset(name, root=how.data_root, split=how.split_name, input_img_mode=mode)
+        dataset = create_dataset(
+            name, root=settings.data_root, split=settings.split_name, input_img_mode=mode
+        )
     except (RuntimeError, ValueError, TypeError, OSError, AssertionError, ImportError) as error:
         raise BnpatchError(
             f"cannot open the data set {name}: {first_line(error)}",
-            "see --data-root and --split, and that it is downloaded",
+            "check --data-root and --split, and that the data set is downloaded",
         ) from error
     # timm's readers share nothing among examples but names and arrays.
-    return _open_dataset(dataset, model, how, thread_safe=True)
+    return _open_dataset(dataset, model, settings, thread_safe=True)
 
 
 def _open_dataset(
-    dataset: Any, model: ImageModel, how: _How, thread_safe: bool = False
+    dataset: Any, model: ImageModel, settings: _Options, thread_safe: bool = False
 ) -> tuple[Source, Array | None]:
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if is_stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise BnpatchError("the data set is a stream", "give a DataLoader of it, or write it to a folder")
     source = IndexedImages(dataset, model.preprocessing, thread_safe)
-    if how.bit_depth:
-        source.bit_depth = given(how.bit_depth)
+    if settings.bit_depth:
+        source.bit_depth = given(settings.bit_depth)
     else:
         source.find_bit_depth()
-    return source, source.targets(how.budget)
+    return source, source.targets(settings.budget)

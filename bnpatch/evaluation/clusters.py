@@ -1,4 +1,4 @@
-"""What near-copies are worth: means over examples that come in groups, such as the frames of a video.
+"""Variances of means over examples that come in groups, such as the frames of a video.
 
 Examples of a group resemble each other, so that a group says less than as many independent examples. The
 effective unit is the group: the variance of a mean is estimated from the groups (Liang & Zeger, "Longitudinal
@@ -58,9 +58,9 @@ def effective_count(values: Values, numbers: Indices) -> float:
     """Return the number of independent examples that say as much about the mean as these, in (0, N].
 
     It is N over the design effect: the variance of the mean with these groups over that without. Few values
-    that differ from the rest show little of how groups hang together; the estimate then goes towards that of
-    groups whose values are all equal. Without such a prior, the interval of a rate would shrink to nothing
-    where no answer changes.
+    that differ from the rest show little of how alike the values of a group are; the estimate then goes
+    towards that of groups whose values are all equal. Without such a prior, the interval of a rate would
+    shrink to nothing where no answer changes.
 
     Args:
         values: values of the examples, (N,), most of which are equal.

@@ -23,7 +23,7 @@ _SHOWN = 3
 def permutation(answers: Classes, targets: Classes) -> dict[int, int]:
     """Return, by class, the output that stands for it, for all classes whose numbers look exchanged.
 
-    One half of the examples gives the best assignment of outputs to classes, the other half judges it, in
+    One half of the examples gives the best assignment of outputs to classes, the other half tests it, in
     both ways; otherwise some assignment would always be better than the present one.
 
     Args:

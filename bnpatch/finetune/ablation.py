@@ -40,7 +40,7 @@ class Contribution:
     changes: dict[str, list[float]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON, and cells for a table: mean, and change with its interval over seeds."""
+        """Return plain JSON values, and cells for a table: means, and changes with intervals over seeds."""
         cells = []
         for metric in _METRICS:
             cells.append(metric.format(float(np.mean(self.scores[metric.name]))))
@@ -49,7 +49,7 @@ class Contribution:
 
 
 def variants(model: TorchModel, settings: FineTuneSettings) -> dict[str, tuple[FineTuneSettings, bool]]:
-    """Settings by name of technique, each with whether alpha is tuned.
+    """Return settings by name of technique, each with whether alpha is tuned.
 
     Techniques that the settings use keep their parameters; the others get those of the guidance. Ghost and
     Batch/Group Norm exclude each other: "all" uses the one of the settings, or else of the guidance.

@@ -42,7 +42,7 @@ class Epoch:
     seconds: float
 
     def score(self, metric: str) -> float:
-        """The validation score of a metric, accuracy or cross-entropy."""
+        """Return the validation score of a metric, accuracy or cross-entropy."""
         return {ACCURACY.name: self.accuracy, CROSS_ENTROPY.name: self.cross_entropy}[metric]
 
 
@@ -105,7 +105,7 @@ def load_state(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
 
 
 def difference(a: Any, b: Any, name: str = "") -> str | None:
-    """The dotted name of the first value in which two JSON values differ."""
+    """Return the dotted name of the first value in which two JSON values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {**a, **b}:
             inner = f"{name}.{key}" if name else str(key)

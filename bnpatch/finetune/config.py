@@ -127,7 +127,7 @@ class FineTuneSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain JSON values."""
         values = asdict(self)
         decay = self.norm_decay
         if decay is not None and decay.norm_layers != "all":

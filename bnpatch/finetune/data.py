@@ -60,7 +60,7 @@ class TrainingImages(Dataset[tuple[int, Tensor | None, str]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        """The index, the input or None if it can't be read, and the reason for that."""
+        """Return the index, the input or None if it can't be read, and the reason for that."""
         try:
             item = self.source.read(index)
             return index, item if isinstance(item, Tensor) else self.transform(item), ""
@@ -119,7 +119,7 @@ class TrainingData:
     processes: int = 1
 
     def batches(self, epoch: int, batch_size: int, accumulate: int = 1) -> list[Indices]:
-        """The batches of this process in an epoch, as many as fill whole optimizer steps."""
+        """Return the batches of this process in an epoch, as many as fill whole optimizer steps."""
         rng = np.random.default_rng(self._seed(epoch))
         batches = shuffled(self.subset, batch_size, rng)
         per_step = self.processes * accumulate

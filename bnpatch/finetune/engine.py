@@ -156,7 +156,7 @@ class Engine:
         self.drop_gradient()
 
     def release(self) -> nn.Module:
-        """The module without accelerate's wrappers."""
+        """Return the module without accelerate's wrappers."""
         module: nn.Module = self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         return module
 
@@ -204,7 +204,7 @@ def _any_process(answer: bool) -> bool:
 
 
 def may_leave_out_parameters(model: TorchModel) -> bool:
-    """May some parameters get no gradient, in all steps or in some?
+    """Tell whether some parameters may get no gradient, in all steps or in some.
 
     In all steps, these are parameters that the loss does not depend on, such as those of another classifier.
     In some steps, they are parameters that code skips, depending on a random number or the value of a tensor.
@@ -244,7 +244,7 @@ class _Decisions(TorchDispatchMode):
 
 
 def _host_generators() -> tuple[Any, ...]:
-    """The states of the random generators of Python and NumPy, whose numbers are not tensors."""
+    """Return the states of the random generators of Python and NumPy, whose numbers are not tensors."""
     of_numpy: Any = np.random.get_state()
     return random.getstate(), of_numpy[1].tobytes(), *of_numpy[2:]
 

@@ -16,7 +16,7 @@ from bnpatch.models.torch_model import TorchModel
 
 
 def classes_of(data: str | os.PathLike[str], order: ClassOrder) -> tuple[str, ...]:
-    """Names of the classes of a folder or an ``.npz`` file, in the order of the outputs.
+    """Name the classes of a folder or an ``.npz`` file, in the order of the outputs.
 
     Raises:
         BnpatchError: the data has no classes.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.moments import Moments, pool
+from bnpatch.nn.hooks import in_evaluation_mode
 from bnpatch.nn.surgery import TorchNormLayer, inventory
 
 
@@ -28,21 +29,18 @@ def recalibrate(module: nn.Module, inputs: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _norms_averaging(module: nn.Module) -> Iterator[None]:
-    modes = {child: child.training for child in module.modules()}
     norms: list[Any] = [s.module for s in _norms_with_buffers(module) if hasattr(s.module, "momentum")]
     momenta = [norm.momentum for norm in norms]
-    module.eval()
-    for norm in norms:
-        norm.training = True
-        norm.momentum = None  # the average of all batches since the counter was 0
-        norm.num_batches_tracked.zero_()
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for child, mode in modes.items():
-            child.training = mode
+    with in_evaluation_mode(module):
+        for norm in norms:
+            norm.training = True
+            norm.momentum = None  # the average of all batches since the counter was 0
+            norm.num_batches_tracked.zero_()
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 @torch.no_grad()
@@ -61,7 +59,7 @@ def merge_processes(module: nn.Module, accelerator: Any) -> None:
 
 
 def _norms_with_buffers(module: nn.Module) -> list[TorchNormLayer]:
-    """The norm layers with buffers for running statistics, which Group Norm, for example, does not have."""
+    """Return the norm layers with buffers for running statistics, which Group Norm does not have."""
     return [
         norm_layer for norm_layer in inventory(module).norm_layers if norm_layer.parameters()[2] is not None
     ]

@@ -62,8 +62,8 @@ def by_search(
     processes, metric = start(), METRICS[settings.metric]
     search = _Search(model, examples, settings, epochs, callbacks or Callbacks())
     with quiet():
-        identity = search.identity(1 if processes is None else processes.count)
-        study = _opened(database, resume, identity, metric.higher_is_better, processes)
+        fingerprint = search.fingerprint(1 if processes is None else processes.count)
+        study = _opened(database, resume, fingerprint, metric.higher_is_better, processes)
         while (number := sum(map(_ended, study.trials))) < trials:
             # The techniques of a run depend on the ended runs alone, so that a run that was interrupted is
             # repeated with the same techniques.
@@ -106,8 +106,8 @@ class _Search:
             {"norm": str(guided.spec), "decays": rate is not None, "decay": rate},
         )
 
-    def identity(self, num_processes: int) -> dict[str, Any]:
-        """All that scores depend on; this includes the number of workers, each of which has its own seed."""
+    def fingerprint(self, num_processes: int) -> dict[str, Any]:
+        """Return all that scores depend on, with the number of workers, each of which has its own seed."""
         return {
             "model": self._model.fingerprints(),
             "data": self._examples.train.fingerprint(),
@@ -118,7 +118,7 @@ class _Search:
         }
 
     def choice(self, params: Mapping[str, Any]) -> Choice:
-        """The techniques that the parameters of a trial stand for."""
+        """Return the techniques that the parameters of a trial stand for."""
         rate = params["decay"] if params.get("decays") else 0.0
         decay = NormDecay(rate, norm_layers=self._norm_layers) if rate else None
         return Choice(self._specs[params["norm"]], decay, ())
@@ -212,12 +212,12 @@ def _stored(
 
 
 def _ended(trial: optuna.trial.FrozenTrial) -> bool:
-    """Did the run end by itself, that is, was it not interrupted?"""
+    """Tell whether a run ended by itself, that is, was not interrupted."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or _DIVERGED in trial.user_attrs
 
 
 def _specs(batch_size: int) -> dict[str, NormSpec]:
-    """Batch Norm, Ghost sizes that divide the batch, and Batch/Group Norm, by name."""
+    """Return Batch Norm, Ghost Batch Norms whose size divides the batch, and Batch/Group Norm, by name."""
     ghosts = [2**k for k in range(1, 8) if 2**k < batch_size and batch_size % 2**k == 0]
     specs = [NormSpec.batch(), *map(NormSpec.ghost, ghosts), NormSpec.batch_group(CHANNELS_PER_GROUP)]
     if batch_size > 1:

@@ -31,18 +31,18 @@ class Choice:
     reasons: tuple[str, ...]
 
     def settings(self, settings: FineTuneSettings) -> FineTuneSettings:
-        """The settings with these techniques."""
+        """Return the settings with these techniques."""
         return replace(settings, spec=self.spec, norm_decay=self.norm_decay)
 
 
 def decayed_norms(model: TorchModel) -> frozenset[str]:
-    """Norm layers where decay has an effect, because no other norm is between them and the output."""
+    """Name the norm layers where decay has an effect, because no other norm follows on some path."""
     example = torch.zeros(1, *model.preprocessing.input_size, device=model.device)
     return unnormalized_norms(model.module, example)
 
 
 def ghost_of(batch_size: int) -> NormSpec:
-    """Ghost Batch Norm for batches of two examples or more."""
+    """Choose a Ghost Batch Norm for batches of two examples or more."""
     return NormSpec.ghost(max(2, min(_GHOST, batch_size // 2)))
 
 

@@ -146,7 +146,7 @@ class _Run:
         self.state = self._snapshot()
 
     def _identity(self) -> dict[str, Any]:
-        """What identifies the run, as plain values: a run goes on only from its own files."""
+        """Return what identifies the run, as plain values: a run goes on only from its own files."""
         data = {"train": self.examples.fingerprint(), "val": self.val_examples.fingerprint()}
         parts = (self.data.subset, self.selection)
         return {
@@ -165,7 +165,7 @@ class _Run:
         return len(self.history)
 
     def is_stale(self) -> bool:
-        """Has the score not improved for ``patience`` epochs?"""
+        """Tell whether the score has not improved for ``patience`` epochs."""
         patience = self.settings.patience
         return patience is not None and bool(self.best) and self.epoch - self.best["epoch"] >= patience
 
@@ -238,7 +238,7 @@ class _Run:
         )
 
     def _scores(self) -> dict[str, float]:
-        """Mean scores over the validation examples; each process scores its share."""
+        """Compute mean scores over the validation examples; each process scores its share."""
         from accelerate.utils import gather_object
 
         mine = self.selection[self.accelerator.process_index :: self.accelerator.num_processes]

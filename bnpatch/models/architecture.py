@@ -27,6 +27,7 @@ _TENSORFLOW_MOBILENETS = {
     for width in widths
 }
 
+#: The remedy where the weights belong to no architecture that bnpatch knows.
 OWN_CODE = "for code of your own call bnpatch.tune_alpha(module, data) from Python"
 
 
@@ -251,13 +252,12 @@ def _classes_and_channels(
         classifier, first_conv = (_first(cfg.get(key)) for key in ("classifier", "first_conv"))
         head, stem = (state_dict.get(f"{name}.weight") for name in (classifier, first_conv))
         own_stem = default.state_dict().get(f"{first_conv}.weight")
-        grown = (
-            own_stem is not None and stem is not None and stem.ndim > 1 and stem.shape[1] != own_stem.shape[1]
-        )
+        in_chans = 3
+        if own_stem is not None and stem is not None and stem.ndim > 1 and stem.shape[1] != own_stem.shape[1]:
+            in_chans = int(stem.shape[1])
         if head is None and classifier and f"{classifier}.weight" in default.state_dict():
-            return 0, int(stem.shape[1]) if grown and stem is not None else 3
-        num_classes = int(head.shape[0]) if head is not None else int(getattr(default, "num_classes", 1000))
-        return num_classes, int(stem.shape[1]) if grown and stem is not None else 3
+            return 0, in_chans
+        return int(getattr(default, "num_classes", 1000) if head is None else head.shape[0]), in_chans
     num_classes, in_chans = 1000, 3
     for key, own in default.state_dict().items():
         given = state_dict.get(key)

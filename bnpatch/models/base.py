@@ -61,8 +61,7 @@ class Model(ABC, Generic[NormLayerT]):
     notes: list[str] = field(default_factory=list)
     output: Output | None = None
     wanted_output: str | None = None
-    # A field, so that it goes along where dataclasses.replace makes another of this model.
-    _state: PatchState = field(default_factory=PatchState, repr=False)
+    _state: PatchState = field(default_factory=PatchState, repr=False)  # a field for dataclasses.replace
 
     runs_onnx: ClassVar[bool] = False
     suffix: ClassVar[str]  # suffix of a file that holds the patched model
@@ -93,8 +92,7 @@ class Model(ABC, Generic[NormLayerT]):
         baseline_alphas = self.baseline_alphas()
         state.check(baseline_alphas, self.name)
         zeros = dict.fromkeys(baseline_alphas, 0.0)
-        everywhere = PatchWeights(baseline_alphas, zeros, zeros)
-        state = replace(state, weights=everywhere.updated(state.weights))
+        state = replace(state, weights=PatchWeights(baseline_alphas, zeros, zeros).updated(state.weights))
         self._use(state)
         self._state = state
 
@@ -227,23 +225,16 @@ class Model(ABC, Generic[NormLayerT]):
     def baseline_alphas(self) -> dict[str, float]:
         """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
 
-    def alphas_in_use(self) -> Mapping[str, float | Tensor]:
-        """Return the weight of the example by name of norm layer; a learned one is the tensor itself."""
-        return self.alphas()
-
-    def slopes_in_use(self) -> Mapping[str, float | Tensor]:
-        """Return the slope by name of norm layer; a learned one is the tensor itself."""
-        return self.weights.slopes
+    def weights_in_use(self) -> tuple[Mapping[str, float | Tensor], Mapping[str, float | Tensor]]:
+        """Return alphas and slopes by name of norm layer; one that is learned is the tensor itself."""
+        return self.weights.alphas, self.weights.slopes
 
     @abstractmethod
     def watch_fused(self, example: Tensor) -> Watch | None:
         """Return a function from a batch to the moments of each example at the output of convolutions.
 
-        These are the convolutions that a Batch Norm may have been fused into; the result is None if there are
-        none.
-
-        Args:
-            example: an input (1, ...), with which they are found.
+        These are the convolutions that a Batch Norm may have been fused into, found by running ``example``,
+        an input (1, ...). The result is None if there are none.
         """
 
     @abstractmethod
@@ -254,26 +245,22 @@ class Model(ABC, Generic[NormLayerT]):
     def unpatched_graph(self, example_input: Tensor | None = None) -> tuple[ir.Model, frozenset[str]]:
         """Return the model without its patch as a new ONNX graph, and the names of its norm layers in it.
 
-        Args:
-            example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
+        A torch model is exported with ``example_input``, inputs (N, ...), by default blank images.
         """
 
     @abstractmethod
     def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
         """Return a hash of the parameters of each norm layer, by name; a patch does not change it.
 
-        Args:
-            running: names of further norms to include, which have no running statistics yet.
+        ``running`` names further norms to include, which have no running statistics yet.
         """
 
     @abstractmethod
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it is known.
 
-        A torch module runs one input, which does not reach every norm layer. In a graph, shapes are inferred.
-
-        Args:
-            example: an input (1, ...); by default a blank image.
+        A torch module runs ``example``, an input (1, ...), by default a blank image. That does not reach
+        every norm layer. In a graph, shapes are inferred.
         """
 
     @abstractmethod
@@ -318,8 +305,7 @@ class Model(ABC, Generic[NormLayerT]):
             several outputs, those of :meth:`output_for`. Probabilities of a softmax become their logarithms.
 
         Raises:
-            BnpatchError: the model does not take this input, returns no tensor, or several of which none is
-                chosen.
+            BnpatchError: the model does not take this input, returns no tensor, or none of several is chosen.
         """
 
     @abstractmethod
@@ -348,18 +334,13 @@ class Model(ABC, Generic[NormLayerT]):
         """
 
     @abstractmethod
-    def _returned(self, x: Tensor) -> dict[str, Tensor]:
-        """Run a batch, and return all tensors that the model returns, by name."""
-
-    @abstractmethod
     def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
         """Run a batch; return all tensors that the model returns, and the names of those from a sigmoid."""
 
     def output_for(self, example: Tensor, classes: int | None = None) -> Output:
-        """Return what is read of that which the model returns, which is decided once.
+        """Return which output is read of those that the model returns; random inputs decide that once.
 
-        Random inputs decide, which depend on nothing but the shape of the example; see
-        :func:`bnpatch.models.outputs.choose`.
+        See :func:`bnpatch.models.outputs.choose`.
 
         Args:
             example: inputs (N, ...), of which only the shape counts.
@@ -370,7 +351,7 @@ class Model(ABC, Generic[NormLayerT]):
         """
         if self.output is None:
             with self.evaluating(), torch.inference_mode():
-                self._returned(example[:1])  # raises for an input that the model doesn't take
+                self._probed(example[:1])  # raises for an input that the model doesn't take
                 noise = torch.Generator().manual_seed(0)
                 tensors, sigmoids = self._probed(torch.randn(PROBES, *example.shape[1:], generator=noise))
             known = len(self.class_names) if self.class_names else classes

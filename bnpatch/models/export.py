@@ -105,10 +105,7 @@ def export_onnx(
     source = load(model) if isinstance(model, nn.Module) else model
     graph, patched = patched_graph(source, alpha_inputs, example_input)
     target, given = Path(path), [] if example_input is None else [example_input.dtype]
-    with (
-        writing_to(target),
-        temporary_folder(_folder_of(target)) as folder,
-    ):
+    with writing_to(target), temporary_folder(_folder_of(target)) as folder:
         # The file is compared before it gets its name, so that a deviating file never exists under it.
         written = io.save(graph, folder / target.name, external_data_threshold=external_data_threshold)
         deviations, shapes = _compare(source, written, example_input, images)
@@ -137,13 +134,13 @@ def patched_graph(
         alpha_inputs: see :func:`bnpatch.onnx.rewrite.rewrite`.
         example_input: inputs (N, ...) with which a torch model is exported; by default blank images.
     """
-    graph, there = model.unpatched_graph(example_input)
+    graph, exported = model.unpatched_graph(example_input)
     state, weights, baseline = model.state, model.weights, model.baseline_alphas()
-    moved = {name: _as_arrays(part) for name, part in model.statistics_in_use().items() if name in there}
+    moved = {name: _unrounded(part) for name, part in model.statistics_in_use().items() if name in exported}
     chosen = {
         name: alpha
         for name, alpha in weights.alphas.items()
-        if name in there and (alpha_inputs or alpha != baseline[name] or name in moved)
+        if name in exported and (alpha_inputs or alpha != baseline[name] or name in moved)
     }
     # A recovered norm layer that is not chosen is left out of the graph, because it would do nothing.
     recovered = {name: m for name, m in state.running.items() if name.endswith(FUSED) and name in chosen}
@@ -160,7 +157,8 @@ def patched_graph(
     return graph, done.patched
 
 
-def _as_arrays(moments: Moments[Any]) -> Moments[Any]:
+def _unrounded(moments: Moments[Any]) -> Moments[Any]:
+    """Convert moments to arrays of the same type; ``as_arrays`` would round them to float32."""
     return Moments(*(torch.as_tensor(part).cpu().numpy() for part in (moments.mean, moments.var)))
 
 

@@ -25,7 +25,7 @@ def of_module(module: nn.Module, running: Collection[str]) -> dict[str, str]:
         running: names of further norms to include, which have no running statistics yet.
     """
     hashes = {
-        # of a recovered norm the convolution, because its moments depend on data
+        # A recovered norm is known by its convolution, because its moments depend on the data.
         norm.name: _of_fused(module, norm.name)
         if norm.kind == VirtualNorm.__name__
         else _of_parameters(norm.num_channels, norm.parameters())

@@ -70,9 +70,7 @@ def check_kind(path: Path) -> None:
     if not head:
         raise BnpatchError(f"{path} is empty", "copy or download it again")
     if head[4:8] == b"TFL3":
-        raise BnpatchError(
-            f"{path} is a TensorFlow Lite file", "convert it to ONNX, with tf2onnx for example"
-        )
+        raise BnpatchError(f"{path} is a TensorFlow Lite file", TO_ONNX)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, (kind, remedy) in _OTHERS.items():
         if start.startswith(beginning):
@@ -83,7 +81,7 @@ def check_not_onnx(path: Path) -> None:
     """Raise an error if a file is an ONNX model; such a file begins with the version of its layout.
 
     Raises:
-        BnpatchError: the file is an ONNX model, which is known by its name only.
+        BnpatchError: the file is an ONNX model; :func:`bnpatch.load` knows these by their suffix.
     """
     if start_of(path)[:1] == b"\x08":  # the number of the protobuf field; no pickle begins with it
         raise BnpatchError(f"{path} is an ONNX model under another name", "give it a name that ends in .onnx")

@@ -20,11 +20,15 @@ from bnpatch.models.foreign import reading
 from bnpatch.models.labels import choose, labels_of, labels_of_module, read_names
 from bnpatch.models.onnx_file import load_onnx
 from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.published import published_weights, tagged_weights, torchvision_weights
+from bnpatch.models.published import default_preprocessing, published_weights, tagged_weights
 from bnpatch.models.stored_preprocessing import HUB_CONFIG, applied, beside, hub_config, in_checkpoint
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.models.weights import StateDict, part_of, without_extras
 from bnpatch.nn.surgery import inventory
+
+_CHECK_ACCURACY = "check that the accuracy is what you know it to be"
+# Names of the weights in folders of Hugging Face's library.
+_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
 
 def load(
@@ -128,11 +132,6 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
     if path.suffix not in SUFFIXES and not path.exists():
         raise BnpatchError(f"there is no file {model}", f"give a file or {_suggestion(model)}")
     return _load_file(read_checkpoint(path, use_ema=use_ema, unsafe=unsafe), arch)
-
-
-_SEE_ACCURACY = "see that the accuracy is what you know it to be"
-# Names of the weights in folders of Hugging Face's library.
-_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
 
 def _suggestion(name: str) -> str:
@@ -279,7 +278,7 @@ def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
 def _identified(
     checkpoint: Checkpoint, arch: str | None, hint: str | None, library: str | None
 ) -> tuple[StateDict, Architecture, str]:
-    """Return the weights by the names of their architecture, the architecture, and a note or ""."""
+    """Return the weights under the names of their architecture, the architecture, and a note or ""."""
     renamed.check_hugging_face(hub_config(checkpoint.path))
     state = renamed.of_hugging_face(checkpoint.state_dict) or checkpoint.state_dict
     own_names = without_extras(state)
@@ -293,19 +292,19 @@ def _identified(
             return match[1], match[0], ""
         if (named := renamed.with_own_classifier(own_names)) is not None:
             found = architecture.fit(arch, named) if arch else architecture.identify(named, hint)
-            return named, found, f"the classifier has another name than that of {found}: {_SEE_ACCURACY}"
+            return named, found, f"the classifier has another name than that of {found}: {_CHECK_ACCURACY}"
         if (match := renamed.in_order_of_use(own_names, wanted=arch)) is None:
             raise
         found, part = match
         note = f"its tensors have other names than those of {found}, and are taken in their order"
-        return part, found, f"{note}: {_SEE_ACCURACY}"
+        return part, found, f"{note}: {_CHECK_ACCURACY}"
 
 
 def _preprocessing(
     found: Architecture, module: nn.Module, arch: str | None, published: Any, checkpoint: Checkpoint
 ) -> Preprocessing:
     """Return what ``--arch`` names with a tag, what the checkpoint has, what lies beside it, or a default."""
-    default = _default_preprocessing(found, module, published)
+    default = default_preprocessing(found, module, published)
     if tagged_weights(arch):
         return default
     path = checkpoint.path
@@ -316,18 +315,6 @@ def _preprocessing(
     if not values:
         values, source = beside(path, found.name)
     return applied(values, default, found.in_chans, source) if values else default
-
-
-def _default_preprocessing(found: Architecture, module: nn.Module, published: Any) -> Preprocessing:
-    if isinstance(published, Mapping):
-        return Preprocessing.of_timm(module, f"timm's published {published['name']}", stored=published)
-    if published is not None:
-        return Preprocessing.of_torchvision(published, found.in_chans)
-    if found.library == "timm":
-        return Preprocessing.of_timm(module, f"timm's default for {found.name}")
-    weights = torchvision_weights(found.name)
-    default = Preprocessing.of_torchvision(weights[0], found.in_chans)
-    return replace(default, source=f"torchvision's default for {found.name}")
 
 
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:

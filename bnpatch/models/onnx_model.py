@@ -102,7 +102,7 @@ class OnnxModel(Model[OnnxNormLayer]):
     @property
     @override
     def dtype(self) -> torch.dtype:
-        # that of the largest weights
+        # The type of the largest weights.
         weights = (value.const_value for value in self.graph.graph.initializers.values())
         floats = [w for w in weights if w is not None and w.dtype in _DTYPES]
         return _DTYPES[max(floats, key=lambda w: w.size).dtype] if floats else torch.float32
@@ -187,15 +187,11 @@ class OnnxModel(Model[OnnxNormLayer]):
         return output.read(torch.from_numpy(y))
 
     @override
-    def _returned(self, x: Tensor) -> dict[str, Tensor]:
-        names = list(self.signature.outputs)
-        arrays = self.run(self._sessions.plain, names, x)
-        return {name: torch.from_numpy(y) for name, y in zip(names, arrays, strict=True)}
-
-    @override
     def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
         operators = self.signature.outputs
-        return self._returned(x), [name for name, operator in operators.items() if operator == "Sigmoid"]
+        arrays = self.run(self._sessions.plain, list(operators), x)
+        tensors = {name: torch.from_numpy(y) for name, y in zip(operators, arrays, strict=True)}
+        return tensors, [name for name, operator in operators.items() if operator == "Sigmoid"]
 
     @override
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:

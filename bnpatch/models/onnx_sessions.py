@@ -1,7 +1,7 @@
 """Sessions of onnxruntime: of a graph as it is, with a patch as inputs, or normalizing by the batch.
 
-One session has all alphas and running statistics as inputs, so that a search opens it once and no weight
-means a new graph. Once a state has slopes, they are inputs too. Another session runs the graph as it was
+One session has all alphas and running statistics as inputs, so that a search opens it once, and other weights
+need no other graph. Once a state has slopes, they are inputs too. Another session runs the graph as it was
 read, so that the baseline is exactly the user's file. A third one normalizes by the batch and returns its
 moments, to re-estimate statistics.
 """

@@ -1,9 +1,15 @@
 """Find what timm and torchvision know of the weights that they publish."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from torch import nn
+
+from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models import architecture
+from bnpatch.models.architecture import Architecture
 
 
 @cache
@@ -35,6 +41,18 @@ def tagged_weights(arch: str | None) -> dict[str, Any] | None:
 
     name = (arch or "").removeprefix("timm:")
     return _timm_values(name) if name in timm.list_pretrained() else None
+
+
+def default_preprocessing(found: Architecture, module: nn.Module, published: Any) -> Preprocessing:
+    """Return the preprocessing of published weights, or of the architecture if they are None."""
+    if isinstance(published, Mapping):
+        return Preprocessing.of_timm(module, f"timm's published {published['name']}", stored=published)
+    if published is not None:
+        return Preprocessing.of_torchvision(published, found.in_chans)
+    if found.library == "timm":
+        return Preprocessing.of_timm(module, f"timm's default for {found.name}")
+    default = Preprocessing.of_torchvision(torchvision_weights(found.name)[0], found.in_chans)
+    return replace(default, source=f"torchvision's default for {found.name}")
 
 
 def _timm_values(full_name: str) -> dict[str, Any]:

@@ -52,7 +52,8 @@ _CLASSIFIERS = ("fc", "classifier", "head.fc", "head", "head.classifier", "class
 # Names of the branch of a residual block that is listed before the others in some projects, after in others.
 _SHORTCUTS = re.compile(r"shortcut|downsample|identity|skip|projection")
 
-# Names in Hugging Face's library, which stores tensors by name and not in their order, and those here.
+# By prefix of the tensors of Hugging Face's library: patterns of the names of modules, and their names in
+# timm or torchvision. The library sorts tensors by name, so that their order does not tell how they are used.
 _STAGE = r"encoder\.stages\.(?P<s>\d+)\.layers\.(?P<l>\d+)"
 _UNIT = r"(?P<kind>convolution|normalization)"
 _HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
@@ -71,8 +72,8 @@ _HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
     ),
 }
 
-
-# The tensors of others are put into the order of use, which is that of these words at each place of a name.
+# Families of Hugging Face's library whose tensors are sorted into the order of use instead: at each place of
+# a name, a word that stands earlier in this list names a module that is used earlier.
 _IN_ORDER = ("efficientnet.", "mobilenet_v1.", "mobilenet_v2.")
 _USED_FIRST = (
     "embeddings conv_stem first_conv layer encoder blocks expansion expand_1x1 depthwise_conv conv_3x3 "
@@ -80,7 +81,8 @@ _USED_FIRST = (
     "project_conv batchnorm normalization expand_bn depthwise_norm project_bn "
     "weight bias running_mean running_var"
 ).split()
-# What the architectures here compute, by family; a configuration that says otherwise is of another one.
+# Values of Hugging Face's configuration, by family, with which a model computes what timm's or torchvision's
+# does. A configuration with other values is refused.
 _MOBILENET = {"hidden_act": "relu6", "tf_padding": True, "layer_norm_eps": 1e-3, "output_stride": 32}
 _COMPUTES: Mapping[str, Mapping[str, Any]] = {
     "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False},
@@ -196,13 +198,13 @@ def _named(arch: str) -> Iterator[tuple[str, str, int | None]]:
 
 
 def in_order_of_hugging_face(state_dict: StateDict) -> tuple[Architecture, dict[str, Tensor]] | None:
-    """Do the same for an EfficientNet or a MobileNet (V1, V2) of Hugging Face's library, in any order."""
+    """Do as :func:`in_order_of_use` for Hugging Face's EfficientNet or MobileNet (V1, V2), in any order."""
     if not any(key.startswith(_IN_ORDER) for key in state_dict):
         return None
     keys = sorted((key for key in state_dict if not is_optional(key)), key=_order_of_use)
     names = {key: f"{place}.{key.rpartition('.')[-1]}" for place, key in enumerate(keys)}
     match = in_order_of_use({names[key]: state_dict[key] for key in keys}, is_tensorflow=True)
-    return None if match is None else (replace(match[0], also=()), match[1])  # the others pad otherwise
+    return None if match is None else (replace(match[0], also=()), match[1])  # others that fit pad otherwise
 
 
 def _order_of_use(key: str) -> list[int]:

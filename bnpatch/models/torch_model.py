@@ -137,12 +137,9 @@ class TorchModel(Model[TorchNormLayer]):
         return {name: layer.running for name, layer in layers if layer.running is not None}
 
     @override
-    def alphas_in_use(self) -> dict[str, float | Tensor]:
-        return {name: layer.alpha for name, layer in patched_layers(self.module).items()}
-
-    @override
-    def slopes_in_use(self) -> dict[str, float | Tensor]:
-        return {name: layer.slope for name, layer in patched_layers(self.module).items()}
+    def weights_in_use(self) -> tuple[dict[str, float | Tensor], dict[str, float | Tensor]]:
+        layers = patched_layers(self.module).items()
+        return {name: layer.alpha for name, layer in layers}, {name: layer.slope for name, layer in layers}
 
     @override
     def facts(self) -> dict[str, NormFacts]:
@@ -209,8 +206,8 @@ class TorchModel(Model[TorchNormLayer]):
         output, tensors = self.output_for(self._blank()), tensors_of(returned)
         return self.as_classes(output.read(tensors.get(output.name, next(iter(tensors.values())))))
 
-    @override
     def _returned(self, x: Tensor) -> dict[str, Tensor]:
+        """Run a batch, and return all tensors that the module returns, by name."""
         y = self._run(x)
         tensors = tensors_of(y)
         if not tensors:
@@ -259,9 +256,8 @@ class TorchModel(Model[TorchNormLayer]):
     @override
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
         seen: dict[str, list[Moments[Tensor]]] = {}
-        norms = {
-            norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers
-        } | uncalibrated(self.module)
+        norms = {norm.name: norm.module for norm in self.inventory().norm_layers}
+        norms |= uncalibrated(self.module)
         self.output_for(x)  # before the hooks are there, because it runs inputs of its own
         watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
         with torch.inference_mode(not gradients), watch:

@@ -17,7 +17,7 @@ import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.limits import UNPACKED_MB
-from bnpatch.models.foreign import check_kind, check_not_onnx, is_safetensors, reading
+from bnpatch.models.foreign import TO_ONNX, check_kind, check_not_onnx, is_safetensors, reading
 
 _np_multiarray: Any = import_module("numpy._core.multiarray")  # where NumPy's own pickles point to
 
@@ -29,8 +29,8 @@ _MOVED = {
 }
 _RENAMED = {"ExampleWeighedNorm": "ExampleWeightedNorm"}
 
-# By their names in any version of Python, path classes of any system, and the pure class to use instead,
-# which every system has.
+# Classes of paths, by the names that they have in any version of Python and on any system, and the pure class
+# to use instead, which every system has.
 _PATHS = {
     f"{module}.{name}": pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
     for module in ("pathlib", "pathlib._local")
@@ -78,7 +78,7 @@ def read_content(path: Path, unsafe: bool) -> Any:
         BnpatchError: the file can't be read, is not a checkpoint, or would have to run code.
     """
     check_kind(path)
-    remedy = "copy it again, and see that it is complete"
+    remedy = "copy it again, and check that it is complete"
     check_not_onnx(path)
     if is_safetensors(path):
         from safetensors.torch import load_file
@@ -107,9 +107,7 @@ def _check_archive(path: Path) -> None:
             f"{path} is a torch.export program under another name", "give it a name that ends in .pt2"
         )
     if any(name.endswith(".weights.h5") for name in names):
-        raise BnpatchError(
-            f"{path} is a Keras archive", "convert the model to ONNX, with tf2onnx for example"
-        )
+        raise BnpatchError(f"{path} is a Keras archive", TO_ONNX)
     if not any(name.endswith("data.pkl") for name in names):
         raise BnpatchError(
             f"{path} is a zip archive that torch.save did not write", "unpack it, and give the file inside"
@@ -122,7 +120,7 @@ def _check_archive(path: Path) -> None:
 
 def _torch_load(path: Path, unsafe: bool) -> Any:
     try:
-        # Of a path torch would go by the name, of an open file it can't.
+        # torch would choose how to read a path by its suffix; an open file has none.
         with torch.serialization.safe_globals(_SAFE), path.open("rb") as file:
             if unsafe:
                 return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)

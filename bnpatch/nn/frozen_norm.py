@@ -16,10 +16,10 @@ from bnpatch.core.inventory import SCALE_AND_SHIFT
 from bnpatch.nn.hooks import in_evaluation_mode
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
-_EPSILONS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-12, 0.0)  # of modules that have it in their code alone
+_EPSILONS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-12, 0.0)  # tried for modules that have no attribute eps
 _ROUNDING = 1e-9  # relative, in double precision
 
-# A comparison per module is enough, and an inventory asks often.
+# Inventories ask often, so each module is compared once.
 _found: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 
 
@@ -30,11 +30,12 @@ def epsilon_of_frozen_norm(module: nn.Module) -> float | None:
     if any(part is None or part.ndim != 1 for part in parts) or any(True for _ in module.children()):
         return None
     if module not in _found:
-        _found[module] = _compared(module)
+        _found[module] = _matching_eps(module)
     return _found[module]
 
 
-def _compared(module: nn.Module) -> float | None:
+def _matching_eps(module: nn.Module) -> float | None:
+    """Return the eps with which a module computes the formula on random inputs, or None."""
     try:
         twin: Any = copy.deepcopy(module).cpu().double()
         x = _random_inputs(len(twin.weight))
@@ -72,9 +73,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 def _scales_and_shifts(module: nn.Module) -> bool:
     try:
         twin: Any = copy.deepcopy(module).cpu().double()
-        x = torch.randn(
-            2, len(twin.weight), 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-        )
+        x = _random_inputs(len(twin.weight))
         with torch.no_grad():
             expected = x * twin.weight.view(1, -1, 1, 1) + twin.bias.view(1, -1, 1, 1)
             return torch.allclose(twin(x), expected, rtol=_ROUNDING, atol=_ROUNDING)
@@ -95,9 +94,9 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def as_batch_norm(module: nn.Module) -> nn.Module:
-    """Return a Batch Norm with the tensors of a frozen one, which an exporter recognizes.
+    """Return a Batch Norm with the tensors of a frozen one; exporters recognize it.
 
-    That of timm keeps its dropout and its activation.
+    timm's frozen Batch Norm keeps its dropout and its activation.
     """
     frozen: Any = module
     norm: Any = nn.BatchNorm2d(len(frozen.running_mean), eps=frozen.eps)

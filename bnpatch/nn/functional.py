@@ -80,7 +80,7 @@ def mixture(
     dtype = example.mean.dtype
     running = Moments(running.mean.to(dtype), running.var.to(dtype))
     if channels_per_group > 1:
-        example, running = (_pool_channels(m, channels_per_group) for m in (example, running))
+        example, running = (pool_channels(m, channels_per_group) for m in (example, running))
     weight = weight_by_distance(alpha, slope, example, running, eps)
     return weight, mix(weight, example, running)
 
@@ -136,7 +136,7 @@ class _MeanAndSquare(torch.autograd.Function):
         return affine(x, 2 * mean_square / count, mean / count)
 
 
-def _pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
+def pool_channels(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
     """Pool moments (..., C) over groups of consecutive channels; each channel gets those of its group."""
     shape = moments.mean.shape
     per_group = (*shape[:-1], -1, channels_per_group)

@@ -237,7 +237,7 @@ class ExampleWeightedNorm(nn.Module):
         return tuple(state.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
 
     def _moments(self) -> Moments[Tensor]:
-        """The running statistics that the layer uses: :attr:`running`, else the buffers."""
+        """Return the running statistics that the layer uses: :attr:`running`, else the buffers."""
         if self._running is not None:
             return self._running
         _, _, mean, var = self.parameters_of_norm()

@@ -51,7 +51,7 @@ _INSTANCE_NORMS = tuple(f"{_TORCH}.instancenorm.InstanceNorm{d}d" for d in (1, 2
 _LAZY_NORMS = tuple(f"{_TORCH}.batchnorm.LazyBatchNorm{d}d" for d in (1, 2, 3))
 
 #: Classes that are recognised and skipped, with the reason.
-LEFT_ALONE: Mapping[str, str] = {
+SKIPPED: Mapping[str, str] = {
     **dict.fromkeys(_INSTANCE_NORMS, "Instance Norm normalizes by the example alone, on purpose"),
     **dict.fromkeys(_LAZY_NORMS, "not initialised yet: run one batch through the model first"),
     "timm.layers.inplace_abn.InplaceAbn": "its fused kernel rewrites its own weights",
@@ -131,9 +131,9 @@ def inventory(model: nn.Module) -> Inventory[TorchNormLayer]:
     """
     norm_layers: list[TorchNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
-    inside: list[str] = []  # with what the names of modules in norm layers begin, such as auxiliary norms
+    inside: list[str] = []  # prefixes of the names of modules inside norm layers, such as auxiliary norms
     for module, (name, *aliases) in _modules_by_name(model):
-        found = _judge(module, name, tuple(aliases))
+        found = _classified(module, name, tuple(aliases))
         if isinstance(found, TorchNormLayer) and name.startswith(tuple(inside)):
             reason = "belongs to another norm, which does not use it at inference"
             found = SkippedNorm(name, found.kind, reason)
@@ -287,13 +287,13 @@ def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     return ((modules[key], names[key]) for key in names)
 
 
-def _judge(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLayer | SkippedNorm | None:
+def _classified(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLayer | SkippedNorm | None:
     """Return a norm layer, a skipped norm with the reason, or None for a module that is no norm."""
     if isinstance(module, ExampleWeightedNorm):
         return TorchNormLayer(name, module.origin_class.__name__, module, aliases)
     kind, qualified_name = type(module).__name__, _qualified_name(type(module))
-    if qualified_name in LEFT_ALONE:
-        return SkippedNorm(name, kind, LEFT_ALONE[qualified_name])
+    if qualified_name in SKIPPED:
+        return SkippedNorm(name, kind, SKIPPED[qualified_name])
     is_group_norm = qualified_name in GROUP_NORMS
     if not is_group_norm and qualified_name not in CONVERTIBLE:
         eps = epsilon_of_frozen_norm(module)

@@ -267,6 +267,7 @@ def _reason(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _telling_which_run(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep in ``running`` the names of the modules whose forward is running, until the context ends."""
     handles = []
     for name, module in model.named_modules():
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.core.norm_spec import NormSpec, Renorm
-from bnpatch.nn.functional import affine, example_moments
+from bnpatch.nn.functional import affine, example_moments, pool_channels
+from bnpatch.nn.hooks import pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, swap
 
@@ -52,7 +53,7 @@ class GeneralNorm(ExampleWeightedNorm):
         general.alpha = spec.alpha
         running = general._moments()
         if spec.channels_per_group > 1:
-            running = _pool_groups(running, spec.channels_per_group)
+            running = pool_channels(running, spec.channels_per_group)
         _store(running, general._averages())
         general.running = None  # training updates the buffers
         return general
@@ -104,7 +105,7 @@ class GeneralNorm(ExampleWeightedNorm):
         _store(mix(momentum, batch, before), averages)
 
     def _averages(self) -> Moments[Tensor]:
-        """The buffers that hold the running statistics."""
+        """Return the buffers that hold the running statistics."""
         mean, var = self.parameters_of_norm()[2:]
         assert mean is not None  # of() requires the buffers
         assert var is not None
@@ -180,8 +181,7 @@ def renorm(
         The output, and the moments of the batch, of shape (C,).
     """
     with torch.no_grad():  # the method treats the correction as a constant in the gradient
-        pooled = pool(example_moments(x), 0)
-        batch = Moments(pooled.mean[0], pooled.var[0])
+        batch: Moments[Any] = pooled_rows(example_moments(x))
         std = (running.var.to(batch.var) + eps).sqrt()
         r = ((batch.var + eps).sqrt() / std).clamp(1 / r_max, r_max)
         d = ((batch.mean - running.mean) / std).clamp(-d_max, d_max)
@@ -221,8 +221,7 @@ def _ghost_norm(
     y = F.batch_norm(rows, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
     values = rows.numel() // rows.shape[1]
     groups = Moments(mean.view(count, -1), var.view(count, -1) * ((values - 1) / values))  # biased
-    batch = pool(groups, 0)
-    return y.reshape(x.shape), Moments(batch.mean[0], batch.var[0])
+    return y.reshape(x.shape), pooled_rows(groups)
 
 
 def _pooled_norm(
@@ -299,12 +298,6 @@ class _PooledNorm(torch.autograd.Function):
 def _store(moments: Moments[Tensor], buffers: Moments[Tensor]) -> None:
     buffers.mean.copy_(moments.mean)
     buffers.var.copy_(moments.var)
-
-
-def _pool_groups(moments: Moments[Tensor], channels_per_group: int) -> Moments[Tensor]:
-    parts = Moments(*(m.view(-1, channels_per_group) for m in (moments.mean, moments.var)))
-    pooled = pool(parts, -1)
-    return Moments(*(m.expand_as(parts.mean).reshape(-1) for m in (pooled.mean, pooled.var)))
 
 
 def convert_norms(

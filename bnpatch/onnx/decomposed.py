@@ -7,8 +7,8 @@ TensorFlow 1. Two arrangements have running statistics that can be read:
     scaled:  x * s + (beta - mean * s)  with  s = gamma / sqrt(var + eps)
 
 The second one is only readable if the graph still computes ``s`` and the shift from the four parameters. Most
-tools compute them once and store the results. Of ``y = x * s + t`` with the numbers s and t, any running
-statistics could be the origin; :func:`is_affine` finds these nodes, so that bnpatch can say so.
+tools compute them once and store the results. The numbers s and t of ``y = x * s + t`` fit any running
+statistics; :func:`is_affine` finds these nodes, so that bnpatch can list them with this reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -90,10 +90,10 @@ def find_decomposed(node: ir.Node, types: Mapping[int, TensorType]) -> Decompose
 
 
 def is_affine(node: ir.Node, types: Mapping[int, TensorType]) -> bool:
-    """Tell whether a node is the Mul of a Mul and an Add with numbers per channel, where a norm may be.
+    """Tell whether a Mul and the Add after it, by numbers per channel, stand where networks have a norm.
 
-    Not meant are the scale and shift after a norm or a convolution; those after a convolution are found with
-    the Batch Norm that was fused, see :mod:`bnpatch.onnx.fused_conv`.
+    A scale and a shift after a norm or a convolution don't count; :mod:`bnpatch.onnx.fused_conv` finds those
+    after a convolution.
     """
     operand = _operand(node) if node.op_type == "Mul" and node.domain in ("", "ai.onnx") else None
     x = None if operand is None else node.inputs[operand]
@@ -141,7 +141,7 @@ def _centred(node: ir.Node, operand: int, rank: int) -> _Parts | None:
         parts.var, parts.gammas = _numbers(parts.var_value), () if gamma is None else (gamma,)
     _read_gamma_and_beta(parts, rank)
     if parts.var is None and x is not None and not _is_on_images(x):
-        # The numbers alone are left. A factor without a second one may have gamma in it.
+        # Only numbers are left. If there is only one factor, gamma may be part of it.
         std = _numbers(factor)
         if not np.all(std > 0) or not (divide or parts.gammas):
             return None
@@ -176,7 +176,7 @@ def _scaled(node: ir.Node, operand: int, rank: int) -> _Parts | None:
 
 
 def _read_gamma_and_beta(parts: _Parts, rank: int) -> None:
-    """Add a Mul and an Add that follow to the nodes."""
+    """Read gamma from a Mul and beta from an Add, if they follow, and add these to the nodes."""
     for operator in ("Mul", "Add"):
         last = parts.nodes[-1]
         user = only_user(last, operator)

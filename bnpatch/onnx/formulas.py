@@ -14,7 +14,7 @@ k = 1 / sqrt(rv + eps) the mixture of u has the mean k * (mean - rm) and the var
     (u - mean_u) / sqrt(var_u + 1 - rho) = k * (x - mean) / sqrt(k^2 * var + k^2 * eps)
                                          = (x - mean) / sqrt(var + eps)
 
-If the input comes from a convolution, every runtime folds that BatchNormalization into the weights, as it did
+If the input comes from a convolution, every runtime fuses that BatchNormalization into the weights, as it did
 with the original. Then u costs nothing, and its moments are taken about the running mean, so they lose no
 digits where ``E[x^2] - mean^2`` of x would. Elsewhere u would cost a pass over memory, and direct is faster.
 
@@ -66,13 +66,13 @@ from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.inference import Array
 from bnpatch.onnx.match import OnnxNormLayer
 
-Form = Literal["direct", "normalized", "folded"]
+Form = Literal["direct", "normalized", "fused"]
 
 #: Up to this alpha, the fused form keeps four digits more than rounding needs.
-_LARGEST_FOLDED_ALPHA = 0.99
+_LARGEST_FUSED_ALPHA = 0.99
 
-#: Operators into which a runtime can fold a BatchNormalization that follows.
-_FOLDING = ("Conv", "ConvTranspose", "Gemm")
+#: Operators into which a runtime can fuse a BatchNormalization that follows.
+_FUSING = ("Conv", "ConvTranspose", "Gemm")
 
 
 def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float | None) -> Form:
@@ -87,11 +87,11 @@ def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float |
     if not wide or not np.all(running.var + norm_layer.eps > 0):
         return "direct"
     producer = norm_layer.input.producer()
-    folds = producer is not None and producer.op_type in _FOLDING and len(norm_layer.input.uses()) == 1
-    if not folds or norm_layer.input.is_graph_output():
+    fuses = producer is not None and producer.op_type in _FUSING and len(norm_layer.input.uses()) == 1
+    if not fuses or norm_layer.input.is_graph_output():
         return "direct"
-    is_number = alpha is not None and 0 < alpha <= _LARGEST_FOLDED_ALPHA
-    return "folded" if is_number and norm_layer.channels_per_group == 1 else "normalized"
+    is_number = alpha is not None and 0 < alpha <= _LARGEST_FUSED_ALPHA
+    return "fused" if is_number and norm_layer.channels_per_group == 1 else "normalized"
 
 
 def append_norm(
@@ -129,12 +129,12 @@ def append_norm(
     running = _pooled_per_channel(running, norm_layer.channels_per_group)
     constant = alpha if isinstance(alpha, float) and isinstance(slope, float) and given is None else None
     form = form or best_form(norm_layer, running, constant)
-    if form == "folded":
+    if form == "fused":
         if constant is None or norm_layer.channels_per_group > 1:
             raise ValueError("the fused form is for constant weights and moments, and for single channels")
         if weights[1]:
-            return _folded_with_slope(tape, norm_layer, running, *weights).value
-        return _folded(tape, norm_layer, running, constant).value
+            return _fused_with_slope(tape, norm_layer, running, *weights).value
+        return _fused(tape, norm_layer, running, constant).value
     eps: float | Array = norm_layer.eps
     used: Moments[Any] = running
     if given is not None:
@@ -154,7 +154,7 @@ def append_norm(
 def append_batch_norm(
     tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], given: Moments[ir.Value] | None = None
 ) -> ir.Value:
-    """Append a BatchNormalization with other running statistics. If they are constants, runtimes can fold it.
+    """Append a BatchNormalization with other running statistics. If they are constants, runtimes can fuse it.
 
     Args:
         tape: gets the node.
@@ -217,7 +217,7 @@ def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
     return Moments(mean, (centred * centred).mean(axes))
 
 
-def _folded(tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float) -> Value:
+def _fused(tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float) -> Value:
     root = alpha**0.5
     total = running.var + norm_layer.eps
     weight, bias, rest = (
@@ -235,7 +235,7 @@ def _folded(tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alph
     return u * scale + (bias - part * scale)
 
 
-def _folded_with_slope(
+def _fused_with_slope(
     tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float, slope: float
 ) -> Value:
     total = running.var + norm_layer.eps

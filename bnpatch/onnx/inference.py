@@ -198,9 +198,9 @@ class TensorType:
 def check_sizes(model: ir.Model) -> None:
     """Check that no value of a graph has too many numbers.
 
-    First without the values of small tensors: shape inference computes these, and would fill the memory for
-    a Range of a trillion numbers, or for a shape that Concat doubles again and again. Then with them, because
-    the sizes of others follow from them.
+    The first check does without the values of small tensors: shape inference computes these, and would fill
+    the memory for a Range of a trillion numbers, or for a shape that Concat doubles again and again. The
+    second check has them, because the sizes of other values follow from them.
 
     Raises:
         BnpatchError: a value has more numbers than :data:`~bnpatch.core.limits.VALUES` allows.
@@ -221,9 +221,7 @@ def infer_types(model: ir.Model, with_values: bool = True) -> dict[int, TensorTy
         with_values: follow the values of small tensors too, such as computed shapes.
     """
     copy = model.clone()
-    copies = list(
-        _values(copy.graph)
-    )  # listed before the pass, because it leaves additional inputs behind if it fails
+    copies = list(_values(copy.graph))  # before the pass, which leaves additional inputs behind if it fails
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=with_values)(copy)
     types = {}
     for mine, inferred in zip(_values(model.graph), copies, strict=True):

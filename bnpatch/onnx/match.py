@@ -71,7 +71,7 @@ class OnnxNormLayer:
     def input(self) -> ir.Value:
         """The value that is normalized, (N, C, *spatial)."""
         value = self.nodes[0].inputs[self.operand]
-        assert value is not None  # _judge has read its type
+        assert value is not None  # _classified has read its type
         return value
 
     @property
@@ -125,7 +125,7 @@ def inventory(model: ir.Model) -> Inventory[OnnxNormLayer]:
     norm_layers: list[OnnxNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
     for node, function in _nodes(model):
-        found = _judge(node, opset, types, function)
+        found = _classified(node, opset, types, function)
         if isinstance(found, OnnxNormLayer):
             norm_layers.append(replace(found, name=_unique(found.module, used)))
         elif isinstance(found, SkippedNorm):
@@ -141,13 +141,14 @@ def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
             yield node, function.name
 
 
-def _judge(
+def _classified(
     node: ir.Node, opset: int, types: Mapping[int, TensorType], function: str
 ) -> OnnxNormLayer | SkippedNorm | None:
+    """Return a norm layer, a skipped norm with the reason, or None for a node that is no norm."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type not in NORMS:
-        return None if function else _judge_arithmetic(node, types)
+        return None if function else _classified_arithmetic(node, types)
     kind = node.op_type
     try:
         if function:
@@ -166,12 +167,14 @@ def _judge(
                 [exported.weight, exported.bias], _module_name(exported.nodes[-1], exported.parameters),
             )  # fmt: skip
         raise _SkippedError("Instance Norm normalizes by the example alone, on purpose")
-    except _SkippedError as no:
-        return SkippedNorm(_module_name(node, list(node.inputs[1:])), kind, str(no))
+    except _SkippedError as reason:
+        return SkippedNorm(_module_name(node, list(node.inputs[1:])), kind, str(reason))
 
 
-def _judge_arithmetic(node: ir.Node, types: Mapping[int, TensorType]) -> OnnxNormLayer | SkippedNorm | None:
-    """Judge a node that may begin a Batch Norm of simpler operators."""
+def _classified_arithmetic(
+    node: ir.Node, types: Mapping[int, TensorType]
+) -> OnnxNormLayer | SkippedNorm | None:
+    """Classify a node that may begin a Batch Norm of simpler operators, as :func:`_classified` does."""
     if (found := find_decomposed(node, types)) is not None:
         input_ = _type_of(node.inputs[found.operand], types)
         name = _module_name(found.nodes[-1], found.values)
@@ -181,8 +184,8 @@ def _judge_arithmetic(node: ir.Node, types: Mapping[int, TensorType]) -> OnnxNor
                 found.parameters, name,
             )  # fmt: skip
             return replace(layer, operand=found.operand)
-        except _SkippedError as no:
-            return SkippedNorm(name, "BatchNormalization", str(no))
+        except _SkippedError as reason:
+            return SkippedNorm(name, "BatchNormalization", str(reason))
     if is_affine(node, types):
         return SkippedNorm(_module_name(node, list(node.inputs)), "Mul, Add", SCALE_AND_SHIFT)
     return None

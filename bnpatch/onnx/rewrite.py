@@ -156,7 +156,7 @@ def _use(norm_layer: OnnxNormLayer, constant: float | None, *, moves: bool, incl
 def _options(
     given: Moments[ir.Value] | None, alpha: float | ir.Value, slope: float | ir.Value
 ) -> dict[str, Any]:
-    """The arguments of ``append`` that are not at their defaults."""
+    """Return the arguments of ``append`` that are not at their defaults."""
     options: dict[str, Any] = {} if given is None else {"given": given}
     if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
         options["slope"] = slope

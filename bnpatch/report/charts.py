@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bnpatch.core.io import atomic_path
-from bnpatch.core.moments import SMALLEST_DISTANCE
+from bnpatch.core.moments import weight_at
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Metric
@@ -53,7 +53,7 @@ _LONGEST_NAME = 20
 
 @cache
 def palette() -> dict[str, str]:
-    """The colours of the light scheme by name, from the style sheet."""
+    """Return the colours of the light scheme by name, from the style sheet."""
     css = files("bnpatch.report").joinpath("report.css").read_text(encoding="utf-8")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", css.split("}")[0]))
 
@@ -226,13 +226,12 @@ def distance_chart(weights: PatchWeights, name: str) -> Markup:
         colours = palette()
         for each, slope in slopes.items():
             alpha = weights.alphas[each]
-            odds = alpha / (1 - alpha) * (distance + SMALLEST_DISTANCE) ** slope
             tip = tip_id(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
-            axes.plot(distance, odds / (1 + odds), color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
+            weight = weight_at(distance, alpha, slope)
+            axes.plot(distance, weight, color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(
-            "{x:g}"
-        )  # its own labels are mathematics, which text in SVG can't show
+        # Labels of a logarithmic axis are mathematics by default, which text in SVG can't show.
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlim=_DISTANCES, ylim=(0, 1), xlabel="distance of the example", ylabel="its weight")
 
     return svg(draw, name, f"weight against distance at {len(slopes)} norm layers")
@@ -348,7 +347,7 @@ def tip_id(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that may stand in XML."""
+    """Return text that may stand in XML."""
     return "".join(character if character.isprintable() else "\ufffd" for character in visible(text))
 
 

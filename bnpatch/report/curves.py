@@ -63,7 +63,7 @@ class Curve:
         return [self.baseline, *(point for point in self.points[1:] if point.examples == usual)]
 
     def marked(self, weight: str) -> list[tuple[str, CurvePoint, str]]:
-        """Points to mark: "baseline" or "best", the point, and its label."""
+        """List the points to mark: "baseline" or "best", the point, and its label."""
         marks = [("baseline", self.baseline, "baseline")]
         if self.best is not self.baseline:
             marks.append(("best", self.best, f"best, {weight} = {self.best.weight:.3g}"))

@@ -91,7 +91,7 @@ def report_page(
 
 @cache
 def template(name: str) -> Template:
-    """A template; text that is not markup yet is escaped, and can't reorder what is beside it."""
+    """Load a template; text that is not markup yet is escaped, and can't reorder what is beside it."""
     environment = Environment(
         loader=PackageLoader("bnpatch.report", ""),
         autoescape=True,
@@ -104,7 +104,7 @@ def template(name: str) -> Template:
 
 
 def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
-    """Spatial shapes by name of norm layer; empty where the model does not take a blank image."""
+    """Return spatial shapes by name of norm layer; empty where the model does not take a blank image."""
     try:
         return {name: shape for name, shape in model.norm_shapes().items() if shape}
     except BnpatchError:
@@ -112,7 +112,7 @@ def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
 
 
 def _facts(result: TuneResult) -> list[tuple[str, str]]:
-    """Numbers of answers that changed; none where none did."""
+    """Count the answers that changed; return an empty list where none did."""
     verdict, facts = result.verdict, []
     if not verdict.changed:
         return []
@@ -123,7 +123,7 @@ def _facts(result: TuneResult) -> list[tuple[str, str]]:
 
 
 def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
-    """What else people should know, a sentence each."""
+    """Return what else people should know, a sentence each."""
     notes = [*result.notes, *model.notes]
     if result.interrupted:
         notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
@@ -135,7 +135,7 @@ def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
 
 
 def _curves(result: TuneResult) -> list[Figure]:
-    """Charts of the metrics against one alpha for all norm layers; none where that was not tried."""
+    """Draw the metrics against one alpha for all norm layers; none where that was not tried."""
     label, figures = text.weight_label(result), []
     for number, curve in enumerate(global_search_curves(result)):
         metric = curve.metric
@@ -157,7 +157,7 @@ def _kept_weights(result: TuneResult) -> list[tuple[str, str, Mapping[str, float
 
 
 def _depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> list[Figure]:
-    """Charts of the weights that differ between norm layers."""
+    """Draw the weights that differ between norm layers."""
     bars = [
         Figure(meaning, depth_chart(weights, shapes, label, f"depth{number}"))
         for number, (label, meaning, weights) in enumerate(_kept_weights(result))
@@ -170,7 +170,7 @@ def _depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> list[Figu
 
 
 def _depth_texts(result: TuneResult) -> list[str]:
-    """Sentences about the weights that are the same at all norm layers, but do something."""
+    """Describe the weights that are the same at all norm layers, but do something."""
     same = [(meaning, set(weights.values()), weights) for _, meaning, weights in _kept_weights(result)]
     return [
         f"{meaning[0].upper()}{meaning[1:]}, is {max(values):.4g} at all {len(weights)} norm layers."
@@ -180,7 +180,7 @@ def _depth_texts(result: TuneResult) -> list[str]:
 
 
 def _trade_off(result: TuneResult) -> tuple[Figure, Table]:
-    """The chart and the table of gain against time, for patches of ever more norm layers."""
+    """Make the chart and the table of gain against time, for patches of ever more norm layers."""
     measured, metric = result.trade_off, result.comparisons[0].metric
     best = knee(measured)
     rows: list[Row] = []
@@ -198,7 +198,7 @@ def _trade_off(result: TuneResult) -> tuple[Figure, Table]:
 
 
 def _classes(result: TuneResult, names: Sequence[str] | None) -> tuple[Figure, Table, Table, int] | None:
-    """The changes class by class, and how many classes are left out; None where no answer changed."""
+    """Describe changes class by class, and count the classes left out; None where no answer changed."""
     known = result.verdict.classes
     if known is None or not result.verdict.changed:
         return None

@@ -33,7 +33,7 @@ class Picture:
 
 
 def galleries(result: TuneResult, names: Sequence[str] | None) -> list[tuple[str, list[Picture]]]:
-    """Headings and pictures of the inputs, and of the examples that became right and wrong.
+    """Make headings and pictures of the inputs, and of the examples that became right and wrong.
 
     Args:
         result: the result of a search.

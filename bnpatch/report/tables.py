@@ -64,7 +64,7 @@ class TrainingResults:
 
 
 def before_and_after(result: TuneResult, model: Model[Any]) -> Table:
-    """All metrics on the held-out examples."""
+    """Make the table of all metrics on the held-out examples."""
     verdict, where = result.verdict, text.scored_on(result)
     comparisons = text.shown(verdict.all_comparisons, model, result.metric)
     is_same = not verdict.changed and not any(c.change.value for c in result.comparisons)
@@ -78,7 +78,7 @@ def before_and_after(result: TuneResult, model: Model[Any]) -> Table:
 
 
 def kept(result: TuneResult) -> Table | None:
-    """The images to keep, with the verdict on them; None where there are none."""
+    """Make the table of the images to keep, with the verdict on them; None where there are none."""
     if (verdict := result.verdict.kept) is None:
         return None
     caption = f"Images to keep. Small: 95% intervals. {verdict}."
@@ -86,14 +86,14 @@ def kept(result: TuneResult) -> Table | None:
 
 
 def trained(training: TrainingResults, result: TuneResult, model: Model[Any]) -> Table:
-    """All metrics of the checkpoint and of the fine-tuned model, on the held-out examples."""
+    """Make the table of the checkpoint and the fine-tuned model, on the held-out examples."""
     caption = f"On {text.scored_on(result)}. Small: 95% intervals; the change is paired, example by example."
     rows = [compared(c) for c in text.shown(training.comparisons, model, result.metric)]
     return Table(caption, ["metric", "checkpoint", "fine-tuned", "change"], rows)
 
 
 def contributions(training: TrainingResults) -> Table:
-    """What each technique contributes alone, and all together."""
+    """Make the table of what each technique contributes alone, and all together."""
     rows = [
         (name, Cell(accuracy, [change]), Cell(entropy, [other]))
         for name, accuracy, change, entropy, other in training.contributions
@@ -120,7 +120,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> Cell:
 
 
 def candidates(result: TuneResult) -> Table:
-    """The candidates, without intervals: the examples that chose one can't say how good it is."""
+    """Make the table of candidates, without intervals, which examples that chose one can't give."""
     metric = result.metric
     mark = "chosen, but not kept" if text.is_refused(result) else "chosen"
     rows: list[Row] = []
@@ -134,7 +134,7 @@ def candidates(result: TuneResult) -> Table:
 
 
 def weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
-    """The weights of each norm layer; lambda and slope only where they do something."""
+    """Make the table of the weights of each norm layer, with lambda and slope where they do something."""
     columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
     if any(result.weights.lambdas.values()):
         columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
@@ -150,7 +150,7 @@ def weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
 
 
 def skipped_norms(norms: Sequence[SkippedNorm]) -> Table | None:
-    """The normalization layers that can't be patched, and the reasons."""
+    """Make the table of the normalization layers that can't be patched, with the reasons."""
     groups: dict[tuple[str, str], list[str]] = {}
     for norm in norms:
         groups.setdefault((norm.kind, norm.reason), []).append(norm.name)

@@ -87,7 +87,7 @@ def verdict_sentence(result: TuneResult) -> str:
 
 
 def is_refused(result: TuneResult) -> bool:
-    """Was a candidate chosen that does harm: to held-out examples, or maybe to the images to keep?"""
+    """Tell whether the chosen candidate does harm, to held-out examples or maybe to the images to keep."""
     kept = result.verdict.kept
     return result.comparisons[0].outcome is Outcome.LOSS or (kept is not None and not kept.is_within)
 
@@ -134,24 +134,24 @@ def examples_in_groups(examples: int, groups: int | None) -> str:
 
 
 def title(metric: Metric) -> str:
-    """The name of a metric in a sentence."""
+    """Return the name of a metric in a sentence."""
     return _TITLES.get(metric.name, metric.name)
 
 
 def name_of(candidate: Candidate) -> str:
-    """The name of a candidate for people; the weights that change nothing are the baseline."""
+    """Return the name of a candidate for people; the weights that change nothing are the baseline."""
     return "baseline" if candidate.name == "identity" else candidate.name
 
 
 def class_name(names: Sequence[str] | None, index: int) -> str:
-    """The name of a class, or its number where the names are unknown."""
+    """Return the name of a class, or its number where the names are unknown."""
     return names[index] if names and index < len(names) else str(index)
 
 
 def shown(
     comparisons: Sequence[Comparison], model: Model[Any], tuned: Metric | None = None
 ) -> list[Comparison]:
-    """The comparisons that tell something: top-5 accuracy does not where the model has few classes.
+    """Keep the comparisons that tell something: top-5 accuracy does not where the model has few classes.
 
     Args:
         comparisons: comparisons by any metrics.
@@ -163,7 +163,7 @@ def shown(
 
 
 def shown_metrics(metrics: Sequence[Metric], model: Model[Any]) -> list[Metric]:
-    """The metrics that tell something about the model, see :func:`shown`."""
+    """Keep the metrics that tell something about the model, see :func:`shown`."""
     if TOP5 not in metrics:
         return list(metrics)
     try:
@@ -187,17 +187,17 @@ def interval(metric: Metric, estimate: Estimate, signed: bool = True) -> str:
 
 
 def baseline_alphas(result: TuneResult) -> Mapping[str, float]:
-    """The alphas, by name of norm layer, with which the model computes the same as before any patch."""
+    """Return, by name of norm layer, the alpha with which the model computes the same as before any patch."""
     return result.candidates[0].weights.alphas
 
 
 def patches_nothing(result: TuneResult) -> bool:
-    """Do the weights that are kept change nothing?"""
+    """Tell whether the weights that are kept change nothing."""
     return result.weights.is_baseline(baseline_alphas(result))
 
 
 def weight_label(result: TuneResult) -> str:
-    """The name of the distance of a norm layer's alpha from the alpha that changes nothing."""
+    """Return the name of the distance of a norm layer's alpha from the alpha that changes nothing."""
     kinds = set(baseline_alphas(result).values())
     if kinds == {1.0}:
         return "1 - alpha"
@@ -205,14 +205,14 @@ def weight_label(result: TuneResult) -> str:
 
 
 def weight_axis(result: TuneResult) -> str:
-    """The label of an axis for that distance."""
+    """Return the label of an axis for that distance."""
     label = weight_label(result)
     meaning = {"alpha": "the weight of the example", "1 - alpha": "the weight of the running statistics"}
     return f"{label}, {meaning[label]}" if label in meaning else label
 
 
 def distances(result: TuneResult) -> dict[str, float]:
-    """By name of norm layer: alpha for Batch Norm, 1 - alpha for Group Norm; 0 changes nothing."""
+    """Return by name of norm layer: alpha for Batch Norm, 1 - alpha for Group Norm; 0 changes nothing."""
     return {name: abs(result.weights.alphas[name] - alpha) for name, alpha in baseline_alphas(result).items()}
 
 
@@ -232,7 +232,7 @@ class Written:
 
 
 def snippets(result: TuneResult, model: Model[Any], written: Written) -> list[tuple[str, str]]:
-    """What to do with the patched model, and the command or code that does it.
+    """Return what to do with the patched model, and the command or code that does it.
 
     Args:
         result: the result of a search.
@@ -267,7 +267,7 @@ def snippets(result: TuneResult, model: Model[Any], written: Written) -> list[tu
 
 
 def origin(recipe: Recipe) -> list[tuple[str, str]]:
-    """Names and values of what a result depends on: model, data, settings, seed and versions."""
+    """List names and values of what a result depends on: model, data, settings, seed and versions."""
     about: Mapping[str, Any] = recipe.provenance
     data = about.get("data") or {}
     norm_layers = json.dumps({layer.name: layer.fingerprint for layer in recipe.norm_layers}, sort_keys=True)
@@ -294,7 +294,7 @@ def origin(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _groups(data: Mapping[str, Any]) -> str | None:
-    """How many groups the examples are of; None if all are independent."""
+    """Say how many groups the examples are of; None if all are independent."""
     counts = [
         f"{data[key]:,} {use}"
         for key, use in (("tuning_groups", "to tune on"), ("held_out_groups", "to judge by"))

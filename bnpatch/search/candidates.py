@@ -144,7 +144,7 @@ class CandidateSearch:
         return self.selection.choose(found)
 
     def _ways(self, found: Mapping[str, PatchWeights]) -> Sequence[tuple[float, Find]]:
-        """Ways to find candidates, each from those that were found before it.
+        """List ways to find candidates, each from those that were found before it.
 
         Returns:
             For each, an estimate of how many examples it scores, and the function that finds the candidates.
@@ -173,7 +173,7 @@ class CandidateSearch:
         return ways
 
     def _per_layer(self, found: Mapping[str, PatchWeights], per: str) -> Mapping[str, PatchWeights]:
-        """One weight per stage or layer; the study remembers what a search that ended by itself found."""
+        """Find a weight per stage or layer; the study remembers what a search that ended by itself found."""
         key = (
             f"per {per} from {_digest(found['alpha'])} {_digest(found.get('lambda, alpha', found['alpha']))}"
         )
@@ -193,7 +193,7 @@ class CandidateSearch:
     def _one_weight(
         self, name: str, kind: Literal["alpha", "lambda"], start: PatchWeights
     ) -> Mapping[str, PatchWeights]:
-        """One weight for all norm layers; the others stay as in ``start``."""
+        """Search one weight for all norm layers; the others stay as in ``start``."""
         if kind == "lambda":
             self._re_estimate()
         first = (1.0, 0.5, 0.8) if kind == "lambda" else FIRST_ALPHAS
@@ -228,9 +228,9 @@ class CandidateSearch:
         def weights(params: Mapping[str, float]) -> PatchWeights:
             alphas = {}
             for name, alpha in start.alphas.items():
-                identity = self._baseline_alphas[name]
-                away = min(1.0, params["scale"] * abs(alpha - identity))
-                alphas[name] = abs(identity - (away if away >= params["threshold"] else 0.0))
+                baseline = self._baseline_alphas[name]
+                away = min(1.0, params["scale"] * abs(alpha - baseline))
+                alphas[name] = abs(baseline - (away if away >= params["threshold"] else 0.0))
             return replace(start, alphas=alphas)
 
         first = [
@@ -251,11 +251,15 @@ class CandidateSearch:
         name: str,
         weights: Callable[[Mapping[str, float]], PatchWeights],
         space: Mapping[str, tuple[float, float]],
-        origin: Mapping[str, float],
+        start: Mapping[str, float],
         first: Sequence[Mapping[str, float]],
-        start: PatchWeights | None = None,
+        apart: PatchWeights | None = None,
     ) -> Mapping[str, PatchWeights]:
-        """Search a few parameters, which ``weights`` makes weights of; report and keep the trials."""
+        """Search a few parameters, which ``weights`` makes weights of; report and keep the trials.
+
+        ``start``, ``space`` and ``first`` are those of :class:`GlobalSearchConfig`. If ``weights`` depends on
+        other weights, ``apart`` has them, so that a search with others gets a study of its own.
+        """
         sizes = [len(block) for block in self._cache.blocks]
         passes, trials = self._limits
 
@@ -271,7 +275,7 @@ class CandidateSearch:
                 for callback in self.plan.callbacks:
                     callback(study.optuna_study, stored)
 
-        study = self._study(name if start is None else f"{name}.{_digest(start)}")
+        study = self._study(name if apart is None else f"{name}.{_digest(apart)}")
         self.resumed += len(study.trials())
         result = global_search(
             study,
@@ -280,7 +284,7 @@ class CandidateSearch:
                 sizes,
                 self.objective.metric,
                 space,
-                origin,
+                start,
                 first,
                 by_root=("alpha",),
                 max_passes=passes,
@@ -363,7 +367,7 @@ def as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
 
 
 def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
-    """Parameters of a global search as :class:`Trial` documents them."""
+    """Return parameters of a global search as :class:`Trial` documents them."""
     return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 

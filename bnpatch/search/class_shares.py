@@ -1,4 +1,4 @@
-"""Whether a gain without labels outlasts other class frequencies than those that its objective presumes.
+"""Check whether a gain without labels holds by other class frequencies than those that were presumed.
 
 Self-labelling and information maximisation score weights as if classes occurred equally often. If they don't,
 weights that make predictions of the frequent classes rarer pass for a gain, and cost right answers. So a gain
@@ -70,7 +70,7 @@ def _note(name: str, shares: Tensor) -> str:
 
 
 def _predictions(model: Model[Any], examples: Examples, indices: Indices, batch_size: int) -> Tensor:
-    """Probabilities (N, K) that the model predicts."""
+    """Return the probabilities (N, K) that the model predicts."""
     with model.evaluating():
         logits = [model.as_classes(model.predict(b.x)) for b in examples.batches(batch_size, indices)]
     return torch.cat(logits).float().softmax(1).cpu()

@@ -148,7 +148,7 @@ class Candidate:
 
 
 def chosen_of(candidates: Sequence[Candidate]) -> Candidate:
-    """The chosen candidate."""
+    """Return the chosen candidate."""
     return next(candidate for candidate in candidates if candidate.chosen)
 
 

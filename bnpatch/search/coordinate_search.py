@@ -17,7 +17,7 @@ TRIED_SLOPES = (0.0, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Coordinate:
-    """One weight that can be changed: the alpha or the lambda of a group of norm layers.
+    """One weight that can be changed: the alpha, lambda or slope of a group of norm layers.
 
     Attributes:
         kind: "alpha", "lambda" or "slope".
@@ -28,18 +28,18 @@ class Coordinate:
     norm_layers: tuple[str, ...]
 
     def moved(self, weights: PatchWeights, value: float) -> PatchWeights:
-        """The weights with this one changed."""
+        """Return the weights with this one changed."""
         field = f"{self.kind}s"
         values = {**getattr(weights, field), **dict.fromkeys(self.norm_layers, value)}
         return replace(weights, **{field: values})
 
     def value(self, weights: PatchWeights) -> float:
-        """The present value of this weight."""
+        """Return the present value of this weight."""
         values: Mapping[str, float] = getattr(weights, f"{self.kind}s")
         return values.get(self.norm_layers[0], 0.0)
 
     def probes(self, now: float) -> set[float]:
-        """Other values, a higher and a lower one, by which the importance of this weight is estimated."""
+        """Return other values, a higher and a lower one, to estimate the importance of this weight."""
         values = {1.0, 0.0} if self.kind == "slope" else {min(1.0, 0.1 + 2 * now), now / 3}
         return values - {now}
 
@@ -59,7 +59,7 @@ class _Gain:
 
     @classmethod
     def over(cls, base: Values, values: Values | None, groups: Indices | None = None) -> "_Gain":
-        """The gain on the same examples; -inf where the outputs are not finite."""
+        """Compute the gain on the same examples; it is -inf where the outputs are not finite."""
         if values is None:
             return cls(-math.inf, 0.0, base)
         change = paired_difference(base, values, groups)

@@ -93,7 +93,7 @@ class Searches:
         return sum(search.resumed for search in self._begun)
 
     def share_of_time(self, others: int = 0) -> float | None:
-        """Seconds for each search that has not begun and ``others`` beside them; None without a limit."""
+        """Return seconds for each search that has not begun and ``others`` besides; None without a limit."""
         if self.task.plan.timeout is None:
             return None
         left = max(0.0, self.task.plan.timeout - (time.monotonic() - self._started))
@@ -109,7 +109,7 @@ class Searches:
     def evidence(
         self, objective: Objective, unshared: Objective, baseline: PatchState, chosen: PatchWeights
     ) -> tuple[Evidence, Evidence | None, int]:
-        """Evidence from all held-out parts; in a cross-fit, about what a search without each part finds.
+        """Gather evidence from all held-out parts; in a cross-fit, of what a search without each part finds.
 
         Args:
             objective: scores the held-out examples.
@@ -163,7 +163,7 @@ class Searches:
         self.notes.append(note)
 
     def _without(self, fold: int, chosen: PatchWeights) -> PatchState | None:
-        """What a search without one part finds; None if time ran out before the search was done.
+        """Return what a search without one part finds; None if time ran out before the search was done.
 
         Raises:
             KeyboardInterrupt: the user interrupted the search, so that its result is incomplete.
@@ -260,7 +260,7 @@ class Searches:
         )
 
     def _clean_score(self, search: CandidateSearch, weights: PatchWeights) -> float:
-        """The mean score of the original images, higher is better; 0 where the search scores no others."""
+        """Return the mean score of the original images, higher is better; 0 if no others are scored."""
         if not self.task.is_augmented:
             return 0.0
         self.task.model.set_state(search.base.with_weights(weights))
@@ -289,6 +289,6 @@ class Searches:
 def _limited_like(
     chosen: PatchWeights, weights: PatchWeights, baseline_alphas: Mapping[str, float]
 ) -> PatchWeights:
-    """Set to their identity the norm layers that the latency limit left out of ``chosen``."""
+    """Set the norm layers that the latency limit left out of ``chosen`` to their baseline alpha."""
     left_out = {name: alpha for name, alpha in baseline_alphas.items() if chosen.alphas[name] == alpha}
     return replace(weights, alphas={**weights.alphas, **left_out})

@@ -34,16 +34,16 @@ from bnpatch.search.objective import LabelledObjective, Objective
 Result = TypeVar("Result")
 
 # How long the other processes wait while the first works alone: longer than any search.
-_PATIENCE = timedelta(days=30)
+_LONGEST_WAIT = timedelta(days=30)
 
 
 def is_first() -> bool:
-    """Is this the process that searches, prints and writes? A single process is."""
+    """Tell whether this is the process that searches, prints and writes; a single process is."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def start() -> "Processes | None":
-    """The processes of this run; None where there is only one.
+    """Return the processes of this run; None where there is only one.
 
     Raises:
         BnpatchError: there are several, and accelerate is not installed.
@@ -104,7 +104,7 @@ class Processes:
                 "several processes need accelerate", "pip install 'bnpatch[distributed]', or start one"
             ) from error
         # If the user has initialized the process group before, its timeout stays.
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
         self.rank, self.count = int(state.process_index), int(state.num_processes)
         if self.count != int(os.environ["WORLD_SIZE"]):
             raise BnpatchError(
@@ -169,7 +169,7 @@ class _SharedObjective:
             return _score(self._objective, model, examples, indices, self._processes)
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The loss, which the first process computes alone."""
+        """Compute the loss, which the first process does alone."""
         return self._objective.loss(model, batches)
 
 

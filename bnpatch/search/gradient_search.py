@@ -19,7 +19,7 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 #: Learning starts at least this far from 0 and 1, because nearer the gradient of the logit vanishes.
 _MARGIN = 0.01
 
-# A learned slope stays within these bounds, by a tangent that is 1 at 0.
+# A learned slope stays between minus and plus this: it is a hyperbolic tangent of its parameter.
 _STEEPEST = 3.0
 
 # After how many scores without a gain learning ends.
@@ -28,9 +28,12 @@ _PATIENCE = 2
 #: How often weights are scored on other examples after the trials.
 CHECKS = 4
 
-# Cost of learning in passes over the examples. With the learning rate times the number of steps, a logit can
-# change by about half of this in all. Maximum number of examples in a step of a loss that needs a set.
-_PASSES, _REACH, _SET = 10, 20.0, 100
+# Cost of learning in passes over the examples.
+_PASSES = 10
+# The learning rate times the number of steps. Adam can change a logit by about half of this in all.
+_REACH = 20.0
+# Maximum number of examples in a step of a loss that needs a set of them.
+_SET = 100
 
 #: Cost of a step in evaluations of its examples; 2.1 to 3.1 were measured.
 STEP_COST = 3
@@ -73,7 +76,7 @@ class Course:
         return cls(size, trial, steps, min(1.0, max(0.25, _REACH / steps)))
 
     def num_examples(self, starts: int) -> int:
-        """Number of examples in all steps, with so many starts."""
+        """Return the number of examples in all steps, with so many starts."""
         return (self.trial_steps * (starts - 1) + self.steps) * self.batch_size
 
 
@@ -149,7 +152,7 @@ class Learner:
         weights, groups, device = start.weights, start.groups, problem.model.device
         self._alphas = _parameters(groups.alphas, weights.alphas, _logit, device)
         self._lambdas = _parameters(groups.lambdas, weights.lambdas, _logit, device)
-        self._slopes = _parameters(groups.slopes, weights.slopes, _bent, device)
+        self._slopes = _parameters(groups.slopes, weights.slopes, _inverse_bounded, device)
         self._parameters = [*self._alphas.values(), *self._lambdas.values(), *self._slopes.values()]
         self._portions = portions(problem.indices, problem.batch_size, problem.seed)
         self.steps = 0
@@ -171,7 +174,7 @@ class Learner:
         if not self._parameters:
             return self._start
         problem.model.set_state(problem.base.with_weights(self.weights()))
-        with _held_still(problem.model):
+        with _frozen_parameters(problem.model):
             for _ in range(steps):
                 if problem.stop():
                     break
@@ -181,7 +184,7 @@ class Learner:
         return None if any(map(math.isnan, values)) else found
 
     def weights(self) -> PatchWeights:
-        """The weights now."""
+        """Return the present weights."""
         start = self._start
         return PatchWeights(
             {**start.alphas, **_numbers(self._groups.alphas, self._alphas, torch.sigmoid)},
@@ -295,7 +298,7 @@ def _parameters(
     inverse: Callable[[float], float],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """One parameter per group, which starts at the weight of the group's last norm layer."""
+    """Make one parameter per group, which starts at the weight of the group's last norm layer."""
     values = {group: inverse(start.get(name, 0.0)) for name, group in groups.items()}
     return {group: torch.tensor(v, device=device, requires_grad=True) for group, v in values.items()}
 
@@ -303,7 +306,7 @@ def _parameters(
 def _numbers(
     groups: Mapping[str, str], parameters: Mapping[str, Tensor], as_weight: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """The weight of each norm layer, with one wait for the device."""
+    """Return the weight of each norm layer, with one wait for the device."""
     if not groups:
         return {}
     stacked = torch.stack([parameters[group].detach() for group in groups.values()])
@@ -316,17 +319,17 @@ def _logit(weight: float) -> float:
 
 
 def _bounded(parameter: Tensor) -> Tensor:
-    """A slope of a parameter."""
+    """Return the slope that a parameter stands for."""
     return _STEEPEST * torch.tanh(parameter / _STEEPEST)
 
 
-def _bent(slope: float) -> float:
-    """The parameter of a slope."""
+def _inverse_bounded(slope: float) -> float:
+    """Return the parameter that stands for a slope."""
     return _STEEPEST * math.atanh(max(-0.99, min(0.99, slope / _STEEPEST)))
 
 
 @contextmanager
-def _held_still(model: TorchModel) -> Iterator[None]:
+def _frozen_parameters(model: TorchModel) -> Iterator[None]:
     """Freeze the model's own parameters, whose gradients would cost time and memory."""
     learned = [p for p in model.module.parameters() if p.requires_grad]
     for parameter in learned:

@@ -70,7 +70,7 @@ class SuccessiveHalving:
         self._round_blocks = [self._blocks_with(max(share * exploration, fewest)) for share, _ in ROUNDS]
 
     def next_step(self, trials: Trials, finish: bool = False) -> Step | None:
-        """The next step; None where the global search is over.
+        """Return the next step; None where the global search is over.
 
         Args:
             trials: all trials of the study.
@@ -153,17 +153,17 @@ class SuccessiveHalving:
         )
 
     def _is_beyond_budget(self, trial: StoredTrial, trials: Trials) -> bool:
-        """Has another process completed its best trial, so that the budget no longer allows this one?"""
+        """Tell whether the best trial of another process has used up the budget for this one."""
         others = [t for t in trials.trials if t.state == TrialState.COMPLETE and t is not trials.start]
         rest = sum(self.config.sizes[trial.num_blocks :])
         return bool(others) and trials.spent + rest > self.config.max_passes * self._total
 
     def _is_worse(self, trial: StoredTrial, trials: Trials) -> bool:
-        """Is the trial significantly worse than another? Not asked where the budget is for all blocks."""
+        """Tell whether a trial is significantly worse than another; never if the budget is for all blocks."""
         return self._round_blocks[0] < len(self._ends) and trials.is_significantly_worse(trial)
 
     def _affords(self, cost: int, blocks: int, trials: Trials) -> bool:
-        """Does the budget allow this cost, and after it the other blocks of the best trial?"""
+        """Tell whether the budget allows this cost, and after it the other blocks of the best trial."""
         reserve = self._total - int(self._ends[blocks - 1])
         return trials.spent + cost + reserve <= self.config.max_passes * self._total
 
@@ -177,5 +177,5 @@ class SuccessiveHalving:
         return Evaluate(trial, range(first, min(blocks, enough)))
 
     def _blocks_with(self, examples: float) -> int:
-        """The number of leading blocks that have ``examples`` examples; all blocks if there are fewer."""
+        """Return the number of leading blocks that have ``examples`` examples, or all if there are fewer."""
         return min(len(self._ends), int(np.searchsorted(self._ends, examples - 0.5)) + 1)

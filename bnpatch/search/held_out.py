@@ -86,7 +86,7 @@ class Verdict:
     kept: Kept | None = None
 
     def __str__(self) -> str:
-        """The verdict in words: gain, loss, or no significant change."""
+        """Return the verdict in words: gain, loss, or no significant change."""
         return self.comparisons[0].verdict
 
     @property
@@ -95,7 +95,7 @@ class Verdict:
         return [*self.comparisons, *([] if self.calibration is None else [self.calibration])]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain JSON values."""
         content: dict[str, Any] = {c.metric.name: c.to_json() for c in self.comparisons}
         if self.calibration is not None:
             content["calibration-error"] = self.calibration.to_json()
@@ -153,7 +153,7 @@ def gather(
 def scores(
     model: Model[Any], examples: Examples, objective: Objective, state: PatchState, indices: Indices
 ) -> dict[str, Values]:
-    """Scores with a patch, by name of metric, of the examples that can be read or of sets of them.
+    """Score with a patch the examples that can be read, or sets of them; return scores by name of metric.
 
     Their order depends on the examples and the objective, not on the patch.
     """
@@ -164,7 +164,7 @@ def scores(
 
 
 def _readable(examples: Examples, objective: Objective, indices: Indices) -> Indices:
-    """The examples that can be read; in random order where sets of them are scored.
+    """Return the examples that can be read; in random order where sets of them are scored.
 
     Folders are sorted by class, so that without shuffling each set would have one class or two.
     """
@@ -264,7 +264,7 @@ def decide(
 
 
 def _more_units(tuned: Comparison, count: int) -> int:
-    """How many more examples or groups would show a gain, to two digits; 0 where there is none to show."""
+    """Estimate how many more examples or groups would show a gain, to two digits; 0 if there is none."""
     gain = tuned.metric.sign * tuned.change.value
     if gain <= 0:
         return 0

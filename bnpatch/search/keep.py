@@ -2,8 +2,8 @@
 
 A patch that was chosen on shifted images may ruin images without the shift. With images to keep, a patch must
 be shown not to lose more than a margin there: the upper end of a one-sided 95% interval of the loss must
-lie below the margin (a test of non-inferiority). One half of these images has a say in what is learned and
-chosen; the other half judges the choice.
+lie below the margin (a test of non-inferiority). One half of these images takes part in learning and
+choosing; the other half only tests the choice.
 """
 
 import math
@@ -100,7 +100,7 @@ class Kept:
         return "kept within the margin" if self.is_within else "not shown to be within the margin"
 
     def __str__(self) -> str:
-        """The verdict with its numbers, for users."""
+        """Return the verdict with its numbers, for users."""
         metric = self.comparison.metric
         before, after = (metric.format(end.value) for end in (self.comparison.before, self.comparison.after))
         images = f"{self.num_examples:,} images to keep"
@@ -113,7 +113,7 @@ class Kept:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain JSON values."""
         return {
             "metric": self.comparison.metric.name,
             **self.comparison.to_json(),
@@ -194,7 +194,7 @@ class KeepSet:
         return self._compared(before, after, self._judging)
 
     def cost(self, state: PatchState) -> float:
-        """The weighted mean cross-entropy of some of the images, by which steps of learning are compared."""
+        """Return the weighted mean cross-entropy of some images, by which steps of learning are compared."""
         part = np.random.default_rng(self._seed).permutation(self._choosing)[:_CHECKED]
         self.scored += len(part)
         values = if_finite(partial(self._scores, state, part))

@@ -19,10 +19,10 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
 
-# Temperature and iterations of self-labels. Labels to score weights by are balanced to a few percent. Labels
-# to learn from are harder and only partly balanced, which avoids more bad local minima (see
+# Temperature and number of iterations of self-labels. Labels to score weights by are balanced to a few
+# percent. Labels to learn from are harder and only partly balanced, which avoids more bad local minima (see
 # docs/decisions/0009 for both).
-_JUDGED, _LEARNED = (0.3, 100), (0.1, 30)
+_SCORED, _LEARNED = (0.3, 100), (0.1, 30)
 
 # Weight of the alignment, which is less informative than the predictions.
 _ALIGNMENT = 0.3
@@ -52,7 +52,7 @@ LabelFreeLoss = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
 
 
 def entropy(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
-    """Mean entropy of the predictions, in nats (Wang et al. 2021, TENT)."""
+    """Compute the mean entropy of the predictions, in nats (Wang et al. 2021, TENT)."""
     log_p = seen.logits.float().log_softmax(1)
     return -(log_p.exp() * log_p).sum(1).mean()
 
@@ -89,16 +89,16 @@ def self_labels(log_p: Tensor, prior: Tensor | None, temperature: float, iterati
 
 
 def self_labelling(
-    seen: Seen, prior: Tensor | None = None, temperature: float = _JUDGED[0], iterations: int = _JUDGED[1]
+    seen: Seen, prior: Tensor | None = None, temperature: float = _SCORED[0], iterations: int = _SCORED[1]
 ) -> Tensor:
-    """Mean cross-entropy of the predictions with :func:`self_labels` made of them, in nats."""
+    """Compute the mean cross-entropy of the predictions with :func:`self_labels` made of them, in nats."""
     log_p = seen.logits.float().log_softmax(1)
     labels = self_labels(log_p, prior, temperature, iterations)
     return -(labels.to(log_p) * log_p).sum(1).mean()
 
 
 def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -> Tensor:
-    """Mean entropy of the predictions plus the divergence of the mean prediction from the prior, in nats.
+    """Compute mean entropy plus the divergence of the mean prediction from the prior, in nats.
 
     With the uniform prior and ``balance`` 1 this is minus the mutual information of example and
     prediction, up to a constant (information maximisation).
@@ -116,7 +116,7 @@ def information(seen: Seen, prior: Tensor | None = None, balance: float = 1.0) -
 
 
 def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
-    """Distance of the moments at the inputs of norm layers from the running statistics of the checkpoint.
+    """Compute how far the moments at the norm layers are from the running statistics of the checkpoint.
 
     This is the mean over channels and norm layers of KL(N(m, v) || N(rm, rv)) in nats, with moments (m, v)
     pooled over the batch. The first norm layer is left out, because its input does not depend on the weights.
@@ -132,7 +132,7 @@ def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
 
 
 def unlabeled(prior: Tensor | None = None) -> LabelFreeLoss:
-    """Self-labelling plus alignment: the best objective without labels, for 25 examples per class or more.
+    """Return self-labelling plus alignment, the best label-free objective for 25 examples per class or more.
 
     A set with fewer examples may have one class twice as often as another by chance. Each label that is then
     forced on an example costs more the more certain the network is, so that better networks score worse.
@@ -144,14 +144,14 @@ def unlabeled(prior: Tensor | None = None) -> LabelFreeLoss:
 
 
 def unlabeled_step(prior: Tensor | None = None) -> LabelFreeLoss:
-    """The loss for learning by gradient that belongs to :func:`unlabeled`."""
+    """Return the loss for learning by gradient that belongs to :func:`unlabeled`."""
     return lambda seen, norm_layers: (
         self_labelling(seen, prior, *_LEARNED) + _ALIGNMENT * alignment(seen, norm_layers)
     )
 
 
 def infomax(prior: Tensor | None = None) -> LabelFreeLoss:
-    """Information maximisation plus alignment; ``prior`` is that of :func:`unlabeled`.
+    """Return information maximisation plus alignment; ``prior`` is that of :func:`unlabeled`.
 
     The class frequencies count three times as much as certainty, because a network may predict one class
     with certainty for many images that are shifted in different ways.
@@ -160,7 +160,7 @@ def infomax(prior: Tensor | None = None) -> LabelFreeLoss:
 
 
 def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
-    """Distance of each norm's output from its output in training (after Singh & Shrivastava 2019).
+    """Compute how far each norm's output is from that in training (after Singh & Shrivastava 2019).
 
     This is the mean over norm layers of the mean squared difference between the output by the mixture of
     moments, as in inference, and the output by the moments of the batch, in units of gamma^2. Both are affine
@@ -209,7 +209,7 @@ def estimated_prior(predictions: Tensor, iterations: int = 100) -> Tensor:
 
 
 def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | None:
-    """A class prior (K,), scaled to sum to 1, from numbers or from text with commas between them.
+    """Return a class prior (K,), scaled to sum to 1, from numbers or from text with commas between them.
 
     Raises:
         BnpatchError: there are not K numbers, or they are not proportions.

@@ -54,7 +54,7 @@ class Choice:
 
 
 def nested_norms(importance: Mapping[str, float]) -> list[frozenset[str]]:
-    """Nested sets of norm layers, from none to all.
+    """Return nested sets of norm layers, from none to all.
 
     Each set has the most important norm layers: those of the set before, and some more. The sizes grow
     geometrically, because the first few norm layers gain most per norm layer.
@@ -72,7 +72,7 @@ def nested_norms(importance: Mapping[str, float]) -> list[frozenset[str]]:
 
 
 def dominated(points: Sequence[Point]) -> list[bool]:
-    """For each point: does another cost no more and gain no less, and is it strictly better in one?"""
+    """Tell for each point whether another costs no more, gains no less, and is strictly better in one."""
 
     def beats(a: Point, b: Point) -> bool:
         no_worse = a.latency.ratio <= b.latency.ratio and a.gain >= b.gain
@@ -82,7 +82,7 @@ def dominated(points: Sequence[Point]) -> list[bool]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point dominates, the cheapest first."""
+    """Return the points that no other point dominates, the cheapest first."""
     marks = dominated(points)
     front = [point for point, mark in zip(points, marks, strict=True) if not mark]
     return sorted(front, key=lambda point: point.latency.ratio)
@@ -120,7 +120,7 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
 
 
 def knee(points: Sequence[Point]) -> Point | None:
-    """The point beyond which more latency gains little, as a suggestion to the user.
+    """Return the point beyond which more latency gains little, as a suggestion to the user.
 
     It is the point of the Pareto front that lies farthest above the chord from the first point to the last,
     with both axes scaled to [0, 1] (the kneedle criterion of Satopaa et al. 2011).
@@ -155,8 +155,8 @@ def trade_off(
 ) -> list[Point]:
     """Measure gain and latency of the weights on ever more of the norm layers, the most important first.
 
-    The importance of a norm layer is the loss in score when it alone is set to its identity, divided by its
-    expected cost. Lambdas cost nothing, and all points but the first have them unchanged.
+    The importance of a norm layer is the loss in score when it alone is set to its baseline alpha, divided by
+    its expected cost. Lambdas cost nothing, and all points but the first have them unchanged.
 
     Args:
         model: the model; its weights are any of those measured when this returns.

@@ -1,4 +1,4 @@
-"""Weights per norm layer or stage: by gradient where the model has one, by coordinates where not."""
+"""Find weights per norm layer or stage, by gradient where the model has one, by coordinates where not."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ _OBSERVED_EXAMPLES = 64
 # Learning takes small images in larger batches: up to as many input values as eight large images have.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
-# Learning ends in the valley that it starts in, so it tries several starts. Alphas that fall with depth from
+# Learning ends at the local minimum near its start, so it tries several. Alphas that fall with depth from
 # the first of these values to the last undo shifts that differ from image to image; re-estimated statistics
 # alone undo a shift that all images share; a start near the baseline suits a network of many norm layers that
 # need no weight.
@@ -145,7 +145,7 @@ class LayerSearch:
         return {name: "x".join(map(str, shapes.get(name, ("unknown",)))) for name in weighted}
 
     def _starts(self, found: Mapping[str, PatchWeights], groups: Mapping[str, str]) -> list[Start]:
-        """Where learning starts, without slopes.
+        """Return the weights where learning starts, without slopes.
 
         A step without labels needs a large set of examples. Where there are few of these, each start costs
         some passes, so those without lambdas are left out if lambdas are learned.
@@ -186,9 +186,9 @@ class LayerSearch:
         return [starts[number] for number in best if costs[number] <= most]
 
     def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
-        """Alphas that change linearly with depth between two weights; a group has that of its first layer.
+        """Return alphas that change linearly with depth between ``ends``; a group has its first layer's.
 
-        Norm layers whose identity is not alpha = 0 are left out: they use the example's statistics already.
+        Norm layers whose baseline alpha is not 0 are left out: they use the example's statistics already.
         """
         ramp = dict(
             zip(self._baseline_alphas, np.linspace(*ends, len(self._baseline_alphas)).tolist(), strict=True)
@@ -274,7 +274,7 @@ class LayerSearch:
             part_size //= 2
 
     def _cost(self, label: str, weights: PatchWeights) -> float:
-        """The cost of weights on the selection examples and on the images to keep; lower is better."""
+        """Return the cost of weights on the selection examples and on the images to keep; lower is better."""
         cost = self._selection.cost(weights, label)
         return cost if self._keep is None else cost + self._keep.cost(self._cache.base.with_weights(weights))
 
@@ -317,7 +317,7 @@ class LayerSearch:
         )
 
     def _scores(self, weights: PatchWeights, indices: Indices) -> Values:
-        """Scores that compare small steps, one per example or per set of examples; higher is better."""
+        """Return scores that compare small steps, one per example or per set of them; higher is better."""
         guide, label = self._selection.guide, "changing one weight at a time"
         sets = in_sets(indices, self._objective.set_size)
         return guide.sign * np.concatenate(
@@ -326,14 +326,14 @@ class LayerSearch:
 
 
 def _names(per: str, lambdas: bool) -> tuple[str, str]:
-    """Names of the candidates without and with slopes."""
+    """Name the candidates without and with slopes."""
     if lambdas:
         return f"lambda and alpha per {per}", f"lambda, alpha and slope per {per}"
     return f"alpha per {per}", f"alpha and slope per {per}"
 
 
 def _coordinates(kind: str, groups: Mapping[str, str]) -> list[Coordinate]:
-    """One coordinate per group of norm layers."""
+    """Make one coordinate per group of norm layers."""
     members: dict[str, list[str]] = {}
     for name, group in groups.items():
         members.setdefault(group, []).append(name)

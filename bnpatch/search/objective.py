@@ -29,6 +29,7 @@ from bnpatch.evaluation.metrics import (
     score,
 )
 from bnpatch.models.base import Model
+from bnpatch.nn.hooks import joined
 from bnpatch.search import label_free
 from bnpatch.search.label_free import LabelFreeLoss, Seen
 
@@ -56,7 +57,7 @@ def in_sets(indices: Indices, size: int, groups: Indices | None = None) -> list[
 
 
 def groups_of_scores(objective: "Objective", examples: Examples, indices: Indices) -> Indices | None:
-    """The group of each score of some examples; None where scores are of sets, or examples independent."""
+    """Return the group of each score; None where scores are of sets, or examples are independent."""
     return None if objective.set_size > 1 or examples.groups is None else examples.groups[indices]
 
 
@@ -72,14 +73,14 @@ class Objective(Protocol):
         """Number of examples that are scored together; 1 where each has its own score."""
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
-        """Scores by name of metric: one per example, or one for all of them where the metric scores sets.
+        """Return scores by name of metric: one per example, or one for all where the metric scores sets.
 
         Raises:
             OutputsNotFiniteError: an output is infinite or not a number.
         """
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The loss of all batches together, in parts that add up.
+        """Return the loss of all batches together, in parts that add up.
 
         Each part is computed when it is asked for, so that only one batch's activations are in memory. A part
         that does not depend on the weights has no gradient.
@@ -100,7 +101,7 @@ class LabelledObjective:
         return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The cross-entropy for classes, whatever the metric is; else the metric, if it has a gradient."""
+        """Return the cross-entropy for classes, whatever the metric; for others the metric itself."""
         count = sum(len(batch.indices) for batch in batches)
         for batch in batches:
             targets = batch.targets.to(model.device, non_blocking=True)
@@ -144,15 +145,15 @@ class LabelFreeObjective:
         """Number of examples that are scored together: enough for a meaningful mean prediction."""
         return sys.maxsize if self.groups > 1 else max(SET_SIZE, _PER_CLASS * self.num_classes)
 
-    def sure_of(self, count: int) -> "LabelFreeObjective":
-        """The same objective, with scores that give an interval for ``count`` examples."""
+    def with_intervals(self, count: int) -> "LabelFreeObjective":
+        """Return the same objective, with scores that give an interval for ``count`` examples."""
         if count >= FEW_SETS * self.set_size or count < 2:
             return self
         groups = min(_GROUPS, count)
         return replace(self, groups=groups, batch_size=max(1, min(self.batch_size, count // groups)))
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
-        """The objective of the set, once or per group, and other metrics per example."""
+        """Return the objective of the set, once or per group, and other metrics per example."""
         parts: list[_Part] = []
         by_example: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
         with model.evaluating():
@@ -174,8 +175,8 @@ class LabelFreeObjective:
         values = {name: torch.cat(some).cpu().double().numpy() for name, some in by_example.items()}
         return {self.metric.name: found, **values}
 
-    def _by_group(self, model: Model[Any], parts: Sequence["_Part"], whole: Values) -> Values:
-        """One value per group, made by leaving the group out; their mean is that of all (delete-a-group)."""
+    def _by_group(self, model: Model[Any], parts: Sequence[_Part], whole: Values) -> Values:
+        """Return one value per group, made by leaving it out; their mean is that of all (delete-a-group)."""
         count = min(self.groups, len(parts))
         without = np.array(
             [
@@ -186,11 +187,11 @@ class LabelFreeObjective:
         values: Values = whole + (count - 1) * (without.mean() - without)
         return values
 
-    def _of(self, model: Model[Any], parts: Sequence["_Part"]) -> float:
+    def _of(self, model: Model[Any], parts: Sequence[_Part]) -> float:
         return float(self.of_set(_as_one(model, parts), self.norm_layers))
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The loss of all batches as one set, in one part."""
+        """Return the loss of all batches as one set, in one part."""
         if len(batches) == 1:
             seen = [model.observe(batches[0].x, gradients=True)]
         else:  # the backward pass runs each again: not all activations fit into memory
@@ -203,21 +204,18 @@ class LabelFreeObjective:
 
 
 def _as_one(model: Model[Any], parts: Sequence[_Part]) -> Seen:
-    moments = {name: _joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
+    moments = {name: joined([seen[name] for _, seen in parts]) for name in parts[0][1]}
     return seen_by(model, torch.cat([logits for logits, _ in parts]), moments)
 
 
 def seen_by(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Tensor]]) -> Seen:
-    """What label-free objectives see: logits (N, K), moments (N, C) at norm layers, and the weights."""
+    """Return what label-free objectives see: logits (N, K), moments (N, C) at norm layers, and weights."""
     running = {
         name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
         for name, m in model.statistics_in_use().items()
     }
-    return Seen(logits, moments, model.alphas_in_use(), running, model.slopes_in_use())
-
-
-def _joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
-    return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))
+    alphas, slopes = model.weights_in_use()
+    return Seen(logits, moments, alphas, running, slopes)
 
 
 #: Metrics that need no labels, and the weakness of each.
@@ -265,7 +263,7 @@ class ObjectiveSpec:
         return cls(tuned, True, tuned.of_classes, None, batch_size)
 
     def objective(self, model: Model[Any], examples: Examples, indices: Indices) -> Objective:
-        """The objective of the search, which will score the examples ``indices``."""
+        """Return the objective of the search, which will score the examples ``indices``."""
         if self.needs_labels:
             beside = STANDARD_METRICS if self.classes else ()
             metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
@@ -293,7 +291,7 @@ class ObjectiveSpec:
     def held_out_objective(
         self, objective: Objective, examples: Examples, indices: Indices
     ) -> tuple[Objective, list[Metric]]:
-        """The objective for held-out examples, by labels where there are any, and the metrics to compare."""
+        """Return the objective for held-out examples, by labels if any, and the metrics to compare."""
         answers = (CONFIDENCE, PREDICTION)
         if not self.classes:
             return objective, [self.metric]
@@ -302,4 +300,4 @@ class ObjectiveSpec:
             metrics = [first, *(m for m in STANDARD_METRICS if m.name != first.name)]
             return LabelledObjective(first, [*metrics, *answers], self.batch_size), metrics
         assert isinstance(objective, LabelFreeObjective)
-        return replace(objective, metrics=answers).sure_of(len(indices)), [self.metric]
+        return replace(objective, metrics=answers).with_intervals(len(indices)), [self.metric]

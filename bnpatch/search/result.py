@@ -97,7 +97,7 @@ class TuneResult:
 
 
 def provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a recipe comes from.
+    """Describe where a recipe comes from.
 
     Args:
         result: the result.
@@ -144,11 +144,11 @@ def provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> di
 
 
 def _name(source: Any) -> str | None:
-    """The path of a data set; None where it is something else."""
+    """Return the path of a data set; None where it is something else."""
     return str(source) if isinstance(source, (str, os.PathLike)) else None
 
 
 def _group_counts(result: TuneResult) -> dict[str, int]:
-    """The numbers of groups, where examples come in groups."""
+    """Return the numbers of groups, where examples come in groups."""
     counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.verdict.num_groups}
     return {name: count for name, count in counts.items() if count is not None}

@@ -18,7 +18,7 @@ _LEAST_BLOCKS = 4
 
 
 def block_sizes(examples: int, most: int = 32, smallest: int = 8) -> list[int]:
-    """Sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
+    """Return sizes of nearly equal blocks that suit a global search over ``examples`` examples."""
     count = max(1, min(most, examples // smallest))
     return [len(part) for part in np.array_split(np.arange(examples), count)]
 
@@ -75,12 +75,12 @@ class ScoreCache:
         return len(self.blocks) < _LEAST_BLOCKS
 
     def groups(self, blocks: range) -> Indices | None:
-        """The group of each score of some blocks; None where scores are independent."""
+        """Return the group of each score of some blocks; None where scores are independent."""
         indices = np.concatenate([self.blocks[block] for block in blocks])
         return groups_of_scores(self.objective, self.examples, indices)
 
     def groups_by_block(self) -> list[Indices] | None:
-        """The groups of the scores of each block; None where scores are independent."""
+        """Return the groups of the scores of each block; None where scores are independent."""
         found = [self.groups(range(block, block + 1)) for block in range(len(self.blocks))]
         return [groups for groups in found if groups is not None] or None
 
@@ -90,7 +90,7 @@ class ScoreCache:
         self._known = {key: scores for key, scores in self._known.items() if not any(key[0][1])}
 
     def on(self, blocks: range, weights: PatchWeights, label: str, metric: str) -> Values:
-        """Scores of some blocks by one metric: one per example, or one per block where blocks are sets.
+        """Return scores of some blocks by one metric: one per example, or per block where blocks are sets.
 
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
@@ -98,7 +98,7 @@ class ScoreCache:
         return np.concatenate([scores[metric] for scores in self.by_block(weights, blocks, label)])
 
     def by_block(self, weights: PatchWeights, blocks: range, label: str) -> list[dict[str, Values]]:
-        """Scores of each block by name of metric.
+        """Return scores of each block by name of metric.
 
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
@@ -117,7 +117,7 @@ class ScoreCache:
         return [self._known[key, block] for block in blocks]
 
     def of(self, indices: Indices, weights: PatchWeights, label: str) -> dict[str, Values]:
-        """Scores of examples by name of metric, without the cache.
+        """Score examples without the cache; return scores by name of metric.
 
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.

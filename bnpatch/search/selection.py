@@ -34,8 +34,9 @@ class Selection:
     kept unless a candidate with a better mean is significantly better. For a rate the cross-entropy may show
     that instead, because a rate says little on few examples. One weight for all norm layers hardly overfits,
     so it is tested on all tuning examples. If a candidate passes, the best mean is chosen. Rates within a
-    standard error of the best are equal; then the first candidate whose cross-entropy is within a standard
-    error of the best.
+    standard error of the best count as equal; among these, the first candidate is chosen whose cross-entropy
+    is within a standard error of the best.
+
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
 
@@ -65,7 +66,7 @@ class Selection:
         return CROSS_ENTROPY if metric.of_classes else metric
 
     def scores(self, weights: PatchWeights) -> Values:
-        """Scores of the selection examples, or of sets of them, by the tuned metric.
+        """Return scores of the selection examples, or of sets of them, by the tuned metric.
 
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
@@ -78,7 +79,7 @@ class Selection:
         return self._cache.groups(self._blocks)
 
     def cost(self, weights: PatchWeights, label: str) -> float:
-        """The mean that steps of learning are compared by: lower is better; inf if outputs are not finite.
+        """Return the mean by which steps of learning are compared; lower is better, inf if not finite.
 
         It is that of a few hundred selection examples, because learning asks often.
         """
@@ -117,7 +118,7 @@ class Selection:
         return [replace(candidate, chosen=candidate is best) for candidate in candidates]
 
     def _best_of(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate with the best mean; where it is a rate, the cross-entropy decides between equals.
+        """Return the candidate with the best mean; where it is a rate, cross-entropy decides between equals.
 
         Rates within a standard error of their paired difference are equal. By the cross-entropy, the first
         candidate within a standard error of the best is taken, because later ones have more freedom and cost
@@ -129,7 +130,7 @@ class Selection:
         return self._equals(self._equals(candidates, metric), guide)[0]
 
     def _equals(self, candidates: Sequence[Candidate], metric: Metric) -> Sequence[Candidate]:
-        """The candidates within a standard error of the best mean, in their order."""
+        """Return the candidates within a standard error of the best mean, in their order."""
         scores = [self._on(self._blocks, candidate.weights, metric) for candidate in candidates]
         best = max(scores, key=lambda values: metric.sign * float(np.mean(values)))
         behind = [paired_difference(values, best, self.groups) for values in scores]

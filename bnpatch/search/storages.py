@@ -1,4 +1,4 @@
-"""Databases that keep Optuna's studies, and what is said where one can't be used."""
+"""Open the databases that keep Optuna's studies, and turn their errors into messages."""
 
 import time
 import warnings
@@ -17,8 +17,8 @@ from bnpatch.core.text import masked
 
 #: Seconds between two heartbeats of a running trial, and after which a trial without one has no process any
 #: more. A heartbeat is a small write. A process may miss some while the machine is busy or another process
-#: locks the database (up to LOCK_SECONDS), so the second is several times the first; who starts a killed
-#: search again waits that long at most.
+#: locks the database (up to LOCK_SECONDS), so the second is several times the first; a search that is
+#: started again after it was killed waits that long at most.
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 
 #: Seconds to wait for other processes that write to the same SQLite file; a write takes milliseconds.
@@ -103,8 +103,8 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
         try:
             return RDBStorage(url, engine_kwargs=engine, **options)
         except (DBAPIError, OptunaError):
-            # Where two processes create the tables at the same time, one of them gets an error at once. Who
-            # has waited for a lock until the end does not try again.
+            # Where two processes create the tables at the same time, one of them gets an error at once. A
+            # process that has waited for a lock until the end does not try again.
             if time.monotonic() - started >= lock_seconds:
                 raise
             time.sleep(0.2)
@@ -112,7 +112,7 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
 
 
 def retry() -> Callable[[optuna.Study, optuna.trial.FrozenTrial], None]:
-    """Optuna's callback that enqueues a failed trial again, with all that is known of it."""
+    """Return Optuna's callback that enqueues a failed trial again, with all that is known of it."""
     with experimental():
         return RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
 

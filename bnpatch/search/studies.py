@@ -56,7 +56,7 @@ class Study:
         self._decoded: dict[tuple[int, int], BlockScores] = {}
 
     def trials(self) -> list[StoredTrial]:
-        """All trials, in the order in which they began.
+        """Return all trials, in the order in which they began.
 
         Failed trials without a reason are left out: they were enqueued again, or ended before any score.
         """
@@ -117,7 +117,7 @@ class Study:
 
         def act(study: optuna.Study) -> None:
             trial_id = self._trial_id(trial)
-            with suppress(UpdateFinishedTrialError):  # another process took this one for dead
+            with suppress(UpdateFinishedTrialError):  # another process saw no heartbeat
                 self._backend.set_trial_user_attr(trial_id, _SCORES, packed)
                 self._backend.set_trial_intermediate_value(trial_id, examples, mean)
 
@@ -137,7 +137,7 @@ class Study:
         """
 
         def act(study: optuna.Study) -> None:
-            with suppress(UpdateFinishedTrialError):  # another process took this one for dead
+            with suppress(UpdateFinishedTrialError):  # another process saw no heartbeat
                 for name, attribute in attributes.items():
                     self._backend.set_trial_user_attr(self._trial_id(trial), name, attribute)
             study.tell(trial.stored, value, state, skip_if_finished=True)
@@ -168,7 +168,7 @@ class Study:
         self._do(lambda study: study.set_user_attr(f"bnpatch:{key}", value))
 
     def recall(self, key: str) -> Any:
-        """The value that was stored under a key; None if there is none."""
+        """Return the value that was stored under a key; None if there is none."""
         return self._do(lambda study: study.user_attrs.get(f"bnpatch:{key}"))
 
     def _beat(self, over: threading.Event, storage: Storage) -> None:
@@ -207,7 +207,7 @@ class Study:
         self.optuna_study = _created(self._backend, name, direction)
         self._id = self._backend.get_study_id_from_name(name)
         self.optuna_study.add_trials(self._latest)
-        # Nothing is heard any more of the trials of other processes.
+        # Other processes can't be reached any more, so this one takes over all running trials.
         running = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._own = {t._trial_id for t in running}
         return act(self.optuna_study)

@@ -78,7 +78,7 @@ class Task:
         return 1 if len(self.parts) == 1 else 1 + len(self.parts)
 
     def keep_set(self, count: Callable[[str, float], None]) -> KeepSet | None:
-        """The images to keep, compared with the present state of the model; None where there are none.
+        """Make the set of images to keep, for the present state of the model; None where there are none.
 
         Args:
             count: called with a label and the number of images that were scored.
@@ -112,7 +112,7 @@ class Task:
         return notes
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a study was made with: its trials are invalid for another model, other data or metrics."""
+        """Return what the trials of a study depend on: the model, the data, the metric and settings."""
         norm_layers = json.dumps(self.model.fingerprints(), sort_keys=True)
         return {
             "model": hashlib.sha256(norm_layers.encode()).hexdigest()[:16],
@@ -126,7 +126,7 @@ class Task:
         }
 
     def skipped(self) -> dict[str, str]:
-        """The reason for each example that can't be read, by its name."""
+        """Return the reason for each example that can't be read, by its name."""
         return {
             examples.source.name(index): why
             for examples in (self.examples, self.test_examples, self.keep)

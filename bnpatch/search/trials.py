@@ -12,7 +12,7 @@ from bnpatch.evaluation.metrics import Metric, Values
 
 BlockScores = Mapping[str, Values]
 
-# The slope of a regression on few examples is uncertain: it is shrunk as if so many more had shown none.
+# The slope of a regression on few examples is uncertain: it is shrunk as if this many more had the slope 0.
 _PRIOR_UNITS = 20
 # The level of significance at which a trial is worse than another, and the fewest paired differences that
 # show their variance.
@@ -49,15 +49,15 @@ class GlobalSearchConfig:
     groups: Sequence[Indices] | None = None
 
     def scaled(self, params: Mapping[str, float]) -> dict[str, float]:
-        """The parameters on the scale that matters: some by their square root."""
+        """Return the parameters on the scale that matters: some by their square root."""
         return {name: math.sqrt(v) if name in self.by_root else v for name, v in params.items()}
 
     def unscaled(self, scaled: Mapping[str, float]) -> dict[str, float]:
-        """The inverse of :meth:`scaled`."""
+        """Return the inverse of :meth:`scaled`."""
         return {name: v**2 if name in self.by_root else v for name, v in scaled.items()}
 
     def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
-        """The sum of the distances of the parameters on their scale, each as a fraction of its range."""
+        """Return the sum of the distances of the parameters on their scale, as fractions of their ranges."""
         a, b = self.scaled(params), self.scaled(others)
         low = self.scaled({name: low for name, (low, _) in self.space.items()})
         high = self.scaled({name: high for name, (_, high) in self.space.items()})
@@ -161,18 +161,18 @@ class Trials:
         return self.config.metric.sign
 
     def mean(self, trial: StoredTrial, metric: str | None = None, blocks: int | None = None) -> float:
-        """The mean of a metric over the leading blocks; by default over all blocks of the trial."""
+        """Return the mean of a metric over the leading blocks; by default over all blocks of the trial."""
         values, weights = self._scores(trial, trial.num_blocks if blocks is None else blocks, metric)
         return float(np.average(values, weights=weights))
 
     def difference(self, trial: StoredTrial, other: StoredTrial) -> Difference:
-        """The difference of a trial from another, on the leading blocks that both have."""
+        """Return the difference of a trial from another, on the leading blocks that both have."""
         blocks = min(trial.num_blocks, other.num_blocks)
         (a, weights), (b, _) = self._scores(trial, blocks), self._scores(other, blocks)
         return Difference(float(np.average(a - b, weights=weights)), _stderr(a - b, weights), len(a))
 
     def is_significantly_worse(self, trial: StoredTrial) -> bool:
-        """Is another trial significantly better on the same examples?
+        """Tell whether another trial is significantly better on the same examples.
 
         Student's t-test of the paired differences, with the level divided by the number of tests.
         """
@@ -224,7 +224,7 @@ class Trials:
         return Difference(value, math.hypot(rest, slope * _stderr(whole, all_weights)), len(base))
 
     def extrapolated(self) -> dict[int, float]:
-        """Scores of the trials extrapolated to all blocks, by number.
+        """Return scores of the trials extrapolated to all blocks, by number.
 
         A trial with fewer blocks than the furthest is assumed to differ from it on the missing blocks as it
         does on those that it has. A failed trial gets the worst score of all.
@@ -247,12 +247,12 @@ class Trials:
         return scores | {trial.number: worst for trial in failed}
 
     def rank(self, trial: StoredTrial, blocks: int) -> tuple[float, float, int]:
-        """A sort key, best first: the estimate, then the distance from the start, then the number."""
+        """Return a sort key, best first: the estimate, then the distance from the start, then the number."""
         away = self.config.distance(trial.params, self.config.start)
         return -self.sign * self.estimate(trial, blocks), away, trial.number
 
     def is_repeated(self, trial: StoredTrial) -> bool:
-        """Does an older trial have the same parameters?
+        """Tell whether an older trial has the same parameters.
 
         That happens when two processes begin trials at the same moment, or when the sampler repeats a point.
         """
@@ -263,7 +263,7 @@ class Trials:
         return [t for t in self.trials if t.state != TrialState.FAIL]
 
     def _scores(self, trial: StoredTrial, blocks: int, metric: str | None = None) -> tuple[Values, Values]:
-        """Scores of the leading blocks, and their weights: each block is weighted by its examples.
+        """Return scores of the leading blocks, and their weights: each block is weighted by its examples.
 
         Where examples come in groups, there is one score per group, weighted by the examples of the group.
         """
@@ -282,7 +282,7 @@ class Trials:
 
 
 def _stderr(values: Values, weights: Values) -> float:
-    """The standard error of a weighted mean."""
+    """Return the standard error of a weighted mean."""
     n = len(values)
     if n < 2:
         return math.inf

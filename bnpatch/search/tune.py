@@ -130,7 +130,7 @@ def _run(task: Task, progress: Progress, on_trial: Callable[[Trial, bool], None]
                 keep = task.keep_set(progress.count)
             searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
             searches.notes += notes
-            result = _judged(searches, baseline, (held_out, judging), metrics)
+            result = _search_and_evaluate(searches, baseline, (held_out, judging), metrics)
             progress.finish()
             return result
 
@@ -142,13 +142,13 @@ def _run(task: Task, progress: Progress, on_trial: Callable[[Trial, bool], None]
         )
 
 
-def _judged(
+def _search_and_evaluate(
     searches: Searches,
     baseline: PatchState,
     objectives: tuple[Objective, Objective],
     metrics: Sequence[Metric],
 ) -> TuneResult:
-    """Search, and judge what was found.
+    """Search, and evaluate what was found on held-out examples.
 
     Args:
         searches: the searches, none of which has begun.
@@ -241,7 +241,7 @@ def _robustness_note(metric: Metric, shifted: Evidence) -> str:
 
 
 def _notes(searches: Searches, decision: Decision) -> list[str]:
-    """What a user must know to read the result."""
+    """Return what a user must know to read the result."""
     spec = searches.task.spec
     notes, verdict = [decision.reason] if decision.reason else [], decision.verdict
     if searches.resumed:

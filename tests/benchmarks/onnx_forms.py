@@ -123,7 +123,7 @@ CANDIDATES: dict[str, Append] = {
     "textbook": textbook,
     "direct": partial(append_norm, form="direct"),
     "normalized": partial(append_norm, form="normalized"),
-    "folded": partial(append_norm, form="folded"),
+    "fused": partial(append_norm, form="fused"),
     "ReduceSumSquare": on_normalized(sum_square, mul_add),
     "ReduceMean": on_normalized(reduce_mean, mul_add),
     "BatchNorm view": on_normalized(blocked_moments, batch_norm_view),

@@ -103,7 +103,7 @@ def test_a_run_on_another_machine_is_over_when_it_shows_no_life(tmp_path, living
 
 
 def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnpatch.core.io._SIGN_OF_LIFE", 0.01)
+    monkeypatch.setattr("bnpatch.core.io._TOUCH_SECONDS", 0.01)
     with claimed(tmp_path):
         (mark,) = tmp_path.iterdir()
         aged(mark, 600)

@@ -50,7 +50,7 @@ def test_a_resnet_with_other_prefixes(prefixes, resnet, tmp_path):
     content = {renamed(key): tensor for key, tensor in resnet.state_dict().items()}
     model = loaded(tmp_path, {**content, "criterion.weight": torch.ones(6)})
     assert_same(model, resnet)
-    assert any("see that the accuracy is what you know it to be" in note for note in model.notes)
+    assert any("check that the accuracy is what you know it to be" in note for note in model.notes)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.reference import weighted_norm as oracle
 SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
 # The last step rounds to the type of the model; sums over up to 60 values in float32 before it.
 TOLERANCE = {np.float16: 4e-3, np.float32: 1e-5, np.float64: 1e-11}
-FORMS = {form: partial(append_norm, form=form) for form in ("direct", "normalized", "folded")}
+FORMS = {form: partial(append_norm, form=form) for form in ("direct", "normalized", "fused")}
 
 
 def newest_opset():

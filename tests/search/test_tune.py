@@ -402,7 +402,7 @@ def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
     assert min(len(np.unique(labels[part])) for part in asked) > 7
 
     judge = ObjectiveSpec.of("unlabeled", None, 64).objective(tiny, examples, by_class)
-    judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).sure_of(len(by_class))
+    judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).with_intervals(len(by_class))
     shuffled = np.random.default_rng(1).permutation(by_class)
     with tiny.evaluating():
         first = scores(tiny, examples, judge, tiny.state, by_class)
