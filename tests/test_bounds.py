@@ -6,7 +6,9 @@ import pytest
 
 from tests.hostile import CASES, cost
 
-SECONDS, MEGABYTES = 10, 2000  # of processor time, because others may use the machine too; beside the imports
+# Of processor time, because others may use the machine too: four times what the slowest takes here, so that
+# slower processors pass. The memory, beside that of the imports, is the same on all.
+SECONDS, MEGABYTES = 40, 2000
 
 
 @pytest.mark.slow

@@ -61,6 +61,6 @@ UNPACKED_MB = Limit("BNPATCH_MAX_UNPACKED_MB", 500)  #: by how much a file may g
 MEGAPIXELS = Limit("BNPATCH_MAX_MEGAPIXELS", 178)  #: of an image
 TEXT_MB = Limit("BNPATCH_MAX_TEXT_MB", 20)  #: of a recipe, a class map or a configuration
 CLASSES = Limit("BNPATCH_MAX_CLASSES", 200_000)  #: in a class map
-NODES = Limit("BNPATCH_MAX_NODES", 20_000)  #: of an ONNX graph
+NODES = Limit("BNPATCH_MAX_NODES", 10_000)  #: of an ONNX graph
 VALUES = Limit("BNPATCH_MAX_VALUES", 1 << 28)  #: numbers in one value of an ONNX graph
 SECONDS = Limit("BNPATCH_MAX_SECONDS", 5)  #: per example, in a graph with loops

@@ -19,6 +19,7 @@ from bnpatch.data.image_files import check_size, open_image
 _ROWS = 256  # number of rows of an image that are converted at a time
 _BITS = (8, 10, 12, 14, 16)  # the bit depths of sensors
 _MOST = 32
+_DEEP_COLOR = 4  # for how many pixels one of 16 bits in each channel counts: it is decoded twice
 
 # Suffixes of formats that have only 8 bits; and for the others, the size of the sample: files per folder,
 # files that are decoded, and files that are opened.
@@ -158,7 +159,7 @@ def deep_colors(path: Path, image: Image.Image) -> npt.NDArray[np.uint16] | None
         return None
     if not (swapped := _swapped(modes.pop())):
         return None
-    check_size(image, weight=2)
+    check_size(image, weight=_DEEP_COLOR)
     values = np.zeros((image.height, image.width, 3), np.uint16)
     for raw_mode in ("", swapped):  # one after the other: each takes 4 bytes per pixel while it is decoded
         with Image.open(path) as part:

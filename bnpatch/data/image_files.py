@@ -31,6 +31,7 @@ _FOREIGN = {
 # Suffixes of raw images of cameras: Pillow would read the preview in them, which is small.
 _RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
 
+_DEEP_GRAY = 2  # for how many pixels one of 16 or 32 bits in one channel counts: it takes longer to convert
 _COUNTED = 10_000  # files of a tool's folder, among which its images are counted
 
 # Suffixes of files that are certainly no images, so that they need not be opened.
@@ -149,7 +150,7 @@ def open_image(path: Path) -> Image.Image:
         raise OSError(f"{error} (the environment variable {MEGAPIXELS.name} sets it)") from error
     if image.format == "EPS":  # Ghostscript would run it
         raise OSError("a PostScript program, which can run without end")
-    check_size(image)
+    check_size(image, weight=_DEEP_GRAY if image.mode.startswith("I") else 1)
     return image
 
 

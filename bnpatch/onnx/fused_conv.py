@@ -59,13 +59,18 @@ def find_fused_convs(model: ir.Model) -> tuple[FusedConv, ...]:
     one value per channel (in squeeze-and-excite, or a classifier written as a convolution), and those that
     embed patches in a model with Layer Norm (a transformer; from opset 17 on, which has that operator).
     """
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    convs = [
+        node
+        for node in nodes
+        if node.domain in ("", "ai.onnx") and node.op_type in _CONVOLUTIONS and len(node.inputs) >= 2
+    ]
+    if not convs:
+        return ()  # inferring types takes a second for 10,000 nodes
     types = infer_types(model)
     candidates = []
-    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     has_layer_norm = any(node.op_type == "LayerNormalization" for node in nodes)
-    for node in nodes:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 2:
-            continue
+    for node in convs:
         dims = types.get(id(node.outputs[0]), TensorType()).dims
         channels = _shifted_channels(node, len(dims))
         if not channels or all(size == 1 for size in dims[2:]) or _is_normalized(node.outputs[0], types):

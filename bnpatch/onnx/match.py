@@ -121,13 +121,13 @@ def inventory(model: ir.Model) -> Inventory[OnnxNormLayer]:
     """
     types = infer_types(model)
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
-    used: set[str] = set()
+    names: dict[str, int] = {}
     norm_layers: list[OnnxNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
     for node, function in _nodes(model):
         found = _classified(node, opset, types, function)
         if isinstance(found, OnnxNormLayer):
-            norm_layers.append(replace(found, name=_unique(found.module, used)))
+            norm_layers.append(replace(found, name=_unique(found.module, names)))
         elif isinstance(found, SkippedNorm):
             skipped_norms.append(found)
     return Inventory(tuple(norm_layers), tuple(skipped_norms))
@@ -313,12 +313,14 @@ def _scope(node: ir.Node) -> str:
     return ".".join(filter(None, scopes[-2:]))
 
 
-def _unique(name: str, used: set[str]) -> str:
-    unique, count = name, 1
+def _unique(name: str, used: dict[str, int]) -> str:
+    """Return a name that is not used yet; ``used`` has the last number that was added to each."""
+    unique, count = name, used.get(name, 1)
     while unique in used:
         count += 1
         unique = f"{name}#{count}"
-    used.add(unique)
+    used[name] = count
+    used.setdefault(unique, 1)
     return unique
 
 

@@ -64,19 +64,22 @@ def test_arrays(tmp_path, checkpoint, monkeypatch):
 
 
 def test_images(tmp_path, monkeypatch):
-    path, deep = tmp_path / "a.png", tmp_path / "deep.png"
+    path, deep, gray = (tmp_path / f"{name}.png" for name in ("a", "deep", "gray"))
     Image.new("RGB", (100, 100)).save(path)
     write_png(deep, np.full((100, 100, 3), 1 << 15, np.uint16))
-    source = FileImages([path, deep], "RGB", tmp_path)
+    Image.new("I;16", (100, 100)).save(gray)
+    source = FileImages([path, deep, gray], "RGB", tmp_path)
     source.bit_depth = bnpatch.data.bit_depth.of_files([[deep]], "here")
     assert source.bit_depth.origin == "found"
     source.bit_depth = bnpatch.data.bit_depth.given(16)
-    monkeypatch.setenv(
-        limits.MEGAPIXELS.name, "0.015"
-    )  # colors of 16 bits count twice, if both bytes are read
+    monkeypatch.setenv(limits.MEGAPIXELS.name, "0.019")  # gray of 16 bits counts twice
     assert source.read(0).size == source.read(1).size == (100, 100)
+    with pytest.raises(OSError, match=r"more than 0\.019 \(the environment .* BNPATCH_MAX_MEGA"):
+        source.read(2)
+    monkeypatch.setenv(limits.MEGAPIXELS.name, "0.039")  # colors count four times, if both bytes are read
+    assert source.read(1).size == source.read(2).size == (100, 100)
     source.bit_depth = bnpatch.data.bit_depth.given(12)
-    with pytest.raises(OSError, match=r"more than 0\.015 \(the environment .* BNPATCH_MAX_MEGA"):
+    with pytest.raises(OSError, match=r"more than 0\.039"):
         source.read(1)
     monkeypatch.setenv(limits.MEGAPIXELS.name, "0.005")
     with pytest.raises(OSError, match="megapixels, more than"):

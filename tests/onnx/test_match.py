@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bnpatch.onnx.io import inline_norms
-from bnpatch.onnx.match import inventory
+from bnpatch.onnx.match import _unique, inventory
 from tests.onnx.build import batch_norm, bn_model, constant, from_proto, model, parameters
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
@@ -168,6 +168,21 @@ def test_names_are_unique_and_remember_the_module():
     found = look(model(nodes, parameters()))
     assert [norm_layer.name for norm_layer in found.norm_layers] == ["bn", "bn#2"]
     assert [norm_layer.module for norm_layer in found.norm_layers] == ["bn", "bn"]
+
+
+def test_the_names_of_many_calls_are_found_without_counting_from_one():
+    class Counting(dict):
+        lookups = 0
+
+        def __contains__(self, key):
+            self.lookups += 1
+            return super().__contains__(key)
+
+    used = Counting()
+    names = [_unique(name, used) for name in ("bn", "bn#3", *["bn"] * 500)]
+    assert names[:5] == ["bn", "bn#3", "bn#2", "bn#4", "bn#5"]
+    assert len(set(names)) == len(names)
+    assert used.lookups <= 3 * len(names)
 
 
 def test_names_fall_back_to_the_node_and_to_the_output():
