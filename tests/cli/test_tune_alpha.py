@@ -84,9 +84,22 @@ def test_no_gain_is_exit_code_0_and_plain(cli, checkpoint, clean):
     code, out, _ = cli("tune-alpha", checkpoint, "--data", "right.npz", *QUICK)
     assert code == 0
     assert "No significant gain" in out
-    code, *_ = cli("tune-alpha", checkpoint, "--data", "right.npz", *QUICK, "--fail-unless-gain")
+    assert set(Recipe.load("bnpatch-out/recipe.json").alphas.values()) == {0.0}
+
+
+def test_what_held_out_images_do_not_support_is_not_in_the_patched_model(cli, checkpoint, foggy):
+    """A gain in tuning; of the other images, the answers of the unpatched model are said to be right."""
+    images, labels = foggy
+    answers = bnpatch.load(checkpoint).predict(torch.from_numpy(images[300:])[:, None]).argmax(1)
+    np.savez("tuning.npz", x=images[:300], y=labels[:300])
+    np.savez("held_out.npz", x=images[300:], y=answers)
+    data = ["--data", "tuning.npz", "--test-data", "held_out.npz"]
+    code, out, _ = cli("tune-alpha", checkpoint, *data, *QUICK, "--fail-unless-gain")
     assert code == 1
-    assert set(bnpatch.Recipe.load(Path("bnpatch-out", "recipe.json")).alphas.values()) == {0.0}
+    assert "alpha: best in tuning, but a loss in accuracy on held-out examples" in " ".join(out.split())
+    assert set(Recipe.load("bnpatch-out/recipe.json").alphas.values()) == {0.0}
+    assert set(bnpatch.load("bnpatch-out/patched.pt").alphas().values()) == {0.0}
+    assert all(alpha > 0 for alpha in Recipe.load("bnpatch-out/candidate-recipe.json").alphas.values())
 
 
 def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp_path):

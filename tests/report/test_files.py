@@ -1,6 +1,7 @@
 """The files that a search writes."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,20 @@ def test_files(tuned, model, foggy, tmp_path):
         bnpatch.load(files[1]).module.eval()(_inputs(x)), model.module.eval()(_inputs(x))
     )
     assert Image.open(files[2]).width == 960
+
+
+def test_what_is_not_recommended_is_in_a_file_of_its_own(tuned, model, tmp_path):
+    """The recipe and the patched model are those of the model as it came."""
+    refused = replace(tuned, recipe=model.recipe(), is_recommended=False, candidate_recipe=tuned.recipe)
+    recipe, candidate, patched, *_ = write_results(refused, model, tmp_path)
+    assert (recipe.name, candidate.name, patched.suffix) == ("recipe.json", "candidate-recipe.json", ".pt")
+    as_it_came = Recipe.load(recipe).state.weights
+    assert as_it_came == tuned.candidates[0].weights != tuned.weights
+    assert Recipe.load(candidate).state.weights == tuned.weights
+    assert bnpatch.load(patched).weights == as_it_came
+    assert model.weights == as_it_came
+    write_results(tuned, model, tmp_path)
+    assert not candidate.exists()  # it was an earlier search's
 
 
 def test_trials(tuned, tmp_path):

@@ -88,3 +88,12 @@ def test_near_copies_support_no_candidate_that_their_groups_do_not():
     scores = {"identity": np.ones(80), "alpha per layer": np.ones(80) - gains}
     assert chosen(scores) == "alpha per layer"
     assert chosen(scores, groups=np.arange(80) // 5) == "identity"
+
+
+def test_near_copies_do_not_tell_between_rates_that_their_groups_do_not():
+    """One candidate is right on one of four groups more; the cross-entropy is better by the other."""
+    group, names = np.arange(80) % 20 // 5, ("identity", "alpha per layer", "refined")
+    accuracies = {name: 1.0 * (group < right) for right, name in enumerate(names)}
+    losses = {"identity": np.ones(80), "alpha per layer": np.full(80, 0.5), "refined": np.full(80, 0.6)}
+    assert chosen(accuracies, losses) == "refined"
+    assert chosen(accuracies, losses, groups=np.arange(80) // 5) == "alpha per layer"
