@@ -105,7 +105,7 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--max-overhead", "0.5"], "not possible"),
         (["--max-passes", "0"], "0.0 passes find nothing"),
         (["--class-prior", "1,2"], "a class prior is for tuning without labels"),
-        (["--augment", "fog"], "no augmentation 'fog'"),
+        (["--augment", "rain"], "no augmentation 'rain'"),
         (["--keep-data", "nope"], "there is no nope"),
         (["--margin", "1"], "a margin of 1 is not a fraction"),
         (["--storage", "nope/x"], "is no database"),
@@ -129,7 +129,7 @@ def test_bad_options(cli, checkpoint, folder, options, message):
 
 
 def test_options_are_checked_before_the_model_is_loaded(cli):
-    for options in (["--metric", "f1"], ["--augment", "fog"], ["--holdout", "1"]):
+    for options in (["--metric", "f1"], ["--augment", "rain"], ["--holdout", "1"]):
         code, _, err = cli("tune-alpha", "no-such.pt", "--data", "nowhere", *options)
         assert code == 2
         assert options[1] in one_line(err)
