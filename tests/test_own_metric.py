@@ -27,6 +27,7 @@ def test_the_example_finds_a_gain(names):
     assert result.num_tuning == result.num_held_out == 200
 
 
+@pytest.mark.slow
 def test_its_metric_is_the_mean_iou(names):
     random = torch.Generator().manual_seed(0)
     outputs = torch.randn(5, 3, 4, 4, generator=random)

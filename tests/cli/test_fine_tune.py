@@ -115,6 +115,7 @@ def test_contributions_as_json(cli, checkpoint, data):
     assert re.fullmatch(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", rows["all"]["cells"][3])
 
 
+@pytest.mark.slow
 def test_techniques_by_search(cli, checkpoint, data):
     more = ["--choose", "search", "--choose-trials", 3, "--choose-epochs", 1]
     code, _, err = cli(*arguments(checkpoint, data, *more))

@@ -105,9 +105,11 @@ def _score(spec, rate):
     ("number", "error"),
     [
         (1, KeyboardInterrupt),
-        (2, OSError),
+        pytest.param(2, OSError, marks=pytest.mark.slow),
         (4, RuntimeError),
-        (7, SystemExit),  # Optuna notes no end, as of a process that is killed
+        pytest.param(
+            7, SystemExit, marks=pytest.mark.slow
+        ),  # Optuna notes no end, as of a process that is killed
         pytest.param(7, KeyboardInterrupt, marks=pytest.mark.slow),
         *(pytest.param(number, SystemExit, marks=pytest.mark.slow) for number in (1, 2, 4)),
     ],
@@ -138,6 +140,7 @@ def test_a_search_that_was_cut_off_goes_on(residual, examples, monkeypatch, tmp_
     assert not again
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_several_cuts_and_runs_that_diverged(
     residual, examples, monkeypatch, tmp_path
 ):

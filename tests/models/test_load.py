@@ -60,6 +60,7 @@ def test_a_published_file_name_gives_the_published_preprocessing(tmp_path):
     assert "out of 232 (bilinear" in str(loaded.preprocessing)
 
 
+@pytest.mark.slow
 def test_torchvision_preprocessing_is_torchvisions(tmp_path):
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
     image = torchvision.transforms.ToPILImage()(

@@ -31,6 +31,7 @@ def outputs(path, images):
     return session.run(None, {session.get_inputs()[0].name: inputs(images).numpy()})[0]
 
 
+@pytest.mark.slow
 def test_openvino_computes_what_onnxruntime_does(patched, foggy):
     openvino = pytest.importorskip("openvino")
     compiled = openvino.Core().compile_model(patched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -48,6 +49,7 @@ class _Images(CalibrationDataReader):
         return next(self.batches, None)
 
 
+@pytest.mark.slow
 def test_convolutions_of_a_patched_file_can_be_quantized(patched, foggy, tmp_path):
     images, labels = foggy
     prepared, quantized = tmp_path / "prepared.onnx", tmp_path / "quantized.onnx"

@@ -102,6 +102,7 @@ def test_wrong_slopes_are_refused_and_change_nothing(model):
     assert torch.equal(model.predict(X), before)
 
 
+@pytest.mark.slow
 def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path):
     model = bnpatch.load(checkpoint)
     model.set_target(target)
@@ -223,6 +224,7 @@ def test_compiled_models_take_new_slopes_without_being_traced_again():
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.slow
 def test_a_program_on_disk_keeps_the_slopes(tmp_path):
     layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     module = settle(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))

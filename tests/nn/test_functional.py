@@ -87,6 +87,7 @@ def test_several_calls_are_counted_and_a_failure_leaves_no_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_calls_are_sites_of_the_export(tmp_path):
     torch.manual_seed(0)
 
