@@ -84,7 +84,7 @@ def test_moments_may_be_anywhere(model, where):
         found = {name: Moments(m.mean.cpu(), m.var.cpu()) for name, m in found.items()}
     elif where == "numbers":
         found = {name: Moments([0.0] * len(m.mean), [1.0] * len(m.var)) for name, m in found.items()}
-    model.set_target(found)
+    model.set_state(model.state.with_re_estimated(found))
     model.set_weights(everywhere(model, 0.2, 0.5))
     assert are_there(model.statistics_in_use())
     assert model.predict(images()).device == DEVICE
@@ -93,7 +93,11 @@ def test_moments_may_be_anywhere(model, where):
 def test_learned_weights_stay_on_the_device(model):
     names = [norm_layer.name for norm_layer in model.inventory().norm_layers]
     channels = {norm_layer.name: norm_layer.num_channels for norm_layer in model.inventory().norm_layers}
-    model.set_target({name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()})
+    model.set_state(
+        model.state.with_re_estimated(
+            {name: Moments(torch.zeros(n), torch.ones(n)) for name, n in channels.items()}
+        )
+    )
     model.set_weights(everywhere(model, 0.0, 0.0))
     by_name = {name: name for name in names}
     start = Start(everywhere(model, 0.3, 0.5), Groups(by_name, dict.fromkeys(names, "all"), by_name))
@@ -113,7 +117,7 @@ def test_objectives_stay_on_the_device(model, objective):
         "infomax": label_free.infomax(),
         "unlabeled with a prior": label_free.unlabeled(torch.full((10,), 0.1)),
     }.get(objective) or getattr(label_free, objective)
-    model.set_target(model.moments_by_batch(images()))
+    model.set_state(model.state.with_re_estimated(model.moments_by_batch(images())))
     model.set_weights(everywhere(model, 0.2, 0.5))
     assert judge(seen_by(model, *model.observe(images())), model.facts()).device == DEVICE
 

@@ -23,7 +23,7 @@ class PatchWeights:
 
     Attributes:
         alphas: the weight of the example; the running statistics have the weight 1 - alpha.
-        lambdas: the weight of the statistics that were re-estimated on new data (the target) in the running
+        lambdas: the weight of the statistics that were re-estimated on new data in the running
             statistics; those of the checkpoint (the source) have the weight 1 - lambda.
         slopes: how much the weight of the example depends on its distance from the running statistics, see
             :func:`~bnpatch.core.moments.weight_by_distance`. With 0, every example has the weight alpha.
@@ -72,7 +72,7 @@ class PatchState:
 
     Attributes:
         weights: alpha, lambda and slope by name of norm layer.
-        target: statistics re-estimated on new data (AdaBN); lambda is their weight.
+        re_estimated: statistics re-estimated on new data (AdaBN); lambda is their weight.
         running: running statistics from data, for norm layers that have none of their own: Group Norm, Batch
             Norm that never kept any, and Batch Norm that was fused into a convolution. Such a norm is a norm
             layer of the model only if the state has its running statistics.
@@ -82,7 +82,7 @@ class PatchState:
     """
 
     weights: PatchWeights = field(default_factory=PatchWeights)
-    target: Statistics = field(default_factory=dict)
+    re_estimated: Statistics = field(default_factory=dict)
     running: Statistics = field(default_factory=dict)
     channels_per_group: Mapping[str, int] = field(default_factory=dict)
     include_1x1: bool = False
@@ -91,9 +91,9 @@ class PatchState:
         """Return this state with other weights for the norm layers that ``weights`` names."""
         return replace(self, weights=self.weights.updated(weights))
 
-    def with_target(self, target: Statistics) -> "PatchState":
-        """Return this state with other re-estimated statistics for the norm layers that ``target`` names."""
-        return replace(self, target={**self.target, **rounded(target)})
+    def with_re_estimated(self, statistics: Statistics) -> "PatchState":
+        """Return this state with these re-estimated statistics for the norm layers that they name."""
+        return replace(self, re_estimated={**self.re_estimated, **rounded(statistics)})
 
     def with_running(self, running: Statistics) -> "PatchState":
         """Return this state with other running statistics for the norm layers that ``running`` names."""
@@ -102,12 +102,12 @@ class PatchState:
     def computes_like(self, other: "PatchState") -> bool:
         """Tell whether a model computes the same in two states with the same running statistics and options.
 
-        The method compares the weights, and the target statistics that have a weight. These count as equal
-        only if they are the same object.
+        The method compares the weights, and the re-estimated statistics that have a weight. These count as
+        equal only if they are the same object.
         """
         weighted = {name for name, weight in self.weights.lambdas.items() if weight}
         return self.weights == other.weights and all(
-            self.target.get(name) is other.target.get(name) for name in weighted
+            self.re_estimated.get(name) is other.re_estimated.get(name) for name in weighted
         )
 
     def check(self, baseline_alphas: Mapping[str, float], model: str) -> None:
@@ -132,7 +132,7 @@ class PatchState:
             if name not in baseline_alphas:
                 raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
         for name, weight in self.weights.lambdas.items():
-            if weight and name not in self.target:
+            if weight and name not in self.re_estimated:
                 raise BnpatchError(
                     f"there are no re-estimated statistics for norm layer {name!r}",
                     "re-estimate them on data",

@@ -48,8 +48,8 @@ class NormRecipe:
         kind: class name of the module, or type of the ONNX operator.
         alpha: the weight of the example, in [0, 1].
         fingerprint: a hash of the layer's parameters, see :func:`fingerprint`.
-        lambda_: the weight of ``target`` in the running statistics, in [0, 1].
-        target: mean and variance re-estimated on new data, each of shape (C,); None if lambda is 0.
+        lambda_: the weight of ``re_estimated`` in the running statistics, in [0, 1].
+        re_estimated: mean and variance re-estimated on new data, each of shape (C,); None if lambda is 0.
         running: mean and variance, each of shape (C,), for a layer without running statistics of its own.
         channels_per_group: number of consecutive channels whose moments a Batch/Group Norm pools. The model
             stores such a layer as Batch Norm, so only the recipe knows the number. It is 1 for Group Norm,
@@ -62,7 +62,7 @@ class NormRecipe:
     alpha: float
     fingerprint: str
     lambda_: float = 0.0
-    target: Moments[Array] | None = None
+    re_estimated: Moments[Array] | None = None
     running: Moments[Array] | None = None
     channels_per_group: int = 1
     slope: float = 0.0
@@ -70,8 +70,8 @@ class NormRecipe:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; moments are written as base64 of little-endian float32."""
         values = {name: getattr(self, name) for name in ("name", "kind", "alpha", "fingerprint")}
-        if self.target is not None:
-            values |= {"lambda": self.lambda_, "target": _encode(self.target)}
+        if self.re_estimated is not None:
+            values |= {"lambda": self.lambda_, "target": _encode(self.re_estimated)}
         if self.running is not None:
             values["calibrated"] = _encode(self.running)
         if self.channels_per_group > 1:
@@ -95,15 +95,15 @@ class NormRecipe:
                 raise ValueError(f"a norm layer has {key!r}")
             if not isinstance(values[key], _OPTIONAL[key]) or isinstance(values[key], bool):
                 raise TypeError(f"{key} of {values['name']!r} is {_brief(values[key])}")
-        target, running = (
+        re_estimated, running = (
             _decode(values[name]) if name in values else None for name in ("target", "calibrated")
         )
         weight = values.get("lambda", 0.0)
-        if weight and target is None:
+        if weight and re_estimated is None:
             raise ValueError("lambda without target")
         name, kind, alpha, hashed = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
         groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
-        layer = cls(name, kind, alpha, hashed, weight, target, running, groups, slope)
+        layer = cls(name, kind, alpha, hashed, weight, re_estimated, running, groups, slope)
         layer._check_ranges()
         return layer
 
@@ -167,7 +167,7 @@ class Recipe:
                 weights.alphas[name],
                 fingerprints[name],
                 weights.lambdas[name],
-                as_arrays(state.target[name]) if weights.lambdas[name] else None,
+                as_arrays(state.re_estimated[name]) if weights.lambdas[name] else None,
                 as_arrays(state.running[name]) if name in state.running else None,
                 state.channels_per_group.get(name, 1),
                 weights.slopes[name],
@@ -187,7 +187,7 @@ class Recipe:
         norms = self.norm_layers
         return PatchState(
             PatchWeights(self.alphas, {n.name: n.lambda_ for n in norms}, {n.name: n.slope for n in norms}),
-            {norm.name: norm.target for norm in norms if norm.target is not None},
+            {norm.name: norm.re_estimated for norm in norms if norm.re_estimated is not None},
             {norm.name: norm.running for norm in norms if norm.running is not None},
             {norm.name: norm.channels_per_group for norm in norms if norm.channels_per_group > 1},
             self.include_1x1,
@@ -222,7 +222,7 @@ class Recipe:
         Raises:
             BnpatchError: the statistics of a norm layer have another size.
         """
-        for name, statistics in (*self.state.target.items(), *self.state.running.items()):
+        for name, statistics in (*self.state.re_estimated.items(), *self.state.running.items()):
             if statistics.mean.shape != (num_channels[name],):
                 raise BnpatchError(
                     f"the recipe is damaged: norm layer {name!r} has {num_channels[name]} channels, its "

@@ -122,10 +122,6 @@ class Model(ABC, Generic[NormLayerT]):
             alpha = dict.fromkeys(self._state.weights.alphas, float(alpha))
         self.set_weights(PatchWeights(alpha))
 
-    def set_target(self, target: Statistics) -> None:
-        """Set the re-estimated statistics (C,) that lambda weights, for the norm layers named."""
-        self.set_state(self._state.with_target(target))
-
     def set_running(self, running: Statistics) -> None:
         """Give running statistics (C,) to norms that have none of their own, which makes them norm layers.
 

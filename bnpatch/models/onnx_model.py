@@ -171,7 +171,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         # Recovered norms have their running statistics in the graph.
         running = {name: as_arrays(m) for name, m in state.running.items() if not name.endswith(FUSED)}
         return running | {
-            name: mix(weight, as_arrays(state.target[name]), source[name])
+            name: mix(weight, as_arrays(state.re_estimated[name]), source[name])
             for name, weight in state.weights.lambdas.items()
             if weight
         }

@@ -1,8 +1,8 @@
 """Compute running statistics from data: one pass over the examples, without labels.
 
 :func:`calibrate` gives running statistics to Group Norm and other norms that have none,
-:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`target_moments` re-estimates
-those of every norm layer.
+:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`re_estimate_statistics`
+re-estimates those of every norm layer.
 """
 
 import math
@@ -143,7 +143,7 @@ def calibrate(
     return tuple(found)
 
 
-def target_moments(
+def re_estimate_statistics(
     model: Model[Any],
     examples: Examples,
     *,
@@ -168,8 +168,9 @@ def target_moments(
         on_batch: called with the number of examples of each batch, for progress.
 
     Returns:
-        By name of norm layer, mean and variance (C,) for :meth:`~bnpatch.models.base.Model.set_target`. Norm
-        layers that no example reaches are missing, and in ONNX files also those in branches.
+        By name of norm layer, mean and variance (C,), for
+        :meth:`~bnpatch.core.patch.PatchState.with_re_estimated`. Norm layers that no example reaches are
+        missing, and in ONNX files also those in branches.
 
     Raises:
         BnpatchError: no example can be read.

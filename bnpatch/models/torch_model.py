@@ -119,9 +119,9 @@ class TorchModel(Model[TorchNormLayer]):
             return self._on_device(self._state.running[norm.name])
         return buffers_of(norm)
 
-    def target(self, norm: TorchNormLayer) -> Moments[Tensor]:
+    def re_estimated(self, norm: TorchNormLayer) -> Moments[Tensor]:
         """Return the re-estimated statistics of a norm layer, on the device."""
-        return self._on_device(self._state.target[norm.name])
+        return self._on_device(self._state.re_estimated[norm.name])
 
     def _on_device(self, moments: Moments[Any]) -> Moments[Tensor]:
         known = self._statistics.get(id(moments))

@@ -21,7 +21,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
     alphas: dict[str, float] = {}
     lambdas: dict[str, float] = {}
     slopes: dict[str, float] = {}
-    target, running = dict(given.target), dict(given.running)
+    re_estimated, running = dict(given.re_estimated), dict(given.running)
     groups: dict[str, int] = {}
     include_1x1 = given.include_1x1
     for norm in norm_layers:
@@ -39,8 +39,8 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
         if norm.parameters()[2] is None:
             running[norm.name] = layer.running
         else:  # what they were mixed from is not known
-            target[norm.name], lambdas[norm.name] = layer.running, 1.0
-    return PatchState(PatchWeights(alphas, lambdas, slopes), target, running, groups, include_1x1)
+            re_estimated[norm.name], lambdas[norm.name] = layer.running, 1.0
+    return PatchState(PatchWeights(alphas, lambdas, slopes), re_estimated, running, groups, include_1x1)
 
 
 def with_norm_layers(
@@ -89,7 +89,7 @@ def with_state(module: nn.Module, state: PatchState, on_device: OnDevice) -> nn.
         if norm.parameters()[2] is None:
             source = on_device(state.running[norm.name])
         if weight := weights.lambdas[norm.name]:
-            source = mix(weight, on_device(state.target[norm.name]), source or buffers_of(norm))
+            source = mix(weight, on_device(state.re_estimated[norm.name]), source or buffers_of(norm))
         layer.running = source
     return module
 

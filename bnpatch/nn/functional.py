@@ -96,7 +96,8 @@ def example_moments(x: Tensor) -> Moments[Tensor]:
     if has_single_values(x):
         mean = x.flatten(1).to(dtype)
         return Moments(mean, torch.zeros_like(mean))
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad and not is_traced
     mean, mean_square = _MeanAndSquare.apply(x) if needs_gradient else _mean_and_square(x)
     return Moments(mean, (mean_square - mean * mean).clamp_min(0))
 

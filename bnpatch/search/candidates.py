@@ -14,7 +14,7 @@ from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import METRICS, Values
-from bnpatch.models.running_stats import target_moments
+from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Trial, chosen_of
 from bnpatch.search.global_search import global_search
 from bnpatch.search.keep import KeepSet
@@ -213,7 +213,7 @@ class CandidateSearch:
     def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
         """Set one lambda for all norm layers, or alphas at one distance from the identity."""
         if kind == "lambda":
-            return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.target, weight)})
+            return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.re_estimated, weight)})
         return replace(start, alphas={name: abs(i - weight) for name, i in self._baseline_alphas.items()})
 
     def _refined(self, best: Candidate) -> Mapping[str, PatchWeights]:
@@ -320,7 +320,7 @@ class CandidateSearch:
     def _re_estimate(self) -> None:
         """Add re-estimated statistics to the base state."""
         examples, indices = self._statistics_from
-        re_estimated = target_moments(
+        re_estimated = re_estimate_statistics(
             self.model,
             examples,
             indices=indices,
@@ -328,7 +328,7 @@ class CandidateSearch:
             seed=self.plan.seed,
             on_batch=partial(self.budget.spend, "re-estimating statistics"),
         )
-        self._cache.use(self.base.with_target(re_estimated))
+        self._cache.use(self.base.with_re_estimated(re_estimated))
 
     def _study(self, candidate: str) -> Study:
         higher = self.objective.metric.higher_is_better

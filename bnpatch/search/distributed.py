@@ -161,7 +161,7 @@ class _SharedObjective:
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`bnpatch.search.objective.Objective`."""
-        re_estimated, news = model.state.target, None
+        re_estimated, news = model.state.re_estimated, None
         if re_estimated is not self._told:
             self._told, news = re_estimated, {n: as_arrays(part) for n, part in re_estimated.items()}
         with _uninterrupted():
@@ -203,7 +203,7 @@ def _serve(
                 return result
             state = model.state
             if message.re_estimated is not None:
-                state = replace(state, target=message.re_estimated)
+                state = replace(state, re_estimated=message.re_estimated)
             model.set_state(state.with_weights(message.weights))
             objective, examples = objectives[message.objective]
             with suppress(BnpatchError):  # the first process gets the same error, and decides

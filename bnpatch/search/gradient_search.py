@@ -217,7 +217,7 @@ class Learner:
                 layer.slope = _bounded(self._slopes[groups.slopes[name]])
             if name in groups.lambdas:
                 weight = torch.sigmoid(self._lambdas[groups.lambdas[name]])
-                layer.running = mix(weight, model.target(norm_layer), model.source(norm_layer))
+                layer.running = mix(weight, model.re_estimated(norm_layer), model.source(norm_layer))
 
 
 @dataclass(frozen=True)

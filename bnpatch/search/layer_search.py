@@ -150,7 +150,7 @@ class LayerSearch:
         A step without labels needs a large set of examples. Where there are few of these, each start costs
         some passes, so those without lambdas are left out if lambdas are learned.
         """
-        identity, re_estimated = found["identity"], self._cache.base.target
+        identity, re_estimated = found["identity"], self._cache.base.re_estimated
         alphas_alone = Groups(groups, {}, {})
         both = Groups(groups, {name: groups.get(name, name) for name in re_estimated}, {})
 
@@ -286,7 +286,7 @@ class LayerSearch:
         candidates = {constant: self._coordinates(found["alpha"], _coordinates("alpha", groups))}
         best = constant
         if self._plan.recalibrate and "lambda, alpha" in found:
-            lambdas = {name: groups.get(name, name) for name in self._cache.base.target}
+            lambdas = {name: groups.get(name, name) for name in self._cache.base.re_estimated}
             both = [*_coordinates("alpha", groups), *_coordinates("lambda", lambdas)]
             constant, varying_too = _names(per, True)
             candidates[constant] = self._coordinates(found["lambda, alpha"], both)

@@ -88,8 +88,10 @@ def test_a_recipe_is_not_applied_twice(cli, checkpoint, folder, weight):
     if weight == "alpha":
         model.set_alphas(0.1)
     else:
-        model.set_target(
-            {name: Moments(f.source.mean + 1, f.source.var) for name, f in model.facts().items()}
+        model.set_state(
+            model.state.with_re_estimated(
+                {name: Moments(f.source.mean + 1, f.source.var) for name, f in model.facts().items()}
+            )
         )
         model.set_weights(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.5)))
     model.recipe().save("recipe.json")

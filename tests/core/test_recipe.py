@@ -183,7 +183,10 @@ def test_moments_round_trip_exactly(tmp_path):
             known.alpha,
             known.lambda_,
         )
-        for mine, theirs in ((norm_layer.target, known.target), (norm_layer.running, known.running)):
+        for mine, theirs in (
+            (norm_layer.re_estimated, known.re_estimated),
+            (norm_layer.running, known.running),
+        ):
             assert (mine is None) is (theirs is None)
             if mine is not None:
                 np.testing.assert_array_equal(mine.mean, theirs.mean)
@@ -229,11 +232,11 @@ def test_statistics_of_another_size_are_refused_and_change_nothing():
     """One value for all channels would be broadcast."""
     module = torch.nn.Sequential(torch.nn.BatchNorm2d(4)).eval()
     model = bnpatch.load(module, preprocessing={"img_size": 8})
-    good = model.state.with_target({"0": Moments(np.zeros(4), np.ones(4))})
+    good = model.state.with_re_estimated({"0": Moments(np.zeros(4), np.ones(4))})
     (layer,) = model.recipe(good.with_weights(PatchWeights({"0": 0.2}, {"0": 0.5}))).norm_layers
     model.apply(Recipe((layer,)))
     assert model.alphas() == {"0": 0.2}
-    short = replace(layer, alpha=0.7, target=Moments(np.zeros(1), np.ones(1)))
+    short = replace(layer, alpha=0.7, re_estimated=Moments(np.zeros(1), np.ones(1)))
     with pytest.raises(BnpatchError, match=r"'0' has 4 channels, its statistics have the shape \(1,\)"):
         model.apply(Recipe((short,)))
     assert model.alphas() == {"0": 0.2}

@@ -57,7 +57,9 @@ def test_an_export_computes_the_same_and_leaves_the_model_alone(trained, tmp_pat
 def test_a_checkpoint_remembers_re_estimated_moments(trained, tmp_path):
     x = torch.rand(3, 3, 32, 32)
     before = trained.predict(x)
-    trained.set_target(trained.moments_by_batch(3 * torch.randn(8, 3, 32, 32) + 1))
+    trained.set_state(
+        trained.state.with_re_estimated(trained.moments_by_batch(3 * torch.randn(8, 3, 32, 32) + 1))
+    )
     trained.set_weights(PatchWeights(lambdas=dict.fromkeys(trained.alphas(), 0.5)))
     expected = trained.predict(x)
     assert not torch.allclose(expected, before, rtol=0.01)
@@ -77,7 +79,7 @@ def small():
     )
     convert_norms(net, NormSpec.batch_group(4)).train()(torch.randn(16, 3, 6, 6) + 1)
     model = bnpatch.load(net.eval(), preprocessing={"img_size": 6})
-    model.set_target(model.moments_by_batch(3 * torch.randn(16, 3, 6, 6)))
+    model.set_state(model.state.with_re_estimated(model.moments_by_batch(3 * torch.randn(16, 3, 6, 6))))
     return model
 
 

@@ -332,7 +332,11 @@ def test_all_examples_must_have_a_class(opened, digits):
 
 def test_weights_that_were_tuned_before_are_dropped(opened):
     model = fresh(opened[0])
-    model.set_target(model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size)))
+    model.set_state(
+        model.state.with_re_estimated(
+            model.moments_by_batch(3 * torch.rand(8, *model.preprocessing.input_size))
+        )
+    )
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
     train(model, opened[1], replace(SETTINGS, epochs=1))

@@ -12,7 +12,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import ParityError, export_onnx, patched_graph
 from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.running_stats import target_moments
+from bnpatch.models.running_stats import re_estimate_statistics
 from tests.hostile import classifying
 from tests.models.small import INPUTS, assert_close
 from tests.nn.test_surgery import CALIBRATED, images, settle
@@ -219,7 +219,7 @@ def test_lambda_costs_nothing_in_the_file(checkpoint, exporter, tmp_path, clean)
     model = bnpatch.load(checkpoint)
     export_onnx(model, tmp_path / "plain.onnx")
     examples = bnpatch.open_examples(clean, model)
-    model.set_target(target_moments(model, examples))
+    model.set_state(model.state.with_re_estimated(re_estimate_statistics(model, examples)))
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.7)))
     done = export_onnx(model, tmp_path / "moved.onnx")
@@ -275,7 +275,11 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
     model = bnpatch.load(module, preprocessing={"img_size": 32})
     x = images(12, 3, 32, 32)
     bnpatch.calibrate(model, x)
-    model.set_target(target_moments(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model)))
+    model.set_state(
+        model.state.with_re_estimated(
+            re_estimate_statistics(model, bnpatch.open_examples((2 * x, np.zeros(12, int)), model))
+        )
+    )
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.8), dict.fromkeys(names[:3], 0.3)))
     model.save(tmp_path / "model.pt", model.recipe())

@@ -4,7 +4,7 @@ import torch
 
 import bnpatch
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import recover_folded, target_moments
+from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
 from bnpatch.models.torch_model import TorchModel
 from tests.nn.test_surgery import images
 
@@ -17,7 +17,11 @@ def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
     assert isinstance(copy, TorchModel)
     names = list(model.alphas())
     assert list(copy.alphas()) == names
-    model.set_target(target_moments(model, bnpatch.open_examples((X.numpy(), [0] * len(X)), model)))
+    model.set_state(
+        model.state.with_re_estimated(
+            re_estimate_statistics(model, bnpatch.open_examples((X.numpy(), [0] * len(X)), model))
+        )
+    )
     weights = PatchWeights(*(dict.fromkeys(names, value) for value in (0.2, 0.5, 1.5)))
     copy.set_state(model.state)
     for one in (model, copy):

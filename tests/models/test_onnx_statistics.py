@@ -9,7 +9,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import export_onnx
-from bnpatch.models.running_stats import calibrate, target_moments
+from bnpatch.models.running_stats import calibrate, re_estimate_statistics
 from tests.models.onnx_graph import graph, opened
 from tests.models.test_running_stats import DATA, INPUTS, group_norm, small
 from tests.nn.test_surgery import images
@@ -42,14 +42,14 @@ SETTINGS = [(0.0, 0.5), (0.0, 1.0), (0.2, 0.0), (0.2, 0.5), (1.0, 1.0)]
 
 
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, group_norm])
-def test_target_moments_and_every_setting_agree_with_torch(norm, exported_small):
+def test_re_estimated_statistics_and_every_setting_agree_with_torch(norm, exported_small):
     models = exported_small(norm)
     assert models[0].fingerprints() == models[1].fingerprints()
     assert models[0].uncalibrated() == models[1].uncalibrated()
     found = []
     for model in models:
         calibrate(model, INPUTS, batch_size=16)
-        found.append(target_moments(model, bnpatch.open_examples(DATA, model), batch_size=13))
+        found.append(re_estimate_statistics(model, bnpatch.open_examples(DATA, model), batch_size=13))
     assert_same_moments(*found[::-1])
     if norm is group_norm:
         used = models[0].statistics_in_use()
@@ -57,7 +57,7 @@ def test_target_moments_and_every_setting_agree_with_torch(norm, exported_small)
         assert_same_moments(models[1].statistics_in_use(), running)
         models[1].set_running(running)  # from now on exactly the same
     for model in models:
-        model.set_target(found[0])
+        model.set_state(model.state.with_re_estimated(found[0]))
     for alpha, weight in SETTINGS:
         expected, got = (
             set_and_predict(model, dict.fromkeys(found[0], alpha), dict.fromkeys(found[0], weight))
@@ -100,7 +100,9 @@ def test_observed_moments_keep_their_digits_far_from_zero(tmp_path):
 def test_lambda_zero_is_the_file_as_it_is_and_a_refused_setting_changes_nothing(exported_small):
     _, model = exported_small(torch.nn.BatchNorm2d)
     before = model.predict(INPUTS)
-    model.set_target(target_moments(model, bnpatch.open_examples(DATA, model)))
+    model.set_state(
+        model.state.with_re_estimated(re_estimate_statistics(model, bnpatch.open_examples(DATA, model)))
+    )
     names = dict.fromkeys(model.alphas(), 0.0)
     model.set_weights(PatchWeights(names, dict.fromkeys(names, 1.0)))
     assert not torch.equal(model.predict(INPUTS), before)
@@ -149,7 +151,11 @@ def test_recipes_pass_from_torch_to_onnx_and_back(exported_small):
     torch_model, onnx_model = exported_small(group_norm)
     calibrate(torch_model, INPUTS)
     shifted = (2 * INPUTS, DATA[1])
-    torch_model.set_target(target_moments(torch_model, bnpatch.open_examples(shifted, torch_model)))
+    torch_model.set_state(
+        torch_model.state.with_re_estimated(
+            re_estimate_statistics(torch_model, bnpatch.open_examples(shifted, torch_model))
+        )
+    )
     torch_model.set_weights(
         PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
     )

@@ -12,14 +12,14 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
-from bnpatch.models.running_stats import calibrate, target_moments
+from bnpatch.models.running_stats import calibrate, re_estimate_statistics
 from tests.models.small import DATA, INPUTS, assert_unchanged, group_norm, opened, small, snapshot
 
 
 def test_lambda_zero_is_the_original_bit_for_bit():
     model, examples = opened(small())
     before = model.predict(INPUTS)
-    model.set_target(target_moments(model, examples))
+    model.set_state(model.state.with_re_estimated(re_estimate_statistics(model, examples)))
     names = list(model.alphas())
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)))
     assert torch.equal(model.predict(INPUTS), before)
@@ -35,13 +35,13 @@ def test_lambda_zero_is_the_original_bit_for_bit():
 
 def test_lambda_one_is_a_model_with_the_moments_of_the_data():
     model, examples = opened(small())
-    targets = target_moments(model, examples)
+    targets = re_estimate_statistics(model, examples)
     twin = copy.deepcopy(model.module)
     for name, moments in targets.items():
         norm = getattr(twin, name)
         norm.running_mean.copy_(torch.from_numpy(moments.mean))
         norm.running_var.copy_(torch.from_numpy(moments.var))
-    model.set_target(targets)
+    model.set_state(model.state.with_re_estimated(targets))
     for alpha in (0.0, 0.3):
         model.set_weights(PatchWeights(dict.fromkeys(targets, alpha), dict.fromkeys(targets, 1.0)))
         bnpatch.patch(twin, alpha)
@@ -50,10 +50,12 @@ def test_lambda_one_is_a_model_with_the_moments_of_the_data():
 
 def test_new_targets_count_at_once():
     model, examples = opened(small())
-    targets = target_moments(model, examples)
-    model.set_target(targets)
+    targets = re_estimate_statistics(model, examples)
+    model.set_state(model.state.with_re_estimated(targets))
     model.set_weights(PatchWeights(lambdas={"norm1": 1.0}))
-    model.set_target({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
+    model.set_state(
+        model.state.with_re_estimated({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
+    )
     np.testing.assert_allclose(
         model.statistics_in_use()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5
     )  # float32
@@ -81,7 +83,11 @@ def test_a_refused_setting_changes_nothing(weights, message):
 def test_recipes_carry_all_that_was_found(tmp_path):
     model, examples = opened(small(group_norm))
     calibrate(model, examples)
-    model.set_target(target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model)))
+    model.set_state(
+        model.state.with_re_estimated(
+            re_estimate_statistics(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model))
+        )
+    )
     model.set_weights(
         PatchWeights({"norm1": 0.6, "norm2": 1.0, "norm3": 0.3}, {"norm1": 0.4, "norm2": 0.9, "norm3": 0.0})
     )
@@ -113,7 +119,7 @@ def test_a_recipe_that_does_not_fit_changes_nothing():
 
 def test_a_module_with_other_running_moments_is_taken_as_it_is():
     model, examples = opened(small())
-    model.set_target(target_moments(model, examples))
+    model.set_state(model.state.with_re_estimated(re_estimate_statistics(model, examples)))
     model.set_weights(
         PatchWeights({"norm1": 0.2, "norm2": 0.0, "norm3": 0.0}, {"norm1": 0.5, "norm2": 0.5, "norm3": 0.0})
     )
@@ -128,12 +134,14 @@ def test_a_module_with_other_running_moments_is_taken_as_it_is():
 def test_a_borrowed_model_comes_back():
     model, examples = opened(small(group_norm))
     calibrate(model, examples)
-    targets = target_moments(model, examples)
-    model.set_target(targets)
+    targets = re_estimate_statistics(model, examples)
+    model.set_state(model.state.with_re_estimated(targets))
     model.set_weights(PatchWeights({"norm1": 0.5}, {"norm1": 0.5}))
     before, expected = snapshot(model), model.recipe().to_json()
     with model.borrowed():
-        model.set_target({name: Moments(t.mean + 1, t.var) for name, t in targets.items()})
+        model.set_state(
+            model.state.with_re_estimated({name: Moments(t.mean + 1, t.var) for name, t in targets.items()})
+        )
         model.set_weights(PatchWeights(dict.fromkeys(targets, 0.1), dict.fromkeys(targets, 1.0)))
         model.module.train()
     assert_unchanged(model, before)

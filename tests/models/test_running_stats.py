@@ -11,7 +11,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import calibrate, target_moments
+from bnpatch.models.running_stats import calibrate, re_estimate_statistics
 from tests.models.small import DATA, INPUTS, assert_unchanged, group_norm, opened, small, snapshot
 from tests.nn.test_surgery import images
 
@@ -166,20 +166,20 @@ def test_batch_norm_without_running_moments():
     assert module[1].running_mean is None
 
 
-def test_target_moments_of_the_first_norm_are_those_of_all_values():
+def test_re_estimated_statistics_of_the_first_norm_are_those_of_all_values():
     model, examples = opened(small())
     before = snapshot(model)
     values = inputs_of(model.module, "norm1", INPUTS)
     for size in (7, 13, 40):
-        found = target_moments(model, examples, batch_size=size)
+        found = re_estimate_statistics(model, examples, batch_size=size)
         assert_moments(found["norm1"], values)
     assert_unchanged(model, before)
 
 
-def test_target_moments_of_one_batch_are_those_of_a_training_pass():
+def test_re_estimated_statistics_of_one_batch_are_those_of_a_training_pass():
     """That of nn.BatchNorm with momentum=None, whose variance is the unbiased one."""
     model, examples = opened(small())
-    found = target_moments(model, examples)
+    found = re_estimate_statistics(model, examples)
     trained = copy.deepcopy(model.module).train()
     for module in trained.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -196,27 +196,27 @@ def test_target_moments_of_one_batch_are_those_of_a_training_pass():
     assert_moments(found["norm2"], values, rtol=1e-3)
 
 
-def test_target_moments_see_the_model_as_it_came():
+def test_re_estimated_statistics_see_the_model_as_it_came():
     """Weights that are set do not change what is estimated."""
     model, examples = opened(small())
-    plain = target_moments(model, examples)
-    model.set_target(plain)
+    plain = re_estimate_statistics(model, examples)
+    model.set_state(model.state.with_re_estimated(plain))
     model.set_weights(PatchWeights(dict.fromkeys(model.alphas(), 0.3), dict.fromkeys(model.alphas(), 0.5)))
     before = snapshot(model)
-    weighed = target_moments(model, examples)
+    weighed = re_estimate_statistics(model, examples)
     assert_unchanged(model, before)
     for name, moments in plain.items():
         np.testing.assert_array_equal(weighed[name].mean, moments.mean)
 
 
-def test_group_norm_has_target_moments_once_it_is_a_site():
+def test_group_norm_has_re_estimated_statistics_once_it_is_a_site():
     model, examples = opened(small(group_norm))
-    assert target_moments_or_none(model, examples) is None
+    assert statistics_or_none(model, examples) is None
     calibrate(model, examples)
     source = model.statistics_in_use()
-    found = target_moments(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model))
+    found = re_estimate_statistics(model, bnpatch.open_examples((2 * INPUTS, DATA[1]), model))
     assert_moments(found["norm1"], inputs_of(model.module, "norm1", 2 * INPUTS))
-    model.set_target(found)
+    model.set_state(model.state.with_re_estimated(found))
     model.set_weights(PatchWeights(dict.fromkeys(found, 0.6), {"norm1": 0.4}))
     expected = mix(0.4, found["norm1"], Moments(source["norm1"].mean.numpy(), source["norm1"].var.numpy()))
     np.testing.assert_allclose(model.statistics_in_use()["norm1"].var, expected.var, rtol=1e-5)  # float32
@@ -224,18 +224,18 @@ def test_group_norm_has_target_moments_once_it_is_a_site():
     assert torch.equal(model.statistics_in_use()["norm1"].mean, source["norm1"].mean)
 
 
-def target_moments_or_none(model, examples):
+def statistics_or_none(model, examples):
     with pytest.raises(BnpatchError, match=r"no running statistics"):
-        return target_moments(model, examples)
+        return re_estimate_statistics(model, examples)
     return None
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, group_norm])
-@pytest.mark.parametrize("work", [calibrate, target_moments])
+@pytest.mark.parametrize("work", [calibrate, re_estimate_statistics])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(norm, work, training):
     model, examples = opened(small(norm).train(training))
-    if norm is group_norm and work is target_moments:
+    if norm is group_norm and work is re_estimate_statistics:
         calibrate(model, examples)
         model.set_alphas(0.4)
     before = snapshot(model)

@@ -12,7 +12,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments, mix, weight_by_distance
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.models.export import export_onnx
-from bnpatch.models.running_stats import target_moments
+from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.nn.norm import ExampleWeightedNorm
 from tests.models.small import assert_close
 from tests.nn.test_surgery import images, settle
@@ -34,7 +34,7 @@ def weights_of(model, alpha=0.2):
 @pytest.fixture(scope="module")
 def target(checkpoint):
     model = bnpatch.load(checkpoint)
-    return target_moments(model, bnpatch.open_examples((X.numpy(), np.zeros(len(X), int)), model))
+    return re_estimate_statistics(model, bnpatch.open_examples((X.numpy(), np.zeros(len(X), int)), model))
 
 
 @pytest.fixture(params=["torch", "onnx"])
@@ -46,7 +46,7 @@ def test_torch_and_onnxruntime_agree(checkpoint, exported, target):
     models = [bnpatch.load(path) for path in (checkpoint, exported)]
     outputs = []
     for model in models:
-        model.set_target(target)
+        model.set_state(model.state.with_re_estimated(target))
         model.set_weights(PatchWeights(dict.fromkeys(model.alphas(), 0.2)))
         model.predict(X)  # a session without slopes is open when they come
         model.set_weights(weights_of(model))
@@ -79,7 +79,7 @@ def test_no_slope_changes_the_baseline_and_zero_is_the_constant_weight(model):
 
 
 def test_no_prediction_depends_on_its_batch(model, target):
-    model.set_target(target)
+    model.set_state(model.state.with_re_estimated(target))
     model.set_weights(weights_of(model))
     x = images(64, 1, 32, 32) * torch.linspace(0.2, 4, 64).view(-1, 1, 1, 1)
     together = model.predict(x)
@@ -105,7 +105,7 @@ def test_wrong_slopes_are_refused_and_change_nothing(model):
 @pytest.mark.slow
 def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path):
     model = bnpatch.load(checkpoint)
-    model.set_target(target)
+    model.set_state(model.state.with_re_estimated(target))
     model.set_weights(weights_of(model))
     y, recipe = model.predict(X), model.recipe()
     assert model.save(tmp_path / "patched.pt", recipe)

@@ -14,7 +14,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import recover_folded, target_moments
+from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
 from bnpatch.nn.fused_conv import VirtualNorm
 from tests.nn.test_surgery import images, settle
 
@@ -115,7 +115,7 @@ def test_copies_types_and_training(clone):
 def test_the_recipe_makes_it_again_and_fits_the_export(tmp_path):
     model = recovered(fused()[1])
     examples = bnpatch.open_examples((0.5 * X, DATA[1]), model)
-    model.set_target(target_moments(model, examples))
+    model.set_state(model.state.with_re_estimated(re_estimate_statistics(model, examples)))
     model.set_weights(
         PatchWeights({"conv1.folded": 0.2, "conv2.folded": 0.0}, {"conv1.folded": 0.0, "conv2.folded": 0.6})
     )

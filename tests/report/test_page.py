@@ -193,7 +193,7 @@ def test_a_loss_is_not_kept(tuned, written):
         verdict=replace(tuned.verdict, comparisons=comparisons),
         weights=weights,
         recipe=Recipe(
-            tuple(replace(s, alpha=0.0, lambda_=0.0, target=None) for s in tuned.recipe.norm_layers)
+            tuple(replace(s, alpha=0.0, lambda_=0.0, re_estimated=None) for s in tuned.recipe.norm_layers)
         ),
     )
     page = written(result)

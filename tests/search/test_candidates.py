@@ -149,7 +149,7 @@ def test_what_few_examples_say_of_a_rate_is_still_a_rate():
 
 def starts_of(tiny, found, *, recalibrate=True, set_size=1, few=False):
     """Where a search per layer starts."""
-    target = tiny.state.with_target(
+    target = tiny.state.with_re_estimated(
         {name: Moments(np.zeros(c), np.ones(c)) for name, c in zip(tiny.alphas(), WIDTHS, strict=True)}
     )
     search = LayerSearch.__new__(LayerSearch)

@@ -9,7 +9,7 @@ import bnpatch
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import CROSS_ENTROPY
-from bnpatch.models.running_stats import target_moments
+from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search.gradient_search import (
     STEP_COST,
     Course,
@@ -162,7 +162,9 @@ def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, m
     objective = ObjectiveSpec.of(metric, None, 64).objective(model, examples, np.arange(200))
     found = {}
     with model.borrowed():
-        model.set_target(target_moments(model, examples, indices=np.arange(200)))
+        model.set_state(
+            model.state.with_re_estimated(re_estimate_statistics(model, examples, indices=np.arange(200)))
+        )
         for part_size in (20, 100):
             sizes.clear()
             problem = Problem(model, examples, np.arange(200), objective.loss, model.state, 100, part_size)

@@ -11,7 +11,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
-from bnpatch.models.running_stats import target_moments
+from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search import objective, tune
 from bnpatch.search.gradient_search import Course
 from bnpatch.search.held_out import scores
@@ -73,7 +73,11 @@ def test_other_candidates_go_beyond_one_alpha(searched, tiny, plain, dim):
     tuning, _ = bnpatch.data.dataset.split(dim[1].astype(np.int64), 0.5, seed=0)
     examples = bnpatch.open_examples(dim, tiny)
     with tiny.borrowed():  # a global search compares on all tuning examples
-        tiny.set_target(target_moments(tiny, examples, indices=tuning, batch_size=250))
+        tiny.set_state(
+            tiny.state.with_re_estimated(
+                re_estimate_statistics(tiny, examples, indices=tuning, batch_size=250)
+            )
+        )
         found_globally = []
         for candidate in searched.candidates[:4]:
             tiny.set_weights(candidate.weights)
@@ -555,11 +559,13 @@ def test_a_cross_fit_leaves_the_targets_of_the_whole(tiny, dim):
     run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 4}
     result = bnpatch.tune_alpha(tiny, few, **run)
     assert result.num_parts > 1
-    whole = target_moments(tiny, bnpatch.open_examples(few, tiny), indices=np.arange(100), batch_size=250)
+    whole = re_estimate_statistics(
+        tiny, bnpatch.open_examples(few, tiny), indices=np.arange(100), batch_size=250
+    )
     stored = {norm_layer.name: norm_layer for norm_layer in result.recipe.norm_layers}
     assert any(norm_layer.lambda_ for norm_layer in stored.values())
     for name, norm_layer in stored.items():
-        np.testing.assert_allclose(norm_layer.target.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(norm_layer.re_estimated.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
 
 
 def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
@@ -573,16 +579,20 @@ def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
 def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, dim, make):
     """Its own targets, not those that the search estimates; and it has them again afterwards."""
     model = tiny if make == "torch" else bnpatch.load(tiny_onnx)
-    model.set_target({name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()})
+    model.set_state(
+        model.state.with_re_estimated(
+            {name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()}
+        )
+    )
     model.set_weights(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.7)))
-    own = {name: np.array(part.mean) for name, part in model.state.target.items()}
+    own = {name: np.array(part.mean) for name, part in model.state.re_estimated.items()}
     test = dim[0][:200], dim[1][:200]
     examples = bnpatch.open_examples(test, model)
     before = evaluate(model, examples).mean(CROSS_ENTROPY)
     run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 3}
     result = bnpatch.tune_alpha(model, (dim[0][200:], dim[1][200:]), test_data=test, **run)
     assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
-    assert all(np.array_equal(part.mean, own[name]) for name, part in model.state.target.items())
+    assert all(np.array_equal(part.mean, own[name]) for name, part in model.state.re_estimated.items())
     assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)
 
 
