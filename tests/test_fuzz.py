@@ -9,8 +9,8 @@ from tests.fuzzing import KINDS
 
 # How many damaged files of each kind; twenty times as many are slow.
 COUNTS = {
-    "ONNX, small": 200,
-    "recipe": 500,
+    "ONNX, small": 100,
+    "recipe": 250,
     ".npz": 60,
     "configuration": 100,
     "class map": 100,

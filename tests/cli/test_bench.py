@@ -13,6 +13,7 @@ import bnpatch
 from tests.command_line import one_line
 
 
+@pytest.mark.slow
 def test_bench_compares_the_model_with_its_patch(cli, checkpoint, folder, tmp_path):
     code, out, err = cli("bench", checkpoint, "--seconds", 0)
     assert code == 0

@@ -66,6 +66,7 @@ def test_writes_what_it_promises(cli, checkpoint, data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_groups_of_validation_images(cli, checkpoint, data):
     """80 images in 10 groups, by the last digit of their number; those to train on have the same names."""
     code, out, err = cli(*arguments(checkpoint, data, "--group-by", r"(\d)$", "--json"))
@@ -75,6 +76,7 @@ def test_groups_of_validation_images(cli, checkpoint, data):
     assert "10 groups, such as '0', are both in the data to learn from" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_batch_group_norm_by_options(cli, checkpoint, data, tmp_path):
     more = ["--channels-per-group", 8, "--norm-weight-decay", 1e-3, "--norm-weight-decay-sites", "all"]
     code, _, err = cli(*arguments(checkpoint, data, *more, "--decoupled", "--gamma-toward", 0))

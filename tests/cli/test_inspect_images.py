@@ -43,6 +43,7 @@ def test_evaluate_warns(cli, checkpoint, plain, folder):
         assert "another preprocessing" not in cli("evaluate", checkpoint, "--data", data)[2]
 
 
+@pytest.mark.slow
 def test_tune_alpha_warns_and_notes_it(cli, checkpoint, plain):
     code, out, err = cli("tune-alpha", checkpoint, "--data", plain, *WRONG, "--granularity", "global")
     assert code == 0, err

@@ -24,6 +24,7 @@ def test_a_password_reaches_neither_the_terminal_nor_a_recipe(cli, checkpoint, f
             assert recipes.command(storage).startswith("tune-alpha 'a b' ")
 
 
+@pytest.mark.slow
 def test_names_do_not_act_on_the_terminal_or_the_report(cli, checkpoint, folder, tmp_path):
     model, data = f"{ODD}\n.pt", tmp_path / ODD
     shutil.copytree(folder, data)

@@ -143,6 +143,7 @@ def test_a_full_disk_leaves_nothing_half_written(cli, checkpoint, folder, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_class_names_are_learned_from_the_folders(cli, folder, tmp_path):
     """A class folder with another name later on is warned of before anything is scored."""
     state = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
@@ -155,6 +156,7 @@ def test_class_names_are_learned_from_the_folders(cli, folder, tmp_path):
     assert "the class folder 'three' is not among the model's class names" in err
 
 
+@pytest.mark.slow
 def test_groups_by_folder_expression_and_table(cli, checkpoint, folder, tmp_path):
     """120 images in 40 scenes of three, which may be of several classes."""
     names = []
@@ -199,6 +201,7 @@ def test_bad_groups(cli, checkpoint, folder, rule, message):
         assert message in one_line(err)
 
 
+@pytest.mark.slow
 def test_trials_are_logged_to_a_tracker(cli, checkpoint, folder):
     code, _, err = cli(
         "tune-alpha", checkpoint, "--data", folder, *QUICK, "--trials", 4, "--log", "tensorboard"

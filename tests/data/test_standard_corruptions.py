@@ -70,7 +70,7 @@ RANDOM = sorted(
 )
 
 
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("kind", [each for each in EACH if each.values[0] in RANDOM])
 def test_what_is_random_depends_on_the_key_and_the_seed(kind):
     x = image()
     one = corrupt(x, kind, 3, (0, 5))

@@ -95,6 +95,7 @@ def test_a_file_pools_what_the_model_pools(small, tmp_path, alpha, weight):
     assert result.patched == ("1", "4")
 
 
+@pytest.mark.slow
 def test_an_onnx_file_refuses_a_recipe_that_pools_channels(small, tmp_path):
     bnpatch.export_onnx(small, tmp_path / "model.onnx")
     file = bnpatch.load(tmp_path / "model.onnx")

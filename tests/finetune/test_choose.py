@@ -106,7 +106,7 @@ def _score(spec, rate):
     [
         (1, KeyboardInterrupt),
         pytest.param(2, OSError, marks=pytest.mark.slow),
-        (4, RuntimeError),
+        pytest.param(4, RuntimeError, marks=pytest.mark.slow),
         pytest.param(
             7, SystemExit, marks=pytest.mark.slow
         ),  # Optuna notes no end, as of a process that is killed

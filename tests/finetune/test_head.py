@@ -10,7 +10,9 @@ from bnpatch.data.class_folders import ClassOrder
 from bnpatch.finetune.head import classes_of, new_head
 
 
-@pytest.mark.parametrize("arch", ["timm:test_resnet", "torchvision:mobilenet_v2"])
+@pytest.mark.parametrize(
+    "arch", ["timm:test_resnet", pytest.param("torchvision:mobilenet_v2", marks=pytest.mark.slow)]
+)
 def test_another_number_of_classes(arch, tmp_path):
     library, name = arch.split(":")
     module = (
