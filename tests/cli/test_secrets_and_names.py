@@ -3,6 +3,7 @@
 import shutil
 import sys
 
+import pytest
 import torch
 
 from bnpatch_cli import recipes
