@@ -189,7 +189,7 @@ def test_whoever_was_taken_for_dead_writes_to_nobodys_trial(url, short):
     assert list(taken.blocks) == [0]
     assert [t.is_own for t in study.trials()] == [False]
     study.record(before, 2, 0.6)
-    study.end(before, TrialState.COMPLETE, 0.6)
+    study.end(before, TrialState.COMPLETE, 0.6, {})
     assert other.trials() == [taken]
     assert [t.state for t in study.optuna_study.trials] == [TrialState.FAIL, TrialState.RUNNING]
 
