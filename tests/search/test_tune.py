@@ -13,6 +13,7 @@ from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search import objective, tune
+from bnpatch.search.cross_fit import Searches
 from bnpatch.search.gradient_search import Course
 from bnpatch.search.held_out import scores
 from bnpatch.search.label_free import Seen, infomax, unlabeled_step
@@ -244,10 +245,33 @@ def test_chance_is_warned_of(tiny, dim):
         bnpatch.tune_alpha(tiny, (dim[0], (dim[1] + 1) % 10), granularity="global", max_passes=1)
 
 
-def test_few_examples_take_turns_in_being_held_out(tiny, dim):
+def test_few_examples_take_turns_in_being_held_out(tiny, dim, monkeypatch):
+    seen, judged = set(), []
+    scores, loss, begin = LabelledObjective.scores, LabelledObjective.loss, Searches._begin
+
+    def spy_begin(*args):
+        seen.clear()
+        return begin(*args)
+
+    def spy_scores(self, model, examples, indices):
+        if len(self.metrics) > 3:  # the verdict scores confidence, too
+            judged.append(set(indices.tolist()))
+            assert not judged[-1] & seen  # by the search that judges this part
+        else:
+            seen.update(indices.tolist())
+        return scores(self, model, examples, indices)
+
+    def spy_loss(self, model, batches):
+        seen.update(index for batch in batches for index in batch.indices.tolist())
+        return loss(self, model, batches)
+
+    monkeypatch.setattr(Searches, "_begin", spy_begin)
+    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
+    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
     result = bnpatch.tune_alpha(
         tiny, (dim[0][:100], dim[1][:100]), metric="cross-entropy", granularity="layer", trials=4
     )
+    assert set.union(*judged) == set(range(100))
     assert result.num_tuning == result.num_held_out == 100
     assert any("cross-fitting" in note for note in result.notes)
     assert str(result.verdict) == "gain"
