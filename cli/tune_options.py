@@ -14,7 +14,7 @@ _search, _verdict = panel("Search"), panel("Verdict and calibration")
 
 @dataclass(frozen=True)
 class Judging:
-    """Which images give the verdict, and which ones a patch must not harm."""
+    """Options that say which images give the verdict, and which ones a patch must not harm."""
 
     holdout: Annotated[
         float | None,

@@ -231,5 +231,5 @@ _OWN: dict[str, _Shift] = {
     "noise": _noise,
     "blur": _blur,
 }
-# Of a name that stands in both, bnpatch's own meaning counts.
+# bnpatch's own meaning counts where both have a name, because recipes of earlier versions mean it.
 _SHIFTS: dict[str, _Shift] = _OWN | {kind: _standard(kind) for kind in STANDARD if kind not in _OWN}

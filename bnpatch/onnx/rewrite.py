@@ -90,18 +90,21 @@ def rewrite(
         What was rewritten, and the names of the new inputs.
 
     Raises:
-        BnpatchError: a name is no norm layer, or a norm layer has no running statistics and none are given.
+        BnpatchError: a name is no norm layer, a norm layer has no running statistics and none are given, or
+            the alphas or the slopes for a global input differ.
         InvalidAlphaError: an alpha is not in [0, 1].
         InvalidSlopeError: a slope is not in [-4, 4].
-        ValueError: the alphas or the slopes for a global input differ, or running statistics have another
-            shape or are not finite.
+        ValueError: running statistics have another shape or are not finite.
     """
     found = _regrouped(inventory(model).norm_layers, channels_per_group or {})
     alphas = _by_norm(weights.alphas, found, check_alpha)
     slopes = _by_norm(weights.slopes, found, check_slope)
     for kind, values in (("alpha", alphas), ("slope", slopes)):
         if alpha_inputs == "global" and len(set(values.values())) > 1:
-            raise ValueError(f"one {kind} input for all norm layers has one default, but the {kind}s differ")
+            raise BnpatchError(
+                f"one {kind} input for all norm layers has one default, but the {kind}s differ",
+                "leave one adjustable for each: --alpha-input per-site",
+            )
     named = [norm_layer for norm_layer in found if norm_layer.name in alphas]
     moments = {norm_layer.name: _running_moments(norm_layer, running or {}) for norm_layer in named}
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import bnpatch
 from tests.command_line import QUICK, one_line
 
 
@@ -65,3 +66,14 @@ def test_what_an_export_must_not_do(cli, checkpoint, plain):
         assert message in one_line(err)
     assert model.read_bytes() == before
     assert "nothing is patched" in said
+
+
+def test_one_input_for_alphas_that_differ_is_refused_and_one_for_each_is_not(cli, exported):
+    model = bnpatch.load(exported)
+    model.set_alphas({name: 0.1 + 0.01 * number for number, name in enumerate(model.alphas())})
+    model.recipe().save("recipe.json")
+    command = ("export", exported, "--recipe", "recipe.json", "-o", "adjustable.onnx", "--alpha-input")
+    code, _, err = cli(*command, "global")
+    assert code == 2
+    assert "the alphas differ; leave one adjustable for each: --alpha-input per-site" in one_line(err)
+    assert cli(*command, "per-site")[0] == 0
