@@ -29,8 +29,7 @@ from bnpatch.data.class_maps import read_class_map
 from bnpatch.onnx import io as onnx_io
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
-from tests.onnx.build import batch_norm, bn_model, parameters
-from tests.onnx.test_match import in_function, in_if
+from tests.onnx.build import batch_norm, bn_model, in_function, in_if, parameters
 
 LIGHT = Path(onnx.backend.test.__file__).parent / "data" / "light"
 

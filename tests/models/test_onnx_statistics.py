@@ -168,8 +168,7 @@ def test_recipes_pass_from_torch_to_onnx_and_back(exported_small):
 
 
 def test_moments_of_sites_in_branches_are_missing(tmp_path):
-    from tests.onnx.build import batch_norm, parameters
-    from tests.onnx.test_match import in_if
+    from tests.onnx.build import batch_norm, in_if, parameters
 
     model = opened(tmp_path, in_if(batch_norm(), parameters()))
     x = images(2, 6, 5, 4)

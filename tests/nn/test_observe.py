@@ -3,7 +3,7 @@ from torch import nn
 
 from bnpatch.core.moments import Moments
 from bnpatch.nn.hooks import accurate_moments, at_inputs, joined, pooled_rows
-from tests.nn.test_norm import Sizes, sample
+from tests.nn.norms import Sizes, sample
 
 
 def test_no_digits_are_lost_far_from_zero():

@@ -20,8 +20,8 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import calibrated
 from bnpatch.nn.training_norm import GeneralNorm, convert_norms, grouped_norm, renorm
 from tests import reference
+from tests.nn.norms import parameters, sample
 from tests.nn.pairwise import pairwise
-from tests.nn.test_norm import parameters, sample
 
 SPECS = {
     "batch": (1, None),

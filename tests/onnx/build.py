@@ -12,6 +12,8 @@ TYPES = {
     np.dtype(np.float64): TensorProto.DOUBLE,
 }
 
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
 
 def parameters(channels=6, dtype=np.float32, seed=0, prefix="bn"):
     rng = np.random.default_rng(seed)
@@ -67,6 +69,34 @@ def bn_model(*, x=("n", 6, 5, 4), dtype=np.float32, conv=False, **options):
             batch_norm(("c", *(f"bn.{name}" for name in ("weight", "bias", "running_mean", "running_var")))),
         ]
     return model(nodes, arrays, x=x, dtype=dtype, **options)
+
+
+def in_if(node, arrays, opset=20):
+    """The node in both branches of an If; its parameters lie in the graph outside."""
+    branches = {}
+    for branch in ("then_branch", "else_branch"):
+        inner = onnx.NodeProto()
+        inner.CopyFrom(node)
+        inner.name, inner.output[0] = f"{branch}_norm", f"{branch}_y"
+        out = helper.make_tensor_value_info(f"{branch}_y", TensorProto.FLOAT, None)
+        branches[branch] = helper.make_graph([inner], branch, [], [out])
+    nodes = [constant("yes", np.array(True)), helper.make_node("If", ["yes"], ["y"], **branches)]
+    return model(nodes, arrays, opset=opset)
+
+
+def in_function(opset=20):
+    """Two calls of one function, each with its own parameters."""
+    body = helper.make_function(
+        "local", "Block", ["a", *PARAMETERS], ["b"],
+        [helper.make_node("BatchNormalization", ["a", *PARAMETERS], ["b"], name="inner")],
+        [helper.make_opsetid("", opset)],
+    )  # fmt: skip
+    arrays = parameters(prefix="one") | parameters(prefix="two", seed=1)
+    calls = [
+        helper.make_node("Block", ["x", *(f"one.{n}" for n in PARAMETERS)], ["h"], domain="local", name="c1"),
+        helper.make_node("Block", ["h", *(f"two.{n}" for n in PARAMETERS)], ["y"], domain="local", name="c2"),
+    ]
+    return model(calls, arrays, functions=[body], opset=opset)
 
 
 def constant(output, array):

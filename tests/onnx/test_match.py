@@ -6,9 +6,17 @@ from onnx import TensorProto, helper
 
 from bnpatch.onnx.io import inline_norms
 from bnpatch.onnx.match import _unique, inventory
-from tests.onnx.build import batch_norm, bn_model, constant, from_proto, model, parameters
-
-PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+from tests.onnx.build import (
+    PARAMETERS,
+    batch_norm,
+    bn_model,
+    constant,
+    from_proto,
+    in_function,
+    in_if,
+    model,
+    parameters,
+)
 
 
 def look(proto):
@@ -216,40 +224,12 @@ def test_group_norm_that_divides_no_channels_is_left_alone():
     assert "do not divide" in reason(model([node], arrays, opset=21))
 
 
-def in_if(node, arrays, opset=20):
-    """The node in both branches of an If; its parameters lie in the graph outside."""
-    branches = {}
-    for branch in ("then_branch", "else_branch"):
-        inner = onnx.NodeProto()
-        inner.CopyFrom(node)
-        inner.name, inner.output[0] = f"{branch}_norm", f"{branch}_y"
-        out = helper.make_tensor_value_info(f"{branch}_y", TensorProto.FLOAT, None)
-        branches[branch] = helper.make_graph([inner], branch, [], [out])
-    nodes = [constant("yes", np.array(True)), helper.make_node("If", ["yes"], ["y"], **branches)]
-    return model(nodes, arrays, opset=opset)
-
-
 def test_batch_norm_in_subgraphs():
     found = look(in_if(batch_norm(), parameters()))
     assert [norm_layer.name for norm_layer in found.norm_layers] == ["bn", "bn#2"]
     assert all(
         norm_layer.node.graph.name in ("then_branch", "else_branch") for norm_layer in found.norm_layers
     )
-
-
-def in_function(opset=20):
-    """Two calls of one function, each with its own parameters."""
-    body = helper.make_function(
-        "local", "Block", ["a", *PARAMETERS], ["b"],
-        [helper.make_node("BatchNormalization", ["a", *PARAMETERS], ["b"], name="inner")],
-        [helper.make_opsetid("", opset)],
-    )  # fmt: skip
-    arrays = parameters(prefix="one") | parameters(prefix="two", seed=1)
-    calls = [
-        helper.make_node("Block", ["x", *(f"one.{n}" for n in PARAMETERS)], ["h"], domain="local", name="c1"),
-        helper.make_node("Block", ["h", *(f"two.{n}" for n in PARAMETERS)], ["y"], domain="local", name="c2"),
-    ]
-    return model(calls, arrays, functions=[body], opset=opset)
 
 
 def test_batch_norm_in_functions_is_found_once_they_are_inlined():

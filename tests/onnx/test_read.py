@@ -13,8 +13,7 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.io import load, save
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
-from tests.onnx.build import batch_norm, bn_model, example, from_proto, model, parameters, run
-from tests.onnx.test_match import in_function
+from tests.onnx.build import batch_norm, bn_model, example, from_proto, in_function, model, parameters, run
 
 
 def write(path, proto):
