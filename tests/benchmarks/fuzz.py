@@ -2,6 +2,7 @@
 
 The files are opened in another process. If a file takes more seconds of processor than the limit, hangs, or
 ends the process, the next process opens the rest. ``--keep`` writes what must be looked at into a folder.
+A run that is interrupted prints what it has counted.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def work(name: str, seeds: range, folder: str, limit: float, results: Connection
     from tests.fuzzing import KINDS
 
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     kind = KINDS[name]
     kind.use(_written(kind, folder, kind.originals()[0]))  # what is computed once does not count
     for seed in seeds:
@@ -53,10 +55,9 @@ def _written(kind, folder: str, content: bytes) -> Path:
     return path
 
 
-def run(name: str, seeds: range, limit: float, keep: Path | None) -> Counter:
+def run(name: str, seeds: range, limit: float, keep: Path | None, counts: Counter) -> None:
     """Open files in processes, one after the other, and count how they ended."""
     context = multiprocessing.get_context("spawn")
-    counts: Counter = Counter()
     while seeds:
         with tempfile.TemporaryDirectory() as folder:
             ours, theirs = context.Pipe(duplex=False)
@@ -66,7 +67,6 @@ def run(name: str, seeds: range, limit: float, keep: Path | None) -> Counter:
             seeds = _follow(process, ours, name, seeds, keep, counts)
             process.kill()
             process.join()
-    return counts
 
 
 def _follow(process, results: Connection, name, seeds: range, keep, counts: Counter) -> range:
@@ -106,10 +106,12 @@ def main() -> None:
     print("| kind | tried | refused | escaped | slow | crashed | seconds |\n|---|---|---|---|---|---|---|")
     each = -(-given.count // len(given.kinds))
     for name in given.kinds:
-        start = time.monotonic()
-        counts = run(name, range(given.first, given.first + each), given.seconds, given.keep)
-        cells = [counts.total(), *(counts[way] for way in ("refused", "escaped", "slow", "crashed"))]
-        print(f"| {name} | {' | '.join(map(str, cells))} | {time.monotonic() - start:.0f} |", flush=True)
+        start, counts = time.monotonic(), Counter()
+        try:
+            run(name, range(given.first, given.first + each), given.seconds, given.keep, counts)
+        finally:
+            cells = [counts.total(), *(counts[way] for way in ("refused", "escaped", "slow", "crashed"))]
+            print(f"| {name} | {' | '.join(map(str, cells))} | {time.monotonic() - start:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
