@@ -1,0 +1,55 @@
+import re
+
+import numpy as np
+import torch
+
+import bnpatch
+from bnpatch.models.load import load
+from tests.remedies.world import SIDE, X, Y, case, net
+
+
+@case("there is no architecture 'test_resnett'", "did you mean test_resnet")
+def test_a_misspelled_architecture(w):
+    def follow(remedy):
+        load(w.checkpoint, arch=re.search(r"did you mean (\w+)", remedy)[1])
+
+    return lambda: load(w.checkpoint, arch="test_resnett"), follow
+
+
+@case("'mine:resnet' names no library", "write one of .*timm:NAME")
+def test_another_library(w):
+    return lambda: load(w.checkpoint, arch="mine:resnet"), lambda _: load(
+        w.checkpoint, arch="timm:test_resnet"
+    )
+
+
+@case("the weights do not fit .*resnet18", "they fit timm:test_resnet: name that, or leave out --arch")
+def test_the_wrong_architecture(w):
+    def follow(remedy):
+        load(w.checkpoint, arch=re.search(r"they fit (\S+):", remedy)[1])
+        load(w.checkpoint)
+
+    return lambda: load(w.checkpoint, arch="resnet18"), follow
+
+
+@case("but beside them are decoder.weight", "--arch timm:test_resnet leaves these out")
+def test_weights_beside_the_model(w):
+    path = w.saved({**{f"encoder.{k}": t for k, t in w.state_dict.items()}, "decoder.weight": torch.ones(2)})
+    return lambda: load(path), lambda remedy: load(path, arch=re.search(r"--arch (\S+)", remedy)[1])
+
+
+@case("fit no architecture of timm or torchvision", r"call bnpatch.tune_alpha\(module, data\) from Python")
+def test_a_model_of_ones_own(w):
+    path = w.saved(net().state_dict())
+
+    def follow(_):
+        module = net()
+        module.load_state_dict(torch.load(path, weights_only=True))
+        bnpatch.tune_alpha(
+            load(module, preprocessing={"img_size": SIDE}), DATA, granularity="global", trials=1
+        )
+
+    return lambda: load(path), follow
+
+
+DATA = (torch.cat([X] * 10), np.tile(Y, 10))

@@ -1,0 +1,262 @@
+import json
+import re
+
+import numpy as np
+import torch
+
+import bnpatch
+from bnpatch.data.groups import group_by
+from tests.remedies.world import X, Y, case, loaded
+
+
+def opened(data, names=None, **options):
+    examples = bnpatch.open_examples(data, loaded(names), **options)
+    next(examples.batches(6))
+    return examples
+
+
+@case("there is no", "a folder with a folder of images per class, or an .npz file")
+def test_missing_data(w):
+    np.savez(w.folder / "data.npz", x=X.numpy(), y=Y)
+
+    def follow(_):
+        opened(w.images("a/1.png", "b/1.png", "c/1.png"))
+        opened(w.folder / "data.npz")
+
+    return lambda: opened(w.folder / "nowhere"), follow
+
+
+@case("are in no class folders", "make one folder per class, or search without labels")
+def test_no_class_folders(w):
+    flat = w.images("1.png", "2.png")
+
+    def follow(_):
+        opened(w.images("a/1.png", "b/2.png", "c/3.png", root="made"))
+        opened(flat, labels="optional")
+
+    return lambda: opened(flat), follow
+
+
+@case("has no images", "a folder of images per class")
+def test_an_empty_folder(w):
+    (w.folder / "data").mkdir()
+    return lambda: opened(w.folder / "data"), lambda _: opened(w.images("a/1.png", "b/1.png", "c/1.png"))
+
+
+@case(r"has 2 class folders, the model has 3 outputs", "--class-map FILE: the folders, one a line")
+def test_fewer_folders(w):
+    data = w.images("a/1.png", "c/1.png")
+    names = w.file("classes.txt", "a\nb\nc\n")
+
+    def follow(_):
+        assert opened(data, class_map=names).targets.tolist() == [0, 2]
+
+    return lambda: opened(data), follow
+
+
+@case("none of the class folders .* has the name of a class", "--class-map FILE")
+def test_other_names(w):
+    data = w.images("katze/1.png", "hund/1.png", "maus/1.png")
+    names = w.file("classes.txt", "katze\nhund\nmaus\n")
+
+    def follow(_):
+        examples = opened(data, ("cat", "dog", "mouse"), class_map=names)
+        assert [examples.targets[i] for i in np.argsort([examples.source.name(i) for i in range(3)])] == [
+            1,
+            0,
+            2,
+        ]
+
+    return lambda: opened(data, ("cat", "dog", "mouse")), follow
+
+
+@case("are parts of a data set, not classes", "give .*val")
+def test_the_folder_above(w):
+    data = w.images(*(f"{part}/{kind}/1.png" for part in ("train", "val") for kind in "abc"))
+    return lambda: opened(data), lambda remedy: opened(re.search(r"give (\S+)", remedy)[1])
+
+
+@case("cannot read", "remove it, or leave out --strict")
+def test_an_unreadable_image(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png", "c/2.png")
+    (data / "c" / "2.png").write_bytes(b"\x89PNG")
+
+    def follow(_):
+        assert len(opened(data).skipped) == 1
+        (data / "c" / "2.png").unlink()
+        opened(data, strict=True)
+
+    return lambda: opened(data, strict=True), follow
+
+
+@case("there are 6 images and targets of shape", "give one target per image")
+def test_fewer_targets(w):
+    return lambda: opened((X, Y[:5])), lambda _: opened((X, Y))
+
+
+@case("there are images without classes", r"give a pair \(images, classes\), or search without labels")
+def test_no_targets(w):
+    return lambda: opened(X), lambda _: [opened((X, Y)), opened(X, labels="optional")]
+
+
+@case("the targets are of type <U3", "give numbers")
+def test_names_as_targets(w):
+    return lambda: opened((X, np.array(["cat"] * 6))), lambda _: opened((X, Y))
+
+
+@case("the classes are not whole numbers", "one class index per image, or a metric of your own")
+def test_fractions_as_targets(w):
+    return lambda: opened((X, Y + 0.5)), lambda _: [opened((X, Y)), opened((X, Y + 0.5), classes=False)]
+
+
+@case("the data has class 5, Net has the outputs 0 to 2", "the data set that the model was trained for")
+def test_too_many_classes(w):
+    return lambda: opened((X, Y + 5)), lambda _: opened((X, Y))
+
+
+@case("the data has class 3, Net has the outputs 0 to 2", "subtract 1, if the classes count from 1")
+def test_classes_from_1(w):
+    return lambda: opened((X, Y + 1)), lambda _: opened((X, Y + 1 - 1))
+
+
+@case("the images are of type torch.int32", "give bytes, or floating-point inputs")
+def test_integers_as_images(w):
+    return (
+        lambda: opened((X.int(), Y)),
+        lambda _: [opened(((X * 40 + 100).clip(0, 255).byte(), Y)), opened((X.double(), Y))],
+    )
+
+
+@case("has the arrays images, kinds", "name the images x and the classes y")
+def test_other_arrays(w):
+    np.savez(w.folder / "data.npz", images=X.numpy(), kinds=Y)
+
+    def follow(_):
+        np.savez(w.folder / "data.npz", x=X.numpy(), y=Y)
+        opened(w.folder / "data.npz")
+
+    return lambda: opened(w.folder / "data.npz"), follow
+
+
+@case("is damaged or not an .npz file", "write it again")
+def test_a_damaged_npz(w):
+    path = w.file("data.npz", b"PK")
+
+    def follow(_):
+        np.savez(path, x=X.numpy(), y=Y)
+        opened(path)
+
+    return lambda: opened(path), follow
+
+
+@case("the data gives dictionaries", r"give pairs \(image, target\)")
+def test_dictionaries(w):
+    return (
+        lambda: opened([{"image": x[None], "label": y} for x, y in zip(X, Y, strict=True)]),
+        lambda _: opened([(x, y) for x, y in zip(X, Y, strict=True)]),
+    )
+
+
+@case("the loader gives no batches", "a generator gives them only once")
+def test_a_generator_that_was_read(w):
+    batches = ((x[None], torch.tensor([y])) for x, y in zip(X, Y, strict=True))
+    list(batches)
+    return lambda: opened(batches), lambda _: opened(iter([(X, torch.from_numpy(Y))]))
+
+
+@case("takes more memory than the 0.001 GB", r"raise cache_gb .*, give fewer examples, or images as bytes")
+def test_too_much_data(w):
+    many = [(torch.cat([X] * 9), torch.from_numpy(np.tile(Y, 9)))] * 50
+
+    def follow(_):
+        opened(iter(many), cache_gb=0.1)
+        opened(iter(many[:5]), cache_gb=0.001)
+
+    return lambda: opened(iter(many), cache_gb=0.001), follow
+
+
+@case("is not a class map, 'a' comes twice", "one class folder a line, .* or a name, a tab and its index")
+def test_a_class_map_with_a_name_twice(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+    path = w.file("classes.txt", "a\na\nc\n")
+
+    def follow(_):
+        for text in ("a\nb\nc\n", "c\t2\na\t0\nb\t1\n"):
+            assert sorted(opened(data, class_map=w.file("classes.txt", text)).targets) == [0, 1, 2]
+
+    return lambda: opened(data, class_map=path), follow
+
+
+@case("the indices of .* are not 0 to 2", "number every output once, from 0")
+def test_a_class_map_from_1(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+    return (
+        lambda: opened(data, class_map=w.file("classes.txt", "a\t1\nb\t2\nc\t3\n")),
+        lambda _: opened(data, class_map=w.file("classes.txt", "a\t0\nb\t1\nc\t2\n")),
+    )
+
+
+@case("is not a class map", r"give a list of names, \{name: index\} or \{index: name\}")
+def test_a_class_map_of_another_layout(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+
+    def follow(_):
+        for content in (["a", "b", "c"], {"a": 0, "b": 1, "c": 2}, {"0": "a", "1": "b", "2": "c"}):
+            opened(data, class_map=w.file("classes.json", json.dumps(content)))
+
+    return lambda: opened(data, class_map=w.file("classes.json", '{"classes": {"a": 0.5}}')), follow
+
+
+@case("the class map has", "list every class folder once, in the order of the outputs")
+def test_a_class_map_without_a_folder(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+    return (
+        lambda: opened(data, class_map=w.file("classes.txt", "a\nb\nd\n")),
+        lambda _: opened(data, class_map=w.file("classes.txt", "a\nb\nc\n")),
+    )
+
+
+@case("there are 3 group labels for 6 examples", "give one label per example")
+def test_fewer_groups(w):
+    return lambda: opened((X, Y), groups=list("aab")), lambda _: opened((X, Y), groups=list("aabbcc"))
+
+
+@case("the groups have one example each", "name groups that several examples share .*, or leave groups out")
+def test_groups_of_one(w):
+    return (
+        lambda: opened((X, Y), groups=list("abcdef")),
+        lambda _: [opened((X, Y), groups=list("aabbcc")), opened((X, Y))],
+    )
+
+
+@case("has no parentheses", "put them around what names the group")
+def test_an_expression_without_a_group(w):
+    def follow(remedy):
+        assert group_by(re.search("'(.*)'", remedy)[1])("video1_frame2.png") == "video1"
+
+    return lambda: group_by("video[0-9]+"), follow
+
+
+@case("is no regular expression", "write parent, an expression such as .*, or the name of a .csv file")
+def test_a_damaged_expression(w):
+    table = w.file("groups.csv", "a/1.png,first\n")
+
+    def follow(remedy):
+        assert group_by("parent")("class/video/1.png") == "video"
+        assert group_by(re.search("such as '(.*)'", remedy)[1])("x/patient7_2.png") == "patient7"
+        assert group_by(str(table))("a/1.png") == "first"
+
+    return lambda: group_by("([a-z"), follow
+
+
+@case("finds nothing in other.png", "write an expression that fits all names")
+def test_an_expression_that_does_not_fit(w):
+    return lambda: group_by("(video[0-9]+)")("other.png"), lambda _: group_by("([a-z]+)")("other.png")
+
+
+@case("has no group for b/1.png", "list each image by its path below the folder of the data")
+def test_a_table_without_an_image(w):
+    return (
+        lambda: group_by(str(w.file("groups.csv", "a/1.png,first\n")))("b/1.png"),
+        lambda _: group_by(str(w.file("groups.csv", "a/1.png,first\nb/1.png,second\n")))("b/1.png"),
+    )

@@ -1,0 +1,120 @@
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import bnpatch
+from bnpatch.core.errors import BnpatchError
+from bnpatch.models.load import load
+from bnpatch.models.running_stats import recover_folded
+from tests.onnx.build import bn_model, model, parameters
+from tests.remedies.world import SIDE, X, case, onnx_file
+
+
+def classifier(**change):
+    """A convolution with a bias, its Batch Norm or something else, and a mean over positions."""
+    arrays = parameters() | {
+        "c.weight": np.ones((6, 3, 1, 1), np.float32),
+        "c.bias": np.arange(6, dtype=np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "c.weight", "c.bias"][: change.get("inputs", 3)], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("n", 6))]
+    return model(nodes, arrays, x=("n", 3, SIDE, SIDE), outputs=outputs)
+
+
+@case("is not an ONNX model, or is truncated", "compare its size with the source and fetch it again")
+def test_a_truncated_graph(w):
+    whole = bn_model().SerializeToString()
+    return (
+        lambda: load(w.file("model.onnx", whole[:200])),
+        lambda _: load(w.file("model.onnx", whole)),
+    )
+
+
+@case("uses opset 6; supported are 7", "convert it with onnx.version_converter")
+def test_an_old_opset(w):
+    proto = bn_model(opset=6, ir_version=3)
+    for name in ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):  # as files had to, then
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, (6,)))
+
+    def follow(_):
+        converted = onnx.version_converter.convert_version(proto, 9)
+        assert load(onnx_file(w, converted, "new.onnx")).inventory().norm_layers
+
+    return lambda: load(onnx_file(w, proto)), follow
+
+
+@case(r"takes 2 inputs \(x, z\)", "give one that takes images alone")
+def test_two_inputs(w):
+    more = bn_model()
+    more.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, (1,)))
+    return lambda: load(onnx_file(w, more)), lambda _: load(onnx_file(w, bn_model()))
+
+
+@case("has no output 'logits'", "choose --output-name among y")
+def test_another_output_of_a_graph(w):
+    path = onnx_file(w, bn_model())
+    return lambda: load(path, output="logits"), lambda _: load(path, output="y")
+
+
+@case("does not exist", "put it beside the model")
+def test_missing_external_data(w):
+    source, path = w.folder / "source" / "model.onnx", w.folder / "model.onnx"
+    source.parent.mkdir()
+    proto = bn_model()
+    onnx.save(proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    path.write_bytes(source.read_bytes())
+
+    def follow(_):
+        (source.parent / "weights.bin").rename(w.folder / "weights.bin")
+        load(path)
+
+    return lambda: load(path), follow
+
+
+@case("has no norm that could be patched", "add --recover-folded")
+def test_a_graph_without_norms(w):
+    found = load(onnx_file(w, classifier()))
+
+    def follow(_):
+        assert recover_folded(found, X) == 1
+        found.set_alphas(0.1)
+
+    return lambda: found.set_alphas(0.1), follow
+
+
+@case("has no norm that could be patched", "take another model")
+def test_a_graph_without_anything(w):
+    found = load(onnx_file(w, classifier(inputs=2)))
+    with pytest.raises(BnpatchError, match="no convolution"):
+        recover_folded(found, X)  # so that the other remedy would not help
+    return lambda: found.set_alphas(0.1), lambda _: load(
+        onnx_file(w, classifier(), "other.onnx")
+    ).fused_convs()
+
+
+@case("onnxruntime refuses the graph", "export the model again with operators of the standard")
+def test_an_operator_of_another_domain(w):
+    proto = bn_model()
+    proto.graph.node[0].output[0] = "b"
+    proto.graph.node.append(helper.make_node("Own", ["b"], ["y"], domain="mine"))
+    proto.opset_import.append(helper.make_opsetid("mine", 1))
+    standard = bn_model()
+    standard.graph.node[0].output[0] = "b"
+    standard.graph.node.append(helper.make_node("Relu", ["b"], ["y"]))
+    x = X.repeat(1, 2, 1, 1)[:, :, :5, :4]
+    return lambda: load(onnx_file(w, proto)).predict(x), lambda _: load(onnx_file(w, standard)).predict(x)
+
+
+@case("cannot be written|cannot write", "choose another")
+def test_a_folder_in_the_place_of_a_file(w):
+    found = load(onnx_file(w, classifier()))
+    (w.folder / "taken.onnx").mkdir()
+    return (
+        lambda: bnpatch.export_onnx(found, w.folder / "taken.onnx"),
+        lambda _: bnpatch.export_onnx(found, w.folder / "free.onnx"),
+    )
