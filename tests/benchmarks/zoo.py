@@ -30,7 +30,7 @@ from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.functional import example_moments
 from bnpatch.nn.hooks import at_inputs
 from bnpatch.nn.surgery import calibrated, uncalibrated
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 MAX_PARAMETERS = 150e6
 MAX_EXPORTED_PARAMETERS = 30e6

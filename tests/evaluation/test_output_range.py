@@ -12,7 +12,7 @@ from bnpatch.models.load import load
 from bnpatch.nn.functional import mixture
 from bnpatch.nn.norm import ExampleWeightedNorm
 from bnpatch.nn.surgery import patch
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 X = 3 * images(7, 3, 6, 6)
 

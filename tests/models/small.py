@@ -1,11 +1,13 @@
 """A small model that uses a norm twice, inputs for it, and checks that it stays as it was."""
 
 import numpy as np
+import timm
 import torch
+import torchvision
 from torch import nn
 
 import bnpatch
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 
 class Small(nn.Module):
@@ -64,3 +66,12 @@ def opened(module):
 def assert_close(found, expected, relative=1e-4):
     """Up to so much of the largest output: float32 through fifteen layers, in another order, gives 1e-5."""
     torch.testing.assert_close(found, expected, rtol=0, atol=relative * expected.abs().max().item())
+
+
+def bare(tmp_path, library="timm", name="test_resnet", file="model.pt", **kwargs):
+    """A settled model and its bare state dict in a file."""
+    create = timm.create_model if library == "timm" else torchvision.models.get_model
+    model = settle(create(name, **kwargs))
+    path = tmp_path / file
+    torch.save(model.state_dict(), path)
+    return model, path

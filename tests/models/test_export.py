@@ -15,7 +15,8 @@ from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.running_stats import re_estimate_statistics
 from tests.hostile import classifying
 from tests.models.small import INPUTS, assert_close
-from tests.nn.test_surgery import CALIBRATED, images, settle
+from tests.nn.norms import images, settle
+from tests.nn.test_calibrated_norms import CALIBRATED
 from tests.onnx.build import batch_norm, bn_model
 
 

@@ -6,7 +6,7 @@ import bnpatch
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
 from bnpatch.models.torch_model import TorchModel
-from tests.nn.test_surgery import images
+from tests.nn.norms import images
 
 X = images(6, 1, 32, 32) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1)  # at many distances
 

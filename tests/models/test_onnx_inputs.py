@@ -11,7 +11,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.models.outputs import Kind
 from tests.models.onnx_graph import BYTES, graph, opened
 from tests.models.small import assert_close
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 
 @pytest.mark.parametrize(

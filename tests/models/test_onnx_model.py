@@ -11,7 +11,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.models.export import export_onnx
 from tests.models.small import assert_close
 from tests.models.test_running_stats import INPUTS, small
-from tests.nn.test_surgery import images
+from tests.nn.norms import images
 
 
 def test_an_export_has_the_sites_of_the_checkpoint(checkpoint, exported):

@@ -9,7 +9,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.export import export_onnx
 from tests.models.small import assert_close
-from tests.nn.test_surgery import images
+from tests.nn.norms import images
 
 LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 

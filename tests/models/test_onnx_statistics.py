@@ -12,7 +12,7 @@ from bnpatch.models.export import export_onnx
 from bnpatch.models.running_stats import calibrate, re_estimate_statistics
 from tests.models.onnx_graph import graph, opened
 from tests.models.test_running_stats import DATA, INPUTS, group_norm, small
-from tests.nn.test_surgery import images
+from tests.nn.norms import images
 
 
 @pytest.fixture(scope="module")

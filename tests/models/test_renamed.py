@@ -14,7 +14,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.architecture import Architecture
 from bnpatch.models.renamed import candidates
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.running_stats import calibrate, re_estimate_statistics
 from tests.models.small import DATA, INPUTS, assert_unchanged, group_norm, opened, small, snapshot
-from tests.nn.test_surgery import images
+from tests.nn.norms import images
 
 
 @pytest.fixture(autouse=True)

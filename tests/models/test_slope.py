@@ -15,7 +15,7 @@ from bnpatch.models.export import export_onnx
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.nn.norm import ExampleWeightedNorm
 from tests.models.small import assert_close
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 X = images(6, 1, 32, 32) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1)  # at many distances
 

@@ -8,7 +8,7 @@ from torch import nn
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.checkpoint import read_checkpoint
-from tests.nn.test_surgery import settle
+from tests.nn.norms import settle
 
 MODEL = settle(timm.create_model("test_resnet", num_classes=3))
 STATE = MODEL.state_dict()

@@ -17,6 +17,28 @@ LAYOUTS[5] = [torch.contiguous_format, torch.channels_last_3d]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
+def settle(model, seed=0):
+    """Random running statistics, scales and shifts, as a trained model has them, so that nothing cancels."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=g) * 0.1)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=g) + 0.5)
+            if module.weight is not None:
+                module.weight.data.copy_(torch.rand(module.weight.shape, generator=g) + 0.5)
+                module.bias.data.copy_(torch.randn(module.bias.shape, generator=g) * 0.1)
+    return model.eval()
+
+
+def images(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(num_channels=8, seed=0):
+    mean = images(num_channels, seed=seed)
+    return Moments(mean, images(num_channels, seed=seed + 1).abs() + 0.3)
+
+
 def sample(shape, dtype=torch.float64, layout=torch.contiguous_format, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g, dtype=torch.float64) * 1.5 + 1.2

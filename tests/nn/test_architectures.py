@@ -8,7 +8,7 @@ import torchvision
 from bnpatch.core.errors import BnpatchError
 from bnpatch.nn.surgery import inventory, patch
 from tests.benchmarks import zoo
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 TIMM_TEST_MODELS = timm.list_models("test_*")
 

@@ -16,7 +16,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
 from bnpatch.nn.fused_conv import VirtualNorm
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 SIZE = 32
 # Images that differ in contrast and brightness, or the example would have nothing to say.

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.nn.surgery import inventory, patch, unpatch
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 
 class Frozen(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 import bnpatch
 from bnpatch.models.running_stats import calibrate
 from bnpatch.nn.tracing import functional_norms
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 X = images(6, 3, 12, 12, seed=2)
 

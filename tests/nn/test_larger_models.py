@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import bnpatch
-from tests.nn.test_surgery import images, settle
+from tests.nn.norms import images, settle
 
 detection, segmentation = torchvision.models.detection, torchvision.models.segmentation
 

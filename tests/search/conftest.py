@@ -52,3 +52,9 @@ def plain(clean):
 def dim(plain, tiny_module):
     """The same with so little contrast that the tiny classifier knows a third of them."""
     return closed_form.fog(tiny_module, *plain), plain[1]
+
+
+@pytest.fixture
+def url(tmp_path):
+    """Where a study may be kept."""
+    return f"sqlite:///{tmp_path}/study.db"

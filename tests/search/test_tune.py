@@ -1,25 +1,15 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import bnpatch
-from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.running_stats import re_estimate_statistics
-from bnpatch.search import objective, tune
-from bnpatch.search.cross_fit import Searches
 from bnpatch.search.gradient_search import Course
-from bnpatch.search.held_out import scores
-from bnpatch.search.label_free import Seen, infomax, unlabeled_step
-from bnpatch.search.latency_limit import Choice
-from bnpatch.search.objective import LabelledObjective, ObjectiveSpec
-from tests.closed_form import contrast
 from tests.search.tiny import Opposites, of_one_norm, small
 
 
@@ -132,35 +122,6 @@ def test_is_reproducible(tiny, dim):
     assert other.trials[0].scores != first.trials[0].scores  # of other examples
 
 
-@pytest.mark.parametrize("granularity", ["global", "layer"])
-def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeypatch):
-    seen, learned = set(), set()
-    scores, loss = LabelledObjective.scores, LabelledObjective.loss
-    verdict = []
-
-    def spy_scores(self, model, examples, indices):
-        if len(self.metrics) > 3:  # the verdict scores confidence, too
-            verdict.extend(indices.tolist())
-        else:
-            seen.update(indices.tolist())
-        return scores(self, model, examples, indices)
-
-    def spy_loss(self, model, batches):
-        learned.update(index for batch in batches for index in batch.indices.tolist())
-        return loss(self, model, batches)
-
-    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
-    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
-    result = bnpatch.tune_alpha(tiny, dim, granularity=granularity, holdout=0.25)
-    assert len(seen) == result.num_tuning == 450
-    assert not (seen | learned) & set(verdict)
-    assert len(set(verdict)) == result.num_held_out == 150
-    if (
-        granularity == "layer"
-    ):  # what learning is stopped by and candidates are chosen by, it does not learn from
-        assert 250 < len(learned) < 350
-
-
 def test_the_model_is_left_as_it_was(tiny, dim):
     types = [type(m) for m in tiny.module.modules()]
     state = {name: value.clone() for name, value in tiny.module.state_dict().items()}
@@ -186,105 +147,6 @@ def test_a_module_and_a_metric_of_ones_own(tiny, dim):
     assert result.metric.name == "margin"
     assert result.chosen.mean == max(candidate.mean for candidate in result.candidates)
     assert result.candidates[2].mean > result.candidates[1].mean  # the metric itself has a gradient
-
-
-def test_test_data_gives_the_verdict(tiny, dim, plain):
-    own_answers = plain[0], answers(tiny, plain[0]).argmax(1).numpy()
-    result = bnpatch.tune_alpha(tiny, dim, test_data=own_answers, granularity="global")
-    assert (result.num_tuning, result.num_held_out) == (600, 600)
-    assert result.comparisons[0].before.value == 1  # any patch can but lose
-    assert str(result.verdict) == "loss"
-    assert result.alpha == 0
-    assert any("on held-out examples; not applied" in note for note in result.notes)
-
-
-def answers(model, images):
-    with torch.inference_mode():
-        return model.forward(torch.from_numpy(images)[:, None].float() / 127.5 - 1)
-
-
-def drawn_labels(model, images, seed=0):
-    """Classes as the model expects them, by its own probabilities: no other answers are truly better."""
-    chances = answers(model, images).double().softmax(1).cumsum(1).numpy()
-    return (np.random.default_rng(seed).random((len(images), 1)) > chances[:, :-1]).sum(1)
-
-
-def test_no_gain_is_claimed_where_there_is_none(tiny, plain):
-    """Seeded null cases: a gain of the model as it is over any patch of it is real, the opposite never is."""
-    images = plain[0][:400]
-    with torch.no_grad():
-        for parameter in tiny.module[-1].parameters():
-            parameter.mul_(0.2)  # unsure: which labels are drawn is much of what a search sees
-    claims, ends = 0, []
-    for seed in range(10):
-        data = images, drawn_labels(tiny, images, seed)
-        result = bnpatch.tune_alpha(tiny, data, granularity="global", trials=5, seed=seed)
-        claims += str(result.verdict) == "gain"
-        ends.append(result.alpha)
-    assert claims <= 1  # ten seeds: none of 20
-    assert np.median(ends) < 0.02
-
-
-def test_all_candidates_claim_no_gain_where_there_is_none(tiny, plain):
-    result = bnpatch.tune_alpha(tiny, (plain[0], drawn_labels(tiny, plain[0])))
-    assert str(result.verdict) != "gain"
-
-
-def test_a_tie_goes_to_the_identity(tiny, plain):
-    result = bnpatch.tune_alpha(
-        tiny, plain, metric=lambda outputs, targets: torch.ones(len(targets)), granularity="layer"
-    )
-    assert result.alpha == 0
-    assert result.chosen.name == "identity"
-    assert str(result.verdict) == "no significant change"
-    assert result.comparisons[0].change.value == 0
-
-
-def test_chance_is_warned_of(tiny, dim):
-    with pytest.warns(BnpatchWarning, match="and chance is 10.0%"):
-        bnpatch.tune_alpha(tiny, (dim[0], (dim[1] + 1) % 10), granularity="global", max_passes=1)
-
-
-def test_few_examples_take_turns_in_being_held_out(tiny, dim, monkeypatch):
-    seen, judged = set(), []
-    scores, loss, begin = LabelledObjective.scores, LabelledObjective.loss, Searches._begin
-
-    def spy_begin(*args):
-        seen.clear()
-        return begin(*args)
-
-    def spy_scores(self, model, examples, indices):
-        if len(self.metrics) > 3:  # the verdict scores confidence, too
-            judged.append(set(indices.tolist()))
-            assert not judged[-1] & seen  # by the search that judges this part
-        else:
-            seen.update(indices.tolist())
-        return scores(self, model, examples, indices)
-
-    def spy_loss(self, model, batches):
-        seen.update(index for batch in batches for index in batch.indices.tolist())
-        return loss(self, model, batches)
-
-    monkeypatch.setattr(Searches, "_begin", spy_begin)
-    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
-    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
-    result = bnpatch.tune_alpha(
-        tiny, (dim[0][:100], dim[1][:100]), metric="cross-entropy", granularity="layer", trials=4
-    )
-    assert set.union(*judged) == set(range(100))
-    assert result.num_tuning == result.num_held_out == 100
-    assert any("cross-fitting" in note for note in result.notes)
-    assert str(result.verdict) == "gain"
-    assert result.verdict.classes.shape == (3, 100)
-
-
-def test_a_verdict_on_few_examples_says_so(tiny, dim):
-    run = {"granularity": "global", "trials": 2}
-    tuning, judging = ((dim[0][part], dim[1][part]) for part in (slice(100), slice(100, 120)))
-    result = bnpatch.tune_alpha(tiny, tuning, test_data=judging, **run)
-    assert "20 examples judged: so few say little" in result.notes
-    result = bnpatch.tune_alpha(tiny, tuning, test_data=(dim[0][100:200], dim[1][100:200]), **run)
-    assert "below 300 examples the interval of the cross-entropy is rough" in result.notes
 
 
 def test_stages_share_a_weight(model, foggy, monkeypatch):
@@ -344,100 +206,6 @@ def test_each_layer_gets_the_weight_that_it_needs(make, tmp_path):
     assert means["alpha per layer"] < 0.5 * means["alpha"] < 0.5 * means["identity"]
     assert result.weights.alphas == pytest.approx({"keep": 0.0, "remove": 1.0}, abs=0.1)
     assert str(result.verdict) == "gain"
-
-
-def share_given_back(model, data, seen, result):
-    """Of the accuracy that is lost between two data sets, the share that a recipe gives back."""
-    without_loss, before = (evaluate(model, bnpatch.open_examples(some, model)) for some in (data, seen))
-    model.apply(result.recipe)
-    after = evaluate(model, bnpatch.open_examples(seen, model)).mean(ACCURACY)
-    return (after - before.mean(ACCURACY)) / (without_loss.mean(ACCURACY) - before.mean(ACCURACY))
-
-
-def test_labels_are_not_needed(digits, plain, monkeypatch):
-    """The only norm is of the image, so that lambda undoes contrast, and there is no local minimum."""
-    monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
-    model = bnpatch.load(of_one_norm(small(digits[0][0]), digits[0][1]))
-    dim = contrast(plain[0], 0.4), plain[1]
-    result = bnpatch.tune_alpha(model, dim[0], metric="unlabeled", trials=4)
-    assert result.comparisons[0].metric.name == "unlabeled"
-    assert result.verdict.flips is None
-    assert share_given_back(model, plain, dim, result) > 0.95  # 0.98 to 1.00, at contrasts from 0.3 to 0.6
-
-
-def test_several_norms_are_tuned_without_labels(tiny, plain, dim, monkeypatch):
-    monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
-    result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
-    assert result.verdict.changed > 100  # of 300; ten seeds: 179 to 211
-    assert share_given_back(tiny, plain, dim, result) > 0.4  # ten seeds: 0.68 to 1.00, of deviation 0.11
-
-
-@pytest.mark.parametrize("count", [150, 300])
-def test_few_images_without_labels_cost_at_most_forty_passes(tiny, dim, count):
-    result = bnpatch.tune_alpha(tiny, dim[0][:count], test_data=dim[0][300:], metric="unlabeled")
-    assert result.num_tuning == count
-    assert 20 < result.passes <= 40
-    assert str(result.verdict) == "gain"
-
-
-@pytest.mark.parametrize(("sets", "classes", "labels"), [(4, 10, True), (3, 10, False), (4, 11, False)])
-def test_labels_are_made_where_sets_are_balanced_but_for_chance(sets, classes, labels):
-    """Else information is maximised, step by step, too."""
-    images, logits = torch.zeros(250 * sets, 1, 2, 2), torch.randn(250, classes)
-    module = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(4, classes))
-    model = bnpatch.load(module.eval())
-    examples = bnpatch.open_examples((images, np.zeros(len(images), np.int64)), model)
-    judge = ObjectiveSpec.of("unlabeled", None, 64).objective(model, examples, np.arange(len(images)))
-    state = Seen(logits, {}, {}, {})
-    hard, soft = unlabeled_step()(state, {}), infomax()(state, {})
-    assert judge.step(state, {}).item() == pytest.approx((hard if labels else soft).item())
-    judge = replace(judge, step=lambda seen, norm_layers: seen.logits.sum() * 0 + 7)
-    assert [part.item() for part in judge.loss(model, list(examples.batches(64, np.arange(64))))] == [7]
-
-
-def test_where_there_are_labels_they_give_the_verdict(tiny, dim):
-    result = bnpatch.tune_alpha(tiny, dim, metric="unlabeled", granularity="global")
-    assert result.comparisons[0].metric.name == "accuracy"
-    assert any("equally frequent" in note for note in result.notes)
-
-
-def test_a_verdict_without_labels_has_an_interval(tiny, dim, plain):
-    """The images alone, in the order of a folder: by class."""
-    run = {"metric": "unlabeled", "granularity": "global", "recalibrate": True, "trials": 4}
-    sorted_dim, sorted_plain = (images[np.argsort(labels)] for images, labels in (dim, plain))
-    result = bnpatch.tune_alpha(tiny, sorted_dim[::2], test_data=sorted_dim[1::2], **run)
-    assert str(result.verdict) == "gain"
-    change = result.comparisons[0].change
-    assert change.low < change.value < change.high < 0
-    result = bnpatch.tune_alpha(tiny, sorted_plain[::2], test_data=sorted_plain[1::2], **run)
-    assert str(result.verdict) != "loss"
-
-
-def test_sets_and_groups_of_images_look_alike_whatever_their_order(tiny, dim):
-    """A folder is sorted by class: a set of its neighbours would be of one."""
-    images, labels = (part[np.argsort(dim[1], kind="stable")][::2] for part in dim)
-    examples, by_class, asked = bnpatch.open_examples((images, labels), tiny), np.arange(len(labels)), []
-
-    class OfSets:
-        set_size = 60
-
-        def scores(self, model, examples, indices):
-            asked.append(indices)
-            return {"score": np.zeros(1)}
-
-    scores(tiny, examples, OfSets(), tiny.state, by_class)
-    assert sorted(np.concatenate(asked)) == by_class.tolist()
-    assert min(len(np.unique(labels[part])) for part in asked) > 7
-
-    judge = ObjectiveSpec.of("unlabeled", None, 64).objective(tiny, examples, by_class)
-    judge = replace(judge, metrics=(bnpatch.evaluation.metrics.ACCURACY,)).with_intervals(len(by_class))
-    shuffled = np.random.default_rng(1).permutation(by_class)
-    with tiny.evaluating():
-        first = scores(tiny, examples, judge, tiny.state, by_class)
-        second = judge.scores(tiny, examples, shuffled)
-    assert len(first["unlabeled"]) == len(second["unlabeled"]) == 20
-    assert 0.5 < np.std(first["unlabeled"]) / np.std(second["unlabeled"]) < 2
-    assert first["accuracy"].mean() == second["accuracy"].mean()
 
 
 @pytest.mark.parametrize("objective", ["information", "alignment", "entropy", "evalnorm"])
@@ -570,69 +338,3 @@ def test_a_study_of_other_calibration_data_is_refused(tiny, dim, plain, tmp_path
     bnpatch.tune_alpha(tiny, dim, **run, calib_data=dim[0][:50])
     with pytest.raises(BnpatchError, match="another calibration data"):
         bnpatch.tune_alpha(tiny, dim, **run, calib_data=plain[0][:50])
-
-
-def test_a_limit_on_latency_holds_against_what_held_out_examples_like_better(tiny, dim, monkeypatch):
-    monkeypatch.setattr(tune, "choose", lambda points, limit: Choice(points[0], "nothing is affordable"))
-    result = bnpatch.tune_alpha(tiny, dim, granularity="global", max_overhead=1.5)
-    assert result.chosen.name == "at most 1.5x"
-    assert result.alpha == 0
-
-
-def test_a_cross_fit_leaves_the_targets_of_the_whole(tiny, dim):
-    few = dim[0][:100], dim[1][:100]
-    run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 4}
-    result = bnpatch.tune_alpha(tiny, few, **run)
-    assert result.num_parts > 1
-    whole = re_estimate_statistics(
-        tiny, bnpatch.open_examples(few, tiny), indices=np.arange(100), batch_size=250
-    )
-    stored = {norm_layer.name: norm_layer for norm_layer in result.recipe.norm_layers}
-    assert any(norm_layer.lambda_ for norm_layer in stored.values())
-    for name, norm_layer in stored.items():
-        np.testing.assert_allclose(norm_layer.re_estimated.mean, whole[name].mean, rtol=1e-3, atol=1e-4)
-
-
-def test_where_nothing_can_be_read_without_labels_is_said(model, tmp_path):
-    for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(b"nonsense")
-    with pytest.raises(BnpatchError, match="none of the images can be read"):
-        bnpatch.tune_alpha(model, tmp_path, metric="unlabeled", num_workers=0)
-
-
-@pytest.mark.parametrize("make", ["torch", "onnx"])
-def test_a_model_that_came_with_lambdas_is_judged_as_it_came(tiny, tiny_onnx, dim, make):
-    """Its own targets, not those that the search estimates; and it has them again afterwards."""
-    model = tiny if make == "torch" else bnpatch.load(tiny_onnx)
-    model.set_state(
-        model.state.with_re_estimated(
-            {name: Moments(f.source.mean + 0.3, f.source.var) for name, f in model.facts().items()}
-        )
-    )
-    model.set_weights(PatchWeights(lambdas=dict.fromkeys(model.alphas(), 0.7)))
-    own = {name: np.array(part.mean) for name, part in model.state.re_estimated.items()}
-    test = dim[0][:200], dim[1][:200]
-    examples = bnpatch.open_examples(test, model)
-    before = evaluate(model, examples).mean(CROSS_ENTROPY)
-    run = {"granularity": "global", "recalibrate": True, "metric": "cross-entropy", "trials": 3}
-    result = bnpatch.tune_alpha(model, (dim[0][200:], dim[1][200:]), test_data=test, **run)
-    assert result.comparisons[0].before.value == pytest.approx(before, rel=1e-4)
-    assert all(np.array_equal(part.mean, own[name]) for name, part in model.state.re_estimated.items())
-    assert evaluate(model, examples).mean(CROSS_ENTROPY) == pytest.approx(before, rel=1e-6)
-
-
-def test_held_out_examples_have_no_say_in_what_is_chosen(tiny, dim):
-    """Their labels are the answers of the model with one alpha, which no other candidate gives all of."""
-    images, labels = dim
-    tuning, held_out = (images[::2], labels[::2]), images[1::2]
-    run = {"metric": "accuracy", "granularity": "layer", "recalibrate": False, "trials": 4}
-    first = bnpatch.tune_alpha(tiny, tuning, test_data=(held_out, labels[1::2]), **run)
-    one_alpha = next(candidate for candidate in first.candidates if candidate.name == "alpha")
-    assert first.chosen.name != "alpha"
-    with tiny.borrowed():
-        tiny.set_weights(one_alpha.weights)
-        examples = bnpatch.open_examples((held_out, labels[1::2]), tiny)
-        answers = np.concatenate([tiny.predict(b.x).argmax(1).numpy() for b in examples.batches(64)])
-    again = bnpatch.tune_alpha(tiny, tuning, test_data=(held_out, answers), **run)
-    assert again.chosen.name == first.chosen.name
-    assert again.chosen.weights == first.chosen.weights
