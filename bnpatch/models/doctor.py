@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.inventory import NormFacts
-from bnpatch.core.moments import Moments, distance, pool
+from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model
+from bnpatch.models.distances import doubles, first_moments, on_host, pooled_distance
 
 #: Number of images that tell enough.
 NUM_IMAGES = 64
@@ -179,12 +180,12 @@ def check_up(
     if batch is None:
         return None
     with model.in_state(model.baseline()):
-        found = _first_moments(model, batch.x)
+        found = first_moments(model, batch.x)
         if found is None:
             return None
         name, moments, facts = found
         own = model.preprocessing
-        fits = [Fit("the model's own", own.mean, own.std, _pooled_distance(moments, facts))]
+        fits = [Fit("the model's own", own.mean, own.std, pooled_distance(moments, facts))]
         if not batch.x.is_floating_point() and (thorough or fits[0].distance > _MISFIT):
             fits += [_fit(model, other, batch.x) for other in usual_preprocessings(own).items()]
     byte_range = None if batch.x.is_floating_point() else _byte_range(batch.x)
@@ -236,9 +237,7 @@ def findings(model: Model[Any]) -> list[str]:
     """Say what is unusual in the running statistics of the checkpoint, one line each."""
     facts = model.facts()
     own = {name: fact for name, fact in facts.items() if name not in model.state.running}
-    mean, var = (
-        {n: np.asarray(_host(getattr(f.source, part))) for n, f in own.items()} for part in ("mean", "var")
-    )
+    mean, var = ({n: on_host(getattr(f.source, part)) for n, f in own.items()} for part in ("mean", "var"))
     texts = []
     if untouched := [n for n in own if not mean[n].any() and (var[n] == 1).all()]:
         texts.append(
@@ -309,14 +308,7 @@ def _eps(modules: Sequence[Any], eps: float) -> Iterator[None]:
 def _median_distance(model: Model[Any], x: Tensor) -> float:
     facts, (_, seen) = model.facts(), model.observe(x)
     same = {name: replace(fact, eps=_TF_EPS) for name, fact in facts.items()}  # to measure both alike
-    return float(np.median([_pooled_distance(seen[name], same[name]) for name in seen if name in same]))
-
-
-def _first_moments(model: Model[Any], x: Tensor) -> tuple[str, Moments[Any], NormFacts] | None:
-    """Return the first norm layer that a batch reaches, the moments (N, C) there, and what it has."""
-    facts, (_, seen) = model.facts(), model.observe(x)
-    name = next((name for name in seen if name in facts and name not in model.state.running), None)
-    return None if name is None else (name, seen[name], facts[name])
+    return float(np.median([pooled_distance(seen[name], same[name]) for name in seen if name in same]))
 
 
 def _fit(model: Model[Any], named: tuple[str, Preprocessing], x: Tensor) -> Fit:
@@ -324,16 +316,11 @@ def _fit(model: Model[Any], named: tuple[str, Preprocessing], x: Tensor) -> Fit:
     before = model.preprocessing
     try:
         model.preprocessing = preprocessing
-        found = _first_moments(model, x)
+        found = first_moments(model, x)
     finally:
         model.preprocessing = before
     assert found is not None  # the same layer is reached by any values
-    return Fit(name, preprocessing.mean, preprocessing.std, _pooled_distance(found[1], found[2]))
-
-
-def _pooled_distance(moments: Moments[Any], facts: NormFacts) -> float:
-    """Return the distance of the moments of all images together."""
-    return float(distance(pool(_doubles(moments), axes=0), _doubles(facts.source), facts.eps)[0, 0])
+    return Fit(name, preprocessing.mean, preprocessing.std, pooled_distance(found[1], found[2]))
 
 
 def _common_share(moments: Moments[Any], facts: NormFacts) -> float:
@@ -342,7 +329,7 @@ def _common_share(moments: Moments[Any], facts: NormFacts) -> float:
     The mean of N deviations that share nothing is not 0, so 1 / N, the share of independent ones, is taken
     off.
     """
-    rows, source = _doubles(moments), _doubles(facts.source)
+    rows, source = doubles(moments), doubles(facts.source)
     total = source.var + facts.eps + np.finfo(np.float64).tiny
     deviations = np.concatenate(
         [(rows.mean - source.mean) / np.sqrt(total), np.log((rows.var + facts.eps) / total)], axis=1
@@ -357,16 +344,6 @@ def _common_share(moments: Moments[Any], facts: NormFacts) -> float:
 def _byte_range(x: Tensor) -> float:
     low, high = np.quantile(x.numpy(), (0.001, 0.999))
     return float(high - low) / 255
-
-
-def _doubles(moments: Moments[Any]) -> Moments[Any]:
-    """Return moments (C,) or (N, C) or (N, C, 1, ...) as doubles of shape (1 or N, C)."""
-    parts = (np.asarray(_host(part), np.float64) for part in (moments.mean, moments.var))
-    return Moments(*(np.atleast_2d(part).reshape(-1, part.shape[min(1, part.ndim - 1)]) for part in parts))
-
-
-def _host(part: Any) -> Any:
-    return part.detach().cpu() if isinstance(part, Tensor) else part
 
 
 def _some(names: Sequence[str], of: Mapping[str, Any]) -> str:

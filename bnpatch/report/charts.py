@@ -27,8 +27,8 @@ from bnpatch.core.io import atomic_path
 from bnpatch.core.moments import weight_at
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.text import visible
+from bnpatch.evaluation.confusion import ClassChange
 from bnpatch.evaluation.metrics import Metric
-from bnpatch.report.confusion import ClassChange
 from bnpatch.report.curves import Curve, global_search_curves
 from bnpatch.report.text import title, weight_axis, weight_label
 from bnpatch.search.latency_limit import Point, dominated, knee, pareto_front

@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.text import visible
+from bnpatch.evaluation.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.evaluation.metrics import Outcome
 from bnpatch.models.base import Model
 from bnpatch.report import tables, text
 from bnpatch.report.charts import curve_chart, depth_chart, distance_chart, recall_chart, trade_off_chart
-from bnpatch.report.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.report.curves import global_search_curves
-from bnpatch.report.pictures import galleries
+from bnpatch.report.pictures import class_galleries, galleries
 from bnpatch.report.tables import Cell, Row, Table, TrainingResults
 from bnpatch.search.latency_limit import dominated, knee
 from bnpatch.search.result import TuneResult
@@ -72,6 +72,7 @@ def report_page(
         facts=_facts(result),
         notes=_notes(result, model),
         galleries=galleries(result, model.class_names),
+        class_galleries=class_galleries(result, model.class_names),
         of_candidates=text.OF_CANDIDATES,
         candidates=tables.candidates(result),
         curves=_curves(result),

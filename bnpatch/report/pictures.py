@@ -1,4 +1,4 @@
-"""Pictures of examples in the page: what the model is given, and which answers the patch changes."""
+"""Pictures of examples in the page: what the model is given, what the patch changes, what is strange."""
 
 import base64
 import io
@@ -32,33 +32,70 @@ class Picture:
     is_tiny: bool
 
 
-def galleries(result: TuneResult, names: Sequence[str] | None) -> list[tuple[str, list[Picture]]]:
-    """Make headings and pictures of the inputs, and of the examples that became right and wrong.
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures under a heading.
+
+    Attributes:
+        heading: the heading.
+        pictures: the pictures.
+        text: what stands above them.
+    """
+
+    heading: str
+    pictures: Sequence[Picture]
+    text: str = ""
+
+
+def galleries(result: TuneResult, names: Sequence[str] | None) -> list[Gallery]:
+    """Make pictures of the inputs, of the examples that became right and wrong, and of the farthest.
 
     Args:
         result: the result of a search.
         names: names of the classes.
     """
     samples = result.samples
+    far = (
+        f"Of {samples.num_measured:,} held-out examples, these lie farthest from the running statistics of "
+        "the first norm layer (distance 0: like the images of training). Broken files and images of "
+        "something else are found here."
+    )
     every = [
-        ("What the model is given", samples.inputs, False),
-        ("Wrong before, right now", samples.gained, True),
-        ("Right before, wrong now", samples.lost, True),
+        ("What the model is given", samples.inputs, ""),
+        ("Wrong before, right now", samples.gained, ""),
+        ("Right before, wrong now", samples.lost, ""),
+        ("Farthest from the images of training", samples.farthest, far),
     ]
     return [
-        (heading, [_picture(sample, names, has_answers) for sample in some])
-        for heading, some, has_answers in every
+        Gallery(heading, [_picture(sample, names, some is not samples.inputs) for sample in some], about)
+        for heading, some, about in every
         if some
     ]
 
 
-def _picture(sample: Sample, names: Sequence[str] | None, has_answers: bool) -> Picture:
+def class_galleries(result: TuneResult, names: Sequence[str] | None) -> list[Gallery]:
+    """Make pictures of the examples whose answers changed, of the classes that change most.
+
+    Args:
+        result: the result of a search.
+        names: names of the classes.
+    """
+    return [
+        Gallery(class_name(names, target), [_picture(sample, names, True) for sample in some])
+        for target, some in result.samples.by_class.items()
+        if some
+    ]
+
+
+def _picture(sample: Sample, names: Sequence[str] | None, is_detailed: bool) -> Picture:
     lines = [] if sample.target is None else [class_name(names, sample.target)]
-    if has_answers and sample.answers is not None and sample.confidences is not None:
+    if is_detailed and sample.answers is not None and sample.confidences is not None:
         for when, answer, confidence in zip(
             ("as it is", "patched"), sample.answers, sample.confidences, strict=True
         ):
             lines.append(f"{when}: {class_name(names, answer)} ({100 * confidence:.0f}%)")
+    if is_detailed and sample.distance is not None:
+        lines.append(f"distance {sample.distance:.2g}")
     return Picture(_data_uri(sample.pixels), sample.name, lines, max(sample.pixels.shape) <= _TINY)
 
 

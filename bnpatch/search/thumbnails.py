@@ -1,7 +1,7 @@
 """Small pictures of held-out examples: what the model is given, and which answers the patch changes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.dataset import Examples
+from bnpatch.data.dataset import Examples, Indices
+from bnpatch.evaluation.confusion import class_changes, most_changed
+from bnpatch.models.base import Model
+from bnpatch.models.distances import example_distances
 from bnpatch.search.held_out import Verdict
 
 #: Longest side of a picture in pixels, and the number of pictures of each kind.
 SIDE, MOST = 96, 8
 
+#: Number of classes that have pictures of their own, and of pictures of each.
+MOST_CLASSES, MOST_OF_CLASS = 6, 4
+
+#: Number of held-out examples, drawn at random, among which the farthest are looked for.
+MOST_MEASURED = 1000
+
 Pixels = npt.NDArray[np.uint8]
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Sample:
         target: its class; None where classes are unknown.
         answers: the predicted class without and with the patch; None where outputs are not classes.
         confidences: the probability of each of these answers.
+        distance: its distance from the running statistics of the first norm layer, of the farthest.
     """
 
     name: str
@@ -37,31 +48,39 @@ class Sample:
     target: int | None = None
     answers: tuple[int, int] | None = None
     confidences: tuple[float, float] | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Held-out examples, drawn at random.
+    """Some held-out examples.
 
     Attributes:
-        inputs: any of them.
-        gained: examples that were wrong before and are right after.
-        lost: examples that were right before and are wrong after.
+        inputs: any of them, drawn at random.
+        gained: examples that were wrong before and are right after, drawn at random.
+        lost: examples that were right before and are wrong after, drawn at random.
+        by_class: of the classes whose numbers of right answers change most, examples of both kinds.
+        farthest: the examples that lie farthest from the running statistics of the first norm layer.
+        num_measured: number of examples that the farthest were looked for among.
         stretched: whether the inputs came as floats, so that black and white are the ends of each.
     """
 
     inputs: Sequence[Sample] = ()
     gained: Sequence[Sample] = ()
     lost: Sequence[Sample] = ()
+    by_class: Mapping[int, Sequence[Sample]] = field(default_factory=dict)
+    farthest: Sequence[Sample] = ()
+    num_measured: int = 0
     stretched: bool = False
 
 
-def drawn(verdict: Verdict, examples: Examples, seed: int = 0) -> Samples:
+def drawn(verdict: Verdict, model: Model[Any], examples: Examples, seed: int = 0) -> Samples:
     """Draw held-out examples, and make pictures of their inputs.
 
     Args:
         verdict: the verdict, which knows which examples it is about.
-        examples: the examples that it is about.
+        model: the model, which measures distances; it is left as it was.
+        examples: the examples that the verdict is about.
         seed: seed of the draw.
 
     Returns:
@@ -69,38 +88,80 @@ def drawn(verdict: Verdict, examples: Examples, seed: int = 0) -> Samples:
     """
     rng = np.random.default_rng(seed)
 
-    def some(which: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        return np.sort(rng.permutation(np.flatnonzero(which))[:MOST])
+    def some(which: npt.NDArray[Any], most: int = MOST) -> Positions:
+        return np.sort(rng.permutation(np.flatnonzero(which))[:most])
 
-    chosen = [some(np.ones(len(verdict.indices))), some(np.zeros(0)), some(np.zeros(0))]
+    inputs, gained, lost = some(np.ones(len(verdict.indices))), *[np.zeros(0, np.int64)] * 2
+    by_class: dict[int, Positions] = {}
     if verdict.classes is not None:
         target, before, after = verdict.classes
-        chosen[1] = some((before != target) & (after == target))
-        chosen[2] = some((before == target) & (after != target))
-    wanted = np.unique(verdict.indices[np.concatenate(chosen)])
-    pixels: dict[int, Pixels] = {}
-    stretched = False
+        became_right, became_wrong = (
+            (a != target) & (b == target) for a, b in ((before, after), (after, before))
+        )
+        gained, lost = some(became_right), some(became_wrong)
+        for change in most_changed(class_changes(verdict.classes), MOST_CLASSES):
+            if change.before != change.after:
+                by_class[change.target] = some(
+                    (became_right | became_wrong) & (target == change.target), MOST_OF_CLASS
+                )
     try:
-        for batch in examples.batches(1, wanted):
-            if batch.x.ndim != 4 or batch.x.shape[1] not in (1, 3):
-                return Samples()
-            stretched = batch.x.dtype != torch.uint8
-            pixels[int(batch.indices[0])] = small(batch.x[0])
+        measured = some(np.ones(len(verdict.indices)), MOST_MEASURED)
+        far, num_measured = _farthest(verdict, model, examples, measured)
+        every = np.concatenate([inputs, gained, lost, *by_class.values(), np.array([*far], np.int64)])
+        pixels, stretched = _pixels(examples, np.unique(verdict.indices[every]))
     except BnpatchError:  # an example is gone by now; pictures are no reason to lose what was found
+        far, num_measured, pixels, stretched = {}, 0, {}, False
+    if not pixels:
         return Samples()
 
-    def sample(position: int) -> Sample:
-        index, classes, sure = int(verdict.indices[position]), verdict.classes, verdict.confidences
-        about: list[Any] = [None, None, None]
-        if classes is not None and sure is not None:
-            target, *answers = classes[:, position].tolist()
-            about = [target, tuple(answers), tuple(sure[:, position].tolist())]
-        return Sample(examples.source.name(index), pixels[index], *about)
+    def samples(positions: Iterable[int]) -> list[Sample]:
+        found = []
+        for at in map(int, positions):
+            # An example that can't be read any more is left out.
+            if (index := int(verdict.indices[at])) in pixels:
+                name, about = examples.source.name(index), _answers(verdict, at)
+                found.append(Sample(name, pixels[index], *about, far.get(at)))
+        return found
 
-    # An example that can't be read any more is left out.
-    kinds = ([sample(at) for at in positions if int(verdict.indices[at]) in pixels] for positions in chosen)
-    inputs, gained, lost = kinds
-    return Samples(inputs, gained, lost, stretched)
+    return Samples(
+        samples(inputs),
+        samples(gained),
+        samples(lost),
+        {target: samples(positions) for target, positions in by_class.items()},
+        samples(far),
+        num_measured,
+        stretched,
+    )
+
+
+def _farthest(
+    verdict: Verdict, model: Model[Any], examples: Examples, positions: Positions
+) -> tuple[dict[int, float], int]:
+    """Return the largest distances by position, the largest first, and how many were measured."""
+    which, distances = example_distances(model, examples, verdict.indices[positions])
+    at = dict(zip(verdict.indices[positions].tolist(), positions.tolist(), strict=True))
+    order = np.argsort(-distances, kind="stable")[:MOST]
+    return {at[int(which[n])]: float(distances[n]) for n in order}, len(distances)
+
+
+def _answers(verdict: Verdict, at: int) -> tuple[Any, Any, Any]:
+    """Return the class of an example, its answers, and their confidences; None each where unknown."""
+    if verdict.classes is None or verdict.confidences is None:
+        return None, None, None
+    target, *answers = verdict.classes[:, at].tolist()
+    return target, tuple(answers), tuple(verdict.confidences[:, at].tolist())
+
+
+def _pixels(examples: Examples, indices: Indices) -> tuple[dict[int, Pixels], bool]:
+    """Return small pictures by index, and whether they were floats; none where inputs are no pictures."""
+    pixels: dict[int, Pixels] = {}
+    stretched = False
+    for batch in examples.batches(1, indices):
+        if batch.x.ndim != 4 or batch.x.shape[1] not in (1, 3):
+            return {}, False
+        stretched = batch.x.dtype != torch.uint8
+        pixels[int(batch.indices[0])] = small(batch.x[0])
+    return pixels, stretched
 
 
 def small(x: Tensor) -> Pixels:

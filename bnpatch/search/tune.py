@@ -195,7 +195,7 @@ def _search_and_evaluate(
         notes=[*searches.notes, *_notes(searches, decision)],
         interrupted=searches.interrupted,
         trade_off=points,
-        samples=drawn(verdict, task.test_examples, task.plan.seed),
+        samples=drawn(verdict, model, task.test_examples, task.plan.seed),
         recipe=model.recipe(state),
         is_recommended=decision.is_recommended,
         candidate_recipe=None if best is None or decision.is_recommended else model.recipe(best),

@@ -99,5 +99,5 @@ def test_prints(report, tmp_path):
     _, console = browse(report, f"--print-to-pdf={tmp_path / 'report.pdf'}", "--no-pdf-header-footer")
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF")
-    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 10
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 13  # names of 168 letters take most of it
     assert not console

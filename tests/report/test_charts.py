@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.evaluation.confusion import ClassChange
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.latency import Latency
 from bnpatch.report.charts import (
@@ -21,7 +22,6 @@ from bnpatch.report.charts import (
     trade_off_chart,
     write_curves,
 )
-from bnpatch.report.confusion import ClassChange
 from bnpatch.report.curves import Curve, CurvePoint
 from bnpatch.search.latency_limit import Point
 from tests.report.test_curves import TRIALS, result

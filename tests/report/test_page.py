@@ -17,6 +17,7 @@ from bnpatch.models.latency import Latency
 from bnpatch.report.curves import global_search_curves
 from bnpatch.report.files import write_results
 from bnpatch.search.latency_limit import Point
+from bnpatch.search.thumbnails import MOST, MOST_CLASSES, MOST_OF_CLASS, SIDE
 from tests.closed_form import some
 from tests.report.html_page import Page
 
@@ -60,13 +61,15 @@ def test_a_gain(tuned, written):
         "What the model is given",
         "Wrong before, right now",
     ]
-    assert [heading for heading in page.headings[6:] if heading != "Right before, wrong now"][:5] == [
+    rest = [heading for heading in page.headings[6:] if heading != "Right before, wrong now"]
+    assert rest[:5] == [
+        "Farthest from the images of training",
         "Candidates",
         "One weight for all norm layers",
         "The weights by depth",
         "Classes",
-        "Skipped",
     ]
+    assert rest[5 + len(tuned.samples.by_class)] == "Skipped"
 
 
 def test_all_candidates_are_listed_without_intervals_and_one_is_marked(tuned, written):
@@ -111,6 +114,36 @@ def test_pictures_are_of_what_the_patch_changes(tuned, foggy, written):
             for answer, sure in zip(sample.answers, sample.confidences, strict=True)
         )
         assert f"{sample.target} as it is: {before} patched: {after}" in page.text
+
+
+def test_pictures_of_classes_and_of_far_examples_wait_to_be_opened(tuned, written):
+    page = written(tuned)
+    samples = tuned.samples
+    assert len(samples.farthest) == 8
+    assert f"Of {samples.num_measured} held-out examples, these lie farthest" in page.text
+    for sample in samples.farthest:
+        assert f"patched: {sample.answers[1]} ({100 * sample.confidences[1]:.0f}%) distance" in page.text
+        assert f"distance {sample.distance:.2g}" in page.text
+    headings = page.headings[page.headings.index("Classes") + 1 : page.headings.index("Skipped")]
+    assert headings == [str(target) for target in samples.by_class]
+    assert headings
+    assert ("details", "open", None) not in page.attributes
+
+
+def test_a_page_of_large_pictures_stays_below_3_mb(tuned, written):
+    rng = np.random.default_rng(0)
+
+    def noise(sample):  # the worst that a JPEG can be given
+        return replace(sample, pixels=rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+
+    samples = tuned.samples
+    most = [noise(samples.inputs[0]) for _ in range(MOST)]
+    by_class = {target: [noise(samples.gained[0])] * MOST_OF_CLASS for target in range(MOST_CLASSES)}
+    full = replace(samples, inputs=most, gained=most, lost=most, farthest=most, by_class=by_class)
+    page = written(replace(tuned, samples=full))
+    sources = [value for _, name, value in page.attributes if name == "src"]
+    assert len(sources) == 4 * MOST + MOST_CLASSES * MOST_OF_CLASS
+    assert sum(map(len, sources)) < 1_500_000
 
 
 def test_classes_add_up(tuned, written):

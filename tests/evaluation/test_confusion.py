@@ -1,6 +1,12 @@
 import numpy as np
 
-from bnpatch.report.confusion import ClassChange, MistakeChange, class_changes, mistake_changes, most_changed
+from bnpatch.evaluation.confusion import (
+    ClassChange,
+    MistakeChange,
+    class_changes,
+    mistake_changes,
+    most_changed,
+)
 
 # Target, answer before, answer after. Class 1 has no examples.
 CLASSES = np.array([[0, 0, 0, 2, 2, 3], [0, 1, 1, 2, 0, 2], [0, 0, 2, 0, 0, 3]])
