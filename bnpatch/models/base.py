@@ -1,41 +1,29 @@
 """The base class of models that can be patched and run, for torch and for onnxruntime.
 
 :class:`Model` holds a :class:`~bnpatch.core.patch.PatchState` and has everything that does not depend on the
-backend. The backends (:class:`~bnpatch.models.torch_model.TorchModel` and
-:class:`~bnpatch.models.onnx_model.OnnxModel`) find norm layers, compute with a state, and run batches.
+backend. :class:`~bnpatch.models.torch_model.TorchModel` and :class:`~bnpatch.models.onnx_model.OnnxModel` add
+what :class:`~bnpatch.models.backend.Backend` lists.
 """
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.inventory import Inventory, NormFacts, NormLayer
-from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.architecture import Architecture
+from bnpatch.models.backend import Backend, NormLayerT
 from bnpatch.models.outputs import PROBES, Output, choose
-
-if TYPE_CHECKING:
-    from bnpatch.models.torch_model import TorchModel
-
-#: Maps a batch to the moments (N, C) of each example, by name of module.
-Watch = Callable[[Tensor], Mapping[str, Moments[Any]]]
-
-NormLayerT = TypeVar("NormLayerT", bound=NormLayer)
 
 
 @dataclass(kw_only=True)
-class Model(ABC, Generic[NormLayerT]):
+class Model(Backend[NormLayerT]):
     """A model with its preprocessing and the patch that it computes with.
 
     Attributes:
@@ -62,15 +50,6 @@ class Model(ABC, Generic[NormLayerT]):
     output: Output | None = None
     wanted_output: str | None = None
     _state: PatchState = field(default_factory=PatchState, repr=False)  # a field for dataclasses.replace
-
-    runs_onnx: ClassVar[bool] = False
-    suffix: ClassVar[str]  # suffix of a file that holds the patched model
-    norm_cost: ClassVar[int]  # fixed cost of a patched norm layer per batch, as a number of elements read
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The type of the numbers that the model computes with."""
 
     # The patch.
 
@@ -105,6 +84,10 @@ class Model(ABC, Generic[NormLayerT]):
         """Set the weights of the norm layers that ``weights`` names, see :meth:`set_state`."""
         self.set_state(self._state.with_weights(weights))
 
+    def weights_in_use(self) -> tuple[Mapping[str, float | Tensor], Mapping[str, float | Tensor]]:
+        """Return alphas and slopes by name of norm layer; one that is learned is the tensor itself."""
+        return self.weights.alphas, self.weights.slopes
+
     def alphas(self) -> dict[str, float]:
         """Return the weight of the example by name of norm layer."""
         return dict(self._state.weights.alphas)
@@ -133,18 +116,6 @@ class Model(ABC, Generic[NormLayerT]):
             BnpatchError: the model has no such norm or convolution.
         """
         self.set_state(self._state.with_running(running))
-
-    @abstractmethod
-    def with_gradients(self, x: Tensor) -> "TorchModel | None":
-        """Return a model of the same norm layers that computes gradients: this one, or a copy of it in torch.
-
-        Args:
-            x: a batch, on which a copy must agree with this model.
-
-        Returns:
-            The model; None where there is no such copy. To a copy, the running statistics that the state of
-            this model has are its own, so that its states don't have them.
-        """
 
     def baseline(self) -> PatchState:
         """Return the state in which the model computes what it did before any patch."""
@@ -197,88 +168,6 @@ class Model(ABC, Generic[NormLayerT]):
             self.set_state(before)
             raise
 
-    @abstractmethod
-    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
-        """Write a file of the model, patched with a recipe, for :func:`bnpatch.load`.
-
-        Returns:
-            Whether the file loads without ``unsafe_load``. That of a torch model does not if the
-            architecture, built by its name, does not give this model again, because the module itself is
-            pickled then.
-        """
-
-    # Methods of the backends.
-
-    @abstractmethod
-    def inventory(self) -> Inventory[NormLayerT]:
-        """List the norm layers, and the norms that are skipped."""
-
-    @abstractmethod
-    def uncalibrated(self) -> tuple[str, ...]:
-        """Name the norms that become norm layers once they have running statistics, such as Group Norm."""
-
-    @abstractmethod
-    def baseline_alphas(self) -> dict[str, float]:
-        """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
-
-    def weights_in_use(self) -> tuple[Mapping[str, float | Tensor], Mapping[str, float | Tensor]]:
-        """Return alphas and slopes by name of norm layer; one that is learned is the tensor itself."""
-        return self.weights.alphas, self.weights.slopes
-
-    @abstractmethod
-    def watch_fused(self, example: Tensor) -> Watch | None:
-        """Return a function from a batch to the moments of each example at the output of convolutions.
-
-        These are the convolutions that a Batch Norm may have been fused into, found by running ``example``,
-        an input (1, ...). The result is None if there are none.
-        """
-
-    @abstractmethod
-    def facts(self) -> dict[str, NormFacts]:
-        """Return, by name of norm layer, what the layer has from the checkpoint."""
-
-    @abstractmethod
-    def unpatched_graph(self, example_input: Tensor | None = None) -> tuple[ir.Model, frozenset[str]]:
-        """Return the model without its patch as a new ONNX graph, and the names of its norm layers in it.
-
-        A torch model is exported with ``example_input``, inputs (N, ...), by default blank images.
-        """
-
-    @abstractmethod
-    def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
-        """Return a hash of the parameters of each norm layer, by name; a patch does not change it.
-
-        ``running`` names further norms to include, which have no running statistics yet.
-        """
-
-    @abstractmethod
-    def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
-        """Return the spatial shape of each norm layer's input by name, as far as it is known.
-
-        A torch module runs ``example``, an input (1, ...), by default a blank image. That does not reach
-        every norm layer. In a graph, shapes are inferred.
-        """
-
-    @abstractmethod
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is in evaluation mode. Don't change the state within it."""
-
-    @abstractmethod
-    def _make_norm_layers(self, state: PatchState) -> None:
-        """Make norm layers of exactly the norms that have running statistics, own ones or in the state."""
-
-    @abstractmethod
-    def _use(self, state: PatchState) -> None:
-        """Start to compute with a state, which was checked and names every norm layer."""
-
-    @abstractmethod
-    def _refuse_without_norm_layers(self) -> None:
-        """Raise a BnpatchError that says why there is nothing to patch."""
-
-    @abstractmethod
-    def statistics_in_use(self) -> Mapping[str, Moments[Any]]:
-        """Return, by name, the mean and variance (C,) in use where they are not the norm layer's own."""
-
     # Predictions.
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,50 +177,6 @@ class Model(ABC, Generic[NormLayerT]):
     def efficient_batch(self, batch_size: int, x: Tensor) -> int:
         """Return how many examples like those of a batch ``x`` to run at a time, at most ``batch_size``."""
         return batch_size
-
-    @abstractmethod
-    def predict(self, x: Tensor) -> Tensor:
-        """Run a batch.
-
-        Args:
-            x: images as bytes (N, C, H, W), resized and cropped; or floating-point inputs (N, ...).
-
-        Returns:
-            Logits (N, K), probabilities of a sigmoid, or outputs of another shape if the model has them; of
-            several outputs, those of :meth:`output_for`. Probabilities of a softmax become their logarithms.
-
-        Raises:
-            BnpatchError: the model does not take this input, returns no tensor, or none of several is chosen.
-        """
-
-    @abstractmethod
-    def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
-        """Run a batch, and compute the moments of each example at the input of the norms.
-
-        Args:
-            x: as for :meth:`predict`.
-            gradients: let gradients flow through the results, if the model has them.
-
-        Returns:
-            The outputs; and by name of norm layer or uncalibrated norm, the moments (N, C) of each example at
-            its input. If a module is called k times, they are of shape (k * N, C).
-        """
-
-    @abstractmethod
-    def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        """Run a batch as in training: Batch Norm normalizes by the moments of the batch.
-
-        Group Norm computes what it always does. The model is left as it was.
-
-        Returns:
-            By name of norm layer, the moments (C,) of the whole batch at its input, pooled over all calls if
-            a module is called several times. Norm layers that the batch does not reach are missing, and those
-            in a branch (If, Loop) of a graph.
-        """
-
-    @abstractmethod
-    def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
-        """Run a batch; return all tensors that the model returns, and the names of those from a sigmoid."""
 
     def output_for(self, example: Tensor, classes: int | None = None) -> Output:
         """Return which output is read of those that the model returns; random inputs decide that once.

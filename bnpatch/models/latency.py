@@ -10,19 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, singledispatch
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.models.base import Model
-from bnpatch.models.export import patched_graph
-from bnpatch.models.onnx_model import OnnxModel
-from bnpatch.models.torch_model import TorchModel
-from bnpatch.onnx.runtime import open_session
 
 Seconds = npt.NDArray[np.float64]
 
@@ -119,8 +113,7 @@ def measure(
     complete = [baseline | dict(weights) for weights in settings]
     different = [weights for weights in complete if weights != baseline]
     with model.borrowed(), _torch_threads(threads):
-        model.set_alphas(baseline)
-        turns = _turns(model, [baseline, *different], batch_size, threads)
+        turns = [_turn(model, alphas, batch_size, threads) for alphas in [baseline, *different]]
         times = interleaved(turns, seconds, clock)
     original, *others = (Latency.of_rounds(column, times[:, 0], batch_size) for column in times.T)
     measured = iter(others)
@@ -176,68 +169,18 @@ def median_interval(values: Seconds) -> tuple[float, float]:
     return float(ordered[rank]), float(ordered[n - 1 - rank])
 
 
-@singledispatch
-def _turns(
-    model: Model[Any], settings: Sequence[Mapping[str, float]], batch_size: int, threads: int | None
-) -> list[Turn]:
-    raise TypeError(f"a {type(model).__name__} can't be timed")
+def _turn(model: Model[Any], alphas: Mapping[str, float], batch_size: int, threads: int | None) -> Turn:
+    """Return a turn of a model at other alphas."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *model.preprocessing.input_size, generator=noise)
+    model.set_alphas(alphas)
+    run = model.ready_to_run(x, threads)
 
-
-@_turns.register
-def _torch_turns(
-    model: TorchModel, settings: Sequence[Mapping[str, float]], batch_size: int, threads: int | None
-) -> list[Turn]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *model.preprocessing.input_size, generator=generator).to(model.device)
-
-    model.output_for(x)  # so that it is not timed
-
-    def run() -> None:
-        model.predict(x)
-        if model.device.type != "cpu":  # predict returns before the device has finished
-            torch.accelerator.synchronize(model.device)
-
-    def turn(weights: Mapping[str, float]) -> Callable[[], object]:
-        model.set_alphas(weights)
+    def turn() -> Callable[[], object]:
+        model.set_alphas(alphas)
         return run
 
-    return [partial(turn, weights) for weights in settings]
-
-
-@_turns.register
-def _onnx_turns(
-    model: OnnxModel, settings: Sequence[Mapping[str, float]], batch_size: int, threads: int | None
-) -> list[Turn]:
-    signature = model.signature
-    if signature.batch not in (None, batch_size):
-        raise BnpatchError(
-            f"{model.name} takes {signature.batch} images at a time, not {batch_size}",
-            f"set --batch-size {signature.batch}",
-        )
-    x = np.random.default_rng(0).normal(size=(batch_size, *model.preprocessing.input_size))
-    if signature.dtype == np.uint8:
-        x = np.clip(128 + 64 * x, 0, 255)
-    if signature.channels_last:
-        x = np.moveaxis(x, 1, -1)
-    read = [model.output.name] if model.output else list(signature.outputs)
-    feeds = {signature.input: np.ascontiguousarray(x.astype(signature.dtype))}
-
-    def open_run(weights: Mapping[str, float]) -> Callable[[], object]:
-        model.set_alphas(weights)
-        session = open_session(patched_graph(model)[0], model.device, threads)
-        run = partial(session.run, read, feeds)
-        try:
-            run()
-        except Exception as error:  # onnxruntime's exceptions have no common class that is public
-            raise BnpatchError(
-                f"{model.name} does not take an input of shape {feeds[signature.input].shape}: "
-                f"{first_line(error)}",
-                "set --img-size or --batch-size",
-            ) from error
-        return run
-
-    runs = [open_run(weights) for weights in settings]
-    return [partial(lambda run: run, run) for run in runs]
+    return turn
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The ONNX backend: an ONNX graph that can be patched and run by onnxruntime."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,16 +13,23 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import CALIBRATE, FUSED, NEEDS_CALIBRATION, Inventory, NormFacts, SkippedNorm
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, as_arrays
 from bnpatch.core.recipe import Recipe, fingerprint
-from bnpatch.models.base import Model, Watch
+from bnpatch.models.backend import Watch
+from bnpatch.models.base import Model
 from bnpatch.models.fingerprints import of_graph_norm
 from bnpatch.models.metadata import write_metadata
 from bnpatch.models.onnx_as_torch import as_torch
-from bnpatch.models.onnx_sessions import MomentNames, Sessions, WeightedSession, run_in_portions
+from bnpatch.models.onnx_sessions import (
+    MomentNames,
+    Sessions,
+    WeightedSession,
+    naming_the_shape,
+    run_in_portions,
+)
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.hooks import joined, pooled_rows
 from bnpatch.onnx.fused_conv import find_fused_convs, insert_norms, observe
@@ -187,6 +195,24 @@ class OnnxModel(Model[OnnxNormLayer]):
         return output.read(torch.from_numpy(y))
 
     @override
+    def ready_to_run(self, x: Tensor, threads: int | None = None) -> Callable[[], object]:
+        from bnpatch.models.export import patched_graph  # imported here because it imports this module
+
+        signature = self.signature
+        if signature.batch not in (None, len(x)):
+            raise BnpatchError(
+                f"{self.name} takes {signature.batch} images at a time, not {len(x)}",
+                f"set --batch-size {signature.batch}",
+            )
+        inputs = self._prepare((128 + 64 * x).clamp(0, 255).byte() if signature.dtype == np.uint8 else x)
+        session = open_session(patched_graph(self)[0], self.device, threads)
+        read = [self.output.name] if self.output else list(signature.outputs)
+        run = partial(session.run, read, {signature.input: inputs})
+        with naming_the_shape(self.name, inputs):
+            run()
+        return run
+
+    @override
     def _probed(self, x: Tensor) -> tuple[dict[str, Tensor], Collection[str]]:
         operators = self.signature.outputs
         arrays = self.run(self._sessions.plain, list(operators), x)
@@ -225,15 +251,8 @@ class OnnxModel(Model[OnnxNormLayer]):
             feeds: values of further inputs.
         """
         inputs = self._prepare(x)
-        try:
+        with naming_the_shape(self.name, inputs):
             return run_in_portions(session, outputs, self.signature, inputs, feeds or {})
-        except BnpatchError:
-            raise
-        except Exception as error:  # onnxruntime's exceptions have no common class that is public
-            raise BnpatchError(
-                f"{self.name} does not take an input of shape {inputs.shape}: {first_line(error)}",
-                "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
-            ) from error
 
     @override
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,8 @@ read, so that the baseline is exactly the user's file. A third one normalizes by
 moments, to re-estimate statistics.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
 from bnpatch.onnx.expressions import Tape
@@ -171,6 +173,20 @@ def _open_by_batch(
     alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
     rewrite(graph, PatchWeights(alphas), running=running, include_1x1=True, append=append)
     return open_session(graph, device), names
+
+
+@contextmanager
+def naming_the_shape(model: str, inputs: Array) -> Iterator[None]:
+    """Turn errors of onnxruntime into one that names the model and the shape of the inputs it refused."""
+    try:
+        yield
+    except BnpatchError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common class that is public
+        raise BnpatchError(
+            f"{model} does not take an input of shape {inputs.shape}: {first_line(error)}",
+            "set --img-size, or give inputs (example_input in Python) of the shape that it takes",
+        ) from error
 
 
 def run_in_portions(

@@ -17,7 +17,8 @@ from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix, pool
 from bnpatch.data.dataset import Batch, Examples, Indices
 from bnpatch.data.sources import open_examples
-from bnpatch.models.base import Model, Watch
+from bnpatch.models.backend import Watch
+from bnpatch.models.base import Model
 from bnpatch.models.load import load
 
 OnBatch = Callable[[int], None]

@@ -1,7 +1,7 @@
 """The torch backend: a torch module that can be patched and run."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
@@ -17,7 +17,8 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
-from bnpatch.models.base import Model, Watch
+from bnpatch.models.backend import Watch
+from bnpatch.models.base import Model
 from bnpatch.models.fingerprints import of_module
 from bnpatch.models.outputs import Sigmoids, tensors_of
 from bnpatch.models.torch_export import unpatched_graph
@@ -25,15 +26,7 @@ from bnpatch.models.torch_file import save_checkpoint
 from bnpatch.models.torch_state import buffers_of, state_of, with_norm_layers, with_state
 from bnpatch.nn.fused_conv import find_fused_convs
 from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
-from bnpatch.nn.surgery import (
-    TorchNormLayer,
-    inventory,
-    patch,
-    patched_layers,
-    swap,
-    uncalibrated,
-    unpatch,
-)
+from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, patched_layers, swap, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
 
 # How many input values a CPU of up to seven threads takes at a time: those of four images of 224 pixels.
@@ -189,6 +182,18 @@ class TorchModel(Model[TorchNormLayer]):
     @torch.inference_mode()
     def predict(self, x: Tensor) -> Tensor:
         return self.forward(x)
+
+    @override
+    def ready_to_run(self, x: Tensor, threads: int | None = None) -> Callable[[], object]:
+        x = x.to(self.device)
+        self.output_for(x)  # so that it is not timed
+
+        def run() -> None:
+            self.predict(x)
+            if self.device.type != "cpu":  # predict returns before the device has finished
+                torch.accelerator.synchronize(self.device)
+
+        return run
 
     @override
     def forward(self, x: Tensor) -> Tensor:
