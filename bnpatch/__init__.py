@@ -27,6 +27,7 @@ _RENAMED = {
     "ExampleWeighedNorm": "ExampleWeightedNorm",
     "weighed_norm": "weighted_norm",
     "survey": "inventory",
+    "recover_folded": "recover_fused",
 }
 
 

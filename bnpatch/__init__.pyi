@@ -20,7 +20,7 @@ from .models.load import apply as apply
 from .models.load import load as load
 from .models.onnx_model import OnnxModel as OnnxModel
 from .models.running_stats import calibrate as calibrate
-from .models.running_stats import recover_folded as recover_folded
+from .models.running_stats import recover_fused as recover_fused
 from .models.torch_model import TorchModel as TorchModel
 from .nn.functional import weighted_norm as weighted_norm
 from .nn.norm import ExampleWeightedNorm as ExampleWeightedNorm

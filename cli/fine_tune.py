@@ -186,7 +186,7 @@ def _as_json(result: "FineTuneResult", files: list[Path], rows: list[dict[str, A
         "epochs": len(training.history),
         "stopped_early": training.stopped_early,
         "alpha": tuning.alpha,
-        "verdict": str(tuning.verdict),
+        "verdict": tuning.verdict,
         "fine_tuned": {c.metric.name: c.to_json() for c in result.comparisons},
         "contributions": rows,
         "files": [str(f) for f in files],

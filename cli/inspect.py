@@ -164,7 +164,7 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
             f"\n{len(facts.fused)} of the convolutions may have had a Batch Norm, fused into it or left as "
             f"scale and shift: {some(facts.fused)}"
         )
-        put("tune-alpha --recover-folded makes norm layers of these")
+        put("tune-alpha --recover-fused makes norm layers of these")
     if facts.skipped_norms:
         put(f"\n{len(facts.skipped_norms)} norms are skipped")
         reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from bnpatch.core.text import visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
-from bnpatch.report.text import OF_CANDIDATES, name_of
-from bnpatch.search.held_out import Verdict
+from bnpatch.report.text import OF_CANDIDATES
+from bnpatch.search.held_out import HeldOutEvaluation
 from bnpatch.search.result import TuneResult
 
 
@@ -58,14 +58,14 @@ def comparison_table(
     )
 
 
-def verdict_table(verdict: Verdict, comparisons: Sequence[Comparison]) -> None:
+def verdict_table(held_out: HeldOutEvaluation, comparisons: Sequence[Comparison]) -> None:
     """Print held-out examples before and after: the comparisons to show, and changed answers."""
-    comparison_table(comparisons, f"{verdict.num_examples} held-out")
-    if verdict.flips is not None:
-        typer.echo(f"{verdict.flips.gained} answers became right, {verdict.flips.lost} became wrong")
-    elif verdict.changed is not None:
-        typer.echo(f"{verdict.changed} answers changed; without labels nobody knows for the better or worse")
-    if (kept := verdict.kept) is not None:
+    comparison_table(comparisons, f"{held_out.num_examples} held-out")
+    if held_out.flips is not None:
+        typer.echo(f"{held_out.flips.gained} answers became right, {held_out.flips.lost} became wrong")
+    elif held_out.changed is not None:
+        typer.echo(f"{held_out.changed} answers changed; without labels nobody knows for the better or worse")
+    if (kept := held_out.kept) is not None:
         typer.echo("")
         comparison_table([kept.comparison], f"{kept.num_examples} to keep")
         typer.echo(kept)
@@ -76,7 +76,7 @@ def candidates_table(result: TuneResult) -> None:
     metric, baseline = result.metric, result.candidates[0]
     rows = [
         [
-            f"{'>' if candidate.chosen else ' '} {name_of(candidate)}",
+            f"{'>' if candidate.chosen else ' '} {candidate.name}",
             metric.format(candidate.mean),
             "" if candidate is baseline else metric.format(candidate.change.value, signed=True),
         ]

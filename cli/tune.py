@@ -105,7 +105,7 @@ def tune_alpha(
 
 def _as_json(result: "TuneResult", files: list[Path]) -> dict[str, Any]:
     return {
-        "verdict": str(result.verdict),
+        "verdict": result.verdict,
         "chosen": result.chosen.name,
         "alpha": result.alpha,
         "alphas": dict(result.weights.alphas),
@@ -126,7 +126,7 @@ def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
         str(count) if groups is None else f"{count} in {groups} groups"
         for count, groups in (
             (result.num_tuning, result.num_tuning_groups),
-            (result.num_held_out, result.verdict.num_groups),
+            (result.num_held_out, result.held_out.num_groups),
         )
     )
     say(f"examples       {tuning} to tune on, {judging} judged by{left_out}")
@@ -136,7 +136,7 @@ def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
     put("")
     candidates_table(result)
     put("")
-    verdict_table(result.verdict, shown(result.verdict.all_comparisons, model, result.metric))
+    verdict_table(result.held_out, shown(result.held_out.all_comparisons, model, result.metric))
     put(f"\n{verdict_sentence(result)}\n")
     for note in result.notes:
         put(f"note: {note}")

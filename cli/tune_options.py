@@ -103,10 +103,11 @@ class Searching:
             "Default: equally."
         ),
     ] = None
-    recover_folded: Annotated[
+    recover_fused: Annotated[
         bool,
         _search(
-            "--recover-folded",
+            "--recover-fused",
+            "--recover-folded",  # its earlier name
             help="Find again the Batch Norm that was fused into convolutions (--calib-data: clean images).",
         ),
     ] = False
@@ -143,7 +144,7 @@ class Searching:
             augment=self.augment,
             margin=judging.margin,
             max_overhead=self.max_overhead,
-            recover_folded=self.recover_folded,
+            recover_fused=self.recover_fused,
             batch_size=batch_size,
             storage=self.storage,
             study=self.study,

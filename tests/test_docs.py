@@ -42,6 +42,12 @@ def test_every_command_that_is_shown_has_these_options(page, line):
         pytest.fail(f"{page}: bnpatch {line}: {error.format_message()}")
 
 
+def test_an_earlier_option_is_still_read():
+    command = typer.main.get_command(app).commands["tune-alpha"]
+    for name in ("--recover-fused", "--recover-folded"):
+        assert command.make_context("tune-alpha", ["m.onnx", "--data", "val/", name]).params["recover_fused"]
+
+
 def test_some_commands_are_shown():
     assert len(list(commands())) > 20
 

@@ -39,8 +39,8 @@ def test_a_search_finds_what_it_finds_on_the_cpu(load, dim, metric):
     on_cpu, on_gpu = (
         bnpatch.tune_alpha(load(device), dim, metric=metric, seed=0) for device in ("cpu", "cuda")
     )
-    assert str(on_gpu.verdict) == str(on_cpu.verdict) == "gain"
-    first, second = (result.verdict.comparisons[0] for result in (on_cpu, on_gpu))
+    assert on_gpu.verdict == on_cpu.verdict == "gain"
+    first, second = (result.held_out.comparisons[0] for result in (on_cpu, on_gpu))
     assert second.before.value == pytest.approx(first.before.value, rel=1e-3, abs=2e-3)
     assert abs(second.change.value - first.change.value) < 0.1 * abs(first.change.value)
 

@@ -21,7 +21,7 @@ def names():
 @pytest.mark.slow
 def test_the_example_finds_a_gain(names):
     result = names["result"]
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
     assert result.metric.name == "mean_iou"
     assert [c.metric.name for c in result.comparisons] == ["mean_iou"]
     assert result.num_tuning == result.num_held_out == 200

@@ -6,6 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from bnpatch.core.moments import Moments
 
 #: Suffix of the name of a norm layer that was recovered from a fused Batch Norm: convolution name + this.
+#: Recipes and patched files have it, so it keeps an earlier word.
 FUSED = ".folded"
 
 #: Why a norm is skipped that becomes a norm layer once it gets running statistics from data.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.recipe import fingerprint
-from bnpatch.nn.fused_conv import VirtualNorm, is_convolution
+from bnpatch.nn.fused_conv import RecoveredNorm, is_convolution
 from bnpatch.nn.surgery import inventory, uncalibrated
 from bnpatch.onnx.match import OnnxNormLayer
 
@@ -27,7 +27,7 @@ def of_module(module: nn.Module, running: Collection[str]) -> dict[str, str]:
     hashes = {
         # A recovered norm is known by its convolution, because its moments depend on the data.
         norm.name: _of_fused(module, norm.name)
-        if norm.kind == VirtualNorm.__name__
+        if norm.kind == RecoveredNorm.__name__
         else _of_parameters(norm.num_channels, norm.parameters())
         for norm in inventory(module).norm_layers
     }

@@ -61,7 +61,7 @@ def _module(graph: ir.Model) -> fx.GraphModule:
     names = {}
     for number, norm in enumerate(inventory(graph).norm_layers):
         norm.node.name = f"norm_layer_{number}"
-        names[norm.node.name] = norm.module
+        names[norm.node.name] = norm.module_name
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     for node in graph.graph:
         if node.op_type == "Reshape":

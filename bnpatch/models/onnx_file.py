@@ -86,6 +86,6 @@ def load_onnx(
     if len(model.fused_convs()) > len(model.inventory().norm_layers):
         notes.append(
             f"{len(model.fused_convs())} convolutions look as if a Batch Norm was fused into them: "
-            "tune-alpha --recover-folded makes them norm layers"
+            "tune-alpha --recover-fused makes them norm layers"
         )
     return model

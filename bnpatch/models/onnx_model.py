@@ -76,7 +76,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         self._patchable = [
             norm
             for norm in self._found.norm_layers
-            if not norm.needs_calibration or norm.module in state.running
+            if not norm.needs_calibration or norm.module_name in state.running
         ]
         self._sessions = Sessions(self.graph, self._recovered, self._patchable, state, self.device)
 
@@ -85,22 +85,23 @@ class OnnxModel(Model[OnnxNormLayer]):
         missing = self.uncalibrated()
         norm_layers: dict[str, OnnxNormLayer] = {}  # one per module, and not one per call of it
         for norm in self._patchable:
-            norm_layers.setdefault(norm.module, replace(norm, name=norm.module))
+            norm_layers.setdefault(norm.module_name, replace(norm, name=norm.module_name))
         left = {
-            norm.module: SkippedNorm(norm.module, norm.kind, NEEDS_CALIBRATION, is_uncalibrated=True)
+            name: SkippedNorm(name, norm.kind, NEEDS_CALIBRATION, is_uncalibrated=True)
             for norm in self._found.norm_layers
-            if norm.module in missing
+            if (name := norm.module_name) in missing
         }
         return Inventory(tuple(norm_layers.values()), (*left.values(), *self._found.skipped_norms))
 
     @override
     def uncalibrated(self) -> tuple[str, ...]:
-        patchable = {norm.module for norm in self._patchable}
-        return tuple(dict.fromkeys(n.module for n in self._found.norm_layers if n.module not in patchable))
+        patchable = {norm.module_name for norm in self._patchable}
+        found = dict.fromkeys(norm.module_name for norm in self._found.norm_layers)
+        return tuple(name for name in found if name not in patchable)
 
     @override
     def baseline_alphas(self) -> dict[str, float]:
-        return {norm.module: norm.baseline_alpha for norm in self._patchable}
+        return {norm.module_name: norm.baseline_alpha for norm in self._patchable}
 
     def fused_convs(self) -> tuple[str, ...]:
         """Name the convolutions that a Batch Norm may have been fused into and that are not recovered yet."""
@@ -126,7 +127,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         if state.running is before.running and state.include_1x1 == before.include_1x1:
             return
         known = {conv.name + FUSED for conv in find_fused_convs(self.graph)} | {
-            norm.module for norm in self._found.norm_layers if norm.needs_calibration
+            norm.module_name for norm in self._found.norm_layers if norm.needs_calibration
         }
         if unknown := [name for name in state.running if name not in known]:
             raise BnpatchError(f"{self.name} has no norm {unknown[0]!r} to calibrate", "calibrate it again")
@@ -153,7 +154,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         if any(norm.is_uncalibrated for norm in left):
             remedy = CALIBRATE
         elif self.fused_convs():
-            remedy = "it was fused into the convolutions, most likely: add --recover-folded"
+            remedy = "it was fused into the convolutions, most likely: add --recover-fused"
         elif left:
             remedy = f"its norms are skipped: {left[0].reason}"
         else:
@@ -162,14 +163,14 @@ class OnnxModel(Model[OnnxNormLayer]):
 
     @override
     def facts(self) -> dict[str, NormFacts]:
-        eps = {norm.module: norm.eps for norm in self._patchable}
+        eps = {norm.module_name: norm.eps for norm in self._patchable}
         return {name: NormFacts(_as_tensors(part), eps[name]) for name, part in self._source().items()}
 
     def _source(self) -> dict[str, Moments[Any]]:
         """Return, by name of norm layer, its running statistics without lambda."""
         running = {name: as_arrays(part) for name, part in self._state.running.items()}
         return {
-            norm.module: running.get(norm.module, Moments(norm.running_mean, norm.running_var))
+            norm.module_name: running.get(norm.module_name, Moments(norm.running_mean, norm.running_var))
             for norm in self._patchable
         }
 
@@ -268,8 +269,8 @@ class OnnxModel(Model[OnnxNormLayer]):
         graph = self._recovered.clone()
         images = next(value for value in graph.graph.inputs if value.name == self.signature.input)
         images.shape = ir.Shape([self.signature.batch, *size])
-        names = {norm.module for norm in self._patchable}
-        return _known_shapes([n for n in inventory(graph).norm_layers if n.module in names]) | shapes
+        names = {norm.module_name for norm in self._patchable}
+        return _known_shapes([n for n in inventory(graph).norm_layers if n.module_name in names]) | shapes
 
     @override
     def watch_fused(self, example: Tensor) -> Watch | None:
@@ -296,8 +297,8 @@ class OnnxModel(Model[OnnxNormLayer]):
     @override
     def fingerprints(self, running: Collection[str] = ()) -> dict[str, str]:
         known = {*running, *self._state.running}
-        there = (n for n in self._found.norm_layers if not n.needs_calibration or n.module in known)
-        hashes = {norm.module: of_graph_norm(norm) for norm in there}
+        there = (n for n in self._found.norm_layers if not n.needs_calibration or n.module_name in known)
+        hashes = {norm.module_name: of_graph_norm(norm) for norm in there}
         for conv in find_fused_convs(self.graph):
             if conv.name + FUSED in known:  # hash the convolution, not the moments, which depend on data
                 hashes[conv.name + FUSED] = fingerprint(conv.parameters)
@@ -332,7 +333,7 @@ def _known_shapes(norms: Iterable[OnnxNormLayer]) -> dict[str, tuple[int, ...]]:
     for norm in norms:
         spatial = tuple(int(size) for size in norm.dims[2:] if isinstance(size, int))
         if len(spatial) == len(norm.dims[2:]):
-            shapes[norm.module] = spatial
+            shapes[norm.module_name] = spatial
     return shapes
 
 

@@ -124,7 +124,7 @@ class Sessions:
         )
         session = open_session(graph, self._device)
         taken = {value.name for value in session.get_overridable_initializers()}
-        modules = {norm.name: norm.module for norm in self._norms}
+        modules = {norm.name: norm.module_name for norm in self._norms}
         alphas, slopes = (
             {name: modules[norm] for norm, name in inputs.items() if name in taken}
             for inputs in (done.alpha_inputs, done.slope_inputs)
@@ -142,7 +142,7 @@ def _with_moments(graph: ir.Model) -> MomentNames:
     outside = [norm for norm in inventory(graph).norm_layers if norm.node.graph is graph.graph]
     values = observe_values(graph, [(norm.input, len(norm.dims)) for norm in outside])
     for norm, pair in zip(outside, values, strict=True):
-        names.setdefault(norm.module, []).append(pair)
+        names.setdefault(norm.module_name, []).append(pair)
     return names
 
 
@@ -161,16 +161,16 @@ def _open_by_batch(
         The session, and the names of its outputs with the moments of the batch.
     """
     names: MomentNames = {}
-    inside = {n.module for n in inventory(graph).norm_layers if n.node.graph is not graph.graph}
+    inside = {n.module_name for n in inventory(graph).norm_layers if n.node.graph is not graph.graph}
 
     def append(tape: Tape, norm: OnnxNormLayer, *_: Any) -> ir.Value:
         result, moments = append_by_batch(tape, norm)
         graph.graph.outputs.extend([moments.mean, moments.var])
-        names.setdefault(norm.module, []).append((moments.mean.name or "", moments.var.name or ""))
+        names.setdefault(norm.module_name, []).append((moments.mean.name or "", moments.var.name or ""))
         return result
 
     # No norm layer computes what it did at an alpha of 0.5, so all of them are rewritten.
-    alphas = {norm.module: 0.5 for norm in norms if norm.module not in inside}
+    alphas = {norm.module_name: 0.5 for norm in norms if norm.module_name not in inside}
     rewrite(graph, PatchWeights(alphas), running=running, include_1x1=True, append=append)
     return open_session(graph, device), names
 

@@ -1,7 +1,7 @@
 """Compute running statistics from data: one pass over the examples, without labels.
 
 :func:`calibrate` gives running statistics to Group Norm and other norms that have none,
-:func:`recover_folded` to Batch Norm that was fused into convolutions. :func:`re_estimate_statistics`
+:func:`recover_fused` to Batch Norm that was fused into convolutions. :func:`re_estimate_statistics`
 re-estimates those of every norm layer.
 """
 
@@ -24,7 +24,7 @@ from bnpatch.models.load import load
 OnBatch = Callable[[int], None]
 
 
-def recover_folded(
+def recover_fused(
     model: nn.Module | Model[Any],
     images: Any,
     *,
@@ -39,7 +39,7 @@ def recover_folded(
     :mod:`bnpatch.onnx.fused_conv` explains why they are enough. At alpha = 0 the model computes what it did.
 
         model = bnpatch.load("fused.onnx")
-        bnpatch.recover_folded(model, "train/")
+        bnpatch.recover_fused(model, "train/")
 
     Args:
         model: a module, or what :func:`bnpatch.load` returns.
@@ -74,7 +74,7 @@ def _watch(model: Model[Any], example: Tensor) -> Watch:
     if watch is None:
         raise BnpatchError(
             f"{model.name} has no convolution that a Batch Norm may have been fused into",
-            "leave out --recover-folded",
+            "leave out --recover-fused",
         )
     return watch
 

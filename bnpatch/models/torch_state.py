@@ -9,7 +9,7 @@ from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics
 from bnpatch.models.fingerprints import is_fused
-from bnpatch.nn.fused_conv import VirtualNorm, forget, recover
+from bnpatch.nn.fused_conv import RecoveredNorm, forget, recover
 from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, unpatch
 
 #: Returns statistics as tensors on the device of a module.
@@ -27,7 +27,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
     for norm in norm_layers:
         alphas[norm.name], slopes[norm.name] = norm.alpha, norm.slope
         lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
-        if norm.kind == VirtualNorm.__name__:
+        if norm.kind == RecoveredNorm.__name__:
             running.setdefault(norm.name, buffers_of(norm))
         if (layer := norm.patched) is None:
             continue

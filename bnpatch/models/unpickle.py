@@ -27,7 +27,7 @@ _MOVED = {
     "bnpatch.spec": "bnpatch.core.norm_spec",
     "bnpatch.nn.folded": "bnpatch.nn.fused_conv",
 }
-_RENAMED = {"ExampleWeighedNorm": "ExampleWeightedNorm"}
+_RENAMED = {"ExampleWeighedNorm": "ExampleWeightedNorm", "VirtualNorm": "RecoveredNorm"}
 
 # Classes of paths, by the names that they have in any version of Python and on any system, and the pure class
 # to use instead, which every system has.

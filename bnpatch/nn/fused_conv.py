@@ -2,10 +2,10 @@
 
 :mod:`bnpatch.onnx.fused_conv` does the same for ONNX graphs and explains why it works. The models were fused
 or re-parameterized in torch (timm's RepVGG, MobileOne, FastViT; ``torch.nn.utils.fusion``). The output of
-such a convolution is treated as the output of a virtual Batch Norm, whose running statistics, scale and shift
+such a convolution is treated as that of a recovered Batch Norm, whose running statistics, scale and shift
 follow from the moments of that output.
 
-The virtual norm is a child module of its convolution, and a forward hook of the convolution calls it. It adds
+The recovered norm is a child module of its convolution, and a forward hook of it calls the norm. It adds
 nothing to the state dict. It is an ordinary norm layer, with the name that it also has in an ONNX export.
 """
 
@@ -24,7 +24,7 @@ from bnpatch.nn.surgery import inventory
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class VirtualNorm(nn.Module):
+class RecoveredNorm(nn.Module):
     """A Batch Norm that returns its input, because its scale and shift undo the normalization.
 
     Args:
@@ -79,7 +79,7 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
 
 
 def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
-    """Put a virtual norm after each named convolution, in place. The model still computes what it did.
+    """Put a recovered norm after each named convolution, in place. The model still computes what it did.
 
     Args:
         model: any module.
@@ -89,7 +89,7 @@ def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
         convolution = model.get_submodule(name)
         if _child(convolution) is None:
             convolution.register_forward_hook(_then_normalize)
-        convolution.add_module(FUSED.removeprefix("."), VirtualNorm(part))
+        convolution.add_module(FUSED.removeprefix("."), RecoveredNorm(part))
 
 
 def forget(model: nn.Module, name: str) -> None:
@@ -120,7 +120,7 @@ def _child(convolution: nn.Module) -> nn.Module | None:
 
 
 def _then_normalize(convolution: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-    """Forward hook: apply the virtual norm.
+    """Forward hook: apply the recovered norm.
 
     It is a function at module level, because copies and pickles of a model then keep it.
     """

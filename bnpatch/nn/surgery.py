@@ -33,7 +33,7 @@ CONVERTIBLE: Mapping[str, bool] = {
     "timm.layers.split_batchnorm.SplitBatchNorm2d": False,
     "timm.layers.norm_act.FrozenBatchNormAct2d": True,
     "torchvision.ops.misc.FrozenBatchNorm2d": True,
-    "bnpatch.nn.fused_conv.VirtualNorm": True,
+    "bnpatch.nn.fused_conv.RecoveredNorm": True,
 }
 
 _OTHER_KIND = "not this kind of norm: it has no running statistics that stand for a data set"
@@ -348,7 +348,7 @@ def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
         return (
             "the model has no normalization layer that bnpatch could patch",
             "if it had Batch Norm once, that was fused into the convolutions: patch the model from before, "
-            "or see bnpatch.recover_folded",
+            "or see bnpatch.recover_fused",
         )
     if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
         return f"the model's norms have no running statistics: {_enumerate(waiting)}", CALIBRATE

@@ -33,8 +33,8 @@ class OnnxNormLayer:
     Attributes:
         name: dotted name of the torch module if the parameters or the exporter's metadata tell it, else the
             name of the node, else that of its output; unique in the model.
-        module: the name before it was made unique. A torch module that is called several times gives several
-            norm layers with the same value here.
+        module_name: the name before it was made unique. A torch module that is called several times gives
+            several norm layers with the same value here.
         kind: ``BatchNormalization`` or ``GroupNormalization``.
         nodes: the nodes that compute it, in order; the last one has the output.
         operand: which input of the first node is normalized.
@@ -49,7 +49,7 @@ class OnnxNormLayer:
     """
 
     name: str
-    module: str
+    module_name: str
     kind: str
     nodes: tuple[ir.Node, ...] = field(repr=False)
     dtype: ir.DataType
@@ -127,7 +127,7 @@ def inventory(model: ir.Model) -> Inventory[OnnxNormLayer]:
     for node, function in _nodes(model):
         found = _classified(node, opset, types, function)
         if isinstance(found, OnnxNormLayer):
-            norm_layers.append(replace(found, name=_unique(found.module, names)))
+            norm_layers.append(replace(found, name=_unique(found.module_name, names)))
         elif isinstance(found, SkippedNorm):
             skipped_norms.append(found)
     return Inventory(tuple(norm_layers), tuple(skipped_norms))

@@ -167,13 +167,13 @@ def _options(
 
 
 def _regrouped(found: Sequence[OnnxNormLayer], groups: Mapping[str, int]) -> list[OnnxNormLayer]:
-    return [replace(n, channels_per_group=groups.get(n.module, n.channels_per_group)) for n in found]
+    return [replace(n, channels_per_group=groups.get(n.module_name, n.channels_per_group)) for n in found]
 
 
 def _by_norm(
     weights: Mapping[str, float], norm_layers: list[OnnxNormLayer], check: Callable[[float, str], float]
 ) -> dict[str, float]:
-    known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module)}
+    known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module_name)}
     if unknown := [name for name in weights if name not in known]:
         some = ", ".join(norm_layer.name for norm_layer in norm_layers[:5])
         more = ", ..." if len(norm_layers) > 5 else ""
@@ -183,19 +183,19 @@ def _by_norm(
         )
     for name, weight in weights.items():
         check(weight, name)
-    by_norm = {n.name: weights.get(n.name, weights.get(n.module)) for n in norm_layers}
+    by_norm = {n.name: weights.get(n.name, weights.get(n.module_name)) for n in norm_layers}
     return {name: float(weight) for name, weight in by_norm.items() if weight is not None}
 
 
 def _is_given(norm_layer: OnnxNormLayer, running: Mapping[str, Moments[Array]]) -> bool:
-    return norm_layer.name in running or norm_layer.module in running
+    return norm_layer.name in running or norm_layer.module_name in running
 
 
 def _running_moments(norm_layer: OnnxNormLayer, given: Mapping[str, Moments[Array]]) -> Moments[Any]:
     """Return the given running statistics of a norm layer, else its own, which may be None."""
     if not _is_given(norm_layer, given):
         return Moments(norm_layer.running_mean, norm_layer.running_var)
-    moments = given.get(norm_layer.name, given.get(norm_layer.module))
+    moments = given.get(norm_layer.name, given.get(norm_layer.module_name))
     assert moments is not None
     name, shape = norm_layer.name, (norm_layer.num_channels,)
     arrays = [np.asarray(part, np.float64) for part in (moments.mean, moments.var)]

@@ -114,13 +114,13 @@ def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
 
 def _facts(result: TuneResult) -> list[tuple[str, str]]:
     """Count the answers that changed; return an empty list where none did."""
-    verdict, facts = result.verdict, []
-    if not verdict.changed:
+    held_out, facts = result.held_out, []
+    if not held_out.changed:
         return []
-    if verdict.flips is not None:
-        facts.append(("wrong, now right", f"{verdict.flips.gained:,}"))
-        facts.append(("right, now wrong", f"{verdict.flips.lost:,}"))
-    return [*facts, ("answers changed", f"{verdict.changed:,} of {verdict.num_examples:,}")]
+    if held_out.flips is not None:
+        facts.append(("wrong, now right", f"{held_out.flips.gained:,}"))
+        facts.append(("right, now wrong", f"{held_out.flips.lost:,}"))
+    return [*facts, ("answers changed", f"{held_out.changed:,} of {held_out.num_examples:,}")]
 
 
 def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
@@ -200,8 +200,8 @@ def _trade_off(result: TuneResult) -> tuple[Figure, Table]:
 
 def _classes(result: TuneResult, names: Sequence[str] | None) -> tuple[Figure, Table, Table, int] | None:
     """Describe changes class by class, and count the classes left out; None where no answer changed."""
-    known = result.verdict.classes
-    if known is None or not result.verdict.changed:
+    known = result.held_out.classes
+    if known is None or not result.held_out.changed:
         return None
 
     name = partial(text.class_name, names)

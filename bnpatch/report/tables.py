@@ -65,9 +65,9 @@ class TrainingResults:
 
 def before_and_after(result: TuneResult, model: Model[Any]) -> Table:
     """Make the table of all metrics on the held-out examples."""
-    verdict, where = result.verdict, text.scored_on(result)
-    comparisons = text.shown(verdict.all_comparisons, model, result.metric)
-    is_same = not verdict.changed and not any(c.change.value for c in result.comparisons)
+    held_out, where = result.held_out, text.scored_on(result)
+    comparisons = text.shown(held_out.all_comparisons, model, result.metric)
+    is_same = not held_out.changed and not any(c.change.value for c in result.comparisons)
     if is_same and text.patches_nothing(result):
         rows = [[_metric(c.metric), _estimate(c.metric, c.before)] for c in comparisons]
         caption = f"The model as it is, on {where}. Small: 95% intervals."
@@ -79,10 +79,10 @@ def before_and_after(result: TuneResult, model: Model[Any]) -> Table:
 
 def kept(result: TuneResult) -> Table | None:
     """Make the table of the images to keep, with the verdict on them; None where there are none."""
-    if (verdict := result.verdict.kept) is None:
+    if (kept := result.held_out.kept) is None:
         return None
-    caption = f"Images to keep. Small: 95% intervals. {verdict}."
-    return Table(caption, ["metric", "as it is", "patched", "change"], [compared(verdict.comparison)])
+    caption = f"Images to keep. Small: 95% intervals. {kept}."
+    return Table(caption, ["metric", "as it is", "patched", "change"], [compared(kept.comparison)])
 
 
 def trained(training: TrainingResults, result: TuneResult, model: Model[Any]) -> Table:
@@ -125,7 +125,7 @@ def candidates(result: TuneResult) -> Table:
     mark = "chosen, but not kept" if text.is_refused(result) else "chosen"
     rows: list[Row] = []
     for candidate in result.candidates:
-        name = text.name_of(candidate)
+        name = candidate.name
         first = Cell(f"✓ {name}", [mark], "chosen") if candidate.chosen else Cell(name)
         change = metric.format(candidate.change.value, signed=True) if rows else "reference"
         rows.append([first, metric.format(candidate.mean), change])

@@ -13,7 +13,6 @@ from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, Outcome, worth_showing
 from bnpatch.models.base import Model
-from bnpatch.search.config import Candidate
 from bnpatch.search.objective import LABEL_FREE
 from bnpatch.search.result import TuneResult
 
@@ -51,14 +50,14 @@ def verdict_sentence(result: TuneResult) -> str:
     if is_refused(result) and tuned.outcome is not Outcome.LOSS:
         by = f"{points(metric, change.value)}, {interval(metric, change)}"
         return (
-            f"Keep the model as it is: {name_of(result.chosen)} changes its {title(metric)} ({by}) {where}, "
-            f"but is {result.verdict.kept}."
+            f"Keep the model as it is: {result.chosen.name} changes its {title(metric)} ({by}) {where}, "
+            f"but is {result.held_out.kept}."
         )
     if tuned.outcome is Outcome.GAIN:
         way = "rises" if change.value > 0 else "falls"
         values = f"from {metric.format(tuned.before.value)} to {metric.format(tuned.after.value)}"
         lost = [title(c.metric) for c in result.comparisons if c.outcome is Outcome.LOSS]
-        if (calibration := result.verdict.calibration) is not None and calibration.outcome is Outcome.LOSS:
+        if (calibration := result.held_out.calibration) is not None and calibration.outcome is Outcome.LOSS:
             lost.append("calibration")
         if metric.name in LABEL_FREE:
             return (
@@ -69,7 +68,7 @@ def verdict_sentence(result: TuneResult) -> str:
         return f"Patched, the model gains: its {title(metric)} {way} {values} {where}.{but}"
     if tuned.outcome is Outcome.LOSS:
         return (
-            f"Keep the model as it is: {name_of(result.chosen)} did best in tuning, but makes its "
+            f"Keep the model as it is: {result.chosen.name} did best in tuning, but makes its "
             f"{title(metric)} worse by {points(metric, abs(change.value), signed=False)} {where}."
         )
     by = f"{points(metric, change.value)}, {interval(metric, change)}"
@@ -88,7 +87,7 @@ def verdict_sentence(result: TuneResult) -> str:
 
 def is_refused(result: TuneResult) -> bool:
     """Tell whether the chosen candidate does harm, to held-out examples or maybe to the images to keep."""
-    kept = result.verdict.kept
+    kept = result.held_out.kept
     return result.comparisons[0].outcome is Outcome.LOSS or (kept is not None and not kept.is_within)
 
 
@@ -118,7 +117,7 @@ def training_sentence(comparisons: Sequence[Comparison], metric: Metric) -> str:
 
 def scored_on(result: TuneResult) -> str:
     """Describe the examples that gave the verdict."""
-    count = examples_in_groups(result.num_held_out, result.verdict.num_groups)
+    count = examples_in_groups(result.num_held_out, result.held_out.num_groups)
     if result.num_parts > 1:
         return f"{count}, each left out of the search that it judged (cross-fitting)"
     return f"{count} that the search did not see"
@@ -136,11 +135,6 @@ def examples_in_groups(examples: int, groups: int | None) -> str:
 def title(metric: Metric) -> str:
     """Return the name of a metric in a sentence."""
     return _TITLES.get(metric.name, metric.name)
-
-
-def name_of(candidate: Candidate) -> str:
-    """Return the name of a candidate for people; the weights that change nothing are the baseline."""
-    return "baseline" if candidate.name == "identity" else candidate.name
 
 
 def class_name(names: Sequence[str] | None, index: int) -> str:

@@ -46,7 +46,7 @@ Find = Callable[[], Mapping[str, PatchWeights]]
 
 
 class CandidateSearch:
-    """Finds candidates, the identity first, and keeps the one that the selection examples support.
+    """Finds candidates, the baseline first, and keeps the one that the selection examples support.
 
     The candidates, in order: one alpha for all norm layers; with recalibration, one lambda, then one alpha
     with that lambda; weights per stage or layer, learned by gradient where the model has gradients and found
@@ -122,13 +122,13 @@ class CandidateSearch:
         return sum(cost for cost, _ in self._ways({})[: self.plan.reach])
 
     def find(self) -> list[Candidate]:
-        """Find the candidates, the identity first, and mark the one that is kept.
+        """Find the candidates, the baseline first, and mark the one that is kept.
 
         Raises:
             KeyboardInterrupt: the user interrupted before any candidate was found.
         """
         zeros = dict.fromkeys(self._baseline_alphas, 0.0)
-        found = {"identity": PatchWeights(dict(self._baseline_alphas), zeros, zeros)}
+        found = {"baseline": PatchWeights(dict(self._baseline_alphas), zeros, zeros)}
         try:
             for cost, find in self._ways(found)[: self.plan.reach]:
                 with self._progress.part(cost):
@@ -157,12 +157,12 @@ class CandidateSearch:
         one_pass = len(self.tuning)
         cost = min(passes, trials or math.inf) * one_pass  # of a global search
         ways: list[tuple[float, Find]] = [
-            (cost, lambda: self._one_weight("alpha", "alpha", found["identity"]))
+            (cost, lambda: self._one_weight("alpha", "alpha", found["baseline"]))
         ]
         if plan.recalibrate:
             ways += [
                 # Statistics are re-estimated in one pass; the scores of the start are in the cache already.
-                (cost, lambda: self._one_weight("lambda", "lambda", found["identity"])),
+                (cost, lambda: self._one_weight("lambda", "lambda", found["baseline"])),
                 (cost - one_pass, lambda: self._one_weight("lambda, alpha", "alpha", found["lambda"])),
             ]
         if per:
@@ -211,7 +211,7 @@ class CandidateSearch:
         )
 
     def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
-        """Set one lambda for all norm layers, or alphas at one distance from the identity."""
+        """Set one lambda for all norm layers, or alphas at one distance from the baseline."""
         if kind == "lambda":
             return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.re_estimated, weight)})
         return replace(start, alphas={name: abs(i - weight) for name, i in self._baseline_alphas.items()})

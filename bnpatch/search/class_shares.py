@@ -17,7 +17,7 @@ from bnpatch.core.patch import PatchState
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.metrics import Metric, Outcome
 from bnpatch.models.base import Model
-from bnpatch.search.held_out import Evidence, conclude, gather
+from bnpatch.search.held_out import PairedScores, conclude, gather
 from bnpatch.search.label_free import estimated_prior
 from bnpatch.search.task import Task
 
@@ -26,38 +26,38 @@ _PRESUMING = ("unlabeled", "information")
 
 
 def by_predicted_shares(
-    task: Task, examples: Examples, evidence: Evidence, before: PatchState, after: PatchState
-) -> tuple[Evidence, str]:
+    task: Task, examples: Examples, paired: PairedScores, before: PatchState, after: PatchState
+) -> tuple[PairedScores, str]:
     """Score held-out examples again by predicted class frequencies, where they show a gain by presumed ones.
 
     Args:
         task: what was searched.
-        examples: the examples that the evidence is of.
-        evidence: scores of its held-out examples without and with the patch.
+        examples: the examples that the scores are of.
+        paired: scores of its held-out examples without and with the patch.
         before: the state of the model without the patch.
         after: its state with the patch.
 
     Returns:
-        The evidence and "", or the evidence by predicted frequencies and a note for the user, if these show
+        The scores and "", or the scores by predicted frequencies and a note for the user, if these show
         no gain. A class prior that the user gives is taken for the truth, and so are labels.
     """
     spec, model = task.spec, task.model
     metric = spec.metric
-    if metric.name not in _PRESUMING or spec.prior is not None or metric.name not in evidence.before:
-        return evidence, ""
-    if not _gains(evidence, metric):
-        return evidence, ""
+    if metric.name not in _PRESUMING or spec.prior is not None or metric.name not in paired.before:
+        return paired, ""
+    if not _gains(paired, metric):
+        return paired, ""
     model.set_state(after)
     shares = estimated_prior(_predictions(model, examples, task.held_out, spec.batch_size))
     predicted = replace(spec, prior=shares.tolist())
     objective = predicted.objective(model, task.seen, task.tuning)
     judging, _ = predicted.held_out_objective(objective, examples, task.held_out)
     stricter = gather(model, examples, judging, before, after, task.held_out)
-    return (evidence, "") if _gains(stricter, metric) else (stricter, _note(metric.name, shares))
+    return (paired, "") if _gains(stricter, metric) else (stricter, _note(metric.name, shares))
 
 
-def _gains(evidence: Evidence, metric: Metric) -> bool:
-    return conclude(evidence, [metric]).comparisons[0].outcome is Outcome.GAIN
+def _gains(paired: PairedScores, metric: Metric) -> bool:
+    return conclude(paired, [metric]).comparisons[0].outcome is Outcome.GAIN
 
 
 def _note(name: str, shares: Tensor) -> str:

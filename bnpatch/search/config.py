@@ -19,7 +19,7 @@ Callback = Callable[["optuna.Study", "optuna.trial.FrozenTrial"], None]
 Granularity = Literal["auto", "global", "stage", "layer"]
 
 #: Candidates with one weight for all norm layers.
-GLOBAL_CANDIDATES = ("identity", "alpha", "lambda", "lambda, alpha")
+GLOBAL_CANDIDATES = ("baseline", "alpha", "lambda", "lambda, alpha")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SearchConfig:
             statistics, see :func:`~bnpatch.core.moments.weight_by_distance`.
         trials: maximum number of trials in each global search.
         max_passes: maximum number of passes over the tuning examples in each global search; 2 of them score
-            the identity and the best trial. It does not limit label-free metrics on fewer than a thousand
+            the baseline and the best trial. It does not limit label-free metrics on fewer than a thousand
             examples, where five trials are scored on all of them.
         holdout: fraction of the data that the search does not see, and that gives the verdict; None for half,
             or, with few labelled examples, for cross-fitting: every part is held out once.
@@ -49,7 +49,7 @@ class SearchConfig:
             labels, of the answers of the unpatched model.
         max_overhead: maximum ratio of the patched model's measured latency, one image at a time, to the
             baseline's; the norm layers that gain least for their time stay unpatched.
-        recover_folded: take convolutions that a Batch Norm was fused into as norm layers.
+        recover_fused: take convolutions that a Batch Norm was fused into as norm layers.
         batch_size: examples per batch.
         storage: where the trials are kept, so that a search that was killed can continue:
             a database such as ``sqlite:///x.db``; None for memory.
@@ -67,7 +67,7 @@ class SearchConfig:
     augment: str | Sequence[str] | None = None
     margin: float = 0.005
     max_overhead: float | None = None
-    recover_folded: bool = False
+    recover_fused: bool = False
     batch_size: int = 64
     storage: str | None = None
     study: str | None = None
@@ -136,7 +136,7 @@ class Candidate:
         name: how the weights were found.
         weights: the weights.
         mean: mean of the tuned metric over the selection examples.
-        change: difference of this mean from that of the identity, on the same examples.
+        change: difference of this mean from that of the baseline, on the same examples.
         chosen: whether this candidate is the one that the search chose.
     """
 
@@ -159,7 +159,7 @@ class Trial:
     Attributes:
         candidate: name of the candidate that the global search is for.
         number: number within the global search; 0 is its starting point.
-        params: ``weight``, the distance of all norm layers from the identity: alpha for Batch Norm, 1 - alpha
+        params: ``weight``, the distance of all norm layers from the baseline: alpha for Batch Norm, 1 - alpha
             for Group Norm; or lambda. To refine a candidate: ``scale``, by which all of these distances are
             multiplied, and ``threshold``, below which they are set to 0.
         scores: mean over all tuning examples by name of metric, extrapolated from those that were scored.

@@ -16,7 +16,7 @@ from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch.models.doctor import warn_of_preprocessing
 from bnpatch.search.candidates import CandidateSearch
 from bnpatch.search.config import Candidate, Plan, Trial, chosen_of
-from bnpatch.search.held_out import Evidence, gather
+from bnpatch.search.held_out import PairedScores, gather
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import Objective
 from bnpatch.search.progress import Progress
@@ -29,8 +29,8 @@ class Searches:
 
     In a cross-fit, further searches each leave out one part of the examples, which then judges what was
     found. These searches share the time that is left, and try as many ways to find candidates as the first
-    search did. If time runs out or the user interrupts, the parts judged so far give the evidence, at least
-    one. What was taken from all examples once is not repeated: running statistics of norms that have none,
+    search did. If time runs out or the user interrupts, the parts judged so far count, at least one.
+    What was taken from all examples once is not repeated: running statistics of norms that have none,
     and which norm layers a latency limit leaves out.
 
     Attributes:
@@ -106,10 +106,10 @@ class Searches:
         self._seconds_of_whole = time.monotonic() - self._started
         return candidates
 
-    def evidence(
+    def paired_scores(
         self, objective: Objective, unshared: Objective, baseline: PatchState, chosen: PatchWeights
-    ) -> tuple[Evidence, Evidence | None, int]:
-        """Gather evidence from all held-out parts; in a cross-fit, of what a search without each part finds.
+    ) -> tuple[PairedScores, PairedScores | None, int]:
+        """Score held-out parts without and with the patch; in a cross-fit, what a search without each found.
 
         Args:
             objective: scores the held-out examples.
@@ -118,15 +118,15 @@ class Searches:
             chosen: the weights that the search on all tuning examples chose.
 
         Returns:
-            The evidence of the examples as they are, that of the augmented examples where there are any, and
+            The scores of the examples as they are, those of the augmented examples where there are any, and
             the number of parts that judged.
 
         Raises:
             KeyboardInterrupt: the user interrupted before any part had judged.
         """
         task = self.task
-        plain: list[Evidence] = []
-        shifted: list[Evidence] = []
+        plain: list[PairedScores] = []
+        shifted: list[PairedScores] = []
 
         def judge(after: PatchState, held_out: Indices) -> None:
             plain.append(self._judged(objective, baseline, after, held_out))
@@ -137,10 +137,10 @@ class Searches:
             judge(self.whole.base.with_weights(chosen), task.held_out)
         else:
             self._in_turns(chosen, judge, plain)
-        return Evidence.joined(plain), Evidence.joined(shifted) if shifted else None, len(plain)
+        return PairedScores.joined(plain), PairedScores.joined(shifted) if shifted else None, len(plain)
 
     def _in_turns(
-        self, chosen: PatchWeights, judge: Callable[[PatchState, Indices], None], judged: list[Evidence]
+        self, chosen: PatchWeights, judge: Callable[[PatchState, Indices], None], judged: list[PairedScores]
     ) -> None:
         """Search without each part, and judge by it."""
         parts = self.task.parts
@@ -170,7 +170,7 @@ class Searches:
         """
         plan = self.task.plan
         plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_tried)
-        # The evidence needs one part, so the first has time enough to repeat the search on all examples.
+        # One part is needed, so the first has time enough to repeat the search on all examples.
         at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
         search = self._begin(self.task.parts[fold][0], plan, at_least)
         weights = chosen_of(self._find(search)).weights
@@ -272,12 +272,12 @@ class Searches:
 
     def _judged(
         self, objective: Objective, baseline: PatchState, after: PatchState, held_out: Indices
-    ) -> Evidence:
+    ) -> PairedScores:
         task = self.task
         with self._progress.part(2 * len(held_out)):
-            evidence = gather(task.model, task.test_examples, objective, baseline, after, held_out)
+            paired = gather(task.model, task.test_examples, objective, baseline, after, held_out)
             self._progress.count("held-out evaluation", 2 * len(held_out))
-        return evidence
+        return paired
 
     def _report(self, trial: Trial, is_best: bool) -> None:
         is_baseline = trial.number == 0 and trial.candidate == "alpha"

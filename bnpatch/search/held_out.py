@@ -1,4 +1,4 @@
-"""The verdict: the effect of a patch on held-out examples, which the search never saw."""
+"""Held-out evaluation: the effect of a patch on examples that the search never saw."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from bnpatch.search.objective import Objective, groups_of_scores, in_sets
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PairedScores:
     """Scores of the same examples in the same order, without and with a patch.
 
     Attributes:
@@ -45,8 +45,8 @@ class Evidence:
     groups: Indices | None = None
 
     @staticmethod
-    def joined(parts: Sequence["Evidence"]) -> "Evidence":
-        """Join the evidence of several parts, the folds of a cross-fit."""
+    def joined(parts: Sequence["PairedScores"]) -> "PairedScores":
+        """Join the scores of several parts, the folds of a cross-fit."""
 
         def join(which: str) -> dict[str, Values]:
             return {n: np.concatenate([getattr(p, which)[n] for p in parts]) for n in parts[0].before}
@@ -54,11 +54,11 @@ class Evidence:
         targets, indices = (np.concatenate([getattr(p, n) for p in parts]) for n in ("targets", "indices"))
         groups = [part.groups for part in parts if part.groups is not None]
         joined = np.concatenate(groups) if groups else None
-        return Evidence(join("before"), join("after"), targets, indices, joined)
+        return PairedScores(join("before"), join("after"), targets, indices, joined)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HeldOutEvaluation:
     """The effect of a patch on held-out examples.
 
     Attributes:
@@ -85,8 +85,9 @@ class Verdict:
     num_groups: int | None = None
     kept: Kept | None = None
 
-    def __str__(self) -> str:
-        """Return the verdict in words: gain, loss, or no significant change."""
+    @property
+    def verdict(self) -> str:
+        """The verdict in words: gain, loss, or no significant change."""
         return self.comparisons[0].verdict
 
     @property
@@ -112,13 +113,13 @@ class Decision:
 
     Attributes:
         is_recommended: whether held-out examples support the candidate.
-        verdict: the effect of the candidate on held-out examples.
+        held_out: the effect of the candidate on held-out examples.
         reason: why the candidate is not recommended, as a sentence for users; "" where there is nothing to
             say.
     """
 
     is_recommended: bool
-    verdict: Verdict
+    held_out: HeldOutEvaluation
     reason: str = ""
 
 
@@ -129,7 +130,7 @@ def gather(
     before: PatchState,
     after: PatchState,
     indices: Indices,
-) -> Evidence:
+) -> PairedScores:
     """Score examples without and with a patch; this leaves the model in one of the two states.
 
     Args:
@@ -147,7 +148,7 @@ def gather(
     read = _readable(examples, objective, indices)
     labelled = examples.classes and examples.labelled[read].all()
     targets = examples.targets[read] if labelled else np.zeros(0, np.int64)
-    return Evidence(first, second, targets, read, groups_of_scores(objective, examples, read))
+    return PairedScores(first, second, targets, read, groups_of_scores(objective, examples, read))
 
 
 def scores(
@@ -177,44 +178,44 @@ def _readable(examples: Examples, objective: Objective, indices: Indices) -> Ind
     return readable[np.argsort(rng.random(len(examples))[readable])]
 
 
-def conclude(evidence: Evidence, metrics: Sequence[Metric]) -> Verdict:
+def conclude(scored: PairedScores, metrics: Sequence[Metric]) -> HeldOutEvaluation:
     """Compare the scores without and with the patch, paired by example.
 
     Args:
-        evidence: scores of all held-out examples.
+        scored: scores of all held-out examples.
         metrics: metrics to compare; the first decides the verdict.
     """
-    before, after = evidence.before, evidence.after
-    groups = evidence.groups
+    before, after = scored.before, scored.after
+    groups = scored.groups
     comparisons = [paired(metric, before[metric.name], after[metric.name], groups) for metric in metrics]
     count = max(len(values) for values in before.values())
-    verdict = Verdict(
+    evaluation = HeldOutEvaluation(
         comparisons,
         num_examples=count,
-        indices=evidence.indices,
+        indices=scored.indices,
         num_groups=None if groups is None else len(np.unique(groups)),
     )
     if PREDICTION.name not in before:
-        return verdict
+        return evaluation
     answers = [side[PREDICTION.name].astype(np.int64) for side in (before, after)]
     changed = int(np.sum(answers[0] != answers[1]))
-    if ACCURACY.name not in before or len(evidence.targets) != count:
-        return replace(verdict, changed=changed)
+    if ACCURACY.name not in before or len(scored.targets) != count:
+        return replace(evaluation, changed=changed)
     sure = [Answers(side[CONFIDENCE.name], side[ACCURACY.name]) for side in (before, after)]
     return replace(
-        verdict,
+        evaluation,
         calibration=compare_calibration(sure[0], sure[1], groups),
         flips=flips(before[ACCURACY.name], after[ACCURACY.name]),
         changed=changed,
-        classes=np.stack([evidence.targets, *answers]),
+        classes=np.stack([scored.targets, *answers]),
         confidences=np.stack([one.confidence for one in sure]),
     )
 
 
 def decide(
     candidate: str | None,
-    evidence: Evidence,
-    shifted: Evidence | None,
+    scored: PairedScores,
+    shifted: PairedScores | None,
     metrics: Sequence[Metric],
     kept: Kept | None = None,
 ) -> Decision:
@@ -226,13 +227,13 @@ def decide(
 
     Args:
         candidate: name of the candidate; None where the search chose the model as it came.
-        evidence: scores of all held-out examples; in a cross-fit, of what each search found.
+        scored: scores of all held-out examples; in a cross-fit, of what each search found.
         shifted: the same of augmented held-out examples, where the search was on such.
         metrics: metrics to compare; the first decides.
         kept: what the candidate does to the images to keep, where there are any.
     """
-    verdict = replace(conclude(evidence, metrics), kept=kept)
-    tuned = verdict.comparisons[0]
+    held_out = replace(conclude(scored, metrics), kept=kept)
+    tuned = held_out.comparisons[0]
     if candidate is None:
         # In a cross-fit, searches without one of the parts may have found something.
         reason = ""
@@ -241,11 +242,11 @@ def decide(
                 f"what was found without one of the parts changes their {tuned.metric.name} by "
                 f"{tuned.metric.format(change, signed=True)}; all images together speak for none of it"
             )
-        unchanged = conclude(replace(evidence, after=evidence.before), metrics)
+        unchanged = conclude(replace(scored, after=scored.before), metrics)
         return Decision(False, replace(unchanged, kept=kept), reason)
     if tuned.outcome is Outcome.LOSS:
         reason = f"{candidate}: best in tuning, but a loss in {tuned.metric.name} on held-out examples"
-        return Decision(False, verdict, f"{reason}; not applied")
+        return Decision(False, held_out, f"{reason}; not applied")
     where = "held-out examples"
     if shifted is not None:
         tuned, where = (
@@ -254,13 +255,13 @@ def decide(
         )
     if tuned.outcome is Outcome.GAIN:
         if kept is not None and not kept.is_within:
-            return Decision(False, verdict, f"{candidate}: {kept}; not applied")
-        return Decision(True, verdict)
+            return Decision(False, held_out, f"{candidate}: {kept}; not applied")
+        return Decision(True, held_out)
     reason = f"{candidate}: no significant change in {tuned.metric.name} on {where}; not applied"
-    units = "examples" if verdict.num_groups is None else "groups"
-    if more := _more_units(tuned, verdict.num_groups or verdict.num_examples):
+    units = "examples" if held_out.num_groups is None else "groups"
+    if more := _more_units(tuned, held_out.num_groups or held_out.num_examples):
         reason += f" (about {more:,} more {units} might show a gain, if the change so far is the truth)"
-    return Decision(False, verdict, reason)
+    return Decision(False, held_out, reason)
 
 
 def _more_units(tuned: Comparison, count: int) -> int:

@@ -170,7 +170,7 @@ def trade_off(
         The points, the baseline first.
     """
     baseline_alphas, sign = model.baseline_alphas(), metric.sign
-    identity = PatchWeights(baseline_alphas, dict.fromkeys(baseline_alphas, 0.0))
+    baseline = PatchWeights(baseline_alphas, dict.fromkeys(baseline_alphas, 0.0))
     weighted = [name for name, alpha in weights.alphas.items() if alpha != baseline_alphas[name]]
     whole, costs = scores(weights), norm_costs(model)
 
@@ -188,12 +188,12 @@ def trade_off(
         )
         for norm_layers in nested_norms({name: lost(name) / costs[name] for name in weighted})
     ]
-    scored = [(member, if_finite(partial(scores, member))) for member in family if member != identity]
+    scored = [(member, if_finite(partial(scores, member))) for member in family if member != baseline]
     usable = [(member, after) for member, after in scored if after is not None]
     model.set_state(model.state.with_weights(PatchWeights(slopes=weights.slopes)))
     latencies = measure(model, [{}, *(member.alphas for member, _ in usable)], seconds=seconds)
-    before = scores(identity)
-    points = [Point(identity, 0, 0.0, 0.0, latencies[0])]
+    before = scores(baseline)
+    points = [Point(baseline, 0, 0.0, 0.0, latencies[0])]
     for (member, after), latency in zip(usable, latencies[1:], strict=True):
         change = paired_difference(before, after, groups)
         count = sum(alpha != baseline_alphas[name] for name, alpha in member.alphas.items())

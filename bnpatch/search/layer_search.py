@@ -102,7 +102,7 @@ class LayerSearch:
             return self._expected_of_coordinates()
         starts = 4 if self._plan.recalibrate else 3
         course = Course.of(len(self._indices), starts, self._objective.set_size)
-        scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the identity
+        scored = 2 * starts + 1 + CHECKS  # each start before and after its trial, and the baseline
         checked = self._selection.num_checked + (0 if self._keep is None else self._keep.num_checked)
         return self._step_cost * course.num_examples(starts) + scored * checked
 
@@ -120,7 +120,7 @@ class LayerSearch:
         """Find weights, with and without slopes.
 
         Args:
-            found: weights by name of the candidates that were found before, the identity first.
+            found: weights by name of the candidates that were found before, the baseline first.
             per: what has a weight of its own: each "layer", or each "stage".
 
         Returns:
@@ -150,15 +150,15 @@ class LayerSearch:
         A step without labels needs a large set of examples. Where there are few of these, each start costs
         some passes, so those without lambdas are left out if lambdas are learned.
         """
-        identity, re_estimated = found["identity"], self._cache.base.re_estimated
+        baseline, re_estimated = found["baseline"], self._cache.base.re_estimated
         alphas_alone = Groups(groups, {}, {})
         both = Groups(groups, {name: groups.get(name, name) for name in re_estimated}, {})
 
         def start(ends: tuple[float, float], weight: float | None) -> Start:
-            alphas = {**identity.alphas, **self._falling(groups, ends)}
-            lambdas = {**identity.lambdas, **dict.fromkeys(re_estimated, weight or 0.0)}
+            alphas = {**baseline.alphas, **self._falling(groups, ends)}
+            lambdas = {**baseline.lambdas, **dict.fromkeys(re_estimated, weight or 0.0)}
             learned = alphas_alone if weight is None else both
-            return Start(PatchWeights(alphas, lambdas, identity.slopes), learned)
+            return Start(PatchWeights(alphas, lambdas, baseline.slopes), learned)
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
@@ -167,21 +167,21 @@ class LayerSearch:
             starts += [start(_SMALL, None), start(_RAMP, None)]
         if learns_lambdas:
             starts += [start(_RAMP, 0.5), start(_SMALL, 1.0)]
-        return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != identity]
+        return [s for n, s in enumerate(starts) if s not in starts[:n] and s.weights != baseline]
 
-    def _promising(self, starts: Sequence[Start], identity: PatchWeights) -> Sequence[Start]:
+    def _promising(self, starts: Sequence[Start], baseline: PatchWeights) -> Sequence[Start]:
         """Keep the best few starts, by the selection examples.
 
-        One that is worse than the identity is left out, unless it is the best: where most norm layers want no
+        One that is worse than the baseline is left out, unless it is the best: where most norm layers want no
         weight, as in ImageNet networks, a few steps don't bring it back. A few examples show that of starts
-        that are much worse. Without labels all starts stay, because there the identity may only seem good.
+        that are much worse. Without labels all starts stay, because there the baseline may only seem good.
         """
         if self._objective.set_size > 1:
             return starts
-        starts = [s for s in starts if not self._selection.at_once_worse(s.weights, identity)] or starts
+        starts = [s for s in starts if not self._selection.at_once_worse(s.weights, baseline)] or starts
         cost = partial(self._cost, "choosing where to start")
         costs = [cost(start.weights) for start in starts]
-        most = max(cost(identity), min(costs, default=math.inf))
+        most = max(cost(baseline), min(costs, default=math.inf))
         best = np.argsort(costs, kind="stable")[:_MOST_STARTS]
         return [starts[number] for number in best if costs[number] <= most]
 
@@ -204,7 +204,7 @@ class LayerSearch:
         """Learn weights from several starts; without slopes, a norm layer gets its mean weight."""
         if self._with_gradients is None:
             raise NoGradientError
-        starts = self._promising(self._starts(found, groups), found["identity"])
+        starts = self._promising(self._starts(found, groups), found["baseline"])
         if self._plan.slopes:
             slopes = {name: group for name, group in groups.items() if self._baseline_alphas[name] == 0}
             starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]

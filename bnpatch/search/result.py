@@ -13,7 +13,7 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
 from bnpatch.evaluation.metrics import Comparison, Metric
 from bnpatch.search.config import Candidate, Trial, chosen_of
-from bnpatch.search.held_out import Verdict
+from bnpatch.search.held_out import HeldOutEvaluation
 from bnpatch.search.latency_limit import Point
 from bnpatch.search.task import Task
 from bnpatch.search.thumbnails import Samples
@@ -25,10 +25,10 @@ class TuneResult:
 
     Attributes:
         metric: the tuned metric.
-        candidates: the candidates, the identity first, with their scores on the selection examples; one of
+        candidates: the candidates, the baseline first, with their scores on the selection examples; one of
             them is chosen.
         trials: trials of the global searches, with their scores on the tuning examples.
-        verdict: the verdict on held-out examples.
+        held_out: the effect on held-out examples, which gives the verdict.
         weights: the recommended weights: those of the chosen candidate if held-out examples support it,
             otherwise those of the model as it came.
         norm_layers: names of the norm layers, in the order of the model.
@@ -53,7 +53,7 @@ class TuneResult:
     metric: Metric
     candidates: list[Candidate]
     trials: list[Trial]
-    verdict: Verdict
+    held_out: HeldOutEvaluation
     weights: PatchWeights
     norm_layers: list[str]
     passes: float
@@ -80,14 +80,19 @@ class TuneResult:
         return chosen_of(self.candidates)
 
     @property
+    def verdict(self) -> str:
+        """The verdict in words: gain, loss, or no significant change."""
+        return self.held_out.verdict
+
+    @property
     def comparisons(self) -> list[Comparison]:
         """Comparisons on the held-out examples, one per metric."""
-        return self.verdict.comparisons
+        return self.held_out.comparisons
 
     @property
     def num_held_out(self) -> int:
         """The number of held-out examples that gave the verdict."""
-        return self.verdict.num_examples
+        return self.held_out.num_examples
 
     @property
     def alpha(self) -> float | None:
@@ -130,9 +135,9 @@ def provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> di
         "passes": round(result.passes, 2),
         "trials": len(result.trials),
         "interrupted": result.interrupted,
-        "verdict": str(result.verdict),
-        "held_out": result.verdict.to_json(),
-        "kept": None if result.verdict.kept is None else result.verdict.kept.to_json(),
+        "verdict": result.verdict,
+        "held_out": result.held_out.to_json(),
+        "kept": None if result.held_out.kept is None else result.held_out.kept.to_json(),
         "notes": result.notes,
         "seed": task.plan.seed,
         "versions": {
@@ -150,5 +155,5 @@ def _name(source: Any) -> str | None:
 
 def _group_counts(result: TuneResult) -> dict[str, int]:
     """Return the numbers of groups, where examples come in groups."""
-    counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.verdict.num_groups}
+    counts = {"tuning_groups": result.num_tuning_groups, "held_out_groups": result.held_out.num_groups}
     return {name: count for name, count in counts.items() if count is not None}

@@ -1,8 +1,8 @@
 """Selection of the candidate that is kept, by examples that its weights were not learned from.
 
 Weights that help shifted images may cost some accuracy on images without the shift. Halfway between the
-identity and such weights, most of the gain remains and hardly any of the cost. So where a candidate does
-harm, :func:`without_harm` lets some points between the identity and it take its place.
+baseline and such weights, most of the gain remains and hardly any of the cost. So where a candidate does
+harm, :func:`without_harm` lets some points between the baseline and it take its place.
 """
 
 import math
@@ -23,14 +23,14 @@ from bnpatch.search.score_cache import ScoreCache
 # Number of examples, roughly, by which steps of learning are compared.
 _CHECKED = 300
 
-#: Points that take the place of a candidate that does harm, as fractions of the way from the identity to it.
+#: Points that take the place of a candidate that does harm, as fractions of the way from the baseline to it.
 PARTS = (0.75, 0.5, 0.25, 0.1)
 
 
 class Selection:
     """Chooses between candidates on the selection examples, which are some blocks of the tuning examples.
 
-    No weights were learned from these by gradient, though they decide when learning stops. The identity is
+    No weights were learned from these by gradient, though they decide when learning stops. The baseline is
     kept unless a candidate with a better mean is significantly better. For a rate the cross-entropy may show
     that instead, because a rate says little on few examples. One weight for all norm layers hardly overfits,
     so it is tested on all tuning examples. If a candidate passes, the best mean is chosen. Rates within a
@@ -94,14 +94,14 @@ class Selection:
         """Score all candidates, and mark one as chosen.
 
         Args:
-            found: weights by name of candidate, in the order in which they were found, the identity first.
+            found: weights by name of candidate, in the order in which they were found, the baseline first.
                 Candidates whose outputs are not finite are left out.
 
         Raises:
-            OutputsNotFiniteError: the outputs of the identity are not finite.
+            OutputsNotFiniteError: the outputs of the baseline are not finite.
         """
-        identity, sign = found["identity"], self._objective.metric.sign
-        before = self.scores(identity)
+        baseline, sign = found["baseline"], self._objective.metric.sign
+        before = self.scores(baseline)
         candidates, better, supported = [], [], False
         for name, weights in found.items():
             after = if_finite(partial(self.scores, weights))
@@ -113,7 +113,7 @@ class Selection:
                 better.append(candidate)
                 # One weight for all norm layers hardly overfits, so all blocks test it.
                 blocks = range(len(self._cache.blocks)) if name in GLOBAL_CANDIDATES else self._blocks
-                supported = supported or self._gains(blocks, identity, weights)
+                supported = supported or self._gains(blocks, baseline, weights)
         best = self._best_of(better) if supported else candidates[0]
         return [replace(candidate, chosen=candidate is best) for candidate in candidates]
 
@@ -140,14 +140,14 @@ class Selection:
             if metric.sign * change.value <= change.reach / Z95
         ]
 
-    def _gains(self, blocks: range, identity: PatchWeights, weights: PatchWeights) -> bool:
+    def _gains(self, blocks: range, baseline: PatchWeights, weights: PatchWeights) -> bool:
         metrics = {metric.name: metric for metric in (self._objective.metric, self.guide)}
-        return any(self._is_better(blocks, identity, weights, metric) for metric in metrics.values())
+        return any(self._is_better(blocks, baseline, weights, metric) for metric in metrics.values())
 
     def _is_better(
-        self, blocks: range, identity: PatchWeights, weights: PatchWeights, metric: Metric
+        self, blocks: range, baseline: PatchWeights, weights: PatchWeights, metric: Metric
     ) -> bool:
-        before, after = (if_finite(partial(self._on, blocks, s, metric)) for s in (identity, weights))
+        before, after = (if_finite(partial(self._on, blocks, s, metric)) for s in (baseline, weights))
         if before is None or after is None:
             return False
         change = paired_difference(before, after, self._cache.groups(blocks))
@@ -164,24 +164,24 @@ def without_harm(
     choose: Callable[[Mapping[str, PatchWeights]], Sequence[Candidate]],
     is_harmless: Callable[[PatchWeights], bool],
 ) -> Candidate:
-    """Choose the best candidate, or the best point between the identity and one, that does no harm.
+    """Choose the best candidate, or the best point between the baseline and one, that does no harm.
 
     Args:
-        candidates: what a search found, the identity first; one of them is chosen.
-        choose: chooses between weights by name, the identity first.
+        candidates: what a search found, the baseline first; one of them is chosen.
+        choose: chooses between weights by name, the baseline first.
         is_harmless: whether weights do no harm.
 
     Returns:
-        The first choice that does no harm; the identity where there is none.
+        The first choice that does no harm; the baseline where there is none.
     """
     weights = {candidate.name: candidate.weights for candidate in candidates}
-    identity, found = candidates[0], set(weights)
+    baseline, found = candidates[0], set(weights)
     best = chosen_of(candidates)
-    while best.name != identity.name and not is_harmless(best.weights):
+    while best.name != baseline.name and not is_harmless(best.weights):
         del weights[best.name]
         if best.name in found:
             weights |= {
-                f"{best.name} x {part:g}": toward(identity.weights, best.weights, part) for part in PARTS
+                f"{best.name} x {part:g}": toward(baseline.weights, best.weights, part) for part in PARTS
             }
         best = chosen_of(choose(weights))
     return best

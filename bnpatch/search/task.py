@@ -15,7 +15,7 @@ from bnpatch.data.groups import warn_of_shared_groups
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.metrics import METRICS
 from bnpatch.models.base import Model
-from bnpatch.models.running_stats import calibrate, recover_folded
+from bnpatch.models.running_stats import calibrate, recover_fused
 from bnpatch.search.config import Plan
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import ObjectiveSpec
@@ -91,15 +91,15 @@ class Task:
     def make_norms(self) -> list[str]:
         """Measure running statistics on data for norms that have none, which makes norm layers of them.
 
-        With the option ``recover_folded``, convolutions that a Batch Norm was fused into become norm layers.
+        With the option ``recover_fused``, convolutions that a Batch Norm was fused into become norm layers.
 
         Returns:
             Notes for the user.
         """
         notes = []
         images, indices = (self.examples, self.tuning) if self.calib is None else (self.calib, None)
-        if self.plan.recover_folded:
-            recover_folded(self.model, images, indices=indices, batch_size=self.plan.batch_size)
+        if self.plan.recover_fused:
+            recover_fused(self.model, images, indices=indices, batch_size=self.plan.batch_size)
             if self.calib is None:
                 notes.append(
                     "the moments of what was fused were taken from the tuning examples: a shift that all of "

@@ -15,7 +15,7 @@ from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.confusion import class_changes, most_changed
 from bnpatch.models.base import Model
 from bnpatch.models.distances import example_distances
-from bnpatch.search.held_out import Verdict
+from bnpatch.search.held_out import HeldOutEvaluation
 
 #: Longest side of a picture in pixels, and the number of pictures of each kind.
 SIDE, MOST = 96, 8
@@ -74,13 +74,13 @@ class Samples:
     stretched: bool = False
 
 
-def drawn(verdict: Verdict, model: Model[Any], examples: Examples, seed: int = 0) -> Samples:
+def drawn(held_out: HeldOutEvaluation, model: Model[Any], examples: Examples, seed: int = 0) -> Samples:
     """Draw held-out examples, and make pictures of their inputs.
 
     Args:
-        verdict: the verdict, which knows which examples it is about.
+        held_out: the held_out, which knows which examples it is about.
         model: the model, which measures distances; it is left as it was.
-        examples: the examples that the verdict is about.
+        examples: the examples that it is of.
         seed: seed of the draw.
 
     Returns:
@@ -91,24 +91,24 @@ def drawn(verdict: Verdict, model: Model[Any], examples: Examples, seed: int = 0
     def some(which: npt.NDArray[Any], most: int = MOST) -> Positions:
         return np.sort(rng.permutation(np.flatnonzero(which))[:most])
 
-    inputs, gained, lost = some(np.ones(len(verdict.indices))), *[np.zeros(0, np.int64)] * 2
+    inputs, gained, lost = some(np.ones(len(held_out.indices))), *[np.zeros(0, np.int64)] * 2
     by_class: dict[int, Positions] = {}
-    if verdict.classes is not None:
-        target, before, after = verdict.classes
+    if held_out.classes is not None:
+        target, before, after = held_out.classes
         became_right, became_wrong = (
             (a != target) & (b == target) for a, b in ((before, after), (after, before))
         )
         gained, lost = some(became_right), some(became_wrong)
-        for change in most_changed(class_changes(verdict.classes), MOST_CLASSES):
+        for change in most_changed(class_changes(held_out.classes), MOST_CLASSES):
             if change.before != change.after:
                 by_class[change.target] = some(
                     (became_right | became_wrong) & (target == change.target), MOST_OF_CLASS
                 )
     try:
-        measured = some(np.ones(len(verdict.indices)), MOST_MEASURED)
-        far, num_measured = _farthest(verdict, model, examples, measured)
+        measured = some(np.ones(len(held_out.indices)), MOST_MEASURED)
+        far, num_measured = _farthest(held_out, model, examples, measured)
         every = np.concatenate([inputs, gained, lost, *by_class.values(), np.array([*far], np.int64)])
-        pixels, stretched = _pixels(examples, np.unique(verdict.indices[every]))
+        pixels, stretched = _pixels(examples, np.unique(held_out.indices[every]))
     except BnpatchError:  # an example is gone by now; pictures are no reason to lose what was found
         far, num_measured, pixels, stretched = {}, 0, {}, False
     if not pixels:
@@ -118,8 +118,8 @@ def drawn(verdict: Verdict, model: Model[Any], examples: Examples, seed: int = 0
         found = []
         for at in map(int, positions):
             # An example that can't be read any more is left out.
-            if (index := int(verdict.indices[at])) in pixels:
-                name, about = examples.source.name(index), _answers(verdict, at)
+            if (index := int(held_out.indices[at])) in pixels:
+                name, about = examples.source.name(index), _answers(held_out, at)
                 found.append(Sample(name, pixels[index], *about, far.get(at)))
         return found
 
@@ -135,21 +135,21 @@ def drawn(verdict: Verdict, model: Model[Any], examples: Examples, seed: int = 0
 
 
 def _farthest(
-    verdict: Verdict, model: Model[Any], examples: Examples, positions: Positions
+    held_out: HeldOutEvaluation, model: Model[Any], examples: Examples, positions: Positions
 ) -> tuple[dict[int, float], int]:
     """Return the largest distances by position, the largest first, and how many were measured."""
-    which, distances = example_distances(model, examples, verdict.indices[positions])
-    at = dict(zip(verdict.indices[positions].tolist(), positions.tolist(), strict=True))
+    which, distances = example_distances(model, examples, held_out.indices[positions])
+    at = dict(zip(held_out.indices[positions].tolist(), positions.tolist(), strict=True))
     order = np.argsort(-distances, kind="stable")[:MOST]
     return {at[int(which[n])]: float(distances[n]) for n in order}, len(distances)
 
 
-def _answers(verdict: Verdict, at: int) -> tuple[Any, Any, Any]:
+def _answers(held_out: HeldOutEvaluation, at: int) -> tuple[Any, Any, Any]:
     """Return the class of an example, its answers, and their confidences; None each where unknown."""
-    if verdict.classes is None or verdict.confidences is None:
+    if held_out.classes is None or held_out.confidences is None:
         return None, None, None
-    target, *answers = verdict.classes[:, at].tolist()
-    return target, tuple(answers), tuple(verdict.confidences[:, at].tolist())
+    target, *answers = held_out.classes[:, at].tolist()
+    return target, tuple(answers), tuple(held_out.confidences[:, at].tolist())
 
 
 def _pixels(examples: Examples, indices: Indices) -> tuple[dict[int, Pixels], bool]:

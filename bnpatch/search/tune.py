@@ -27,7 +27,7 @@ from bnpatch.search.class_shares import by_predicted_shares
 from bnpatch.search.config import Candidate, Granularity, Plan, SearchConfig, Trial, chosen_of
 from bnpatch.search.cross_fit import Searches
 from bnpatch.search.distributed import on_all_processes
-from bnpatch.search.held_out import Decision, Evidence, decide
+from bnpatch.search.held_out import Decision, PairedScores, decide
 from bnpatch.search.keep import ANSWERS_KEPT
 from bnpatch.search.latency_limit import Point, choose, knee, trade_off
 from bnpatch.search.objective import LABEL_FREE, Objective, ObjectiveSpec
@@ -76,7 +76,7 @@ def tune_alpha(
         timeout: seconds after which the search starts nothing new; what it found is still judged.
         test_data: other data for the verdict; then all of ``data`` is for tuning.
         calib_data: data to re-estimate statistics on, without labels; by default the tuning examples. For
-            ``recover_folded`` and for Group Norm, which have no running statistics, give images like those
+            ``recover_fused`` and for Group Norm, which have no running statistics, give images like those
             that the model was trained on; otherwise a shift that all images share goes unnoticed.
         keep: images, labelled or not, on which a patch must not lose more than ``margin``, such as the
             original validation set; see :mod:`bnpatch.search.keep`.
@@ -99,7 +99,7 @@ def tune_alpha(
     config = replace(config or SearchConfig(), **fields)
     spec = checked_objective(metric, granularity, timeout, config)
     patchable: Model[Any] = load(model) if isinstance(model, (str, os.PathLike, nn.Module)) else model
-    if not (patchable.inventory().norm_layers or patchable.uncalibrated() or config.recover_folded):
+    if not (patchable.inventory().norm_layers or patchable.uncalibrated() or config.recover_fused):
         patchable.set_alphas(0.0)  # raises, with the reasons
     sources = {"data": data, "test_data": test_data, "calib_data": calib_data, "keep": keep}
     task = open_task(patchable, spec, Plan.of(config, granularity, timeout, seed), sources, options)
@@ -161,30 +161,30 @@ def _search_and_evaluate(
     if task.plan.max_overhead is not None:
         candidates, points = _within_limit(searches, candidates, task.plan.max_overhead)
     chosen = chosen_of(candidates)
-    evidence, shifted, num_parts = searches.evidence(*objectives, baseline, chosen.weights)
+    paired, shifted, num_parts = searches.paired_scores(*objectives, baseline, chosen.weights)
     if task.test_examples is not task.examples and (says := task.test_examples.warn_of_near_copies()):
         searches.notes.append(f"held-out data: {says}")
     found = searches.whole.base.with_weights(chosen.weights)
-    evidence, doubt = by_predicted_shares(task, task.test_examples, evidence, baseline, found)
+    paired, doubt = by_predicted_shares(task, task.test_examples, paired, baseline, found)
     if shifted is not None and not doubt:
         shifted, doubt = by_predicted_shares(task, task.test_seen, shifted, baseline, found)
     searches.notes += [doubt] if doubt else []
     best = None if baseline.computes_like(found) else found
     judged = None if keep is None else keep.judged(found)
-    decision = decide(None if best is None else chosen.name, evidence, shifted, metrics, judged)
+    decision = decide(None if best is None else chosen.name, paired, shifted, metrics, judged)
     if best is None and searches.refused is not None:
         best, reason = searches.refused
         decision = replace(decision, reason=reason)
-    state, verdict = found if decision.is_recommended else baseline, decision.verdict
-    if verdict.classes is not None:
-        warn_if_permuted(verdict.classes[1], verdict.classes[0], model.class_names)
+    state, held_out = found if decision.is_recommended else baseline, decision.held_out
+    if held_out.classes is not None:
+        warn_if_permuted(held_out.classes[1], held_out.classes[0], model.class_names)
     if shifted is not None:
         searches.notes.append(_robustness_note(metrics[0], shifted))
     return TuneResult(
         metric=task.spec.metric,
         candidates=candidates,
         trials=searches.whole.trials,
-        verdict=verdict,
+        held_out=held_out,
         weights=state.weights,
         norm_layers=list(state.weights.alphas),
         passes=searches.passes,
@@ -195,7 +195,7 @@ def _search_and_evaluate(
         notes=[*searches.notes, *_notes(searches, decision)],
         interrupted=searches.interrupted,
         trade_off=points,
-        samples=drawn(verdict, model, task.test_examples, task.plan.seed),
+        samples=drawn(held_out, model, task.test_examples, task.plan.seed),
         recipe=model.recipe(state),
         is_recommended=decision.is_recommended,
         candidate_recipe=None if best is None or decision.is_recommended else model.recipe(best),
@@ -229,7 +229,7 @@ def _within_limit(
     return [*(replace(candidate, chosen=False) for candidate in candidates), limited], points
 
 
-def _robustness_note(metric: Metric, shifted: Evidence) -> str:
+def _robustness_note(metric: Metric, shifted: PairedScores) -> str:
     """Describe what the candidate does to augmented held-out examples."""
     change = paired_difference(shifted.before[metric.name], shifted.after[metric.name], shifted.groups)
     values = (metric.format(float(np.mean(v[metric.name]))) for v in (shifted.before, shifted.after))
@@ -243,18 +243,18 @@ def _robustness_note(metric: Metric, shifted: Evidence) -> str:
 def _notes(searches: Searches, decision: Decision) -> list[str]:
     """Return what a user must know to read the result."""
     spec = searches.task.spec
-    notes, verdict = [decision.reason] if decision.reason else [], decision.verdict
+    notes, held_out = [decision.reason] if decision.reason else [], decision.held_out
     if searches.resumed:
         notes.append(f"{searches.resumed} trials were in the storage already")
-    if verdict.num_examples < _FEW:
-        notes.append(f"{verdict.num_examples} examples judged: so few say little")
-    elif verdict.num_groups is not None and verdict.num_groups < FEW_GROUPS:
+    if held_out.num_examples < _FEW:
+        notes.append(f"{held_out.num_examples} examples judged: so few say little")
+    elif held_out.num_groups is not None and held_out.num_groups < FEW_GROUPS:
         notes.append(
-            f"{verdict.num_groups} groups judged: with fewer than {FEW_GROUPS} all intervals are rough; "
+            f"{held_out.num_groups} groups judged: with fewer than {FEW_GROUPS} all intervals are rough; "
             "images of more groups would make them reliable"
         )
-    elif any(comparison.is_rough for comparison in verdict.comparisons):
-        units = "examples" if verdict.num_groups is None else "groups"
+    elif any(comparison.is_rough for comparison in held_out.comparisons):
+        units = "examples" if held_out.num_groups is None else "groups"
         notes.append(f"below {ROUGH_BELOW} {units} the interval of the cross-entropy is rough")
     if not spec.needs_labels:
         name = spec.metric.name

@@ -101,7 +101,7 @@ def main():
                     f"{100 * accuracy.before.value:.1f} → {100 * accuracy.after.value:.1f}",
                     f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
                     f"{entropy.before.value:.3f} → {entropy.after.value:.3f}",
-                    f"+{result.verdict.flips.gained} -{result.verdict.flips.lost}",
+                    f"+{result.held_out.flips.gained} -{result.held_out.flips.lost}",
                     f"{result.passes:.0f}",
                     f"{result.seconds:.0f} s",
                 ]

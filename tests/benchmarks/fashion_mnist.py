@@ -113,7 +113,7 @@ def main():
                     metric,
                     f"{result.alpha:.4f}",
                     *cells,
-                    str(result.verdict),
+                    result.verdict,
                     f"{result.seconds:.0f} s",
                 ]
                 print("| " + " | ".join(row) + " |", flush=True)

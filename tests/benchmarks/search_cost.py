@@ -141,16 +141,16 @@ class Regret:
 def of_a_part(curve, metric, share):
     """In how many orders the whole grid would land if it saw a part of the examples: the limit of any search.
 
-    With the identity's scores on all of them as a control variate, as in the global search.
+    With the baseline's scores on all of them as a control variate, as in the global search.
     """
     scores, landed = np.stack([values[metric.name] for values in curve]), 0
     changes = metric.sign * (scores - scores[0])
     for seed in range(ORDERS):
         part = np.random.default_rng(seed).permutation(scores.shape[1])[: int(share * scores.shape[1])]
-        identity = scores[0] - scores[0].mean()
-        centred = identity[part] - identity[part].mean()
+        baseline = scores[0] - scores[0].mean()
+        centred = baseline[part] - baseline[part].mean()
         slopes = changes[:, part] @ centred / (centred @ centred or 1.0)
-        found = np.argmax(changes[:, part].mean(1) - slopes * identity[part].mean())
+        found = np.argmax(changes[:, part].mean(1) - slopes * baseline[part].mean())
         best = max(scores, key=lambda values: metric.sign * values.mean())
         landed += Regret(metric, scores[found], best).lands
     return landed

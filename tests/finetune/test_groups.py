@@ -35,10 +35,10 @@ def test_no_group_both_selects_and_judges(model, opened, monkeypatch):
     selected = []
     monkeypatch.setattr(run, "train", lambda model, examples, *args, **options: selected.append(examples))
     result = fine_tune(model, opened, opened, trials=1)
-    selection, held_out = selected[0].selection, result.tuning.verdict.indices
+    selection, held_out = selected[0].selection, result.tuning.held_out.indices
     assert len(selection) + len(held_out) == 60
     assert not set(GROUPS[selection]) & set(GROUPS[held_out])
-    assert result.tuning.verdict.num_groups == len(np.unique(GROUPS[held_out]))
+    assert result.tuning.held_out.num_groups == len(np.unique(GROUPS[held_out]))
     assert result.comparisons[0].change == result.tuning.comparisons[0].change  # both by group
 
 

@@ -4,7 +4,7 @@ import torch
 
 import bnpatch
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
+from bnpatch.models.running_stats import re_estimate_statistics, recover_fused
 from bnpatch.models.torch_model import TorchModel
 from tests.nn.norms import images
 
@@ -35,7 +35,7 @@ def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
 
 def test_norm_layers_that_were_recovered_are_in_the_copy(folded):
     model = bnpatch.load(folded)
-    recover_folded(model, (X.numpy(), [0] * len(X)))
+    recover_fused(model, (X.numpy(), [0] * len(X)))
     copy = model.with_gradients(X)
     for one in (model, copy):
         one.set_alphas(0.3)

@@ -18,9 +18,9 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     """Recovered on the images that the checkpoint was fitted to, it weighs examples as that does."""
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     assert not model.inventory().norm_layers
-    with pytest.raises(BnpatchError, match=r"fused into the convolutions.*--recover-folded"):
+    with pytest.raises(BnpatchError, match=r"fused into the convolutions.*--recover-fused"):
         bnpatch.tune_alpha(model, foggy)
-    result = bnpatch.tune_alpha(model, foggy, granularity="global", recover_folded=True, calib_data=digits[0])
+    result = bnpatch.tune_alpha(model, foggy, granularity="global", recover_fused=True, calib_data=digits[0])
     assert not model.inventory().norm_layers  # left as it was
     model.apply(result.recipe)
     names = {norm_layer.name for norm_layer in model.inventory().norm_layers}
@@ -36,13 +36,13 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
 
 
 def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits, tmp_path):
-    from bnpatch.models.running_stats import recover_folded
+    from bnpatch.models.running_stats import recover_fused
 
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     x = images(4, 1, 32, 32)
     before = model.predict(x)
     assert (
-        recover_folded(model, bnpatch.open_examples(digits[0], model))
+        recover_fused(model, bnpatch.open_examples(digits[0], model))
         == len(model.inventory().norm_layers)
         > 5
     )
@@ -61,12 +61,12 @@ def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits,
 
 @pytest.mark.slow
 def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
-    from bnpatch.models.running_stats import recover_folded
+    from bnpatch.models.running_stats import recover_fused
 
     found = []
     for size in (7, 600):
         model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
-        recover_folded(model, bnpatch.open_examples(digits[0], model), batch_size=size)
+        recover_fused(model, bnpatch.open_examples(digits[0], model), batch_size=size)
         found.append(model.state.running)
     for name, moments in found[0].items():
         np.testing.assert_allclose(moments.mean, found[1][name].mean, rtol=1e-4, atol=1e-5)
@@ -75,6 +75,6 @@ def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
 
 def test_a_model_with_little_batch_norm_left_is_told_what_to_do(folded, exported):
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
-    assert "--recover-folded" in model.notes[-1]
+    assert "--recover-fused" in model.notes[-1]
     assert "layer1.0.conv1" in model.fused_convs()
     assert not bnpatch.load(exported).notes

@@ -163,7 +163,7 @@ def test_a_model_of_several_kinds_of_norm_is_exported_with_slopes(tmp_path):
     x = images(40, 3, 9, 9)
     model = bnpatch.load(settle(Kinds()), preprocessing={"img_size": 9}, include_1x1=True)
     bnpatch.calibrate(model, x)
-    bnpatch.recover_folded(model, bnpatch.open_examples((x.numpy(), np.zeros(40, int)), model))
+    bnpatch.recover_fused(model, bnpatch.open_examples((x.numpy(), np.zeros(40, int)), model))
     before = model.predict(x)
     names = list(model.alphas())
     assert len(names) == 6

@@ -9,7 +9,7 @@ from onnx import helper
 import bnpatch
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import recover_folded
+from bnpatch.models.running_stats import recover_fused
 from bnpatch.onnx.fused_conv import find_fused_convs
 from bnpatch.onnx.inference import constant_of
 from bnpatch.onnx.match import inventory
@@ -223,7 +223,7 @@ def test_a_scale_and_a_shift_after_a_convolution_are_patched_as_the_batch_norm_w
     with_norm, without = (bnpatch.load(tmp_path / f"{n}.onnx", preprocessing=size) for n in ("bn", "affine"))
     dark = 0.3 * images[:5]
     unpatched = without.predict(dark)
-    assert recover_folded(without, images) == 1
+    assert recover_fused(without, images) == 1
     with_norm.set_alphas(0.4)
     without.set_alphas(0.4)
     # They differ by eps, which the recovered norm has as 1e-5.

@@ -175,7 +175,7 @@ def test_names_are_unique_and_remember_the_module():
     ]
     found = look(model(nodes, parameters()))
     assert [norm_layer.name for norm_layer in found.norm_layers] == ["bn", "bn#2"]
-    assert [norm_layer.module for norm_layer in found.norm_layers] == ["bn", "bn"]
+    assert [norm_layer.module_name for norm_layer in found.norm_layers] == ["bn", "bn"]
 
 
 def test_the_names_of_many_calls_are_found_without_counting_from_one():

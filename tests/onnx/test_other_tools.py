@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 import bnpatch
-from bnpatch.models.running_stats import recover_folded
+from bnpatch.models.running_stats import recover_fused
 from tests.onnx.build import batch_norm, example, model, parameters
 
 SIDE = 6
@@ -85,7 +85,7 @@ def test_a_graph_that_takes_channels_last(shift, tmp_path):
     assert found.fused_convs() == ("c",)
     x = torch.from_numpy(example(12, 3, SIDE, SIDE))
     before = found.predict(x)
-    assert recover_folded(found, x) == 1
+    assert recover_fused(found, x) == 1
     torch.testing.assert_close(found.predict(x), before)
     found.set_alphas(0.5)
     assert not torch.allclose(found.predict(x), before, atol=1e-2)
@@ -103,7 +103,7 @@ def test_scale_and_shift_after_a_transposed_convolution(tmp_path):
     arrays = {"c.weight": kernel(3, 6), "scale": scale, "shift": offset}
     found = loaded(tmp_path / "model.onnx", nodes, arrays)
     x = torch.from_numpy(example(12, 3, SIDE, SIDE))
-    assert recover_folded(found, x) == 1
+    assert recover_fused(found, x) == 1
     found.set_alphas(0.5)
     assert bnpatch.export_onnx(found, tmp_path / "patched.onnx").patched == ("c.folded",)
 

@@ -6,7 +6,7 @@ from torch import nn
 import bnpatch
 from bnpatch.core.recipe import Recipe
 from bnpatch.models.load import load
-from bnpatch.models.running_stats import calibrate, recover_folded
+from bnpatch.models.running_stats import calibrate, recover_fused
 from tests.remedies.world import SIDE, X, Y, case, loaded, net
 
 
@@ -70,13 +70,13 @@ def test_two_channels(w):
 
 @case(
     "no normalization layer that bnpatch could patch",
-    r"patch the model from before, or see bnpatch\.recover_folded",
+    r"patch the model from before, or see bnpatch\.recover_fused",
 )
 def test_fused(w):
     def follow(_):
         bnpatch.patch(net(), 0.1)
         found = loaded(norm=nn.Identity())
-        assert recover_folded(found, X) == 1
+        assert recover_fused(found, X) == 1
         bnpatch.patch(found.module, 0.1)
 
     return lambda: bnpatch.patch(net(norm=nn.Identity()), 0.1), follow

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.load import load
-from bnpatch.models.running_stats import recover_folded
+from bnpatch.models.running_stats import recover_fused
 from tests.onnx.build import bn_model, model, parameters
 from tests.remedies.world import SIDE, X, case, onnx_file
 
@@ -76,12 +76,12 @@ def test_missing_external_data(w):
     return lambda: load(path), follow
 
 
-@case("has no norm that could be patched", "add --recover-folded")
+@case("has no norm that could be patched", "add --recover-fused")
 def test_a_graph_without_norms(w):
     found = load(onnx_file(w, classifier()))
 
     def follow(_):
-        assert recover_folded(found, X) == 1
+        assert recover_fused(found, X) == 1
         found.set_alphas(0.1)
 
     return lambda: found.set_alphas(0.1), follow
@@ -91,7 +91,7 @@ def test_a_graph_without_norms(w):
 def test_a_graph_without_anything(w):
     found = load(onnx_file(w, classifier(inputs=2)))
     with pytest.raises(BnpatchError, match="no convolution"):
-        recover_folded(found, X)  # so that the other remedy would not help
+        recover_fused(found, X)  # so that the other remedy would not help
     return lambda: found.set_alphas(0.1), lambda _: load(
         onnx_file(w, classifier(), "other.onnx")
     ).fused_convs()

@@ -17,7 +17,7 @@ from bnpatch.report.text import (
     weight_axis,
 )
 from bnpatch.search.config import Candidate, Trial
-from bnpatch.search.held_out import Verdict
+from bnpatch.search.held_out import HeldOutEvaluation
 from bnpatch.search.result import TuneResult
 
 EVEN = Estimate(0.0, 0.0, 0.0)
@@ -28,17 +28,17 @@ def trial(number, weight, accuracy, examples=100, error=0.01, candidate="alpha")
     return Trial(candidate, number, {"weight": weight}, scores, dict.fromkeys(scores, error), examples)
 
 
-def result(identity=0.0, metric=ACCURACY, trials=(), best=0.25, origins=None):
-    origins = origins or {"a": identity, "b": identity}
+def result(baseline=0.0, metric=ACCURACY, trials=(), best=0.25, origins=None):
+    origins = origins or {"a": baseline, "b": baseline}
     start = PatchWeights(origins, dict.fromkeys(origins, 0.0))
     end = PatchWeights({name: abs(alpha - best) for name, alpha in origins.items()}, start.lambdas)
     candidates = [
-        Candidate("identity", start, 0.5, EVEN),
+        Candidate("baseline", start, 0.5, EVEN),
         Candidate("alpha", end, 0.6, Estimate(0.1, 0.05, 0.15), True),
     ]
     gain = Comparison(metric, Estimate(0.5, 0.4, 0.6), Estimate(0.6, 0.5, 0.7), Estimate(0.1, 0.05, 0.15))
-    verdict = Verdict([gain], num_examples=1234)
-    return TuneResult(metric, candidates, list(trials), verdict, end, list(origins), 3.0, 100)
+    held_out = HeldOutEvaluation([gain], num_examples=1234)
+    return TuneResult(metric, candidates, list(trials), held_out, end, list(origins), 3.0, 100)
 
 
 TRIALS = [
@@ -145,7 +145,7 @@ def test_sentences():
         == f"Patched, the model gains: its accuracy rises from 50.00% to 60.00% {where}."
     )
     entropy = replace(gain.comparisons[0], metric=CROSS_ENTROPY)  # the same rise, which is a loss
-    both = replace(gain, verdict=replace(gain.verdict, comparisons=[*gain.comparisons, entropy]))
+    both = replace(gain, held_out=replace(gain.held_out, comparisons=[*gain.comparisons, entropy]))
     assert verdict_sentence(both) == f"{verdict_sentence(gain)} It loses in cross-entropy, though."
     folds = verdict_sentence(replace(gain, num_parts=5))
     assert folds.endswith("on 1,234 examples, each left out of the search that it judged (cross-fitting).")
@@ -156,14 +156,14 @@ def test_sentences():
         == f"Keep the model as it is: alpha did best in tuning, but makes its loss worse by 0.1000 {where}."
     )
     unsure = replace(gain.comparisons[0], change=Estimate(0.1, -0.1, 0.3))
-    kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unsure])))
+    kept = verdict_sentence(replace(gain, held_out=replace(gain.held_out, comparisons=[unsure])))
     assert kept.startswith(f"No significant gain in accuracy (+10.00 points, -10.00 to +30.00) {where}: keep")
     unknown = replace(unsure, change=Estimate(0.1, -math.inf, math.inf))
-    kept = verdict_sentence(replace(gain, verdict=replace(gain.verdict, comparisons=[unknown])))
+    kept = verdict_sentence(replace(gain, held_out=replace(gain.held_out, comparisons=[unknown])))
     assert kept.startswith("It is unknown whether the model gains: its accuracy changes by +10.00 points")
     nothing = [replace(gain.candidates[0], chosen=True), replace(gain.candidates[1], chosen=False)]
     kept = replace(
-        gain, candidates=nothing, verdict=replace(gain.verdict, comparisons=[replace(unsure, change=EVEN)])
+        gain, candidates=nothing, held_out=replace(gain.held_out, comparisons=[replace(unsure, change=EVEN)])
     )
     assert "nothing that was tried does better beyond doubt" in verdict_sentence(kept)
     assert "gains" in verdict_sentence(replace(gain, candidates=nothing))  # it came with worse weights

@@ -46,14 +46,14 @@ def test_a_gain(tuned, written):
     assert "one thing" in page.text
     assert "Left out, because they can't be read: a.png (truncated)." in page.text
     accuracy = tuned.comparisons[0]
-    assert str(tuned.verdict) == "gain"
+    assert tuned.verdict == "gain"
     before, after = (f"{100 * e.value:.2f}%" for e in (accuracy.before, accuracy.after))
     assert f"accuracy rises from {before} to {after} on 150 examples that the search did not see" in page.text
     assert page.row("accuracy")[1].startswith(before)
     assert page.row("accuracy")[3].endswith("▲ gain")
-    assert page.row("calibration error")[2].startswith(f"{100 * tuned.verdict.calibration.after.value:.2f}%")
-    assert f"wrong, now right {tuned.verdict.flips.gained}" in page.text
-    assert f"right, now wrong {tuned.verdict.flips.lost}" in page.text
+    assert page.row("calibration error")[2].startswith(f"{100 * tuned.held_out.calibration.after.value:.2f}%")
+    assert f"wrong, now right {tuned.held_out.flips.gained}" in page.text
+    assert f"right, now wrong {tuned.held_out.flips.lost}" in page.text
     assert page.headings[1:6] == [
         "Before and after",
         "Notes",
@@ -161,8 +161,8 @@ def test_classes_add_up(tuned, written):
 def test_a_thousand_classes_are_fifteen_rows(tuned, written):
     rng = np.random.default_rng(0)
     classes = np.stack([np.arange(3000) % 1000, *rng.integers(0, 1000, (2, 3000))])
-    verdict = replace(tuned.verdict, classes=classes, changed=2990)
-    page = written(replace(tuned, verdict=verdict))
+    held_out = replace(tuned.held_out, classes=classes, changed=2990)
+    page = written(replace(tuned, held_out=held_out))
     assert [len(table) - 1 for table in page.tables if table[0][0] in ("class", "mistake")] == [15, 15]
     assert "985 others are left out" in page.text
 
@@ -223,7 +223,7 @@ def test_a_loss_is_not_kept(tuned, written):
     weights = tuned.candidates[0].weights
     result = replace(
         tuned,
-        verdict=replace(tuned.verdict, comparisons=comparisons),
+        held_out=replace(tuned.held_out, comparisons=comparisons),
         weights=weights,
         recipe=Recipe(
             tuple(replace(s, alpha=0.0, lambda_=0.0, re_estimated=None) for s in tuned.recipe.norm_layers)
@@ -244,7 +244,7 @@ def test_no_significant_change_is_said_plainly(tuned, written):
     first, *others = tuned.comparisons
     first = replace(first, change=replace(first.change, value=0.01, low=-0.02, high=0.04))
     result = replace(
-        tuned, verdict=replace(tuned.verdict, comparisons=[first, *others]), is_recommended=False
+        tuned, held_out=replace(tuned.held_out, comparisons=[first, *others]), is_recommended=False
     )
     assert (
         "No significant gain in accuracy (+1.00 points, -2.00 to +4.00) on 150 examples"
@@ -278,7 +278,7 @@ def test_a_metric_of_ones_own_knows_no_classes(model, foggy, written):
 def test_without_labels(model, foggy, written):
     result = bnpatch.tune_alpha(model, foggy[0][:200], metric="unlabeled", granularity="global", trials=3)
     page = written(result)
-    assert result.verdict.classes is None
+    assert result.held_out.classes is None
     assert "unlabeled needs no labels, and can't see everything" in page.text
     assert page.row("unlabeled objective (lower is better)")
     assert "interval unknown" not in page.text

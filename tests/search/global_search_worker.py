@@ -2,7 +2,7 @@
 
 Each block that it scores becomes a line of its log; the result is written when the global search is over. It
 begins when its peers are there, logs of other processes that begin at the same moment, and leaves those
-something to do once the identity is scored.
+something to do once the baseline is scored.
 """
 
 import json

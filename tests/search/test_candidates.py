@@ -164,8 +164,8 @@ def starts_of(tiny, found, *, recalibrate=True, set_size=1, few=False):
 def test_learning_starts_at_several_places(tiny, recalibrate):
     """From what one weight for all found, a small weight, a ramp, and with lambdas of a half and of 1."""
     names, zeros = list(tiny.alphas()), dict.fromkeys(tiny.alphas(), 0.0)
-    identity = PatchWeights(zeros, zeros, zeros)
-    nothing = {"identity": identity, "alpha": identity, "lambda, alpha": identity}
+    baseline = PatchWeights(zeros, zeros, zeros)
+    nothing = {"baseline": baseline, "alpha": baseline, "lambda, alpha": baseline}
     starts = starts_of(tiny, nothing, recalibrate=recalibrate)
     ramp = {name: pytest.approx(alpha) for name, alpha in zip(names, (0.8, 0.425, 0.05), strict=True)}
     assert [start.weights.alphas for start in starts[:2]] == [dict.fromkeys(names, 0.01), ramp]
@@ -187,7 +187,7 @@ def test_starts_without_lambdas_are_left_out_where_each_costs_passes(
     tiny, few, set_size, recalibrate, number
 ):
     zeros = dict.fromkeys(tiny.alphas(), 0.0)
-    nothing = dict.fromkeys(("identity", "alpha", "lambda, alpha"), PatchWeights(zeros, zeros, zeros))
+    nothing = dict.fromkeys(("baseline", "alpha", "lambda, alpha"), PatchWeights(zeros, zeros, zeros))
     starts = starts_of(tiny, nothing, recalibrate=recalibrate, set_size=set_size, few=few)
     assert len(starts) == number
     assert all(start.groups.lambdas for start in starts) == (number == 2 and recalibrate)
@@ -204,8 +204,8 @@ def test_starts_without_lambdas_are_left_out_where_each_costs_passes(
         ([3.0, 1.0, 2.0, 2.1, 9.0], 250, [0, 1, 2, 3, 4]),
     ],
 )
-def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, kept):
-    identity, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in range(6))
+def test_learning_does_not_start_where_the_baseline_is_better(costs, set_size, kept):
+    baseline, *others = (PatchWeights({"norm": alpha}, {}, {}) for alpha in range(6))
     by_alpha, scored = dict(enumerate([2.0, *costs])), []
 
     def cost(weights, label):
@@ -219,7 +219,7 @@ def test_learning_does_not_start_where_the_identity_is_better(costs, set_size, k
     search._objective, search._keep = SimpleNamespace(set_size=set_size), None
     search._selection = SimpleNamespace(cost=cost, at_once_worse=at_once_worse)
     starts = [Start(weights, Groups({}, {}, {})) for weights in others]
-    assert search._promising(starts, identity) == [starts[number] for number in kept]
+    assert search._promising(starts, baseline) == [starts[number] for number in kept]
     assert max(scored, default=0) < 8 or min(costs) > 8  # what few examples refute is not scored on all
 
 
@@ -262,7 +262,7 @@ def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, di
     monkeypatch.setattr("bnpatch.models.onnx_model.OnnxModel.with_gradients", lambda model, x: None)
     result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", granularity="layer")
     names = [candidate.name for candidate in result.candidates]
-    assert names[:4] == ["identity", "alpha", "alpha per layer", "alpha and slope per layer"]
+    assert names[:4] == ["baseline", "alpha", "alpha per layer", "alpha and slope per layer"]
     constant, varying = result.candidates[2:4]
     assert varying.weights.alphas == constant.weights.alphas
     assert set(varying.weights.slopes.values()) <= set(TRIED_SLOPES)

@@ -28,7 +28,7 @@ def test_an_interrupt_keeps_the_best_so_far(tiny, dim):
         result = bnpatch.tune_alpha(tiny, dim, on_trial=interrupt)
     assert result.interrupted
     assert result.recipe.provenance["interrupted"]
-    assert [candidate.name for candidate in result.candidates] == ["identity", "alpha"]
+    assert [candidate.name for candidate in result.candidates] == ["baseline", "alpha"]
 
 
 def test_an_interrupt_before_anything_is_known_is_passed_on(tiny, dim, monkeypatch):
@@ -49,12 +49,12 @@ def test_an_interrupt_while_learning_keeps_what_was_found_globally(tiny, dim, mo
         result = bnpatch.tune_alpha(tiny, dim, recalibrate=False)
     assert result.interrupted
     assert result.chosen.name == "alpha"
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
 
 
 def test_a_timeout_ends_the_search(tiny, dim):
     result = bnpatch.tune_alpha(tiny, dim, timeout=0)
-    assert [candidate.name for candidate in result.candidates] == ["identity"]
+    assert [candidate.name for candidate in result.candidates] == ["baseline"]
     assert result.alpha == 0
 
 
@@ -68,7 +68,7 @@ def test_a_weight_that_overflows_is_a_failed_trial(tiny, dim, monkeypatch):
     monkeypatch.setattr(type(tiny), "predict", overflow)
     result = bnpatch.tune_alpha(tiny, dim, granularity="global")
     assert 1.0 not in [t.weight for t in result.trials]
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
     monkeypatch.setattr(type(tiny), "predict", lambda self, x: predict(self, x) * float("nan"))
     with pytest.raises(BnpatchError, match="infinities or NaN for example"):
         bnpatch.tune_alpha(tiny, dim)
@@ -86,7 +86,7 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
     with pytest.warns(BnpatchWarning, match="interrupted"):
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", on_trial=interrupt)
     assert result.interrupted
-    assert [candidate.name for candidate in result.candidates] == ["identity", "alpha"]
+    assert [candidate.name for candidate in result.candidates] == ["baseline", "alpha"]
     assert result.num_held_out == 100
     assert (
         result.passes < 6 * 4
@@ -108,7 +108,7 @@ def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny,
         result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", recalibrate=False)
     assert result.interrupted
     assert [[candidate.name for candidate in candidates] for candidates in searched] == [
-        ["identity", "alpha"]
+        ["baseline", "alpha"]
     ] * 6
 
 
@@ -177,7 +177,7 @@ def test_the_searches_of_a_cross_fit_share_the_time(tiny, dim, monkeypatch):
 
 
 def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim, monkeypatch):
-    """A limit on latency takes all the time: a search that has none left would find the identity."""
+    """A limit on latency takes all the time: a search that has none left would find the baseline."""
     clock, measured = Clock(monkeypatch), tune.trade_off
 
     def slow(*args, **kwargs):
@@ -201,7 +201,7 @@ def test_a_verdict_is_of_parts_that_were_searched_as_far_as_the_whole(tiny, dim,
 
 
 def test_a_part_whose_search_was_cut_short_does_not_judge(tiny, dim, monkeypatch):
-    """It would have found the identity, and made the verdict say that little is gained."""
+    """It would have found the baseline, and made the verdict say that little is gained."""
     clock, scores, searching = Clock(monkeypatch), LabelledObjective.scores, []
 
     class Watched(CandidateSearch):
@@ -211,7 +211,7 @@ def test_a_part_whose_search_was_cut_short_does_not_judge(tiny, dim, monkeypatch
 
     def timed(self, model, examples, indices):
         searching[-1] += 1
-        if len(searching) == 3 and searching[-1] == 2:  # the identity of the second part is scored
+        if len(searching) == 3 and searching[-1] == 2:  # the baseline of the second part is scored
             clock.now += 60.0
         return scores(self, model, examples, indices)
 
@@ -238,7 +238,7 @@ def test_where_all_images_speak_for_none_of_it_the_model_as_it_is_is_judged(tiny
     monkeypatch.setattr(CandidateSearch, "find", then)
     result = bnpatch.tune_alpha(tiny, few(dim), metric="cross-entropy", granularity="global", trials=3)
     assert result.alpha == 0
-    assert str(result.verdict) == result.recipe.provenance["verdict"] == "no significant change"
+    assert result.verdict == result.recipe.provenance["verdict"] == "no significant change"
     assert {c.change.value for c in result.comparisons} == {0.0}
     assert any("all images together speak for none of it" in note for note in result.notes)
     assert verdict_sentence(result).startswith("No significant gain: nothing that was tried")
@@ -256,7 +256,7 @@ def test_one_weight_for_all_that_overflows_where_nobody_chose_it_is_no_matter(ti
     overflowing(tiny, monkeypatch, lambda alphas: gathered and len(set(alphas.values())) == 1)
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.weights.alphas.values())) > 1
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
 
 
 def overflowing(model, monkeypatch, where):
@@ -277,7 +277,7 @@ def test_weights_per_layer_that_overflow_are_not_kept(tiny, tiny_onnx, dim, monk
     overflowing(model, monkeypatch, lambda alphas: len(set(alphas.values())) > 1)
     result = bnpatch.tune_alpha(model, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.weights.alphas.values())) == 1
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
 
 
 def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
@@ -287,7 +287,7 @@ def test_a_loss_that_overflows_ends_learning(tiny, dim, monkeypatch):
     )
     result = bnpatch.tune_alpha(tiny, dim, metric="cross-entropy", recalibrate=False)
     assert len(set(result.weights.alphas.values())) == 1
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
 
 
 def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch):
@@ -300,10 +300,10 @@ def test_what_overflows_on_clean_images_insures_nothing(tiny, plain, monkeypatch
 
     def then(self):
         """The search chose alpha, whatever contrast does to this classifier."""
-        identity, alpha = find(self)
+        baseline, alpha = find(self)
         searched.append(True)
         weights = replace(alpha.weights, alphas=dict.fromkeys(alpha.weights.alphas, 0.3))
-        return [replace(identity, chosen=False), replace(alpha, weights=weights, chosen=True)]
+        return [replace(baseline, chosen=False), replace(alpha, weights=weights, chosen=True)]
 
     monkeypatch.setattr(LabelledObjective, "scores", overflow)
     monkeypatch.setattr(CandidateSearch, "find", then)

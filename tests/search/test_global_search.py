@@ -97,7 +97,7 @@ def test_where_nothing_matters_nothing_is_changed(metric):
     assert result.passes <= 3
 
 
-def test_where_the_identity_is_best_it_wins_and_the_rest_is_dropped_early():
+def test_where_the_baseline_is_best_it_wins_and_the_rest_is_dropped_early():
     problem = Problem(1000, best=0.0)
     problem.bests = np.abs(problem.bests) / 100
     result = run(problem)
@@ -149,7 +149,7 @@ def test_a_failing_candidate_fails_alone():
     assert regret(problem, result) < 0.02  # 400 examples, of which the first round saw few
 
 
-def test_a_failing_identity_is_the_models_fault():
+def test_a_failing_baseline_is_the_models_fault():
     class Broken(Problem):
         def __call__(self, params, block):
             raise OutputsNotFiniteError("infinities")
@@ -178,14 +178,14 @@ def test_enough_passes_make_it_a_plain_search():
 
 
 @pytest.mark.parametrize("budget", [{"max_passes": 1.0}, {"max_passes": 0.0}, {"max_trials": 1}])
-def test_no_budget_leaves_the_identity(budget):
+def test_no_budget_leaves_the_baseline(budget):
     result = run(Problem(100), **budget)
     assert [r.params["x"] for r in result.trials] == [0.0]
     assert result.best.state == TrialState.COMPLETE
     assert result.passes == 1
 
 
-def test_out_of_time_the_identity_stands():
+def test_out_of_time_the_baseline_stands():
     assert len(run(Problem(100), timeout=0.0).trials) == 1
 
 
@@ -250,7 +250,7 @@ def test_an_interrupted_search_keeps_the_best_so_far_and_can_go_on():
         assert result.passes - part.passes == pytest.approx(rest.scored / 300)
 
 
-def test_before_the_identity_is_scored_there_is_nothing_to_keep():
+def test_before_the_baseline_is_scored_there_is_nothing_to_keep():
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(300, after=5))
 
@@ -274,9 +274,9 @@ def test_block_sizes_cover_all_examples(examples):
 
 
 def test_what_is_said_of_a_trial_uses_what_is_known_of_the_examples():
-    """A trial's scores on some examples say more where those of the identity are known on all."""
+    """A trial's scores on some examples say more where those of the baseline are known on all."""
     rng = np.random.default_rng(0)
-    hard = rng.exponential(3.0, (8, 20))  # of the identity: some examples are much harder than others
+    hard = rng.exponential(3.0, (8, 20))  # of the baseline: some examples are much harder than others
     errors, gains = [], []
     for _ in range(200):
         base = rng.permutation(hard.ravel()).reshape(8, 20)

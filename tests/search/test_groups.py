@@ -252,9 +252,9 @@ def known(tiny_module, dim_copies):
 
 
 def test_a_search_judges_by_groups_that_it_has_not_seen(known):
-    assert known.num_tuning_groups == known.verdict.num_groups == 100
-    held_out = set((known.verdict.indices // 3).tolist())
-    assert len(known.verdict.indices) == 3 * len(held_out) == 300  # with all copies of each
+    assert known.num_tuning_groups == known.held_out.num_groups == 100
+    held_out = set((known.held_out.indices // 3).tolist())
+    assert len(known.held_out.indices) == 3 * len(held_out) == 300  # with all copies of each
     assert known.comparisons[0].is_rough  # 300 images, but 100 groups
     assert "below 300 groups the interval of the cross-entropy is rough" in known.notes
     about = known.recipe.provenance["data"]
@@ -264,13 +264,13 @@ def test_a_search_judges_by_groups_that_it_has_not_seen(known):
 
 
 def test_the_interval_of_groups_is_the_one_that_is_printed(known, tiny, dim_copies):
-    verdict = known.verdict
+    held_out = known.held_out
     change = known.comparisons[0].change
     examples = bnpatch.open_examples(dim_copies[0], tiny)
-    before = bnpatch.evaluate(tiny, examples, indices=verdict.indices).values["cross-entropy"]
+    before = bnpatch.evaluate(tiny, examples, indices=held_out.indices).values["cross-entropy"]
     tiny.apply(known.candidate_recipe or known.recipe)
-    after = bnpatch.evaluate(tiny, examples, indices=verdict.indices).values["cross-entropy"]
-    expected = paired_difference(before, after, verdict.indices // 3)
+    after = bnpatch.evaluate(tiny, examples, indices=held_out.indices).values["cross-entropy"]
+    expected = paired_difference(before, after, held_out.indices // 3)
     assert (change.low, change.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
     ignored = paired_difference(before, after)
     assert (ignored.high - ignored.low) * 1.5 < change.high - change.low
@@ -328,10 +328,10 @@ def test_groups_of_other_data(tiny, tiny_module, plain):
     few, others = (plain[0][:100], plain[1][:100]), (plain[0][100:200], plain[1][100:200])
     run = {"granularity": "global", "trials": 2, "test_data": others}
     labelled = bnpatch.tune_alpha(tiny_module, few, groups=np.arange(100) // 2, **run)
-    assert (labelled.num_tuning_groups, labelled.verdict.num_groups) == (50, None)
+    assert (labelled.num_tuning_groups, labelled.held_out.num_groups) == (50, None)
     with pytest.warns(BnpatchWarning, match="10 groups, such as '0', are both in the data to learn from"):
         named = bnpatch.tune_alpha(tiny_module, few, groups=lambda name: name[-1], **run)
-    assert (named.num_tuning_groups, named.verdict.num_groups) == (10, 10)
+    assert (named.num_tuning_groups, named.held_out.num_groups) == (10, 10)
     with pytest.raises(BnpatchError, match="open already; give groups to open_examples"):
         bnpatch.tune_alpha(tiny, bnpatch.open_examples(few, tiny), groups=np.arange(100) // 2)
 
@@ -348,8 +348,8 @@ def test_an_evaluation_is_by_groups(tiny, dim_copies):
 
 def test_the_gain_of_a_trade_off_has_the_standard_error_of_groups(tiny):
     gains, groups = np.random.default_rng(0).normal(1, 1, 40).repeat(5), np.arange(200) // 5
-    identity = tiny.weights
-    weights = replace(identity, alphas=dict.fromkeys(identity.alphas, 0.5))
+    baseline = tiny.weights
+    weights = replace(baseline, alphas=dict.fromkeys(baseline.alphas, 0.5))
 
     def scores(weights):
         return gains * sum(weights.alphas.values())

@@ -52,21 +52,21 @@ def test_what_ruins_the_images_to_keep_is_chosen_without_them_and_not_with_them(
 ):
     unpatched = accuracy(tiny, plain, None)
     assert free.is_recommended
-    assert free.verdict.kept is None
+    assert free.held_out.kept is None
     assert free.recipe.provenance["kept"] is None
     assert accuracy(tiny, plain, free.recipe) < unpatched - 0.04  # ten seeds: 0.06 to 0.44 less
     result = search(tiny, dim, keep=plain if labelled else plain[0], margin=0.03)
     assert result.chosen.name != free.chosen.name
     assert accuracy(tiny, plain, result.recipe) > unpatched - 0.03  # that is the margin; ten seeds: 0.01 less
-    assert result.verdict.kept.comparison.metric == (ACCURACY if labelled else ANSWERS_KEPT)
-    assert result.verdict.kept.num_examples == 300
+    assert result.held_out.kept.comparison.metric == (ACCURACY if labelled else ANSWERS_KEPT)
+    assert result.held_out.kept.num_examples == 300
 
 
 def test_what_helps_the_images_to_keep_too_is_chosen(tiny, dim, free):
     result = search(tiny, dim, keep=dim, margin=STRICT)
     assert result.is_recommended
     assert result.weights == free.weights
-    kept = result.verdict.kept
+    kept = result.held_out.kept
     assert kept.is_within
     assert kept.comparison.change.value > 0.3
     assert result.recipe.provenance["kept"]["verdict"] == "kept within the margin"
@@ -76,7 +76,7 @@ def test_what_helps_the_images_to_keep_too_is_chosen(tiny, dim, free):
 def test_where_nothing_passes_the_baseline_is_kept_and_the_best_is_a_candidate(tiny, dim, free):
     keep = dim[0], answers(tiny, dim[0])  # any other answer is a loss
     result = search(tiny, dim, keep=keep, margin=STRICT)
-    assert result.chosen.name == "identity"
+    assert result.chosen.name == "baseline"
     assert not result.is_recommended
     assert result.weights == result.candidates[0].weights
     assert result.candidate_recipe.alphas == free.recipe.alphas
@@ -92,7 +92,7 @@ def test_the_margin_decides(tiny, dim, free):
     result = search(tiny, dim, keep=keep, margin=0.99)
     assert result.is_recommended
     assert result.weights == free.weights
-    kept = result.verdict.kept
+    kept = result.held_out.kept
     assert STRICT < -kept.comparison.change.value < kept.largest_loss < 0.99
 
 
@@ -126,14 +126,14 @@ def test_a_loss_on_the_half_that_judges_is_not_applied(tiny, dim, free, monkeypa
     )
     result = search(tiny, dim, keep=(dim[0], wrong), margin=STRICT)
     assert result.chosen.name == free.chosen.name
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
     assert not result.is_recommended
     assert result.candidate_recipe.alphas == free.recipe.alphas
     assert f"{free.chosen.name}: not shown to be within the margin" in result.reason
     assert verdict_sentence(result).startswith("Keep the model as it is: ")
     page = report_page(result, tiny, Written(Path("recipe.json"), Path("patched.pt")))
     assert "chosen, but not kept" in page
-    assert str(result.verdict.kept) in page
+    assert str(result.held_out.kept) in page
 
 
 def copies(data, groups, each):
@@ -176,7 +176,7 @@ def test_few_groups_of_images_to_keep_are_said_to_be_few(tiny, plain):
 @pytest.mark.filterwarnings("ignore:600 images to keep")
 def test_a_rule_for_groups_is_one_for_the_images_to_keep_too(tiny, dim):
     result = search(tiny, dim, keep=dim, margin=0.5, groups=lambda name: int(name.split()[-1]) // 3)
-    assert result.verdict.kept.num_groups == 100
+    assert result.held_out.kept.num_groups == 100
 
 
 def test_what_few_images_can_show_is_said(tiny, plain):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import bnpatch
-from bnpatch.search.held_out import Verdict
+from bnpatch.search.held_out import HeldOutEvaluation
 from bnpatch.search.thumbnails import MOST, SIDE, Samples, drawn, small
 
 
@@ -18,10 +18,10 @@ def opened(x):
     return loaded, bnpatch.open_examples((images, np.arange(len(x)) % 3), loaded)
 
 
-def verdict_of(target, before, after, indices):
+def evaluation_of(target, before, after, indices):
     classes = np.array([target, before, after])
     sure = np.stack([np.arange(len(target)) / 100, 1 - np.arange(len(target)) / 100])
-    return Verdict([], changed=1, classes=classes, indices=np.array(indices), confidences=sure)
+    return HeldOutEvaluation([], changed=1, classes=classes, indices=np.array(indices), confidences=sure)
 
 
 def test_samples_are_those_whose_answers_changed():
@@ -31,7 +31,7 @@ def test_samples_are_those_whose_answers_changed():
     before, after = target.copy(), target.copy()
     before[[1, 4, 6]] += 1
     after[[2, 6]] += 1
-    found = drawn(verdict_of(target, before, after, indices), model, examples)
+    found = drawn(evaluation_of(target, before, after, indices), model, examples)
     assert [sample.name for sample in found.gained] == [examples.source.name(indices[at]) for at in (1, 4)]
     assert [sample.name for sample in found.lost] == [examples.source.name(indices[2])]
     assert found.gained[1].answers == (target[4] + 1, target[4])
@@ -39,7 +39,7 @@ def test_samples_are_those_whose_answers_changed():
     assert (found.lost[0].pixels == x[indices[2], 0]).all()
     assert len({sample.name for sample in found.inputs}) == len(found.inputs) == MOST
     assert not found.stretched
-    other = drawn(verdict_of(target, before, after, indices), model, examples, seed=1)
+    other = drawn(evaluation_of(target, before, after, indices), model, examples, seed=1)
     assert [sample.name for sample in other.inputs] != [sample.name for sample in found.inputs]
 
 
@@ -51,7 +51,7 @@ def test_classes_have_pictures_where_their_number_of_right_answers_changes():
     before, after = target.copy(), target.copy()
     before[[2, 8, 3]] += 1  # two of class 2 become right, one of class 0,
     after[[5, 6]] += 1  # and one of each becomes wrong, so that class 0 is where it was
-    found = drawn(verdict_of(target, before, after, indices), model, examples)
+    found = drawn(evaluation_of(target, before, after, indices), model, examples)
     names = {target: [sample.name for sample in some] for target, some in found.by_class.items()}
     assert names == {2: [examples.source.name(index) for index in (2, 5, 8)]}
 
@@ -61,7 +61,7 @@ def test_the_farthest_come_first():
     x[[4, 17]] *= [[[[3]]], [[[9]]]]
     x[20] += 5
     model, examples = opened(x)
-    found = drawn(Verdict([], indices=np.arange(30)[::-1]), model, examples)
+    found = drawn(HeldOutEvaluation([], indices=np.arange(30)[::-1]), model, examples)
     # Mean 0 and variance 1 are the running statistics of the only norm layer.
     mean, var = x.mean((2, 3)), x.var((2, 3))
     distances = ((mean**2 + np.log(var) ** 2) / 2).mean(1)
@@ -76,13 +76,13 @@ def test_no_example_is_far_where_nothing_is_known_of_training():
     x = np.zeros((9, 3, 8, 8), dtype=np.float32)
     _, examples = opened(x)
     plain = bnpatch.load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval())
-    found = drawn(Verdict([], indices=np.arange(9)), plain, examples)
+    found = drawn(HeldOutEvaluation([], indices=np.arange(9)), plain, examples)
     assert (len(found.inputs), found.farthest, found.num_measured) == (MOST, [], 0)
 
 
 def test_without_labels_there_are_no_answers():
     x = np.random.default_rng(0).normal(size=(9, 3, 8, 8)).astype(np.float32)
-    found = drawn(Verdict([], indices=np.arange(9)), *opened(x))
+    found = drawn(HeldOutEvaluation([], indices=np.arange(9)), *opened(x))
     assert (len(found.inputs), len(found.gained), len(found.lost)) == (MOST, 0, 0)
     assert found.stretched
     assert {(int(s.pixels.min()), int(s.pixels.max()), s.pixels.shape) for s in found.inputs} == {
@@ -93,7 +93,7 @@ def test_without_labels_there_are_no_answers():
 
 def test_what_is_no_picture_has_none():
     x = np.zeros((9, 4, 8, 8), dtype=np.float32)
-    assert drawn(Verdict([], indices=np.arange(9)), *opened(x)) == Samples()
+    assert drawn(HeldOutEvaluation([], indices=np.arange(9)), *opened(x)) == Samples()
 
 
 def test_a_picture_that_is_gone_costs_no_search():
@@ -104,7 +104,7 @@ def test_a_picture_that_is_gone_costs_no_search():
         raise bnpatch.BnpatchError("cannot read it", "remove it")
 
     examples.batches = gone
-    assert drawn(Verdict([], indices=np.arange(9)), model, examples) == Samples()
+    assert drawn(HeldOutEvaluation([], indices=np.arange(9)), model, examples) == Samples()
 
 
 def test_pictures_are_small_and_keep_their_shape():

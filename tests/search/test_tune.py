@@ -26,8 +26,8 @@ def searched(tiny_module, dim):
 
 
 def test_one_alpha_gains_under_a_shift(tuned):
-    assert str(tuned.verdict) == "gain"
-    assert [candidate.name for candidate in tuned.candidates] == ["identity", "alpha"]
+    assert tuned.verdict == "gain"
+    assert [candidate.name for candidate in tuned.candidates] == ["baseline", "alpha"]
     assert tuned.chosen.name == "alpha"
     accuracy = tuned.comparisons[0]
     assert accuracy.metric.name == "accuracy"
@@ -35,8 +35,8 @@ def test_one_alpha_gains_under_a_shift(tuned):
     assert accuracy.after.value > accuracy.before.value + 0.08
     assert 0.01 < tuned.alpha < 0.9
     assert tuned.num_tuning == tuned.num_held_out == 300
-    assert tuned.verdict.flips.gained - tuned.verdict.flips.lost == round(300 * accuracy.change.value)
-    assert tuned.verdict.classes.shape == (3, 300)
+    assert tuned.held_out.flips.gained - tuned.held_out.flips.lost == round(300 * accuracy.change.value)
+    assert tuned.held_out.classes.shape == (3, 300)
 
 
 def test_one_alpha_costs_at_most_three_passes(tuned):
@@ -51,7 +51,7 @@ def test_one_alpha_costs_at_most_three_passes(tuned):
 def test_other_candidates_go_beyond_one_alpha(searched, tiny, plain, dim):
     names = [candidate.name for candidate in searched.candidates]
     assert names[:6] == [
-        "identity",
+        "baseline",
         "alpha",
         "lambda",
         "lambda, alpha",
@@ -73,9 +73,9 @@ def test_other_candidates_go_beyond_one_alpha(searched, tiny, plain, dim):
         for candidate in searched.candidates[:4]:
             tiny.set_weights(candidate.weights)
             found_globally.append(evaluate(tiny, examples, indices=tuning).mean(CROSS_ENTROPY))
-    identity, one_alpha, one_lambda, both = found_globally
-    assert one_alpha < 0.5 * identity  # ten seeds: 0.11 to 0.29 of it, on part of these examples
-    assert one_lambda < 0.3 * identity  # ten seeds: at most 0.10
+    baseline, one_alpha, one_lambda, both = found_globally
+    assert one_alpha < 0.5 * baseline  # ten seeds: 0.11 to 0.29 of it, on part of these examples
+    assert one_lambda < 0.3 * baseline  # ten seeds: at most 0.10
     assert both < one_lambda * (1 + 1e-4)
     # Lambda alone undoes contrast: what is gained is all that was lost, and one alpha does not reach it.
     found = {c.metric.name: c.after.value for c in searched.comparisons}
@@ -85,7 +85,7 @@ def test_other_candidates_go_beyond_one_alpha(searched, tiny, plain, dim):
     assert found["cross-entropy"] - without_loss.mean(CROSS_ENTROPY) < 0.15 * lost  # ten seeds: at most 0.04
     assert found["accuracy"] > without_loss.mean(ACCURACY) - 0.1  # ten seeds: at most 0.04 less
     assert found["cross-entropy"] < 0.9 * one_alpha.mean(CROSS_ENTROPY)  # ten seeds: 0.27 to 0.54 of it
-    assert searched.verdict.calibration.change.high < 0
+    assert searched.held_out.calibration.change.high < 0
 
 
 def held_out_scores(model, data, weights=None):
@@ -162,7 +162,7 @@ def test_stages_share_a_weight(model, foggy, monkeypatch):
     assert len(by_stage) > 3
 
 
-def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, monkeypatch):
+def test_sites_of_a_single_value_are_left_at_their_baseline(model, foggy, monkeypatch):
     monkeypatch.setattr(Course, "of", lambda examples, starts, set_size=1: Course(32, 2, 4))
     some = foggy[0][:200], foggy[1][:200]
     result = bnpatch.tune_alpha(model, some, metric="cross-entropy", granularity="layer", trials=2)
@@ -170,8 +170,8 @@ def test_sites_of_a_single_value_are_left_at_their_identity(model, foggy, monkey
     single = [name for name, shape in shapes.items() if shape == (1, 1)]
     assert single
     learned = next(candidate for candidate in result.candidates if candidate.name == "alpha per layer")
-    identity = result.candidates[0].weights
-    assert learned.weights != identity
+    baseline = result.candidates[0].weights
+    assert learned.weights != baseline
     kept = {learned.weights.alphas[name] for name in single}
     assert len(kept) == 1  # what they have in the start that was the best
 
@@ -203,9 +203,9 @@ def test_each_layer_gets_the_weight_that_it_needs(make, tmp_path):
         model = bnpatch.load(tmp_path / "model.onnx")
     result = bnpatch.tune_alpha(model, (x, y), metric="cross-entropy", recalibrate=False)
     means = {candidate.name: candidate.mean for candidate in result.candidates}
-    assert means["alpha per layer"] < 0.5 * means["alpha"] < 0.5 * means["identity"]
+    assert means["alpha per layer"] < 0.5 * means["alpha"] < 0.5 * means["baseline"]
     assert result.weights.alphas == pytest.approx({"keep": 0.0, "remove": 1.0}, abs=0.1)
-    assert str(result.verdict) == "gain"
+    assert result.verdict == "gain"
 
 
 @pytest.mark.parametrize("objective", ["information", "alignment", "entropy", "evalnorm"])
@@ -227,7 +227,7 @@ def test_augmentation_helps_with_what_the_data_does_not_show(digits):
     seen = of_same_values(others)
     result = bnpatch.tune_alpha(model, (seen, wanted), augment="brightness", granularity="global")
     accuracy = result.comparisons[0]
-    assert (accuracy.change.value, str(result.verdict)) == (0, "no significant change")
+    assert (accuracy.change.value, result.verdict) == (0, "no significant change")
     unseen = bnpatch.open_examples(((seen * 0.5).astype(np.uint8), wanted), model)
     before = evaluate(model, unseen).mean(ACCURACY)
     model.apply(result.recipe)
@@ -286,7 +286,7 @@ def test_the_recipe_says_where_it_comes_from(tuned):
     assert about["held_out"]["flips"]["gained"] > 30  # ten seeds: 89 to 130
     assert about["data"]["tuning_examples"] == 300
     assert about["verdict"] == "gain"
-    assert [candidate["rung"] for candidate in about["ladder"]] == ["identity", "alpha"]
+    assert [candidate["rung"] for candidate in about["ladder"]] == ["baseline", "alpha"]
     assert set(tuned.recipe.alphas.values()) == {tuned.alpha}
     assert {"bnpatch", "torch", "timm", "optuna", "python"} == set(about["versions"])
 

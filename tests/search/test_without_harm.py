@@ -31,7 +31,7 @@ def search(harmless_up_to, *alphas):
         asked.append(some.alphas["a"])
         return some.alphas["a"] <= harmless_up_to
 
-    found = {"identity": weights(0.0), **{f"alpha {alpha}": weights(alpha) for alpha in alphas}}
+    found = {"baseline": weights(0.0), **{f"alpha {alpha}": weights(alpha) for alpha in alphas}}
     return without_harm(choose(found), choose, is_harmless), asked
 
 
@@ -47,19 +47,19 @@ def test_takes_as_much_as_does_no_harm():
     assert search(0.05, 0.4, 0.8)[0].name == "alpha 0.4 x 0.1"
 
 
-def test_takes_the_identity_where_all_do_harm_and_asks_for_each_once():
+def test_takes_the_baseline_where_all_do_harm_and_asks_for_each_once():
     best, asked = search(0.0, 0.4, 0.8)
-    assert best.name == "identity"
+    assert best.name == "baseline"
     assert asked == sorted(asked, reverse=True)
     assert len(asked) == 2 * (1 + len(PARTS))
 
 
 def test_what_is_not_chosen_is_not_asked_for():
     found = [
-        replace(candidate, chosen=candidate.name == "identity")
-        for candidate in choose({"identity": weights(0.0), "alpha": weights(0.4)})
+        replace(candidate, chosen=candidate.name == "baseline")
+        for candidate in choose({"baseline": weights(0.0), "alpha": weights(0.4)})
     ]
-    assert without_harm(found, choose, lambda some: pytest.fail("asked")).name == "identity"
+    assert without_harm(found, choose, lambda some: pytest.fail("asked")).name == "baseline"
 
 
 def test_part_of_the_way():

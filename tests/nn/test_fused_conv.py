@@ -14,8 +14,8 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
-from bnpatch.models.running_stats import re_estimate_statistics, recover_folded
-from bnpatch.nn.fused_conv import VirtualNorm
+from bnpatch.models.running_stats import re_estimate_statistics, recover_fused
+from bnpatch.nn.fused_conv import RecoveredNorm
 from tests.nn.norms import images, settle
 
 SIZE = 32
@@ -67,7 +67,7 @@ def load(module):
 
 def recovered(module):
     model = load(module)
-    recover_folded(model, bnpatch.open_examples(DATA, model))
+    recover_fused(model, bnpatch.open_examples(DATA, model))
     return model
 
 
@@ -76,7 +76,7 @@ def test_a_recovered_site_does_what_the_batch_norm_would():
     model = load(folded)
     assert model.fused_convs() == ("conv1", "conv2")
     before, keys = model.predict(X), list(folded.state_dict())
-    assert recover_folded(model, bnpatch.open_examples(DATA, model), batch_size=7) == 2
+    assert recover_fused(model, bnpatch.open_examples(DATA, model), batch_size=7) == 2
     assert [norm_layer.name for norm_layer in model.inventory().norm_layers] == [
         "conv1.folded",
         "conv2.folded",
@@ -95,7 +95,7 @@ def test_a_recovered_site_does_what_the_batch_norm_would():
         assert not torch.allclose(expected, before, atol=0.01)
     bnpatch.unpatch(folded)
     assert torch.equal(folded(X), before)
-    assert isinstance(folded.conv1.folded, VirtualNorm)
+    assert isinstance(folded.conv1.folded, RecoveredNorm)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -149,7 +149,7 @@ def test_a_module_of_ones_own():
     before = module(X)
     with pytest.raises(BnpatchError, match=r"no running statistics: gn"):
         bnpatch.patch(module, 0.1)
-    assert bnpatch.recover_folded(module, X) == 2
+    assert bnpatch.recover_fused(module, X) == 2
     bnpatch.patch(module, {"conv1.folded": 0.1})
     assert not torch.equal(module(X), before)
 
@@ -157,7 +157,7 @@ def test_a_module_of_ones_own():
 def test_nothing_to_recover_is_said():
     model = load(fused()[0])
     with pytest.raises(BnpatchError, match="no convolution that a Batch Norm may have been fused into"):
-        recover_folded(model, bnpatch.open_examples(DATA, model))
+        recover_fused(model, bnpatch.open_examples(DATA, model))
     with pytest.raises(BnpatchError, match=r"no norm 'squeez\.folded'"):
         model.set_running({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
 
@@ -184,7 +184,7 @@ def test_reparameterized_models_of_timm(name, fewest):
     assert len(names) >= fewest
     assert not any(".se." in name for name in names)
     before = model.predict(X[:4])
-    recover_folded(model, bnpatch.open_examples((X[:4], DATA[1][:4]), model))
+    recover_fused(model, bnpatch.open_examples((X[:4], DATA[1][:4]), model))
     assert torch.equal(model.predict(X[:4]), before)
     model.set_alphas({f"{n}.folded": 0.2 for n in names})
     after = model.predict(X[:4])
@@ -203,7 +203,7 @@ def test_what_torch_fuses_for_quantization():
     assert not bnpatch.inventory(model).norm_layers
     fused_model = load(model)
     assert len(fused_model.fused_convs(x[:1])) == norm_layers
-    assert recover_folded(fused_model, (x, np.zeros(8, np.int64))) == norm_layers
+    assert recover_fused(fused_model, (x, np.zeros(8, np.int64))) == norm_layers
     before = fused_model.predict(x)
     fused_model.set_alphas(0.2)
     assert not torch.allclose(fused_model.predict(x), before)
