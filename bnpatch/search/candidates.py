@@ -13,7 +13,7 @@ import numpy as np
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.data.groups import shuffled
-from bnpatch.evaluation.metrics import METRICS, Values
+from bnpatch.evaluation.metrics import Values
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, Trial, chosen_of
 from bnpatch.search.global_search import global_search
@@ -25,7 +25,7 @@ from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
 from bnpatch.search.task import Task
-from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials, as_trial
 
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
 SELECTION = 0.3
@@ -346,29 +346,6 @@ class CandidateSearch:
                 "data": f"{len(order)} examples",
             },
         )
-
-
-def as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
-    """Convert a trial of a global search, with its scores extrapolated to all examples."""
-
-    def score(metric: str) -> float:
-        # A rate that is extrapolated from few examples may lie outside [0, 1].
-        value, is_rate = trials.estimate(trial, metric=metric), metric in METRICS and METRICS[metric].is_rate
-        return min(1.0, max(0.0, value)) if is_rate else value
-
-    return Trial(
-        candidate,
-        trial.number,
-        _plain(trial.params),
-        {metric: score(metric) for metric in trial.blocks[0]},
-        {metric: trials.change(trial, metric=metric).stderr for metric in trial.blocks[0]},
-        sum(trials.config.sizes[: trial.num_blocks]),
-    )
-
-
-def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
-    """Return parameters of a global search as :class:`Trial` documents them."""
-    return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 
 def _digest(weights: PatchWeights) -> str:

@@ -150,9 +150,9 @@ def _propose(trials: Trials) -> dict[str, float]:
     proposes what depends on the trials alone, whichever process asks.
     """
     config = trials.config
-    low = config.scaled({name: low for name, (low, _) in config.space.items()})
-    high = config.scaled({name: high for name, (_, high) in config.space.items()})
-    space: dict[str, BaseDistribution] = {n: FloatDistribution(low[n], high[n]) for n in config.space}
+    space: dict[str, BaseDistribution] = {
+        name: FloatDistribution(low, high) for name, (low, high) in config.scaled_space().items()
+    }
     with quiet():
         told = optuna.create_study(
             direction="maximize" if config.metric.higher_is_better else "minimize",

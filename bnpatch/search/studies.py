@@ -35,9 +35,8 @@ T = TypeVar("T")
 # User attributes of a trial, besides the means of its metrics.
 _ROUND, _SCORES, _FAILURE = "bnpatch:round", "bnpatch:block scores", "bnpatch:failure"
 # User attributes of a study, besides those that say what it is about.
-_MADE_WITH, _FORMAT, _OPENED = "bnpatch:made with", "bnpatch:format", "bnpatch:opened"
-_FORMAT_NUMBER = 2
-_OLD_FINGERPRINT = "bnpatch:fingerprint"  # of studies of format 1
+_MADE_WITH, _OPENED = "bnpatch:made with", "bnpatch:opened"
+_FORMAT = 2  # how trials are stored: part of what a study was made with
 
 
 class Study:
@@ -284,20 +283,16 @@ def _check(study: optuna.Study, direction: str, fingerprint: Mapping[str, Any]) 
     """Write the fingerprint into a new study; compare it with the fingerprint of an existing one.
 
     Raises:
-        BnpatchError: the study has another fingerprint, direction or format, or trials of other tools.
+        BnpatchError: the study has another fingerprint or direction, or trials of other tools.
     """
-    wanted = json.loads(json.dumps(fingerprint))
-    attributes = study.user_attrs
-    found = attributes.get(_MADE_WITH)
+    wanted = json.loads(json.dumps({**fingerprint, "format": _FORMAT}))
+    found = study.user_attrs.get(_MADE_WITH)
     if study.direction != StudyDirection[direction.upper()]:
         raise _other(study, f"has the direction {study.direction.name.lower()}, not {direction}")
-    if attributes.get(_FORMAT, _FORMAT_NUMBER) != _FORMAT_NUMBER or _OLD_FINGERPRINT in attributes:
-        raise _other(study, "was made by another version of bnpatch")
     if found is None:
         if study.get_trials(deepcopy=False):
-            raise _other(study, "has trials that bnpatch did not make")
+            raise _other(study, "has trials that this version of bnpatch did not make")
         study.set_user_attr(_MADE_WITH, wanted)
-        study.set_user_attr(_FORMAT, _FORMAT_NUMBER)
         study.set_user_attr("bnpatch", __version__)
         return
     for key in sorted(wanted.keys() | found.keys()):

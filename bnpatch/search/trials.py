@@ -8,7 +8,8 @@ import numpy as np
 from optuna.trial import TrialState
 
 from bnpatch.data.dataset import Indices
-from bnpatch.evaluation.metrics import Metric, Values
+from bnpatch.evaluation.metrics import METRICS, Metric, Values
+from bnpatch.search.config import Trial
 
 BlockScores = Mapping[str, Values]
 
@@ -56,12 +57,15 @@ class GlobalSearchConfig:
         """Return the inverse of :meth:`scaled`."""
         return {name: v**2 if name in self.by_root else v for name, v in scaled.items()}
 
+    def scaled_space(self) -> dict[str, tuple[float, float]]:
+        """Return lowest and highest value by name of parameter, on the scale that matters."""
+        low, high = (self.scaled({n: ends[at] for n, ends in self.space.items()}) for at in (0, 1))
+        return {name: (low[name], high[name]) for name in self.space}
+
     def distance(self, params: Mapping[str, float], others: Mapping[str, float]) -> float:
         """Return the sum of the distances of the parameters on their scale, as fractions of their ranges."""
         a, b = self.scaled(params), self.scaled(others)
-        low = self.scaled({name: low for name, (low, _) in self.space.items()})
-        high = self.scaled({name: high for name, (_, high) in self.space.items()})
-        return sum(abs(a[name] - b[name]) / (high[name] - low[name]) for name in self.space)
+        return sum(abs(a[n] - b[n]) / (high - low) for n, (low, high) in self.scaled_space().items())
 
 
 @dataclass(frozen=True)
@@ -279,6 +283,29 @@ class Trials:
             np.full(len(v), size / max(1, len(v))) for v, size in zip(values, self.config.sizes, strict=False)
         ]
         return np.concatenate(values), np.concatenate(weights)
+
+
+def as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
+    """Convert a trial of a global search, with its scores extrapolated to all examples."""
+
+    def score(metric: str) -> float:
+        # A rate that is extrapolated from few examples may lie outside [0, 1].
+        value, is_rate = trials.estimate(trial, metric=metric), metric in METRICS and METRICS[metric].is_rate
+        return min(1.0, max(0.0, value)) if is_rate else value
+
+    return Trial(
+        candidate,
+        trial.number,
+        _plain(trial.params),
+        {metric: score(metric) for metric in trial.blocks[0]},
+        {metric: trials.change(trial, metric=metric).stderr for metric in trial.blocks[0]},
+        sum(trials.config.sizes[: trial.num_blocks]),
+    )
+
+
+def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
+    """Return parameters of a global search as :class:`Trial` documents them."""
+    return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 
 def _stderr(values: Values, weights: Values) -> float:

@@ -12,14 +12,13 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.nn.functional import mixture
-from bnpatch.search.candidates import as_trial
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
 from bnpatch.search.gradient_search import Groups, Start
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
-from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
+from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials, as_trial
 from tests.search.tiny import WIDTHS
 
 
