@@ -63,6 +63,21 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """How images differ from those of training, as one norm layer sees them.
+
+    Attributes:
+        norm_layer: name of the layer.
+        distance: the distance of the moments of all images together from the running statistics.
+        common_share: what part of the images' squared deviations is one shift that all share, in [0, 1].
+    """
+
+    norm_layer: str
+    distance: float
+    common_share: float
+
+
+@dataclass(frozen=True)
 class Checkup:
     """What a few images say of a model at its first norm layer.
 
@@ -190,6 +205,25 @@ def check_up(
             fits += [_fit(model, other, batch.x) for other in usual_preprocessings(own).items()]
     byte_range = None if batch.x.is_floating_point() else _byte_range(batch.x)
     return Checkup(name, tuple(fits), _common_share(moments, facts), byte_range)
+
+
+def shifts(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
+    """Measure how images differ from those of training at each norm layer, in the order of the model.
+
+    Args:
+        model: the model; it is left as it was.
+        x: images (N, C, H, W) as bytes, or inputs.
+
+    Returns:
+        The shift at each norm layer that has running statistics from training and that the images reach.
+    """
+    with model.in_state(model.baseline()):
+        facts, (_, seen) = model.facts(), model.observe(x)
+    return tuple(
+        Shift(name, _pooled_distance(seen[name], facts[name]), _common_share(seen[name], facts[name]))
+        for name in seen
+        if name in facts and name not in model.state.running
+    )
 
 
 def warn_of_preprocessing(model: Model[Any], examples: Examples, indices: Indices | None = None) -> str:

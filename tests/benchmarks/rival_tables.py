@@ -1,0 +1,175 @@
+"""The tables of docs/rivals.md, from the results that :mod:`tests.benchmarks.rivals` wrote."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from bnpatch.evaluation.metrics import paired_difference
+from tests.benchmarks.rival_data import CLEAN, KINDS, MIXTURE, NETWORKS
+
+# Row of a table: the task that found it, and its name there; a name of None is what the search chose.
+ROWS: Mapping[str, tuple[str, str | None]] = {
+    "source": ("rivals", "source"),
+    "AdaBN (lambda = 1)": ("rivals", "AdaBN"),
+    "one alpha, labels": ("search", "alpha"),
+    "one alpha, no labels": ("search without labels", "alpha"),
+    "alpha-BN, 0.1": ("rivals", "alpha-BN, 0.1"),
+    "soft shrinkage, 4": ("rivals", "soft shrinkage, 4"),
+    "soft shrinkage, chosen by labels": ("rivals", "soft shrinkage, chosen"),
+    "InTEnt, 0 to 1": ("rivals", "InTEnt, 0 to 1"),
+    "InTEnt, chosen by labels": ("rivals", "InTEnt, chosen"),
+    "AugBN, chosen by labels": ("rivals", "AugBN, chosen"),
+    "lambda": ("search", "lambda"),
+    "lambda, alpha": ("search", "lambda, alpha"),
+    "alpha per layer": ("search", "alpha per layer"),
+    "alpha and slope per layer": ("search", "alpha and slope per layer"),
+    "lambda and alpha per layer": ("search", "lambda and alpha per layer"),
+    "lambda, alpha and slope per layer": ("search", "lambda, alpha and slope per layer"),
+    "**bnpatch, labels**": ("search", None),
+    "**bnpatch, no labels**": ("search without labels", None),
+}
+LABELS, NO_LABELS = "**bnpatch, labels**", "**bnpatch, no labels**"
+
+
+class Results:
+    """What a benchmark wrote; of two results of the same job, the later one counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.data: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self.trained: dict[str, float] = {}
+        for record in map(json.loads, path.read_text().splitlines()):
+            if "data" in record:
+                self.data[record["data"]] = record
+            elif "fine_tuned" in record:
+                self.trained[record["fine_tuned"]] = record["accuracy"]
+            elif "methods" in record:
+                self.jobs[record["network"], record["condition"], record["task"]] = record
+
+    def methods(self, network: str, condition: str, row: str) -> dict[str, Any] | None:
+        """Return what a row of a table says of a condition; None if it is not there."""
+        task, name = ROWS[row]
+        found = self.jobs.get((network, condition, task), {}).get("methods", [])
+        return next((m for m in found if (m.get("chosen") if name is None else m["name"] == name)), None)
+
+    def right(self, network: str, condition: str, row: str, key: str = "right") -> np.ndarray | None:
+        """Return who of the held-out images is answered right, (N,); None if it is not there."""
+        about = self.data[next(n.data.name for n in NETWORKS if n.name == network)]
+        found = self.methods(network, condition, row)
+        if found is None or key not in found:
+            return None
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(found[key]), np.uint8))
+        return bits[: len(about["y"]) - about["tuning"]].astype(float)
+
+    def groups(self, network: str) -> np.ndarray:
+        """Return the group of each held-out image."""
+        about = self.data[next(n.data.name for n in NETWORKS if n.name == network)]
+        return np.array(about["groups"])[about["tuning"] :]
+
+
+def tables(path: Path) -> str:
+    """Return all tables as Markdown."""
+    results = Results(path)
+    names = [n.name for n in NETWORKS if any(network == n.name for network, _, _ in results.jobs)]
+    parts = [f"### {name}\n\n" + "\n".join(_accuracies(results, name)) for name in names]
+    parts += ["### What predicts a gain\n\n" + "\n".join(_predictors(results, names))]
+    return "\n\n".join(parts)
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    for row in [head, ["---"] * len(head), *rows]:
+        yield f"| {' | '.join(row)} |"
+
+
+def _accuracies(results: Results, network: str) -> Iterator[str]:
+    kinds = [kind for kind in KINDS if (network, kind, "rivals") in results.jobs]
+    names = [kind.replace("_", " ") for kind in kinds]
+    head = ["method", CLEAN, *names, "mean", "change of the mean", MIXTURE, "clean after it", "passes"]
+    yield from _table(head, _rows(results, network, kinds))
+
+
+def _rows(results: Results, network: str, kinds: list[str]) -> Iterator[list[str]]:
+    source = [results.right(network, kind, "source") for kind in kinds]
+    for row in ROWS:
+        found = [results.right(network, kind, row) for kind in kinds]
+        mean = change = "–"
+        if kinds and all(right is not None for right in found):
+            after = np.mean(found, axis=0)
+            mean, groups = f"{100 * after.mean():.1f}", results.groups(network)
+            e = paired_difference(np.mean(source, axis=0), after, groups)
+            change = f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+        clean, mixture = (results.right(network, condition, row) for condition in (CLEAN, MIXTURE))
+        after = results.right(network, MIXTURE, row, "clean_right")
+        known = [m for c in (CLEAN, MIXTURE, *kinds) if (m := results.methods(network, c, row))]
+        if known:
+            cells = [_percent(x) for x in (clean, *found)]
+            yield [row, *cells, mean, change, _percent(mixture, 1), _percent(after), str(known[0]["passes"])]
+
+
+def _percent(right: np.ndarray | None, digits: int = 0) -> str:
+    return "–" if right is None else f"{100 * right.mean():.{digits}f}"
+
+
+def facts(results: Results, names: list[str]) -> list[dict[str, Any]]:
+    """Return, for each network and condition, distances and shares, and what was lost and gained in points."""
+    found = []
+    for network in names:
+        for condition in (CLEAN, *KINDS, MIXTURE):
+            record = results.jobs.get((network, condition, "rivals"))
+            after = {
+                key: results.right(network, condition, row)
+                for key, row in (
+                    ("labels", LABELS),
+                    ("no labels", NO_LABELS),
+                    ("AdaBN", "AdaBN (lambda = 1)"),
+                )
+            }
+            source, clean = (
+                results.right(network, condition, "source"),
+                results.right(network, CLEAN, "source"),
+            )
+            if record is None or after["labels"] is None or clean is None:
+                continue
+            distances, shares = np.array(record["shifts"]).T
+            found.append(
+                {
+                    "network": network,
+                    "condition": condition,
+                    "D, first": distances[0],
+                    "D, median": np.median(distances),
+                    "D, largest": distances.max(),
+                    "D, last": distances[-1],
+                    "share, first": shares[0],
+                    "share, median": np.median(shares),
+                    "lost": 100 * (clean.mean() - source.mean()),
+                    **{
+                        f"gain, {key}": 100 * (right.mean() - source.mean())
+                        for key, right in after.items()
+                        if right is not None
+                    },
+                }
+            )
+    return found
+
+
+def _predictors(results: Results, names: list[str]) -> Iterator[str]:
+    found = facts(results, names)
+    keys = [key for key in found[0] if key not in ("network", "condition")] if found else []
+    head = ["network", "condition", *keys]
+    yield from _table(
+        head, ([f["network"], f["condition"], *(f"{f.get(k, np.nan):.2f}" for k in keys)] for f in found)
+    )
+    yield ""
+    predictors = [key for key in keys if not key.startswith("gain")]
+    rows = []
+    for name in (*names, "all"):
+        mine = [f for f in found if name in (f["network"], "all")]
+        gains = [f["gain, labels"] for f in mine]
+        rows.append(
+            [name, str(len(mine)), *(f"{spearmanr([f[k] for f in mine], gains)[0]:+.2f}" for k in predictors)]
+        )
+    yield from _table(["rank correlation with the gain, labels", "conditions", *predictors], iter(rows))
