@@ -6,12 +6,11 @@ mixture, in which each image has one of these at random or none.
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 

@@ -96,7 +96,7 @@ def _rows(results: Results, network: str, kinds: list[str]) -> Iterator[list[str
     source = [results.right(network, kind, "source") for kind in kinds]
     for row in ROWS:
         found = [results.right(network, kind, row) for kind in kinds]
-        mean = change = "–"
+        mean = change = "-"
         if kinds and all(right is not None for right in found):
             after = np.mean(found, axis=0)
             mean, groups = f"{100 * after.mean():.1f}", results.groups(network)
@@ -111,11 +111,11 @@ def _rows(results: Results, network: str, kinds: list[str]) -> Iterator[list[str
 
 
 def _percent(right: np.ndarray | None, digits: int = 0) -> str:
-    return "–" if right is None else f"{100 * right.mean():.{digits}f}"
+    return "-" if right is None else f"{100 * right.mean():.{digits}f}"
 
 
 def facts(results: Results, names: list[str]) -> list[dict[str, Any]]:
-    """Return, for each network and condition, distances and shares, and what was lost and gained in points."""
+    """Return distances, shares, and points lost and gained, for each network and condition."""
     found = []
     for network in names:
         for condition in (CLEAN, *KINDS, MIXTURE):

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.rivals --table rivals.jsonl
 
 The first command trains and fine-tunes what ``--work`` does not have, corrupts the images, and writes a line
-per result as soon as there is one; the second prints the tables of docs/rivals.md. SITE and CROPS.npz are those
-of :mod:`tests.benchmarks.photographs`, DIR has the four files of Fashion-MNIST. Every method sees the same
-images: it is tuned, if it is, on images of a condition, and judged by others of the same condition.
+per result as soon as there is one; the second prints the tables of docs/rivals.md. SITE and CROPS.npz are
+those of :mod:`tests.benchmarks.photographs`, DIR has the four files of Fashion-MNIST. Every method sees the
+same images: it is tuned, if it is, on images of a condition, and judged by others of the same condition.
 """
 
 import argparse
