@@ -240,7 +240,11 @@ def measure(args: argparse.Namespace) -> None:
     submit(cpus, small, args.tasks)
     submit(large, [first], args.tasks[:2])
     for network, future in tuned.items():
-        results.add({"fine_tuned": network, "accuracy": future.result()})
+        if (error := future.exception()) is not None:  # the other results count all the same
+            results.add({"network": network, "error": repr(error)})
+            others.remove(network)
+        else:
+            results.add({"fine_tuned": network, "accuracy": future.result()})
     submit(large, others, args.tasks[:2])
     submit(large, [first, *others], args.tasks[2:])
     while not all(future.done() for future in futures):
