@@ -89,8 +89,8 @@ def _small(name: str, folder: Path, device: str) -> TorchModel:
 
 NETWORKS = (
     Network("Lite0", PHOTOGRAPHS, lite0),
-    Network("Lite0 fine-tuned", LARGE_FASHION, lambda f, d: _transferred("plain", f, d)),
-    Network("Lite0 fine-tuned, all techniques", LARGE_FASHION, lambda f, d: _transferred("techniques", f, d)),
+    Network("Lite0-plain", LARGE_FASHION, lambda f, d: _transferred("plain", f, d)),
+    Network("Lite0-techniques", LARGE_FASHION, lambda f, d: _transferred("techniques", f, d)),
     Network("test_resnet", FASHION, lambda f, d: _small("test_resnet", f, d)),
     Network("test_efficientnet", FASHION, lambda f, d: _small("test_efficientnet", f, d)),
 )

@@ -16,7 +16,7 @@ ROWS: Mapping[str, tuple[str, str | None]] = {
     "source": ("rivals", "source"),
     "AdaBN (lambda = 1)": ("rivals", "AdaBN"),
     "one alpha, labels": ("search", "alpha"),
-    "one alpha, no labels": ("search without labels", "alpha"),
+    "one alpha, no labels": ("unlabelled-search", "alpha"),
     "alpha-BN, 0.1": ("rivals", "alpha-BN, 0.1"),
     "soft shrinkage, 4": ("rivals", "soft shrinkage, 4"),
     "soft shrinkage, chosen by labels": ("rivals", "soft shrinkage, chosen"),
@@ -30,7 +30,7 @@ ROWS: Mapping[str, tuple[str, str | None]] = {
     "lambda and alpha per layer": ("search", "lambda and alpha per layer"),
     "lambda, alpha and slope per layer": ("search", "lambda, alpha and slope per layer"),
     "**bnpatch, labels**": ("search", None),
-    "**bnpatch, no labels**": ("search without labels", None),
+    "**bnpatch, no labels**": ("unlabelled-search", None),
 }
 LABELS, NO_LABELS = "**bnpatch, labels**", "**bnpatch, no labels**"
 

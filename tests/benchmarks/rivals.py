@@ -40,7 +40,7 @@ from tests.benchmarks.rival_data import CLEAN, KINDS, MIXTURE, NETWORKS
 SHRINKAGES, WEIGHTS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0), (0.03, 0.1, 0.3, 1.0)
 MOST_TO_CHOOSE_BY, BATCH = 128, 64
 
-RIVALS, LABELS, NO_LABELS = "rivals", "search", "search without labels"
+RIVALS, LABELS, NO_LABELS = "rivals", "search", "unlabelled-search"
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,12 @@ def _hex(right: np.ndarray) -> str:
 
 
 class Results:
-    """A file that gets a line as soon as there is a result."""
+    """A file that gets a line as soon as there is a result; what an earlier run wrote is not done again."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._started = path, time.monotonic()
+        records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        self.known = {(r["network"], r["condition"], r["task"]) for r in records if "methods" in r}
 
     def add(self, record: dict[str, Any]) -> None:
         """Write a line, and say on the terminal what it is of."""
@@ -234,6 +236,8 @@ def measure(args: argparse.Namespace) -> None:
 
     def submit(pool: ProcessPoolExecutor, networks: Sequence[str], tasks: Sequence[str]) -> None:
         for job in jobs_of(args, networks, tasks):
+            if (job.network, job.condition, job.task) in results.known:
+                continue
             futures.append(pool.submit(run, job))
             futures[-1].add_done_callback(results.of)
 
