@@ -96,10 +96,12 @@ def targets_of_folders(
                 f"model ({class_names[0]!r}, ...)",
                 _SAY_WHICH,
             )
-        _warn_of_other_names(folders, class_names)
+        in_order = {name: index for index, name in enumerate(order.sort(folders))}
+        if class_names:
+            _check_other_names(in_order, class_names, by_name)
         if class_names or not _warn_of_numbers(folders, order):
             _warn_of_order(folders, order)
-        return {name: index for index, name in enumerate(order.sort(folders))}
+        return in_order
     if all(name.isdecimal() and int(name) < num_outputs for name in folders):
         if all(int(name) for name in folders):
             warnings.warn(
@@ -128,15 +130,22 @@ def _imagenet_synsets(num_outputs: int) -> dict[str, int]:
     return {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
 
 
-def _warn_of_other_names(folders: Sequence[str], class_names: Sequence[str] | None) -> None:
-    if class_names:
-        known = set(map(composed, class_names))
-        strange = next((name for name in folders if composed(name) not in known), folders[0])
-        warnings.warn(
-            f"the class folder {strange!r} is not among the model's class names; folders are taken in order",
-            BnpatchWarning,
-            stacklevel=3,
-        )
+def _check_other_names(
+    in_order: Mapping[str, int], class_names: Sequence[str], by_name: Mapping[str, int]
+) -> None:
+    """Check folders of which some have other names than the model's classes, and which are taken in order.
+
+    Raises:
+        BnpatchError: a folder has the name of a class, and by order it would be another one.
+    """
+    strange = next((name for name in in_order if composed(name) not in by_name), next(iter(in_order)))
+    problem = f"the class folder {strange!r} is not among the model's class names"
+    for name, index in in_order.items():
+        if by_name.get(composed(name), index) != index:
+            raise BnpatchError(
+                f"{problem}, and by order {name!r} would be {class_names[index]!r}", _SAY_WHICH
+            )
+    warnings.warn(f"{problem}; folders are taken in order", BnpatchWarning, stacklevel=3)
 
 
 def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:

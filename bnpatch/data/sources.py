@@ -256,13 +256,14 @@ def _read_npz(path: Path, settings: _Options) -> tuple[Array, Array | None]:
 
 
 def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
-    x = np.asarray(x) if isinstance(x, list) else x
     try:
+        x = np.asarray(x) if isinstance(x, (list, tuple)) else x
         dtype = torch.as_tensor(x[:0]).dtype
-    except (TypeError, ValueError, IndexError) as error:  # texts, records, a single number
+    except (TypeError, ValueError, IndexError) as error:  # texts, records, a single number, several shapes
+        shape = f" and shape {x.shape}" if hasattr(x, "shape") else " of several shapes"
         raise BnpatchError(
-            f"the images are of type {getattr(x, 'dtype', type(x).__name__)} and shape {np.shape(x)}",
-            "give arrays of bytes or of floating-point values",
+            f"the images are of type {getattr(x, 'dtype', type(x).__name__)}{shape}",
+            "give arrays of bytes or of floating-point values, of one shape",
         ) from error
     if not dtype.is_floating_point and dtype != torch.uint8:
         raise BnpatchError(

@@ -19,7 +19,9 @@ from bnpatch.evaluation.metrics import (
     Comparison,
     Estimate,
     Metric,
+    ScoreFunction,
     Values,
+    as_metric,
     mean_estimate,
     paired,
     score,
@@ -76,7 +78,7 @@ class Scores:
 def evaluate(
     model: Model[Any],
     examples: Examples,
-    metrics: Sequence[Metric] = STANDARD_METRICS,
+    metrics: Sequence[str | Metric | ScoreFunction] = STANDARD_METRICS,
     *,
     indices: Indices | None = None,
     batch_size: int = 64,
@@ -91,7 +93,7 @@ def evaluate(
     Args:
         model: the model; it is in evaluation mode while this runs.
         examples: from :func:`bnpatch.open_examples`.
-        metrics: the metrics to compute.
+        metrics: the metrics to compute: their names, or functions as for :func:`bnpatch.tune_alpha`.
         indices: indices of the examples to score; None for all.
         batch_size: examples at a time; it changes only the speed.
         on_batch: called with the number of examples of each batch, for progress.
@@ -104,9 +106,10 @@ def evaluate(
         BnpatchError: the model doesn't take the examples, none can be read, or a metric needs classes that
             they don't have.
     """
-    _check_targets(examples, metrics, indices)
+    chosen = [as_metric(metric) for metric in metrics]
+    _check_targets(examples, chosen, indices)
     seen: list[Indices] = []
-    scores: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
+    scores: dict[str, list[Tensor]] = {metric.name: [] for metric in chosen}
     finite: list[Tensor] = []
     with model.evaluating():
         first = next(examples.batches(1, indices), None)
@@ -116,9 +119,9 @@ def evaluate(
             targets = batch.targets.to(outputs.device, non_blocking=True)
             # The scores stay on the device until the end, so that no batch waits for it.
             finite.append(torch.isfinite(outputs).reshape(len(outputs), -1).all(1))
-            by_class = any(metric.reads_classes for metric in metrics)
+            by_class = any(metric.reads_classes for metric in chosen)
             logits = model.as_classes(outputs) if by_class else outputs
-            for metric in metrics:
+            for metric in chosen:
                 read = logits if metric.reads_classes else outputs
                 scores[metric.name].append(score(metric, read, targets))
             seen.append(batch.indices)

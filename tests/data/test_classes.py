@@ -42,6 +42,11 @@ def test_other_names_than_the_models_are_taken_in_order_with_a_warning():
         assert targets(["a", "x"], 2, ("a", "b")) == {"a": 0, "x": 1}
 
 
+def test_an_order_that_gives_a_folder_another_class_than_its_name_is_refused():
+    with pytest.raises(BnpatchError, match=r"'bird' is not among .*, and by order 'cat' would be 'dog'"):
+        targets(["cat", "dog", "bird"], 3, ("cat", "dog", "mouse"))
+
+
 @pytest.mark.parametrize("folders", [["a", "b"], ["a", "b", "c", "d"], ["12"]])
 def test_no_sure_answer_is_an_error(folders):
     with pytest.raises(

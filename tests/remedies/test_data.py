@@ -6,13 +6,7 @@ import torch
 
 import bnpatch
 from bnpatch.data.groups import group_by
-from tests.remedies.world import X, Y, case, loaded
-
-
-def opened(data, names=None, **options):
-    examples = bnpatch.open_examples(data, loaded(names), **options)
-    next(examples.batches(6))
-    return examples
+from tests.remedies.world import SIDE, X, Y, case, loaded, opened
 
 
 @case("there is no", "a folder with a folder of images per class, or an .npz file")
@@ -259,4 +253,162 @@ def test_a_table_without_an_image(w):
     return (
         lambda: group_by(str(w.file("groups.csv", "a/1.png,first\n")))("b/1.png"),
         lambda _: group_by(str(w.file("groups.csv", "a/1.png,first\nb/1.png,second\n")))("b/1.png"),
+    )
+
+
+@case("has no images", "give a folder that has some")
+def test_a_folder_without_images_to_tune_on_without_labels(w):
+    (w.folder / "empty").mkdir()
+    return (
+        lambda: opened(w.folder / "empty", labels="optional"),
+        lambda _: opened(w.images("1.png"), labels="optional"),
+    )
+
+
+@case("is not a data set", "give a folder with a folder of images per class")
+def test_a_text_as_data(w):
+    path = w.file("data.txt", "a\nb\n")
+    return lambda: opened(path), lambda _: opened(w.images("a/1.png", "b/1.png", "c/1.png"))
+
+
+@case("data is a int", "give a path, a pair of arrays, a torch data set or a loader")
+def test_a_number_as_data(w):
+    pairs = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
+    folder = w.images("a/1.png", "b/1.png", "c/1.png")
+    loader = torch.utils.data.DataLoader(pairs, 3)
+    return lambda: opened(5), lambda _: [opened(data) for data in (folder, (X, Y), pairs, loader)]
+
+
+@case("the data has no examples", "name a data set with some")
+def test_no_examples(w):
+    return lambda: opened((X[:0], Y[:0])), lambda _: opened((X, Y))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(x, int(y)) for x, y in zip(X, Y, strict=True)])
+
+
+@case("the data set is a stream", "give a DataLoader of it")
+def test_a_stream(w):
+    return lambda: opened(Stream()), lambda _: opened(torch.utils.data.DataLoader(Stream(), 2))
+
+
+@case("the class folder 'bird' is not among .*, and by order 'cat' would be 'dog'", "--class-map")
+def test_a_class_that_the_model_does_not_know(w):
+    data = w.images("cat/1.png", "dog/1.png", "bird/1.png")
+    names = w.file("classes.txt", "cat\ndog\nbird\n")
+    return (
+        lambda: opened(data, ("cat", "dog", "mouse")),
+        lambda _: opened(data, ("cat", "dog", "mouse"), class_map=names),
+    )
+
+
+@case("cannot read the class map", "check the path")
+def test_a_class_map_that_is_not_there(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+    path = w.folder / "classes.txt"
+
+    def follow(_):
+        opened(data, class_map=w.file(path.name, "a\nb\nc\n"))
+
+    return lambda: opened(data, class_map=path), follow
+
+
+@case("it is not clear which numbers of .* are the indices", "write the names alone, in the order")
+def test_a_class_map_of_two_columns_of_numbers(w):
+    data = w.images("0/1.png", "1/1.png", "2/1.png")
+
+    def follow(_):
+        assert opened(data, class_map=w.file("classes.txt", "1\n2\n0\n")).targets.tolist() == [2, 0, 1]
+
+    return lambda: opened(data, class_map=w.file("classes.txt", "0,1\n1,2\n2,0\n")), follow
+
+
+@case("none of the images can be read, .* for one", "look at the files")
+def test_images_that_are_all_damaged(w):
+    data = w.images("a/1.png", "b/1.png", "c/1.png")
+    whole = (data / "a" / "1.png").read_bytes()
+
+    def damage(content):
+        for path in data.rglob("*.png"):
+            path.write_bytes(content)
+        return bnpatch.open_examples(data, loaded()).readable(np.arange(3))
+
+    return lambda: damage(whole[:30]), lambda _: damage(whole)
+
+
+@case("inputs differ in shape", "give inputs of one shape")
+def test_inputs_of_two_sizes(w):
+    pairs = [(torch.zeros(3, side, side), 0) for side in (SIDE, SIDE, SIDE + 1)]
+    return lambda: opened(pairs), lambda _: opened([*pairs[:2], pairs[0]])
+
+
+@case("the images are of type list of several shapes", "of one shape")
+def test_a_list_of_images_of_two_sizes(w):
+    images = [x.numpy() for x in X]
+    return lambda: opened(([*images[:5], images[5][:, 1:]], Y)), lambda _: opened((images, Y))
+
+
+@case("some batches have targets, others don't", "give batches of one kind")
+def test_targets_in_some_batches(w):
+    y = torch.from_numpy(Y)
+    return lambda: opened(iter([(X, y), (X,)])), lambda _: opened(iter([(X, y), (X, y)]))
+
+
+@case("inputs differ in shape or type", "give inputs of one shape")
+def test_batches_of_two_sizes(w):
+    y = torch.from_numpy(Y)
+    return lambda: opened(iter([(X, y), (X[:, :, 1:], y)])), lambda _: opened(iter([(X, y), (X, y)]))
+
+
+@case("the data gives a str where numbers are needed", "give arrays or tensors")
+def test_texts_in_batches(w):
+    return (
+        lambda: opened(iter([("a picture", torch.from_numpy(Y))])),
+        lambda _: [opened(iter([(x, torch.from_numpy(Y))])) for x in (X, X.numpy())],
+    )
+
+
+@case("the images are of type <U1 and shape", "give arrays of bytes or of floating-point values")
+def test_texts_as_images(w):
+    return lambda: opened((np.array(list("abcdef")), Y)), lambda _: opened((X.numpy(), Y))
+
+
+@case(r"targets of shape \(6, 2\) are no classes", "or a metric of your own for other targets")
+def test_two_targets_per_image(w):
+    two = np.stack([Y, Y], 1)
+    return lambda: opened((X, two)), lambda _: [opened((X, Y)), opened((X, two), classes=False)]
+
+
+@case("the images would be resized or cropped, their targets", "give the inputs as floats")
+def test_masks_of_images_that_are_resized(w):
+    images, masks = np.zeros((6, 20, 20, 3), np.uint8), np.zeros((6, 20, 20), np.int64)
+    return (
+        lambda: opened((images.transpose(0, 3, 1, 2), masks), classes=False),
+        lambda _: opened((X, masks[:, :SIDE, :SIDE]), classes=False),
+    )
+
+
+@case("accuracy needs class indices, and the targets are something else", "a function from")
+def test_accuracy_of_fractions(w):
+    model = loaded()
+    data = bnpatch.open_examples((X, Y + 0.5), model, classes=False)
+
+    def error(outputs, targets):
+        return -(outputs.mean(1) - targets).square()
+
+    return lambda: bnpatch.evaluate(model, data), lambda _: bnpatch.evaluate(model, data, [error])
+
+
+@case("the metric 'total' returned float for 6 examples", "a tensor with one number per example")
+def test_a_metric_of_one_number(w):
+    def total(outputs, targets):
+        return float(outputs.sum())
+
+    def each(outputs, targets):
+        return outputs.sum(1)
+
+    return lambda: bnpatch.evaluate(loaded(), opened((X, Y)), [total]), lambda _: bnpatch.evaluate(
+        loaded(), opened((X, Y)), [each]
     )

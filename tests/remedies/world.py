@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.load import load
 
@@ -88,6 +89,12 @@ def loaded(names=None, img_size=SIDE, **options):
 
 X = torch.randn(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 Y = np.arange(6) % 3
+
+
+def opened(data, names=None, **options):
+    examples = bnpatch.open_examples(data, loaded(names), **options)
+    next(examples.batches(6))
+    return examples
 
 
 def onnx_file(w, proto, name="model.onnx"):
