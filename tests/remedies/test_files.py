@@ -1,14 +1,23 @@
 import gzip
+import json
 import lzma
+import os
+import re
+import sys
+import types
 import zipfile
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from bnpatch.core.recipe import Recipe
+from bnpatch.models.architecture import parse_name
 from bnpatch.models.load import load
 from tests.onnx.build import bn_model
-from tests.remedies.world import X, case, onnx_file
+from tests.remedies.world import X, case, loaded, onnx_file
 
 
 @case("is a folder, not a checkpoint", "name the file inside it")
@@ -155,3 +164,94 @@ def test_damaged_json(w):
         load(path)
 
     return lambda: load(path), follow
+
+
+@case("is no regular file but a pipe or a device", "copy it into a file")
+def test_a_pipe(w):
+    os.mkfifo(w.folder / "pipe.pt")
+    return lambda: load(w.folder / "pipe.pt"), lambda _: load(w.file("copy.pt", w.checkpoint.read_bytes()))
+
+
+@case("there is no file test_resnet", "give a file or timm:test_resnet")
+def test_a_name_without_its_library(w):
+    def follow(remedy):
+        assert parse_name(re.search(r"\S+:\S+", remedy)[0]) == ("timm", "test_resnet")
+        load(w.checkpoint)
+
+    return lambda: load("test_resnet"), follow
+
+
+@case("is quantized", "give the checkpoint from before quantization")
+def test_a_quantized_tensor(w):
+    state = w.state_dict
+    quantized = {**state, "fc.weight": torch.quantize_per_tensor(state["fc.weight"], 0.1, 0, torch.qint8)}
+    return lambda: load(w.saved(quantized)), lambda _: load(w.saved(state))
+
+
+@case(
+    "is a TorchScript archive, which can't be patched",
+    "give the state dict of the Python model, or an export",
+)
+def test_a_scripted_model(w):
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten()).eval()
+    torch.jit.save(torch.jit.trace(module, X), w.folder / "scripted.pt")
+
+    def follow(_):
+        load(w.saved(w.state_dict))
+        load(onnx_file(w, bn_model()))
+
+    return lambda: load(w.folder / "scripted.pt"), follow
+
+
+@case("needs Python code that is not here", "run where it can be imported")
+def test_a_module_whose_code_is_elsewhere(w):
+    elsewhere = types.ModuleType("elsewhere")
+    elsewhere.Own = type("Own", (nn.Sequential,), {"__module__": "elsewhere"})
+    sys.modules["elsewhere"] = elsewhere
+    path = w.saved(elsewhere.Own(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    del sys.modules["elsewhere"]
+
+    def follow(_):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "elsewhere", elsewhere)
+            load(path, unsafe_load=True)
+
+    return lambda: load(path, unsafe_load=True), follow
+
+
+@case("the weights in .* are in several files", "save them in one: .* max_shard_size='100GB'")
+def test_weights_in_several_files(w):
+    folder = w.file("hub/config.json", json.dumps({"architecture": "test_resnet", "num_classes": 10})).parent
+    index = w.file("hub/model.safetensors.index.json", "{}")
+
+    def follow(_):
+        index.unlink()
+        module = timm.create_model("test_resnet", num_classes=10)
+        save_file(
+            {name: t.contiguous() for name, t in module.state_dict().items()}, folder / "model.safetensors"
+        )
+        load(folder)
+
+    return lambda: load(folder), follow
+
+
+@case("has alpha = 3", r"alpha must lie in \[0, 1\]")
+def test_a_recipe_with_too_much_weight(w):
+    return lambda: recipe(w, alpha=3), lambda _: [recipe(w, alpha=0), recipe(w, alpha=1)]
+
+
+@case("pools 0 channels", "it must be 1 or more")
+def test_a_recipe_that_pools_no_channels(w):
+    return lambda: recipe(w, channels_per_group=0), lambda _: recipe(w, channels_per_group=1)
+
+
+@case("occurs twice", "make one with bnpatch tune-alpha")
+def test_a_recipe_with_a_norm_layer_twice(w):
+    return lambda: recipe(w, times=2), lambda _: recipe(w)
+
+
+def recipe(w, times=1, **change):
+    """Read a recipe that was changed by hand."""
+    content = loaded().recipe().to_json()
+    content["sites"] = times * [{**content["sites"][0], **change}]
+    return Recipe.load(w.file("recipe.json", json.dumps(content)))

@@ -1,12 +1,18 @@
 import re
 
 import numpy as np
+import torch
+import torchvision
 from torch import nn
 
 import bnpatch
+from bnpatch.core.norm_spec import NormSpec
 from bnpatch.core.recipe import Recipe
+from bnpatch.finetune.head import new_head
+from bnpatch.finetune.norm_decay import NormDecay, parameter_groups
 from bnpatch.models.load import load
 from bnpatch.models.running_stats import calibrate, recover_fused
+from bnpatch.nn.training_norm import convert_norms
 from tests.remedies.world import SIDE, X, Y, case, loaded, net
 
 
@@ -141,3 +147,82 @@ def test_no_recipe(w):
         Recipe.load(path)
 
     return lambda: Recipe.load(path), follow
+
+
+@case("torch.fx can't trace a patched layer", "trace the model .* before patching, and patch the result")
+def test_tracing_a_patched_model(w):
+    patched = bnpatch.patch(net(), 0.1)
+
+    def follow(_):
+        traced = bnpatch.patch(torch.fx.symbolic_trace(net()), 0.1)
+        torch.testing.assert_close(traced(X), patched(X))
+
+    return lambda: torch.fx.symbolic_trace(patched), follow
+
+
+@case("torch.jit.script can't compile a patched layer", "use torch.jit.trace, or torch.export")
+def test_scripting_a_patched_model(w):
+    patched = bnpatch.patch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), 0.1)
+
+    def follow(_):
+        torch.testing.assert_close(torch.jit.trace(patched, X)(X), patched(X))
+
+    return lambda: torch.jit.script(patched), follow
+
+
+@case("the model is itself a norm", r"put it into a torch\.nn\.Sequential")
+def test_a_norm_alone(w):
+    return lambda: calibrate(nn.GroupNorm(3, 3), X), lambda _: calibrate(nn.Sequential(nn.GroupNorm(3, 3)), X)
+
+
+@case("norms are all frozen", "take a checkpoint with ordinary Batch Norm")
+def test_training_frozen_norms(w):
+    frozen = torchvision.ops.FrozenBatchNorm2d(4)
+    return lambda: convert_norms(net(norm=frozen), NormSpec.ghost(2)), lambda _: convert_norms(
+        net(), NormSpec.ghost(2)
+    )
+
+
+@case("has no convolution that a Batch Norm may have been fused into", "leave out --recover-fused")
+def test_nothing_that_was_fused(w):
+    return lambda: recover_fused(net(), X), lambda _: bnpatch.patch(net(), 0.1)
+
+
+@case("has no linear classifier", "give it a new one in Python")
+def test_a_new_head_without_a_linear_one(w):
+    module = nn.Sequential(
+        nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    found = load(module, preprocessing={"img_size": SIDE})
+
+    def follow(_):
+        with_head = load(nn.Sequential(*module, nn.Linear(3, 3)), preprocessing={"img_size": SIDE})
+        assert new_head(with_head, ("a", "b")).num_outputs() == 2
+
+    return lambda: new_head(found, ("a", "b")), follow
+
+
+@case("has no norm layer 'nrm' to decay", "see bnpatch inspect --sites")
+def test_decay_of_a_misspelled_norm_layer(w):
+    def follow(_):
+        (layer,) = bnpatch.inventory(net()).norm_layers
+        parameter_groups(net(), norm_decay=NormDecay(1e-4, norm_layers=[layer.name]))
+
+    return lambda: parameter_groups(net(), norm_decay=NormDecay(1e-4, norm_layers=["nrm"])), follow
+
+
+@case("returned no first this time", "wrap it so that it does")
+def test_an_output_that_is_not_there_every_time(w):
+    results = []
+
+    def first_only(y):
+        return {"first": y, "map": y[:, :, None]} if not results else {"map": y[:, :, None]}
+
+    found = load(net(result=first_only), output="first", preprocessing={"img_size": SIDE})
+    found.num_outputs()
+    results.append("later")
+
+    def follow(_):
+        load(net(result=lambda y: {"first": y}), preprocessing={"img_size": SIDE}).predict(X)
+
+    return lambda: found.predict(X), follow

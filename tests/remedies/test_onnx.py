@@ -1,13 +1,18 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.patch import PatchWeights
 from bnpatch.models.load import load
 from bnpatch.models.running_stats import recover_fused
-from tests.onnx.build import bn_model, model, parameters
+from bnpatch.onnx.rewrite import rewrite
+from bnpatch_cli.app import app
+from tests.onnx.build import bn_model, from_proto, model, parameters
+from tests.onnx.rewritten import two_norms
 from tests.remedies.world import SIDE, X, case, onnx_file
 
 
@@ -118,3 +123,85 @@ def test_a_folder_in_the_place_of_a_file(w):
         lambda: bnpatch.export_onnx(found, w.folder / "taken.onnx"),
         lambda _: bnpatch.export_onnx(found, w.folder / "free.onnx"),
     )
+
+
+@case("is empty", "copy or download it again")
+def test_an_empty_graph(w):
+    return lambda: load(w.file("model.onnx")), lambda _: load(onnx_file(w, bn_model()))
+
+
+@case("does not exist", "check the path")
+def test_a_graph_that_is_not_there(w):
+    return lambda: load(w.folder / "model.onnx"), lambda _: load(onnx_file(w, bn_model()))
+
+
+@case("is of type .* and rank 2", r"images \(N, C, H, W\), or \(N, C, L\) or \(N, C, D, H, W\)")
+def test_a_graph_that_takes_vectors(w):
+    def graph(*shape):
+        return onnx_file(w, bn_model(x=("n", 6, *shape)))
+
+    return lambda: load(graph()), lambda _: [load(graph(*shape)) for shape in ((5, 4), (5,), (3, 5, 4))]
+
+
+@case("takes 2 images at a time, not 1", "set --batch-size 2")
+def test_timing_another_batch_than_the_graph_takes(w):
+    found = load(onnx_file(w, bn_model(x=(2, 6, 5, 4))))
+
+    def follow(remedy):
+        found.ready_to_run(torch.zeros(int(remedy.split()[-1]), 6, 5, 4))()
+
+    return lambda: found.ready_to_run(torch.zeros(1, 6, 5, 4)), follow
+
+
+@case("has no norm layer 'nrm'", "its norm layers are bn")
+def test_a_misspelled_norm_layer_of_a_graph(w):
+    graph = from_proto(bn_model())
+    return lambda: rewrite(graph, PatchWeights({"nrm": 0.1})), lambda remedy: rewrite(
+        graph, PatchWeights({remedy.split()[-1]: 0.1})
+    )
+
+
+@case("differ", "--alpha-input per-site")
+def test_one_input_for_alphas_that_differ(w):
+    weights = PatchWeights({"bn": 0.1, "bn2": 0.2})
+    graph = from_proto(two_norms())
+
+    def follow(remedy):
+        rewrite(graph, weights, alpha_inputs=remedy.split()[-1])
+
+    return lambda: rewrite(from_proto(two_norms()), weights, alpha_inputs="global"), follow
+
+
+def command(*arguments):
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+@case("does not end in .onnx", "name a file that does")
+def test_an_export_under_another_name(w):
+    path = onnx_file(w, classifier())
+    recover_fused(found := load(path), X)
+    found.set_alphas(0.1)
+    found.recipe().save(recipe := w.folder / "recipe.json")
+    more = ("--recipe", recipe, "-o")
+    return lambda: command("export", path, *more, w.folder / "out.pt"), lambda _: command(
+        "export", path, *more, w.folder / "out.onnx"
+    )
+
+
+@case("is the model itself", "choose another --output")
+def test_an_export_onto_the_model(w):
+    path = onnx_file(w, classifier())
+    return lambda: command("export", path, "-o", path), lambda _: command(
+        "export", path, "-o", w.folder / "out.onnx"
+    )
+
+
+@case("--recipe and --alpha both say what to patch with", "leave one out")
+def test_a_measurement_with_a_recipe_and_an_alpha(w):
+    path = onnx_file(w, bn_model(x=("n", 6, 8, 8)))
+    load(path).recipe().save(recipe := w.folder / "recipe.json")
+    quick = ("bench", path, "--seconds", 0, "--threads", 1)
+    return lambda: command(*quick, "--recipe", recipe, "--alpha", 0.1), lambda _: [
+        command(*quick, "--recipe", recipe),
+        command(*quick, "--alpha", 0.1),
+    ]
