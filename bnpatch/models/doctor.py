@@ -220,7 +220,7 @@ def shifts(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
     with model.in_state(model.baseline()):
         facts, (_, seen) = model.facts(), model.observe(x)
     return tuple(
-        Shift(name, _pooled_distance(seen[name], facts[name]), _common_share(seen[name], facts[name]))
+        Shift(name, pooled_distance(seen[name], facts[name]), _common_share(seen[name], facts[name]))
         for name in seen
         if name in facts and name not in model.state.running
     )

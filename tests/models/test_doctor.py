@@ -17,6 +17,7 @@ from bnpatch.models.doctor import (
     eps_distances,
     eps_finding,
     findings,
+    shifts,
     usual_preprocessings,
     warn_of_preprocessing,
 )
@@ -189,3 +190,17 @@ def test_a_lost_eps_is_found(clean):
     assert "eps = 1e-3" in eps_finding(own, tensorflow)
     assert eps_finding(1.0, 0.9) == ""
     assert net[1].eps == 1e-5
+
+
+def test_shifts_are_measured_at_every_norm_layer(checkpoint, clean):
+    """Half the contrast is the same shift for the first norm and, through it, for all others."""
+    model = loaded(checkpoint)
+    images = clean[0][:64]
+    x, half = (torch.from_numpy(part)[:, None] for part in (images, shifted(images, "contrast x 0.5")))
+    as_trained, shared = shifts(model, x), shifts(model, half)
+    assert [s.norm_layer for s in shared] == [norm.name for norm in model.inventory().norm_layers]
+    assert shared[0].distance == pytest.approx(
+        checked(model, shifted(images, "contrast x 0.5")).own.distance, rel=1e-3
+    )
+    assert all(a.distance < b.distance for a, b in zip(as_trained, shared, strict=True))
+    assert shared[0].common_share > 0.9
