@@ -1,10 +1,14 @@
-"""What mkdocs makes itself: the command reference, the figures, and the example report.
+"""What mkdocs makes itself: the command reference, the figures, the notebooks, and the example report.
 
 `mkdocs build` calls :func:`on_files`. Everything is made from the code that is documented: it can't differ.
 """
 
 import io
+import json
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +28,7 @@ plt.rcParams.update(
 
 BLUE, ORANGE, GREEN, GRAY = "#2f6f9f", "#d9822b", "#3f8f5f", "#8a8f98"
 DEMO = "demo/bnpatch-out/report.html"
+END = "-- end of cell --"
 
 
 def on_files(files, config):
@@ -36,6 +41,8 @@ def on_files(files, config):
         "images/splits.svg": splits(),
         "example-report.html": report(Path(config.config_file_path).parent / DEMO),
     }
+    for path in (Path(config.docs_dir) / "notebooks").glob("*.ipynb"):
+        pages[f"notebooks/{path.stem}.md"] = notebook(path)
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -50,6 +57,30 @@ def commands():
     text = re.sub(r"^(Example: )?(bnpatch .*)$", r"\1\n\n    \2", text, flags=re.MULTILINE)  # as code
     text = re.sub(r"\n{2,}(?=    bnpatch)", "\n", text)
     return re.sub(r"^(?!    bnpatch)(.*)\n(?=    bnpatch)", r"\1\n\n", text, flags=re.MULTILINE)
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Let links to notebooks, which work where the sources are read, lead to their pages."""
+    return re.sub(r"\]\((notebooks/[\w-]+)\.ipynb\)", r"](\1.md)", markdown)
+
+
+def notebook(path):
+    """Run a notebook in an empty folder, and return it as a page, with what each cell prints."""
+    cells = [
+        (cell["cell_type"], "".join(cell["source"]))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    code = f"\nprint({END!r}, flush=True)\n".join(source for kind, source in cells if kind == "code")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    printed = iter(done.stdout.split(f"{END}\n"))
+    texts = []
+    for kind, source in cells:
+        texts.append(source if kind == "markdown" else f"```python\n{source}\n```")
+        if kind == "code" and (output := next(printed)):
+            texts.append(f"```text\n{output}```")
+    return "\n\n".join([*texts, f"To run it yourself: [{path.name}]({path.name})."])
 
 
 def on_page_content(html, page, config, files):
