@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image, ImageDraw, ImageFont
 
@@ -60,7 +60,9 @@ def quantized(path, x):
     prepared, done = (path.with_suffix(f".{kind}.onnx") for kind in ("prepared", "int8"))
     quant_pre_process(path, prepared, skip_symbolic_shape=True)
     (name,) = (given.name for given in onnxruntime.InferenceSession(path).get_inputs())
+    # The file has opset 11; the other format, QDQ, has scales per channel from opset 13 on.
     options = {"op_types_to_quantize": ["Conv"], "per_channel": True, "weight_type": QuantType.QInt8}
+    options["quant_format"] = QuantFormat.QOperator
     quantize_static(prepared, done, _Lines(name, x), **options)
     return done
 
