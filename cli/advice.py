@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 
 from . import options as opt
 from .console import put, say, skipped, some
@@ -80,7 +81,7 @@ def _observe(
             on_batch=counter(progress, "observing", len(examples)),
         )
     left_out = {examples.source.name(index): why for index, why in examples.skipped.items()}
-    say(f"data           {len(examples) - len(left_out)} images{skipped(left_out)}")
+    say(f"data           {counted(len(examples) - len(left_out), 'image')}{skipped(left_out)}")
     return ranges
 
 
@@ -104,7 +105,7 @@ def print_advice(advice: Advice, list_sites: bool) -> None:
 
     num_norms = len(advice.norm_layers)
     if calls := advice.num_function_calls:
-        put(f"\n{calls} normalizations are function calls in the model's own code, and stay as they are")
+        put(f"\nfunction calls of the model's own code, which stay as they are: {counted(calls, 'norm')}")
     if not num_norms:
         return
     if (reached := advice.unnormalized) is not None:

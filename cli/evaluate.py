@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import bnpatch
+from bnpatch.core.text import counted
 
 from . import options as opt
 from . import recipes
@@ -90,7 +91,7 @@ def _counts(examples: "Examples") -> dict[str, int]:
     num_groups = examples.num_groups([i for i in range(len(examples)) if i not in examples.skipped])
     if num_groups is not None:
         counts["groups"] = num_groups
-    in_groups = "" if num_groups is None else f" in {num_groups} groups"
+    in_groups = "" if num_groups is None else f" in {counted(num_groups, 'group')}"
     say(f"examples       {counts['examples']}{in_groups}{skipped(left_out)}")
     return counts
 

@@ -12,6 +12,7 @@ import typer
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.io import check_writable, claimed
+from bnpatch.core.text import counted
 
 from . import options as opt
 from . import recipes
@@ -72,7 +73,8 @@ def fine_tune(
         accelerator = new_accelerator(settings, loaded.device)
         settings = techniques.settle(loaded, examples, settings, output / "choose.db", run.resume)
         say(f"training       {settings.spec}; decay {_decay(settings)}")
-        say(f"               {settings.epochs} epochs, {settings.optimizer}, learning rate {settings.lr:g}")
+        epochs = counted(settings.epochs, "epoch")
+        say(f"               {epochs}, {settings.optimizer}, learning rate {settings.lr:g}")
         untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if run.seeds else None
         with progress_bar() as progress:
             result = bnpatch.fine_tune(
@@ -149,7 +151,7 @@ def _decay(settings: "FineTuneSettings") -> str:
     decay = settings.norm_decay
     if decay is None or not decay.rate:
         return "of scales and shifts: none"
-    where = "all norm layers" if decay.norm_layers == "all" else f"{len(decay.norm_layers)} norm layers"
+    where = "all norm layers" if decay.norm_layers == "all" else counted(len(decay.norm_layers), "norm layer")
     how = "coupled" if decay.coupled else "decoupled"
     return f"of scales toward {decay.gamma_toward:.0f} and of shifts: {decay.rate:.2g}, {how}, at {where}"
 
@@ -205,7 +207,7 @@ def _show(
     ended = ", stopped early" if training.stopped_early else ""
     say(f"best           epoch {training.best.epoch} of {len(training.history)}{ended}")
     if training.skipped:
-        say(f"training       {len(training.history)} epochs{skipped(training.skipped)}")
+        say(f"training       {counted(len(training.history), 'epoch')}{skipped(training.skipped)}")
     put("")
     trained, weighted = (shown(c, model, tuning.metric) for c in (result.comparisons, tuning.comparisons))
     comparison_table(trained, "held-out", before="checkpoint", after="fine-tuned")

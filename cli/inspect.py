@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 
 from . import options as opt
 from .advice import Advice, advise, print_advice
@@ -142,7 +143,7 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
         say(f"file           {facts.size / 1e6:.1f} MB{opset}")
     say(f"norms          {', '.join(f'{n} {kind}' for kind, n in facts.kinds.items()) or 'none'}")
     say("")
-    put(f"{len(found.norm_layers) - len(single)} norm layers to weigh examples at")
+    put(f"{counted(len(found.norm_layers) - len(single), 'norm layer')} to weigh examples at")
     if list_norms:
         weights = {"alpha": facts.alphas} | ({"slope": facts.slopes} if any(facts.slopes.values()) else {})
         rows = [
@@ -166,7 +167,7 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
         )
         put("tune-alpha --recover-fused makes norm layers of these")
     if facts.skipped_norms:
-        put(f"\n{len(facts.skipped_norms)} norms are skipped")
+        put(f"\nskipped: {counted(len(facts.skipped_norms), 'norm')}")
         reasons = Counter((left.kind, left.reason) for left in facts.skipped_norms)
         table(["kind", "count", "why"], [[kind, count, reason] for (kind, reason), count in reasons.items()])
 

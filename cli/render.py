@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnpatch.core.text import visible
+from bnpatch.core.text import counted, visible
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric
 from bnpatch.report.text import OF_CANDIDATES
 from bnpatch.search.held_out import HeldOutEvaluation
@@ -62,9 +62,12 @@ def verdict_table(held_out: HeldOutEvaluation, comparisons: Sequence[Comparison]
     """Print held-out examples before and after: the comparisons to show, and changed answers."""
     comparison_table(comparisons, f"{held_out.num_examples} held-out")
     if held_out.flips is not None:
-        typer.echo(f"{held_out.flips.gained} answers became right, {held_out.flips.lost} became wrong")
+        typer.echo(
+            f"{counted(held_out.flips.gained, 'answer')} became right, {held_out.flips.lost} became wrong"
+        )
     elif held_out.changed is not None:
-        typer.echo(f"{held_out.changed} answers changed; without labels nobody knows for the better or worse")
+        changed = counted(held_out.changed, "answer")
+        typer.echo(f"{changed} changed; without labels nobody knows for the better or worse")
     if (kept := held_out.kept) is not None:
         typer.echo("")
         comparison_table([kept.comparison], f"{kept.num_examples} to keep")

@@ -9,6 +9,7 @@ import typer
 
 import bnpatch
 from bnpatch.core.io import check_writable, claimed
+from bnpatch.core.text import counted
 
 from . import options as opt
 from . import recipes
@@ -123,7 +124,7 @@ def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
 
     left_out = skipped(result.skipped)
     tuning, judging = (
-        str(count) if groups is None else f"{count} in {groups} groups"
+        str(count) if groups is None else f"{count} in {counted(groups, 'group')}"
         for count, groups in (
             (result.num_tuning, result.num_tuning_groups),
             (result.num_held_out, result.held_out.num_groups),

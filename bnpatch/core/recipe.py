@@ -19,6 +19,7 @@ from bnpatch.core.io import check_regular, write_text
 from bnpatch.core.limits import TEXT_MB
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchState, PatchWeights, as_arrays
+from bnpatch.core.text import counted
 
 #: The newest format that this version reads. Format 2 has slopes. A recipe without slopes is written as
 #: format 1, so that earlier versions read it.
@@ -119,7 +120,8 @@ class NormRecipe:
                 )
         if self.channels_per_group < 1:
             raise BnpatchError(
-                f"norm layer {self.name!r} pools {self.channels_per_group} channels", "it must be 1 or more"
+                f"norm layer {self.name!r} pools {counted(self.channels_per_group, 'channel')}",
+                "it must be 1 or more",
             )
 
 
@@ -225,7 +227,8 @@ class Recipe:
         for name, statistics in (*self.state.re_estimated.items(), *self.state.running.items()):
             if statistics.mean.shape != (num_channels[name],):
                 raise BnpatchError(
-                    f"the recipe is damaged: norm layer {name!r} has {num_channels[name]} channels, its "
+                    f"the recipe is damaged: norm layer {name!r} has "
+                    f"{counted(num_channels[name], 'channel')}, its "
                     f"statistics have the shape {tuple(statistics.mean.shape)}",
                     "make another with bnpatch tune-alpha",
                 )

@@ -38,6 +38,15 @@ _PASSWORDS = (
 )
 
 
+def counted(count: int, noun: str) -> str:
+    """Say how many there are of something, in the singular where there is one.
+
+    >>> counted(1, "class folder"), counted(2000, "class")
+    ('1 class folder', '2,000 classes')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
 def masked(place: str, said: str | None = None) -> str:
     """Hide the password in the address of a database.
 

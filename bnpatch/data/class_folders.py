@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import given, of_files
 from bnpatch.data.class_maps import SYNSET, composed, read_class_map
 from bnpatch.data.dataset import Indices
@@ -74,10 +75,12 @@ def targets_of_folders(
             return known
     if sure:
         strange = next(
-            (f"no {name!r}" for name in folders if composed(name) not in by_name), f"{len(by_name)} names"
+            (f"no {name!r}" for name in folders if composed(name) not in by_name),
+            counted(len(by_name), "name"),
         )
         raise BnpatchError(
-            f"the class map has {strange}: it does not fit {where} and the model's {num_outputs} outputs",
+            f"the class map has {strange}: it does not fit {where} and the model's "
+            f"{counted(num_outputs, 'output')}",
             "list every class folder once, in the order of the outputs",
         )
     if all(SYNSET.fullmatch(name) for name in folders) and (synsets := _imagenet_synsets(num_outputs)):
@@ -112,7 +115,8 @@ def targets_of_folders(
             )
         return {name: int(name) for name in folders}
     raise BnpatchError(
-        f"{where} has {len(folders)} class folders, the model has {num_outputs} outputs",
+        f"{where} has {counted(len(folders), 'class folder')}, the model has "
+        f"{counted(num_outputs, 'output')}",
         _SAY_WHICH,
     )
 
@@ -261,7 +265,7 @@ def _warn_of_left_out(folder: Path, found: FoundImages) -> None:
         names = [name for name, reason in found.left_out.items() if reason == why]
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         warnings.warn(
-            f"left out of {folder}, because {why}: {len(names)} ({some}), with {images} images",
+            f"left out of {folder}, because {why}: {len(names)} ({some}), with {counted(images, 'image')}",
             BnpatchWarning,
             stacklevel=5,
         )
@@ -276,7 +280,9 @@ def _check_class_folders(folder: Path, count: int, outside: int) -> None:
         raise BnpatchError(f"{folder} has no images", "it needs a folder of images per class")
     if outside:
         warnings.warn(
-            f"{outside} images of {folder} are in no class folder: left out", BnpatchWarning, stacklevel=5
+            f"left out of {folder}, because in no class folder: {counted(outside, 'image')}",
+            BnpatchWarning,
+            stacklevel=5,
         )
 
 

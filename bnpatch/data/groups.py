@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.text import counted
 from bnpatch.data.decoding import Indices, Source
 
 #: One label per example, or a function from the name of an example to one; None for a group of its own.
@@ -40,7 +41,8 @@ def number_groups(groups: GroupsOf, source: Source) -> Indices:
         labels = np.asarray(groups).tolist() if hasattr(groups, "__array__") else list(groups)
     if len(labels) != len(source):
         raise BnpatchError(
-            f"there are {len(labels)} group labels for {len(source)} examples", "give one label per example"
+            f"there are {counted(len(labels), 'group label')} for {counted(len(source), 'example')}",
+            "give one label per example",
         )
     known: dict[Any, int] = {}
     numbers = [
@@ -67,8 +69,9 @@ def warn_of_shared_groups(groups: Callable[[str], Any], source: Source, other: S
     shared = sorted(map(str, names[0] & names[1] - {None}))
     if shared:
         warnings.warn(
-            f"{len(shared):,} groups, such as {shared[0]!r}, are both in the data to learn from and in that "
-            "to judge by, so that the verdict is better than on images of other groups: divide them by group",
+            f"{counted(len(shared), 'group')}, such as {shared[0]!r}, both in the data to learn from and in "
+            "that to judge by, so that the verdict is better than on images of other groups: divide them by "
+            "group",
             BnpatchWarning,
             stacklevel=2,
         )

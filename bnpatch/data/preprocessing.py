@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 _VALUES = {"img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
@@ -107,7 +108,8 @@ class Preprocessing:
         for name in ("mean", "std"):
             if name in values and len(values[name]) not in (1, wanted):
                 raise BnpatchError(
-                    f"--{name} has {len(values[name])} values, the model {wanted} channels",
+                    f"--{name} has {counted(len(values[name]), 'value')}, the model "
+                    f"{counted(wanted, 'channel')}",
                     "give one, or one each",
                 )
         if values.get("interpolation", "bilinear") not in _INTERPOLATIONS:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning, first_line
+from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import given
 from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
 from bnpatch.data.dataset import Examples, subset
@@ -183,7 +184,8 @@ def _check_targets(
     """Tell whether the targets are class indices of the model; raise an error if they should be."""
     if targets.ndim < 1 or len(targets) != count:
         raise BnpatchError(
-            f"there are {count} images and targets of shape {targets.shape}", "give one target per image"
+            f"the data has {counted(count, 'image')} and targets of shape {targets.shape}",
+            "give one target per image",
         )
     if targets.dtype.kind not in "biuf":
         raise BnpatchError(f"the targets are of type {targets.dtype}", "give numbers")

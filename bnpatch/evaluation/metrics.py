@@ -12,6 +12,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 from bnpatch.evaluation.clusters import (
     FEW_GROUPS,
     Indices,
@@ -159,7 +160,7 @@ def score(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(targets),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise BnpatchError(
-            f"the metric {metric.name!r} returned {got} for {len(targets)} examples",
+            f"the metric {metric.name!r} returned {got} for {counted(len(targets), 'example')}",
             "it must return a tensor with one number per example",
         )
     return values.detach()

@@ -11,6 +11,7 @@ import numpy as np
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.io import atomic_path
+from bnpatch.core.text import counted
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.metrics import Values
 
@@ -73,7 +74,7 @@ class ScoreFile:
         """
         if self._indices is not None and not np.array_equal(indices, self._indices):
             raise BnpatchError(
-                f"{len(self._indices)} images could be read before, now {len(indices)}",
+                f"{counted(len(self._indices), 'image')} could be read before, now {len(indices)}",
                 "see that the files of the data set stay as they are, and start again with another --output",
             )
         if known := self._errors.get(condition):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
+from bnpatch.core.text import counted
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.finetune.norm_decay import NormDecay
 
@@ -122,7 +123,7 @@ class FineTuneSettings:
         group = self.spec.examples_per_group
         if group is not None and batch_size < group:
             raise BnpatchError(
-                f"a batch of {batch_size} has no group of {group} examples",
+                f"a batch of {batch_size} has no group of {counted(group, 'example')}",
                 "give a larger --batch-size or a smaller --ghost-batch-size",
             )
 

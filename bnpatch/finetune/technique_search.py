@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
+from bnpatch.core.text import counted
 from bnpatch.data.dataset import Examples, split
 from bnpatch.evaluation.metrics import METRICS
 from bnpatch.finetune.checkpoint import Epoch, difference
@@ -74,7 +75,8 @@ def by_search(
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise BnpatchError("every run diverged", "lower --lr")
     best = search.choice(study.best_params)
-    reason = f"best of {trials} runs of {epochs} epochs, {settings.metric} {metric.format(study.best_value)}"
+    of = f"best of {counted(trials, 'run')} of {counted(epochs, 'epoch')}"
+    reason = f"{of}, {settings.metric} {metric.format(study.best_value)}"
     return replace(best, reasons=(f"{_describe(best)}: {reason}",))
 
 

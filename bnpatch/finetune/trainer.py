@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
+from bnpatch.core.text import counted
 from bnpatch.evaluation.evaluate import OutputsNotFiniteError, evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY, METRICS
 from bnpatch.finetune.checkpoint import Epoch, load_state, save_state, write_history
@@ -132,7 +133,7 @@ class _Run:
         per_step = self.micro * self.accumulate * self.accelerator.num_processes
         if len(self.data.subset) < per_step:
             raise BnpatchError(
-                f"{len(self.data.subset)} training examples are fewer than the {per_step} of a step",
+                f"{counted(len(self.data.subset), 'training example')}, and a step takes {per_step}",
                 "lower --batch-size",
             )
         self.identity = self._identity()

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bnpatch.core.text import counted
+
 # Keys of class names: a list in order, a dictionary by index, or a dictionary from name to index.
 _NAMES = (
     *("class_to_idx", "class_names", "classes", "label_names", "idx_to_class", "id2label", "label2id"),
@@ -83,7 +85,9 @@ def choose(
         if not labels.names:
             notes.append(f"{labels.source} of {where} can't be read as names of classes: not used")
         elif num_classes and len(labels.names) != num_classes:
-            counts = f"{len(labels.names)} classes, but the model has {num_classes} outputs"
+            counts = (
+                f"{counted(len(labels.names), 'class')}, but the model has {counted(num_classes, 'output')}"
+            )
             notes.append(f"{labels.source} of {where} names {counts}: not used")
         else:
             return labels.names, [f"names of the classes from {labels.source} of {where}"]

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, NormLayer, SkippedNorm
 from bnpatch.core.moments import Moments
+from bnpatch.core.text import counted
 from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm, why_not_frozen
 from bnpatch.nn.norm import ExampleWeightedNorm
 
@@ -355,7 +356,7 @@ def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
     kinds = {left.kind: left.reason for left in found.skipped_norms}
     kind, reason = next(iter(kinds.items()))
     return (
-        f"none of the model's {len(found.skipped_norms)} norms can be patched",
+        f"of the model's {counted(len(found.skipped_norms), 'norm')} none can be patched",
         f"they are skipped: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
     )
 

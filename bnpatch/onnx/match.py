@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bnpatch.core.inventory import SCALE_AND_SHIFT, Inventory, SkippedNorm
+from bnpatch.core.text import counted
 from bnpatch.onnx.decomposed import find_decomposed, is_affine
 from bnpatch.onnx.group_norm import find_exported_group_norm
 from bnpatch.onnx.inference import NORMS, Array, Dims, TensorType, constant_of, infer_types, names_of
@@ -243,7 +244,9 @@ def _norm_layer(
     if len({parameter.size for parameter in parameters}) > 1 or channels == 0:
         raise _SkippedError("its parameters differ in size, or are empty")
     if num_groups < 1 or channels % num_groups:
-        raise _SkippedError(f"its {channels} channels do not divide into {num_groups} groups")
+        raise _SkippedError(
+            f"its {counted(channels, 'channel')} can't be divided into {counted(num_groups, 'group')}"
+        )
     if not all(np.all(np.isfinite(parameter)) for parameter in parameters) or not np.isfinite(eps) or eps < 0:
         raise _SkippedError("its parameters are not finite (overflowed in float16, perhaps)")
     if input_.dtype not in _FLOATS:
@@ -251,7 +254,7 @@ def _norm_layer(
     if len(input_.dims) < 2:
         raise _SkippedError("the rank of its input is not known, or below 2")
     if isinstance(input_.dims[1], int) and input_.dims[1] != channels:
-        raise _SkippedError(f"its input has {input_.dims[1]} channels, its parameters {channels}")
+        raise _SkippedError(f"its input has {counted(input_.dims[1], 'channel')}, its parameters {channels}")
     dims = (input_.dims[0], channels, *input_.dims[2:])
     return OnnxNormLayer(
         name, name, kind, nodes, input_.dtype, dims, channels // num_groups, eps,

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.text import visible
+from bnpatch.core.text import counted, visible
 from bnpatch.evaluation.confusion import class_changes, mistake_changes, most_changed
 from bnpatch.evaluation.metrics import Outcome
 from bnpatch.models.base import Model
@@ -130,7 +130,8 @@ def _notes(result: TuneResult, model: Model[Any]) -> list[str]:
         notes.insert(0, "The search was interrupted: this is the best of what it had found by then.")
     if skipped := result.skipped:
         shown = [f"{name} ({why})" for name, why in list(skipped.items())[:_NAMED_IMAGES]]
-        more = f" and {len(skipped) - _NAMED_IMAGES} others" if len(skipped) > _NAMED_IMAGES else ""
+        rest = len(skipped) - len(shown)
+        more = f" and {counted(rest, 'other')}" if rest else ""
         notes.append(f"Left out, because they can't be read: {', '.join(shown)}{more}.")
     return notes
 

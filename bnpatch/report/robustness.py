@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.io import temporary_folder, write_text, writing_to
+from bnpatch.core.text import counted
 from bnpatch.data.standard_corruptions import STANDARD
 from bnpatch.evaluation.metrics import Comparison, Estimate, Outcome
 from bnpatch.evaluation.robustness import ERROR, Robustness
@@ -56,7 +57,8 @@ def robustness_page(result: Robustness, origin: Mapping[str, str], again: str, n
     mean = result.mean_error()
     if result.skipped:
         named = list(result.skipped)[:_NAMED_IMAGES]
-        more = f" and {len(result.skipped) - len(named)} others" if len(result.skipped) > len(named) else ""
+        rest = len(result.skipped) - len(named)
+        more = f" and {counted(rest, 'other')}" if rest else ""
         notes = [*notes, f"Left out, because they can't be read: {', '.join(named)}{more}."]
     return template("robustness.html.j2").render(
         result=result,

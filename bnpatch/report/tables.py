@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from bnpatch.core.inventory import SkippedNorm
+from bnpatch.core.text import counted
 from bnpatch.evaluation.metrics import Comparison, Estimate, Metric, Outcome
 from bnpatch.models.base import Model
 from bnpatch.report import text
@@ -157,8 +158,10 @@ def skipped_norms(norms: Sequence[SkippedNorm]) -> Table | None:
     rows: list[Row] = []
     for (kind, reason), members in groups.items():
         more = len(members) - _NAMED_NORMS
-        named = ", ".join(islice(members, _NAMED_NORMS)) + (f" and {more} others" if more > 0 else "")
-        rows.append([Cell(kind, [f"{len(members)} times"]), Cell(reason, [named])])
+        named = ", ".join(islice(members, _NAMED_NORMS)) + (
+            f" and {counted(more, 'other')}" if more > 0 else ""
+        )
+        rows.append([Cell(kind, [counted(len(members), "time")]), Cell(reason, [named])])
     if not rows:
         return None
     return Table("Normalization layers that are not rewritten.", ["layer", "why, and which"], rows, "words")

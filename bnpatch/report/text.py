@@ -10,6 +10,7 @@ from typing import Any
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.recipe import Recipe
+from bnpatch.core.text import counted
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.evaluation.metrics import TOP5, Comparison, Estimate, Metric, Outcome, worth_showing
 from bnpatch.models.base import Model
@@ -129,7 +130,7 @@ def examples_in_groups(examples: int, groups: int | None) -> str:
     >>> examples_in_groups(1000, 200)
     '1,000 examples in 200 groups'
     """
-    return f"{examples:,} examples" + ("" if groups is None else f" in {groups:,} groups")
+    return counted(examples, "example") + ("" if groups is None else f" in {counted(groups, 'group')}")
 
 
 def title(metric: Metric) -> str:

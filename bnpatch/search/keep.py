@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.patch import PatchState
+from bnpatch.core.text import counted
 from bnpatch.data.dataset import Batch, Examples, Indices, portions, split
 from bnpatch.evaluation.evaluate import evaluate, if_finite
 from bnpatch.evaluation.metrics import (
@@ -103,9 +104,9 @@ class Kept:
         """Return the verdict with its numbers, for users."""
         metric = self.comparison.metric
         before, after = (metric.format(end.value) for end in (self.comparison.before, self.comparison.after))
-        images = f"{self.num_examples:,} images to keep"
+        images = counted(self.num_examples, "image") + " to keep"
         if self.num_groups is not None:
-            images += f" in {self.num_groups:,} groups"
+            images += f" in {counted(self.num_groups, 'group')}"
         return (
             f"{self.verdict}: {metric.name} {before} → {after} on {images}, "
             f"at 95% confidence a loss of at most {100 * max(0.0, self.largest_loss):.2f} points; "

@@ -18,6 +18,7 @@ from torch import Tensor
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
 from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+from bnpatch.core.text import counted
 
 # Temperature and number of iterations of self-labels. Labels to score weights by are balanced to a few
 # percent. Labels to learn from are harder and only partly balanced, which avoids more bad local minima (see
@@ -224,7 +225,7 @@ def as_prior(prior: str | Sequence[float] | None, num_classes: int) -> Tensor | 
         raise BnpatchError(f"{prior!r} is not a list of numbers", "write --class-prior 0.7,0.2,0.1") from None
     if len(values) != num_classes or bool((values < 0).any()) or not 0 < values.sum() < float("inf"):
         raise BnpatchError(
-            f"a class prior of {len(values)} numbers does not fit {num_classes} classes",
+            f"a class prior of {counted(len(values), 'number')} does not fit {counted(num_classes, 'class')}",
             "give one share per class, in the order of the outputs",
         )
     return values / values.sum()

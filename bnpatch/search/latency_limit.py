@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnpatch.core.patch import PatchWeights
+from bnpatch.core.text import counted
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Z95, Estimate, Metric, Values, paired_difference
@@ -102,19 +103,18 @@ def choose(points: Sequence[Point], max_overhead: float) -> Choice:
     affordable = [point for point in patched if point.latency.ratio <= max_overhead]
     if not affordable:
         least = min(patched, key=lambda point: point.latency.ratio)
-        norm_layers = "one norm layer" if least.num_norms == 1 else f"{least.num_norms} norm layers"
         noise = f", measured with an interval of {_interval(least)}" if least.latency.is_noisy else ""
         return Choice(
             original,
-            f"the cheapest patch, of {norm_layers}, takes {least.latency.ratio:.2f}x the time{noise}: "
-            f"more than {max_overhead:.2f}x",
+            f"the cheapest patch, of {counted(least.num_norms, 'norm layer')}, takes "
+            f"{least.latency.ratio:.2f}x the time{noise}: more than {max_overhead:.2f}x",
         )
     best = max(affordable, key=lambda point: (point.gain, -point.latency.ratio))
     if best.gain <= 0:
         return Choice(original, f"nothing gains within {max_overhead:.2f}x of the time")
     return Choice(
         best,
-        f"the largest gain within {max_overhead:.2f}x of the time: {best.num_norms} norm layers "
+        f"the largest gain within {max_overhead:.2f}x of the time: {counted(best.num_norms, 'norm layer')} "
         f"at {best.latency.ratio:.2f}x",
     )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 from bnpatch.data.corruptions import augmented
 from bnpatch.data.dataset import Examples, Indices, folds, others, split
 from bnpatch.data.groups import warn_of_shared_groups
@@ -108,7 +109,8 @@ class Task:
         if names := calibrate(self.model, images, indices=indices, batch_size=self.plan.batch_size):
             is_own = self.calib is None
             source = "the tuning examples (--calib-data says otherwise)" if is_own else "--calib-data"
-            notes.append(f"{len(names)} norms have no running statistics: they were taken from {source}")
+            norms = counted(len(names), "norm")
+            notes.append(f"the running statistics of {norms} without any were taken from {source}")
         return notes
 
     def fingerprint(self) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def parts_of(
         parts = [split(examples.strata, 0.5 if holdout is None else holdout, seed, groups)]
     if any(len(tuning) < 2 or not len(held_out) for tuning, held_out in parts):
         raise BnpatchError(
-            f"{count} examples are too few to tune on some and to judge by others", "give more data"
+            f"{counted(count, 'example')}: too few to tune on some and to judge by others", "give more data"
         )
     _check_groups(examples, examples if test is None else test, parts)
     return parts

@@ -11,6 +11,7 @@ from torch import nn
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.patch import PatchState
+from bnpatch.core.text import counted
 from bnpatch.evaluation.clusters import FEW_GROUPS
 from bnpatch.evaluation.metrics import (
     ACCURACY,
@@ -219,7 +220,7 @@ def _within_limit(
     searches.notes.append(f"--max-overhead: {best.reason}")
     if suggestion := knee(points):
         searches.notes.append(
-            f"the gain flattens beyond {suggestion.num_norms} norm layers, "
+            f"the gain flattens beyond {counted(suggestion.num_norms, 'norm layer')}, "
             f"at {suggestion.latency.ratio:.2f}x the time"
         )
     weights = best.point.weights
@@ -245,13 +246,13 @@ def _notes(searches: Searches, decision: Decision) -> list[str]:
     spec = searches.task.spec
     notes, held_out = [decision.reason] if decision.reason else [], decision.held_out
     if searches.resumed:
-        notes.append(f"{searches.resumed} trials were in the storage already")
+        notes.append(f"the storage had {counted(searches.resumed, 'trial')} already")
     if held_out.num_examples < _FEW:
-        notes.append(f"{held_out.num_examples} examples judged: so few say little")
+        notes.append(f"{counted(held_out.num_examples, 'example')} judged: so few say little")
     elif held_out.num_groups is not None and held_out.num_groups < FEW_GROUPS:
         notes.append(
-            f"{held_out.num_groups} groups judged: with fewer than {FEW_GROUPS} all intervals are rough; "
-            "images of more groups would make them reliable"
+            f"{counted(held_out.num_groups, 'group')} judged: with fewer than {FEW_GROUPS} all intervals are "
+            "rough; images of more groups would make them reliable"
         )
     elif any(comparison.is_rough for comparison in held_out.comparisons):
         units = "examples" if held_out.num_groups is None else "groups"

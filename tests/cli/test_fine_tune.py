@@ -73,7 +73,7 @@ def test_groups_of_validation_images(cli, checkpoint, data):
     assert code == 0, err
     counts = json.loads(out)["data"]
     assert counts["tuning_groups"] + counts["held_out_groups"] == 10
-    assert "10 groups, such as '0', are both in the data to learn from" in " ".join(err.split())
+    assert "10 groups, such as '0', both in the data to learn from" in " ".join(err.split())
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_new_head_for_other_classes(cli, checkpoint, data, tmp_path):
         (["--norm-weight-decay-sites", "here"], "choose reachable or all"),
         (["--choose", "dice"], "choose guidance or search"),
         (["--metric", "top5"], "no metric 'top5' to train by"),
-        (["-b", 512], "96 training examples are fewer than the 512"),
+        (["-b", 512], "96 training examples, and a step takes 512"),
         (["--lr", "1e30", "--ghost-batch-size", 8], "the loss is no longer a number in epoch 1"),
         (["--data", "few.npz"], "has the class '3', of which the training data has no example"),
     ],

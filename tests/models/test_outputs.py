@@ -238,5 +238,5 @@ def test_one_class_folder_is_not_what_one_output_stands_for(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
     model = binary(torch.sigmoid)
     assert isinstance(model, TorchModel)
-    with pytest.raises(BnpatchError, match="has 1 class folders, the model has 2 outputs"):
+    with pytest.raises(BnpatchError, match="has 1 class folder, the model has 2 outputs"):
         bnpatch.open_examples(tmp_path, model)

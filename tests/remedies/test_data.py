@@ -83,7 +83,7 @@ def test_an_unreadable_image(w):
     return lambda: opened(data, strict=True), follow
 
 
-@case("there are 6 images and targets of shape", "give one target per image")
+@case("the data has 6 images and targets of shape", "give one target per image")
 def test_fewer_targets(w):
     return lambda: opened((X, Y[:5])), lambda _: opened((X, Y))
 

@@ -329,7 +329,7 @@ def test_groups_of_other_data(tiny, tiny_module, plain):
     run = {"granularity": "global", "trials": 2, "test_data": others}
     labelled = bnpatch.tune_alpha(tiny_module, few, groups=np.arange(100) // 2, **run)
     assert (labelled.num_tuning_groups, labelled.held_out.num_groups) == (50, None)
-    with pytest.warns(BnpatchWarning, match="10 groups, such as '0', are both in the data to learn from"):
+    with pytest.warns(BnpatchWarning, match="10 groups, such as '0', both in the data to learn from"):
         named = bnpatch.tune_alpha(tiny_module, few, groups=lambda name: name[-1], **run)
     assert (named.num_tuning_groups, named.held_out.num_groups) == (10, 10)
     with pytest.raises(BnpatchError, match="open already; give groups to open_examples"):

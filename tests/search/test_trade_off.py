@@ -56,7 +56,7 @@ def test_the_choice_is_the_best_that_is_cheap_enough(max_overhead, num_norms):
 def test_the_original_is_chosen_with_a_reason():
     choice = choose(POINTS, 1.01)
     assert choice.point is ORIGINAL
-    assert choice.reason == "the cheapest patch, of one norm layer, takes 1.02x the time: more than 1.01x"
+    assert choice.reason == "the cheapest patch, of 1 norm layer, takes 1.02x the time: more than 1.01x"
     noisy = choose([ORIGINAL, point(1, 1.15, 0.1, spread=0.1)], 1.1)
     assert noisy.point is ORIGINAL
     assert "measured with an interval of 1.05x to 1.25x" in noisy.reason
