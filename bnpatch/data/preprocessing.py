@@ -17,6 +17,7 @@ _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"
 _VALUES = {"img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
 _CROP_MODES = ("center", "squash", "border")
 _LARGEST_SIDE = 1 << 16
+_MOST_CHANNELS = 1 << 12  # more than any camera has
 
 Transform = Callable[[Image.Image], npt.NDArray[np.uint8]]
 
@@ -49,6 +50,8 @@ class Preprocessing:
         # JSON has lists, which equal no tuple.
         object.__setattr__(self, "input_size", tuple(self.input_size))
         channels = self.input_size[0]
+        if channels > _MOST_CHANNELS:
+            raise BnpatchError(f"an input of {channels} channels is no image", f"at most {_MOST_CHANNELS}")
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))
             if len(values) != channels:  # for example ImageNet's three for a grayscale model: average them
@@ -180,7 +183,8 @@ class Preprocessing:
     def _checked(self) -> "Preprocessing":
         """Return this preprocessing; raise ValueError if a file gave it a value of another kind."""
         fits = {
-            "input_size": all(isinstance(n, int) and 0 < n <= _LARGEST_SIDE for n in self.input_size),
+            "input_size": len(self.input_size) == 3
+            and all(isinstance(n, int) and 0 < n <= _LARGEST_SIDE for n in self.input_size),
             "mean": all(map(math.isfinite, self.mean)),
             "std": all(map(math.isfinite, self.std)),
             "interpolation": self.interpolation in _INTERPOLATIONS,

@@ -14,7 +14,7 @@ from bnpatch.core.io import pick_device
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models import architecture, renamed
-from bnpatch.models.architecture import Architecture
+from bnpatch.models.architecture import Architecture, is_optional
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.foreign import reading
 from bnpatch.models.labels import choose, labels_of, labels_of_module, read_names
@@ -254,8 +254,9 @@ def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
         library = "timm" if isinstance(published, Mapping) else "torchvision"
         found = replace(found, library=library)
     module: Any = found.build()
-    # strict=False is for num_batches_tracked, which old checkpoints lack; fit() compared all other names.
-    module.load_state_dict(state, strict=False)
+    # strict=False is for counters of batches, which old checkpoints lack; fit() compared all other tensors.
+    usable = {name: value for name, value in state.items() if not is_optional(name) or value.shape == ()}
+    module.load_state_dict(usable, strict=False)
     model = TorchModel(
         module,
         name=checkpoint.path.stem,

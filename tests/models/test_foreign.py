@@ -174,6 +174,8 @@ def test_a_damaged_checkpoint_of_bnpatch(value, tmp_path, checkpoint):
         {"input_size": [3, "32", 32]},
         {"input_size": [3, 0, 32]},
         {"input_size": 32},
+        {"input_size": [160, 160]},
+        {"input_size": [2**62, 32, 32]},
         {"mean": [float("inf")]},
         {"std": ["wide"]},
         {"interpolation": ["bilinear"]},
@@ -203,6 +205,14 @@ def test_whatever_a_parser_raises_names_the_file(error):
         reading(pathlib.Path("a.json"), "JSON", "mend it"),
     ):
         raise error
+
+
+def test_a_counter_of_batches_that_is_no_number_is_left_out(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    counter = next(name for name in content["state_dict"] if name.endswith("num_batches_tracked"))
+    content["state_dict"][counter] = torch.arange(3)
+    torch.save(content, tmp_path / "model.pt")
+    assert bnpatch.load(tmp_path / "model.pt").module.get_buffer(counter).shape == ()
 
 
 def test_a_null_character_in_a_name():

@@ -33,6 +33,14 @@ def test_an_open_image_size_is_said(tmp_path):
     assert model.preprocessing.input_size == (3, 224, 224)
 
 
+def test_an_input_of_too_many_channels_is_refused(tmp_path):
+    model = graph(["n", 3, 8, 8])
+    batch, channels, *_ = model.graph.input[0].type.tensor_type.shape.dim
+    batch.dim_value, channels.dim_value = 0, 2**62  # no values at all, as it stands
+    with pytest.raises(BnpatchError, match=r"an input of 4611686018427387904 channels is no image"):
+        opened(tmp_path, model)
+
+
 def test_layouts_and_types_of_input(tmp_path):
     expected = opened(tmp_path, graph(["n", 3, 8, 8])).predict(BYTES)
     assert expected.shape == (5, 4)  # (N, K, 1, 1)
