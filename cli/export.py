@@ -23,8 +23,8 @@ def export(
     alpha_input: Annotated[
         Literal["global", "per-site"] | None,
         typer.Option(
-            help="Leave alpha, and the slope if there is one, adjustable: one input for all norm layers, or "
-            "one for each."
+            help="Leave alpha, and slope and offset if there are any, adjustable: one input for all norm "
+            "layers, or one for each."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Compare on real images of this data set, too.")] = None,

@@ -18,8 +18,12 @@ from .console import put, say, some
 
 if TYPE_CHECKING:
     from bnpatch.core.inventory import Inventory, NormLayer, SkippedNorm
+    from bnpatch.core.patch import PatchWeights
     from bnpatch.models.onnx_model import OnnxModel
     from bnpatch.models.torch_model import TorchModel
+
+# The kinds of weights that are shown.
+_SHOWN = ("alpha", "slope", "var_offset")
 
 
 @opt.in_groups
@@ -82,8 +86,7 @@ class _Facts:
 
     found: "Inventory[NormLayer]"
     calls: "tuple[SkippedNorm, ...]"  # calls of functions that normalize, such as F.batch_norm
-    alphas: dict[str, float]
-    slopes: dict[str, float]
+    weights: "PatchWeights"
     shapes: dict[str, tuple[int, ...]]
     outputs: int | None
     fused: tuple[str, ...]
@@ -123,8 +126,7 @@ def _look(loaded: "TorchModel | OnnxModel", model: str) -> _Facts:
     return _Facts(
         loaded.inventory(),
         calls,
-        loaded.alphas(),
-        dict(loaded.weights.slopes),
+        loaded.weights,
         shapes,
         outputs,
         fused=fused,
@@ -145,13 +147,13 @@ def _print_facts(facts: _Facts, list_norms: bool) -> None:
     say("")
     put(f"{counted(len(found.norm_layers) - len(single), 'norm layer')} to weigh examples at")
     if list_norms:
-        weights = {"alpha": facts.alphas} | ({"slope": facts.slopes} if any(facts.slopes.values()) else {})
+        kinds = [kind for kind in _SHOWN if kind == "alpha" or any(facts.weights.of(kind).values())]
         rows = [
             [s.name, s.kind, s.num_channels, facts.resolution(s.name)]
-            + [f"{values[s.name]:g}" for values in weights.values()]
+            + [f"{facts.weights.of(kind)[s.name]:g}" for kind in kinds]
             for s in found.norm_layers
         ]
-        table(["norm layer", "kind", "channels", "map", *weights], rows)
+        table(["norm layer", "kind", "channels", "map", *kinds], rows)
     elif found.norm_layers:
         groups = Counter((s.kind, facts.resolution(s.name)) for s in found.norm_layers)
         rows = [[kind, shape, count] for (kind, shape), count in groups.items()]
@@ -186,8 +188,7 @@ def _as_json(loaded: "TorchModel | OnnxModel", facts: _Facts, advice: Advice | N
                 "kind": s.kind,
                 "channels": s.num_channels,
                 "resolution": facts.shapes.get(s.name),
-                "alpha": facts.alphas[s.name],
-                "slope": facts.slopes[s.name],
+                **{kind: facts.weights.of(kind)[s.name] for kind in _SHOWN},
             }
             for s in facts.found.norm_layers
         ],

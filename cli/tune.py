@@ -111,7 +111,8 @@ def _as_json(result: "TuneResult", files: list[Path]) -> dict[str, Any]:
         "alpha": result.alpha,
         "alphas": dict(result.weights.alphas),
         "lambdas": dict(result.weights.lambdas),
-        "slopes": result.weights.varying(),
+        "slopes": result.weights.in_effect("slope"),
+        "var_offsets": result.weights.in_effect("var_offset"),
         "files": [str(f) for f in files],
         **result.recipe.provenance,
     }

@@ -77,7 +77,8 @@ class Searching:
         bool,
         _search(
             "--slopes/--no-slopes",
-            help="Let the weight of an example depend on how far it is from the running statistics.",
+            help="Let the weight of an example depend on how far it is from the running statistics, and "
+            "differ between its mean and its variance.",
         ),
     ] = True
     trials: Annotated[int | None, _search(help="At most so many weights in each global search.")] = None

@@ -4,7 +4,9 @@ No formula of bnpatch appears here. The mixture is written out as a weighted sam
 example's channel group carries the weight alpha / count, and the running distribution is stood in for
 by two equally likely points, mean - std and mean + std, which have its mean and its variance. Mean and
 variance are then those of a weighted sample, taken in two passes. With a slope, alpha is first replaced by
-the weight that the example's distance gives it, by its definition as a sigmoid.
+the weight that the example's distance gives it, by its definition as a sigmoid. With another weight for the
+variance, the sample is that of the deviations from each distribution's own mean, to whose variance that of
+the two means is added.
 """
 
 import numpy as np
@@ -32,10 +34,10 @@ def samples(own, mean, var):
     return own.ravel(), np.concatenate([mean - std, mean + std])
 
 
-def weight_by_distance(x, running_mean, running_var, eps, alpha, slope, channels_per_group=1):
-    """The weight of one example (C, *spatial)."""
-    if slope == 0 or alpha in (0, 1):
-        return alpha
+def weights(x, running_mean, running_var, eps, alpha, channels_per_group=1, slope=0.0, var_offset=0.0):
+    """The weights of mean and variance of one example (C, *spatial)."""
+    if alpha in (0, 1):
+        return alpha, alpha
     distances = []
     for first in range(0, x.shape[0], channels_per_group):
         group = slice(first, first + channels_per_group)
@@ -44,24 +46,46 @@ def weight_by_distance(x, running_mean, running_var, eps, alpha, slope, channels
         scaled = np.log((np.var(own) + eps) / (np.var(points) + eps)) ** 2
         distances.append((moved + scaled) / 2)
     logit = np.log(alpha / (1 - alpha)) + slope * np.log(np.mean(distances) + 1e-4)
-    return 1 / (1 + np.exp(-logit))
+    return tuple(1 / (1 + np.exp(-logit - offset)) for offset in (0.0, var_offset))
 
 
-def weighted_norm(x, running_mean, running_var, weight, bias, eps, alpha, channels_per_group=1, slope=0.0):
+def of_sample(share, own, points):
+    """The weight of each value of a sample."""
+    return np.concatenate([np.full(own, share / own), np.full(points, (1 - share) / points)])
+
+
+def weighted_norm(
+    x,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    eps,
+    alpha,
+    channels_per_group=1,
+    slope=0.0,
+    var_offset=0.0,
+):
     x, running_mean, running_var, weight, bias = (
         np.asarray(a, np.float64) for a in (x, running_mean, running_var, weight, bias)
     )
     y = np.empty_like(x)
     for n in range(x.shape[0]):
-        share = weight_by_distance(x[n], running_mean, running_var, eps, alpha, slope, channels_per_group)
+        share, var_share = weights(
+            x[n], running_mean, running_var, eps, alpha, channels_per_group, slope, var_offset
+        )
         for first in range(0, x.shape[1], channels_per_group):
             group = slice(first, first + channels_per_group)
             own, points = samples(x[n, group], running_mean[group], running_var[group])
-            values = np.concatenate([own, points])
-            weights = np.concatenate(
-                [np.full(own.size, share / own.size), np.full(points.size, (1 - share) / points.size)]
-            )
-            mean, var = weighted_moments(values, weights)
+            counts = own.size, points.size
+            mean, var = weighted_moments(np.concatenate([own, points]), of_sample(share, *counts))
+            if var_offset:
+                apart = np.concatenate([own - np.mean(own), points - np.mean(points)])
+                _, within = weighted_moments(apart, of_sample(var_share, *counts))
+                _, between = weighted_moments(
+                    np.array([np.mean(own), np.mean(points)]), np.array([share, 1 - share])
+                )
+                var = within + between
             spatial = (-1,) + (1,) * (x.ndim - 2)
             normalized = (x[n, group] - mean) / np.sqrt(var + eps)
             y[n, group] = normalized * weight[group].reshape(spatial) + bias[group].reshape(spatial)

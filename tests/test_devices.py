@@ -15,7 +15,7 @@ from bnpatch.models.outputs import Output
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.training_norm import convert_norms
 from bnpatch.search import label_free
-from bnpatch.search.gradient_search import Groups, Learner, Problem, Start
+from bnpatch.search.gradient_search import Learner, Problem, Start
 from bnpatch.search.objective import seen_by
 
 DEVICE = torch.device("cuda", 0)
@@ -100,7 +100,10 @@ def test_learned_weights_stay_on_the_device(model):
     )
     model.set_weights(everywhere(model, 0.0, 0.0))
     by_name = {name: name for name in names}
-    start = Start(everywhere(model, 0.3, 0.5), Groups(by_name, dict.fromkeys(names, "all"), by_name))
+    start = Start(
+        everywhere(model, 0.3, 0.5),
+        {"alpha": by_name, "lambda": dict.fromkeys(names, "all"), "slope": by_name},
+    )
     learner = Learner(Problem(model, None, np.arange(4), None, model.state), start, 4, 0.4)
     learner._set_learned()
     assert model.forward(images()).device == DEVICE

@@ -1,10 +1,17 @@
 """Errors that a user can act on."""
 
+from collections.abc import Mapping
+
 # The most characters that an error quotes from another library's message.
 _LONGEST = 300
 
-#: A slope, which says how a weight depends on the distance of the example, lies between -4 and 4.
-LARGEST_SLOPE = 4.0
+#: The least and the greatest value of each number that a norm layer has in a patch.
+RANGES: Mapping[str, tuple[int, int]] = {
+    "alpha": (0, 1),
+    "lambda": (0, 1),
+    "slope": (-4, 4),
+    "var_offset": (-8, 8),
+}
 
 
 class BnpatchError(Exception):
@@ -43,39 +50,25 @@ class NotEnoughMemoryError(BnpatchError):
         super().__init__(f"{device} has not enough memory for a batch of {batch_size}", "lower --batch-size")
 
 
-class InvalidAlphaError(BnpatchError, ValueError):
-    """A weight (alpha or lambda) lies outside [0, 1]."""
+class InvalidWeightError(BnpatchError, ValueError):
+    """A number of a norm layer lies outside its range in :data:`RANGES`."""
 
 
-def check_alpha(alpha: float, where: str = "", name: str = "alpha") -> float:
-    """Return ``alpha``, or raise InvalidAlphaError if it is not in [0, 1].
-
-    Args:
-        alpha: the weight.
-        where: name of the norm layer that the weight is for, for the message.
-        name: name of the weight, for the message.
-    """
-    if not 0 <= alpha <= 1:
-        place = f" at {where!r}" if where else ""
-        raise InvalidAlphaError(f"{name} = {alpha}{place} is not a weight", "it must lie in [0, 1]")
-    return alpha
-
-
-class InvalidSlopeError(BnpatchError, ValueError):
-    """A slope lies outside [-4, 4]."""
-
-
-def check_slope(slope: float, where: str = "") -> float:
-    """Return ``slope``, or raise InvalidSlopeError if it is not in [-4, 4].
+def check_weight(kind: str, value: float, where: str = "") -> float:
+    """Return ``value``, or raise InvalidWeightError if it is not in its range.
 
     Args:
-        slope: how much the logit of alpha grows with the logarithm of the distance of the example.
-        where: name of the norm layer that the slope is for, for the message.
+        kind: what it is, a key of :data:`RANGES`.
+        value: the number.
+        where: name of the norm layer that it is for, for the message.
     """
-    if not -LARGEST_SLOPE <= slope <= LARGEST_SLOPE:
+    least, most = RANGES[kind]
+    if not least <= value <= most:
         place = f" at {where!r}" if where else ""
-        raise InvalidSlopeError(f"slope = {slope}{place} is too steep", "it must lie in [-4, 4]")
-    return slope
+        raise InvalidWeightError(
+            f"{kind} = {value}{place} is out of range", f"it must lie in [{least}, {most}]"
+        )
+    return value
 
 
 class BnpatchWarning(UserWarning):

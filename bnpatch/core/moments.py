@@ -1,13 +1,14 @@
 """The formula of bnpatch: the moments (mean and variance) of pooled and of mixed distributions.
 
-The functions use only the operators ``+ - * / **``, ``.mean(axes, keepdims=True)``, ``.clip(low, high)`` and
-the natural logarithm of their arguments. The same code therefore works on torch tensors, NumPy arrays and
-values of an ONNX graph.
+The functions use only the operators ``+ - * / **``, ``.mean(axes, keepdims=True)``, ``.clip(low, high)``, the
+natural logarithm and its inverse. The same code therefore works on torch tensors, NumPy arrays and values of
+an ONNX graph.
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR 2020.
-:func:`weight_by_distance` is an extension that the paper does not have.
+:class:`ExampleWeight` has two numbers that the paper does not have.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -61,6 +62,81 @@ def pool(parts: Moments[Any], axes: int | tuple[int, ...]) -> Moments[Any]:
     return Moments(mean, (parts.var + between * between).mean(axes, keepdims=True))
 
 
+@dataclass(frozen=True)
+class ExampleWeight:
+    """How much an example counts at a norm layer: three numbers, tensors or values of a graph.
+
+    The distance of an example from the running statistics is the mean over its channels of
+
+        D = 1/2 [(mean - running mean)^2 / (running var + eps) + ln^2((var + eps) / (running var + eps))]
+
+    Its mean has the weight ``sigmoid(logit(alpha) + slope ln(D + 1e-4))``, and its variance
+    ``sigmoid(logit(alpha) + slope ln(D + 1e-4) + var_offset)``. At alpha 0 and 1 both are alpha.
+
+    Attributes:
+        alpha: the weight of an example at distance 1, in [0, 1]; without a slope, at any distance.
+        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4]. With a
+            positive slope, an example that is farther away has a larger weight. For the number 0 nothing is
+            computed.
+        var_offset: by how much the logit of the variance's weight exceeds that of the mean's, in [-8, 8]. For
+            the number 0 nothing is computed, because both have the same weight.
+    """
+
+    alpha: Any
+    slope: Any = 0.0
+    var_offset: Any = 0.0
+
+    def at(self, distance: Any) -> tuple["Share", "Share"]:
+        """Compute the weight of the mean and that of the variance of an example.
+
+            >>> mean, var = ExampleWeight(0.1, slope=0.5, var_offset=2.0).at(np.array([0.0, 1.0, 9.0]))
+            >>> mean.example.round(3), var.example.round(3)
+            (array([0.001, 0.1  , 0.25 ]), array([0.008, 0.451, 0.711]))
+
+        Args:
+            distance: the distance D, 0 or more; above :data:`LARGEST_DISTANCE` it counts as that. Without a
+                slope it does not matter.
+        """
+        share = Share(self.alpha, 1 - self.alpha)
+        if not _is_zero(self.slope):
+            share = share.with_odds((distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** self.slope)
+        return share, share if _is_zero(self.var_offset) else share.with_odds(_exp(self.var_offset))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The weight of an example, and the rest, which is that of the running statistics."""
+
+    example: Any
+    rest: Any
+
+    def with_odds(self, factor: Any) -> "Share":
+        """Multiply the odds, the weight over the rest, by a positive finite factor.
+
+        The logarithm of the factor is thus added to the logit of the weight, without infinities and without
+        rounding where it matters, because ``(1 - alpha) + alpha`` rounds to 1. Bit for bit, a factor of 1
+        changes nothing that began as alpha, a weight of 0 stays 0, and one of 1 stays 1.
+        """
+        far = self.example * factor
+        total = self.rest + far
+        return Share(far / total, self.rest / total)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What an example is normalized by.
+
+    Attributes:
+        weight: the weight of the example's mean: alpha itself, or one per example, of shape (N, 1, ...).
+        var_weight: that of the example's variance.
+        moments: the moments of the mixture.
+    """
+
+    weight: Any
+    var_weight: Any
+    moments: Moments[Any]
+
+
 def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any]:
     """Mix two distributions: weight ``alpha`` for ``example``, weight ``1 - alpha`` for ``running``.
 
@@ -79,48 +155,45 @@ def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any
     Returns:
         The moments of the mixture, of the broadcast shape.
     """
-    between, rest = example.mean - running.mean, 1 - alpha
-    return Moments(
-        mean=running.mean + alpha * between,
-        var=alpha * example.var + rest * running.var + alpha * rest * (between * between),
-    )
+    return mix_example(ExampleWeight(alpha), example, running, eps=0.0).moments
 
 
-def weight_by_distance(alpha: Any, slope: Any, example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
-    """Compute a weight per example that depends on how far its moments are from the running ones.
+def mix_example(weight: ExampleWeight, example: Moments[Any], running: Moments[Any], eps: Any) -> Mixture:
+    """Mix the moments of examples with the running ones, each by its own weight.
 
-    The distance of an example is the mean over its channels of
+    With the weights a of the variance and b of the mean, the variance is that of :func:`mix` where a = b:
 
-        D = 1/2 [(mean - running mean)^2 / (running var + eps) + ln^2((var + eps) / (running var + eps))]
-
-    and its weight is ``sigmoid(logit(alpha) + slope ln(D + 1e-4))``: ``alpha`` is the weight of an example at
-    distance 1, and with a positive slope an example that is farther away has a larger weight
-    (:func:`weight_at`).
+        mean = running mean + b (mean - running mean)
+        var  = a var + (1 - a) running var + b (1 - b) (mean - running mean)^2
 
         >>> examples = Moments(np.array([[0.0], [6.0]]), np.ones((2, 1)))  # one near, one far
         >>> running = Moments(np.zeros(1), np.ones(1))
-        >>> weight_by_distance(0.1, 0.5, examples, running, eps=0.0).round(3)
+        >>> mix_example(ExampleWeight(0.1, slope=0.5), examples, running, eps=0.0).weight.round(3)
         array([[0.001],
                [0.32 ]])
 
     Args:
-        alpha: the weight of an example at distance 1, in [0, 1]; a number, or a value that broadcasts.
-        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4]. For the
-            number 0 nothing is computed, and the result is ``alpha`` itself.
+        weight: how much an example counts.
         example: moments of each example, of shape (N, C, ...).
         running: running statistics, of a shape that broadcasts with that of ``example``.
         eps: what the layer adds to a variance.
 
     Returns:
-        The weights, of shape (N, 1, ...).
+        The weights, and the moments of the mixtures, of the broadcast shape.
     """
-    if isinstance(slope, (int, float)) and slope == 0:
-        return alpha
-    return weight_at(distance(example, running, eps), alpha, slope)
+    between = example.mean - running.mean
+    square = between * between
+    far = None if _is_zero(weight.slope) else _distance(square, example.var, running.var, eps)
+    mean, var = weight.at(far)
+    moments = Moments(
+        mean=running.mean + mean.example * between,
+        var=var.example * example.var + var.rest * running.var + mean.example * mean.rest * square,
+    )
+    return Mixture(mean.example, var.example, moments)
 
 
 def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
-    """Compute how far the moments of examples are from the running ones, see :func:`weight_by_distance`.
+    """Compute how far the moments of examples are from the running ones, see :class:`ExampleWeight`.
 
     Args:
         example: moments of each example, of shape (N, C, ...).
@@ -131,33 +204,25 @@ def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
         The distances, of shape (N, 1, ...).
     """
     between = example.mean - running.mean
-    total = running.var + (eps + _TINY)
-    log_ratio = _log((example.var + (eps + _TINY)) / total)
-    return 0.5 * (between * between / total + log_ratio * log_ratio).mean(1, keepdims=True)
+    return _distance(between * between, example.var, running.var, eps)
 
 
-def weight_at(distance: Any, alpha: Any, slope: Any) -> Any:
-    """Compute the weight of an example at a distance, see :func:`weight_by_distance`.
+def _distance(square: Any, var: Any, running_var: Any, eps: Any) -> Any:
+    """Compute the distance from the squared difference of the means, and the variances."""
+    total = running_var + (eps + _TINY)
+    log_ratio = _log((var + (eps + _TINY)) / total)
+    return 0.5 * (square / total + log_ratio * log_ratio).mean(1, keepdims=True)
 
-        >>> weight_at(np.array([0.0, 1.0, 9.0]), alpha=0.1, slope=0.5).round(3)
-        array([0.001, 0.1  , 0.25 ])
 
-    With ``r = (D + 1e-4)^slope`` the function computes ``alpha r / (1 - alpha + alpha r)``. This is equal to
-    the sigmoid, but has no infinities and no rounding where it matters, because ``r`` is positive and finite
-    and ``(1 - alpha) + alpha`` rounds to 1. The weight is ``alpha`` for ``slope = 0``, 0 for ``alpha = 0``
-    and 1 for ``alpha = 1``, bit for bit. It lies in [0, 1], and small weights are as accurate as any.
-
-    Args:
-        distance: the distance D, 0 or more; above :data:`LARGEST_DISTANCE` it counts as that.
-        alpha: the weight at distance 1, in [0, 1]; a number, or a value that broadcasts.
-        slope: how much the logit of the weight grows with the logarithm of the distance, in [-4, 4].
-
-    Returns:
-        The weights, of the broadcast shape.
-    """
-    far = alpha * (distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** slope
-    return far / (1 - alpha + far)
+def _is_zero(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number == 0
 
 
 def _log(values: Any) -> Any:
     return values.log() if hasattr(values, "log") else np.log(values)
+
+
+def _exp(value: Any) -> Any:
+    if hasattr(value, "exp"):
+        return value.exp()
+    return math.exp(value) if isinstance(value, (int, float)) else np.exp(value)

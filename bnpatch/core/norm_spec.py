@@ -9,7 +9,7 @@ Batch Renormalization: Ioffe, 2017 (arXiv 1702.03275).
 import math
 from dataclasses import dataclass, replace
 
-from bnpatch.core.errors import BnpatchError, check_alpha
+from bnpatch.core.errors import BnpatchError, check_weight
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class NormSpec:
 
     Raises:
         BnpatchError: a group would be empty, or ``renorm`` is combined with groups.
-        InvalidAlphaError: alpha is not in [0, 1].
+        InvalidWeightError: alpha is not in [0, 1].
     """
 
     channels_per_group: int = 1
@@ -55,7 +55,7 @@ class NormSpec:
     renorm: Renorm | None = None
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
+        check_weight("alpha", self.alpha)
         for name, value in (("channel", self.channels_per_group), ("example", self.examples_per_group)):
             if value is not None and value < 1:
                 raise BnpatchError(f"a group of {value} {name}s is empty", f"give 1 {name} or more")

@@ -1,16 +1,20 @@
-"""A patch as a value: alpha, lambda and slope of each norm layer, and the statistics that they weight."""
+"""A patch as a value: the weights of each norm layer, and the statistics that they weight."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
-from bnpatch.core.moments import Moments
+from bnpatch.core.errors import BnpatchError, check_weight
+from bnpatch.core.moments import ExampleWeight, Moments
 
 #: By name of norm layer, a mean and a variance, each of shape (C,).
 Statistics = Mapping[str, Moments[Any]]
+
+#: The numbers beside alpha that weight the example, see :class:`~bnpatch.core.moments.ExampleWeight`. Each
+#: does nothing at 0, and at an alpha of 0 or 1.
+BESIDE_ALPHA = ("slope", "var_offset")
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,42 @@ class PatchWeights:
         lambdas: the weight of the statistics that were re-estimated on new data in the running
             statistics; those of the checkpoint (the source) have the weight 1 - lambda.
         slopes: how much the weight of the example depends on its distance from the running statistics, see
-            :func:`~bnpatch.core.moments.weight_by_distance`. With 0, every example has the weight alpha.
+            :class:`~bnpatch.core.moments.ExampleWeight`. With 0, every example has the weight alpha.
+        var_offsets: how much larger the weight of the example's variance is than that of its mean, see there.
     """
 
     alphas: Mapping[str, float] = field(default_factory=dict)
     lambdas: Mapping[str, float] = field(default_factory=dict)
     slopes: Mapping[str, float] = field(default_factory=dict)
+    var_offsets: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def baseline(cls, baseline_alphas: Mapping[str, float]) -> "PatchWeights":
+        """Return the weights with which a model computes what the unpatched model does.
+
+        Args:
+            baseline_alphas: by name of norm layer, the alpha at which it computes what it did.
+        """
+        zeros = dict.fromkeys(baseline_alphas, 0.0)
+        return cls(dict(baseline_alphas), zeros, zeros, zeros)
+
+    def of(self, kind: str) -> Mapping[str, float]:
+        """Return one kind of weight, "alpha", "lambda", "slope" or "var_offset", by name of norm layer."""
+        values: Mapping[str, float] = getattr(self, f"{kind}s")
+        return values
+
+    def kinds(self) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """Iterate over the kinds of weights, each with its values by name of norm layer."""
+        return ((name.removesuffix("s"), values) for name, values in vars(self).items())
+
+    def example_weight(self, name: str) -> ExampleWeight:
+        """Return how much the example counts at a norm layer."""
+        return ExampleWeight(self.alphas[name], *(self.of(kind).get(name, 0.0) for kind in BESIDE_ALPHA))
 
     def is_baseline(self, baseline_alphas: Mapping[str, float]) -> bool:
         """Tell whether a model with these weights computes what the unpatched model does.
 
-        Slopes don't matter, because no slope changes a weight of 0 or 1.
+        Slopes and offsets don't matter, because they change no weight of 0 or 1.
 
         Args:
             baseline_alphas: by name of norm layer, the alpha at which it computes what it did.
@@ -45,23 +74,30 @@ class PatchWeights:
 
     def updated(self, other: "PatchWeights") -> "PatchWeights":
         """Return these weights, replaced by those of ``other`` for the norm layers that ``other`` names."""
-        return PatchWeights(
-            {**self.alphas, **other.alphas},
-            {**self.lambdas, **other.lambdas},
-            {**self.slopes, **other.slopes},
-        )
+        return PatchWeights(*({**mine, **other.of(kind)} for kind, mine in self.kinds()))
 
-    def varying(self) -> dict[str, float]:
-        """Return the slopes that have an effect: they are not 0, and alpha is neither 0 nor 1."""
-        return {n: s for n, s in self.slopes.items() if s and 0 < self.alphas.get(n, 0.0) < 1}
+    def in_effect(self, kind: str) -> dict[str, float]:
+        """Return the slopes or offsets that have an effect: not 0, and alpha is neither 0 nor 1."""
+        return {n: value for n, value in self.of(kind).items() if value and 0 < self.alphas.get(n, 0.0) < 1}
 
-    def slopes_to_write(self, as_inputs: object) -> Mapping[str, float]:
-        """Return the slopes that a graph needs.
+    def to_write(self, norm_layers: Collection[str], as_inputs: object) -> "PatchWeights":
+        """Return the weights that a graph needs at some norm layers; it has no lambdas.
 
         Args:
-            as_inputs: whether the weights stay adjustable. Then the graph needs all slopes if any is not 0.
+            norm_layers: names of the norm layers.
+            as_inputs: whether the weights stay adjustable. Then the graph needs all slopes if any is not 0,
+                and likewise all offsets.
         """
-        return self.slopes if as_inputs and any(self.slopes.values()) else self.varying()
+        needed = {
+            kind: self.of(kind) if as_inputs and any(self.of(kind).values()) else self.in_effect(kind)
+            for kind in BESIDE_ALPHA
+        }
+        return PatchWeights(
+            **{
+                f"{kind}s": {name: value for name, value in values.items() if name in norm_layers}
+                for kind, values in {"alpha": self.alphas, **needed}.items()
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +107,7 @@ class PatchState:
     The search proposes states, a model computes with one, a recipe stores one, and an export writes one.
 
     Attributes:
-        weights: alpha, lambda and slope by name of norm layer.
+        weights: alpha, lambda, slope and offset by name of norm layer.
         re_estimated: statistics re-estimated on new data (AdaBN); lambda is their weight.
         running: running statistics from data, for norm layers that have none of their own: Group Norm, Batch
             Norm that never kept any, and Batch Norm that was fused into a convolution. Such a norm is a norm
@@ -120,17 +156,13 @@ class PatchState:
         Raises:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
                 re-estimated statistics.
-            InvalidAlphaError: a weight is not in [0, 1].
-            InvalidSlopeError: a slope is not in [-4, 4].
+            InvalidWeightError: a weight is out of its range.
         """
-        for kind, weights in (("alpha", self.weights.alphas), ("lambda", self.weights.lambdas)):
+        for kind, weights in self.weights.kinds():
             for name, weight in weights.items():
-                check_alpha(float(weight), name, kind)
-        for name, slope in self.weights.slopes.items():
-            check_slope(float(slope), name)
-        for name in (*self.weights.alphas, *self.weights.lambdas, *self.weights.slopes):
-            if name not in baseline_alphas:
-                raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
+                check_weight(kind, float(weight), name)
+                if name not in baseline_alphas:
+                    raise BnpatchError(f"{model} has no norm layer {name!r}", "see bnpatch inspect --sites")
         for name, weight in self.weights.lambdas.items():
             if weight and name not in self.re_estimated:
                 raise BnpatchError(

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from bnpatch.core import hub
-from bnpatch.core.errors import BnpatchError, first_line
+from bnpatch.core.errors import BnpatchError, check_weight, first_line
 from bnpatch.core.io import check_regular, write_text
 from bnpatch.core.limits import TEXT_MB
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchState, PatchWeights, as_arrays
+from bnpatch.core.patch import BESIDE_ALPHA, PatchState, PatchWeights, as_arrays
 from bnpatch.core.text import counted
 
-#: The newest format that this version reads. Format 2 has slopes. A recipe without slopes is written as
-#: format 1, so that earlier versions read it.
-FORMAT = 2
+#: The newest format that this version reads. Format 2 has slopes, format 3 has offsets of the variance, too.
+#: A recipe is written in the oldest format that can hold it, so that earlier versions read it.
+FORMAT = 3
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +37,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "calibrated": dict,
     "channels_per_group": int,
     "slope": _NUMBER,
+    "var_offset": _NUMBER,
 }
 
 
@@ -56,6 +57,7 @@ class NormRecipe:
             stores such a layer as Batch Norm, so only the recipe knows the number. It is 1 for Group Norm,
             which has the number itself.
         slope: how much the weight depends on the distance of the example, in [-4, 4].
+        var_offset: how much larger the weight of the example's variance is than that of its mean, in [-8, 8].
     """
 
     name: str
@@ -67,6 +69,12 @@ class NormRecipe:
     running: Moments[Array] | None = None
     channels_per_group: int = 1
     slope: float = 0.0
+    var_offset: float = 0.0
+
+    @property
+    def format(self) -> int:
+        """The oldest format that can hold this."""
+        return 3 if self.var_offset else 2 if self.slope else 1
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; moments are written as base64 of little-endian float32."""
@@ -77,9 +85,7 @@ class NormRecipe:
             values["calibrated"] = _encode(self.running)
         if self.channels_per_group > 1:
             values["channels_per_group"] = self.channels_per_group
-        if self.slope:
-            values["slope"] = self.slope
-        return values
+        return values | {kind: value for kind in BESIDE_ALPHA if (value := getattr(self, kind))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "NormRecipe":
@@ -103,21 +109,15 @@ class NormRecipe:
         if weight and re_estimated is None:
             raise ValueError("lambda without target")
         name, kind, alpha, hashed = (values[key] for key in ("name", "kind", "alpha", "fingerprint"))
-        groups, slope = values.get("channels_per_group", 1), values.get("slope", 0.0)
-        layer = cls(name, kind, alpha, hashed, weight, re_estimated, running, groups, slope)
+        groups, beside = values.get("channels_per_group", 1), (values.get(k, 0.0) for k in BESIDE_ALPHA)
+        layer = cls(name, kind, alpha, hashed, weight, re_estimated, running, groups, *beside)
         layer._check_ranges()
         return layer
 
     def _check_ranges(self) -> None:
-        for name, value, least, most in (
-            ("alpha", self.alpha, 0, 1),
-            ("lambda", self.lambda_, 0, 1),
-            ("slope", self.slope, -4, 4),
-        ):
-            if not least <= value <= most:
-                raise BnpatchError(
-                    f"norm layer {self.name!r} has {name} = {value}", f"{name} must lie in [{least}, {most}]"
-                )
+        check_weight("lambda", self.lambda_, self.name)
+        for kind in ("alpha", *BESIDE_ALPHA):
+            check_weight(kind, getattr(self, kind), self.name)
         if self.channels_per_group < 1:
             raise BnpatchError(
                 f"norm layer {self.name!r} pools {counted(self.channels_per_group, 'channel')}",
@@ -172,7 +172,7 @@ class Recipe:
                 as_arrays(state.re_estimated[name]) if weights.lambdas[name] else None,
                 as_arrays(state.running[name]) if name in state.running else None,
                 state.channels_per_group.get(name, 1),
-                weights.slopes[name],
+                *(weights.of(kind)[name] for kind in BESIDE_ALPHA),
             )
             for name, kind in kinds.items()
         )
@@ -188,7 +188,11 @@ class Recipe:
         """The patch as the value that :meth:`bnpatch.models.base.Model.set_state` takes."""
         norms = self.norm_layers
         return PatchState(
-            PatchWeights(self.alphas, {n.name: n.lambda_ for n in norms}, {n.name: n.slope for n in norms}),
+            PatchWeights(
+                self.alphas,
+                {norm.name: norm.lambda_ for norm in norms},
+                *({norm.name: getattr(norm, kind) for norm in norms} for kind in BESIDE_ALPHA),
+            ),
             {norm.name: norm.re_estimated for norm in norms if norm.re_estimated is not None},
             {norm.name: norm.running for norm in norms if norm.running is not None},
             {norm.name: norm.channels_per_group for norm in norms if norm.channels_per_group > 1},
@@ -236,7 +240,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""
         return {
-            "format": FORMAT if any(norm_layer.slope for norm_layer in self.norm_layers) else 1,
+            "format": max((norm_layer.format for norm_layer in self.norm_layers), default=1),
             "sites": [norm_layer.to_json() for norm_layer in self.norm_layers],
             **({"weigh_single_values": True} if self.include_1x1 else {}),
             "provenance": dict(self.provenance),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.data.dataset import Examples
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.nn.functional import affine, mixture
@@ -47,14 +47,16 @@ def training_bound(num_values: int) -> float:
     return math.sqrt(num_values - 1)
 
 
-def inference_bound(num_values: int, alpha: float) -> float:
+def inference_bound(num_values: int, alpha: float, var_alpha: float | None = None) -> float:
     """Return the largest normalized value that is possible at inference for an example of S values.
 
     It is ``sqrt(S / alpha - 1)``, because each of the S values (``num_values``) has the weight alpha / S in
-    the moments that normalize it. It is infinite at alpha = 0, where the example has no weight. With a slope,
-    alpha stands for the smallest weight of an example.
+    the moments that normalize it. If the example's variance has another weight, ``var_alpha``, it is
+    ``sqrt((S - 1) / var_alpha + 1 / alpha - 1)``. It is infinite where the example has no weight. With a
+    slope, both stand for the smallest weight of an example.
     """
-    return math.sqrt(num_values / alpha - 1) if alpha else math.inf
+    var_alpha = alpha if var_alpha is None else var_alpha
+    return math.sqrt((num_values - 1) / var_alpha + 1 / alpha - 1) if alpha and var_alpha else math.inf
 
 
 def output_ranges(
@@ -102,21 +104,21 @@ def output_ranges(
 
 @dataclass
 class _Watched:
-    """A norm layer with its observations: values normalized together, smallest weight, largest value."""
+    """A norm layer with its observations: values normalized together, smallest weights, largest value."""
 
     norm_layer: TorchNormLayer
     num_values: int = 0
-    weight: float = 1.0
+    weights: tuple[float, float] = 1.0, 1.0  # of the mean and of the variance
     largest: Tensor | None = None
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         running = None
-        alpha, slope = self.norm_layer.baseline_alpha, 0.0
+        weight = ExampleWeight(self.norm_layer.baseline_alpha)
         if isinstance(module, ExampleWeightedNorm):
             running = module.running
             if module.weighs(x):
-                alpha, slope = self.norm_layer.alpha, self.norm_layer.slope
+                weight = module.example_weight
         if running is None:
             _, _, mean, var = self.norm_layer.parameters()
             assert mean is not None  # a norm layer without buffers has module.running
@@ -125,10 +127,12 @@ class _Watched:
         groups = self.norm_layer.channels_per_group
         self.num_values = math.prod(x.shape[2:]) * groups
         eps: Any = module.eps
-        weight, moments = mixture(x, running, eps, alpha, groups, slope)
-        self.weight = min(self.weight, weight.min().item() if isinstance(weight, Tensor) else weight)
-        scale = torch.rsqrt(moments.var + eps)
-        y = affine(x, scale, -moments.mean * scale)
+        mixed = mixture(x, running, eps, weight, groups)
+        smallest = (float(torch.as_tensor(part).min()) for part in (mixed.weight, mixed.var_weight))
+        of_mean, of_var = map(min, self.weights, smallest)
+        self.weights = of_mean, of_var
+        scale = torch.rsqrt(mixed.moments.var + eps)
+        y = affine(x, scale, -mixed.moments.mean * scale)
         largest = y.abs().amax().float()
         # The tensor stays on the device; reading it here would synchronize at every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
@@ -139,5 +143,5 @@ class _Watched:
             self.norm_layer.name,
             self.largest.item(),
             training_bound(train_batch_size * self.num_values),
-            inference_bound(self.num_values, self.weight),
+            inference_bound(self.num_values, *self.weights),
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.moments import ExampleWeight
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
@@ -64,29 +65,27 @@ class Model(Backend[NormLayerT]):
         Raises:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
                 re-estimated statistics.
-            InvalidAlphaError: a weight is not in [0, 1].
-            InvalidSlopeError: a slope is not in [-4, 4].
+            InvalidWeightError: a weight is out of its range.
         """
         self._make_norm_layers(state)
         baseline_alphas = self.baseline_alphas()
         state.check(baseline_alphas, self.name)
-        zeros = dict.fromkeys(baseline_alphas, 0.0)
-        state = replace(state, weights=PatchWeights(baseline_alphas, zeros, zeros).updated(state.weights))
+        state = replace(state, weights=PatchWeights.baseline(baseline_alphas).updated(state.weights))
         self._use(state)
         self._state = state
 
     @property
     def weights(self) -> PatchWeights:
-        """Alpha, lambda and slope of every norm layer."""
+        """Alpha, lambda, slope and offset of every norm layer."""
         return self._state.weights
 
     def set_weights(self, weights: PatchWeights) -> None:
         """Set the weights of the norm layers that ``weights`` names, see :meth:`set_state`."""
         self.set_state(self._state.with_weights(weights))
 
-    def weights_in_use(self) -> tuple[Mapping[str, float | Tensor], Mapping[str, float | Tensor]]:
-        """Return alphas and slopes by name of norm layer; one that is learned is the tensor itself."""
-        return self.weights.alphas, self.weights.slopes
+    def weights_in_use(self) -> dict[str, ExampleWeight]:
+        """Return how much the example counts, by name of norm layer; what is learned is the tensor itself."""
+        return {name: self.weights.example_weight(name) for name in self.weights.alphas}
 
     def alphas(self) -> dict[str, float]:
         """Return the weight of the example by name of norm layer."""
@@ -97,7 +96,7 @@ class Model(Backend[NormLayerT]):
 
         Raises:
             BnpatchError: the model has no norm layer, or none of a name.
-            InvalidAlphaError: a weight is not in [0, 1].
+            InvalidWeightError: a weight is not in [0, 1].
         """
         if not self._state.weights.alphas:
             self._refuse_without_norm_layers()

@@ -21,7 +21,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.io import temporary_folder, writing_to
 from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights, as_arrays
+from bnpatch.core.patch import as_arrays
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
 from bnpatch.models.onnx_model import OnnxModel
@@ -91,7 +91,8 @@ def export_onnx(
             float16 if this is of that type.
         alpha_inputs: None writes alphas as constants. ``"global"`` adds one graph input for all alphas,
             ``"per-site"`` one for each norm layer; the inputs have the current alphas as defaults. If any
-            slope is not 0, the slopes become inputs, too, ``slope`` or ``slope.<name>``.
+            slope is not 0, the slopes become inputs, too, ``slope`` or ``slope.<name>``, and if any offset is
+            not 0, the offsets, ``var_offset`` or ``var_offset.<name>``.
         images: a real batch (N, ...) to compare on, besides random ones.
         external_data_threshold: if the tensors take more bytes, they go to ``<name>.data`` beside the file.
 
@@ -138,17 +139,16 @@ def patched_graph(
     state, weights, baseline = model.state, model.weights, model.baseline_alphas()
     moved = {name: _unrounded(part) for name, part in model.statistics_in_use().items() if name in exported}
     chosen = {
-        name: alpha
+        name
         for name, alpha in weights.alphas.items()
         if name in exported and (alpha_inputs or alpha != baseline[name] or name in moved)
     }
     # A recovered norm layer that is not chosen is left out of the graph, because it would do nothing.
     recovered = {name: m for name, m in state.running.items() if name.endswith(FUSED) and name in chosen}
     insert_norms(graph, {name.removesuffix(FUSED): as_arrays(part) for name, part in recovered.items()})
-    slopes = weights.slopes_to_write(alpha_inputs)
     done = rewrite(
         graph,
-        PatchWeights(chosen, slopes={n: s for n, s in slopes.items() if n in chosen}),
+        weights.to_write(chosen, alpha_inputs),
         running={name: part for name, part in moved.items() if name in chosen},
         channels_per_group=state.channels_per_group,
         alpha_inputs=alpha_inputs,

@@ -25,8 +25,8 @@ _OPSET = 17
 # The largest difference of an output, as a fraction of the largest output. Rounding gives 1e-6.
 _TOLERANCE = 1e-3
 
-# The outputs are compared at the weights of the file, and at these everywhere.
-_ALPHA, _SLOPE = 0.3, 0.5
+# The outputs are compared at the weights of the file, and at these everywhere: alpha, slope and offset.
+_EVERYWHERE = 0.3, 0.5, 1.0
 
 
 def as_torch(model: Model[Any], graph: ir.Model, x: Tensor) -> TorchModel | None:
@@ -84,7 +84,8 @@ def _agrees(lent: TorchModel, model: Model[Any], x: Tensor) -> bool:
     alphas = model.baseline_alphas()
     if lent.baseline_alphas() != alphas:
         return False
-    everywhere = PatchWeights(dict.fromkeys(alphas, _ALPHA), slopes=dict.fromkeys(alphas, _SLOPE))
+    alpha, slope, offset = (dict.fromkeys(alphas, value) for value in _EVERYWHERE)
+    everywhere = PatchWeights(alpha, slopes=slope, var_offsets=offset)
     return all(_same(lent, model, x, weights) for weights in (PatchWeights(), everywhere))
 
 

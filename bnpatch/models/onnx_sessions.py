@@ -1,9 +1,9 @@
 """Sessions of onnxruntime: of a graph as it is, with a patch as inputs, or normalizing by the batch.
 
 One session has all alphas and running statistics as inputs, so that a search opens it once, and other weights
-need no other graph. Once a state has slopes, they are inputs too. Another session runs the graph as it was
-read, so that the baseline is exactly the user's file. A third one normalizes by the batch and returns its
-moments, to re-estimate statistics.
+need no other graph. Once a state has slopes, they are inputs too, and so are offsets. Another session runs
+the graph as it was read, so that the baseline is exactly the user's file. A third one normalizes by the batch
+and returns its moments, to re-estimate statistics.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ import torch
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.inventory import FUSED
-from bnpatch.core.patch import PatchState, PatchWeights, Statistics, as_arrays
+from bnpatch.core.patch import BESIDE_ALPHA, PatchState, PatchWeights, Statistics, as_arrays
 from bnpatch.onnx.expressions import Tape
 from bnpatch.onnx.formulas import append_by_batch
 from bnpatch.onnx.fused_conv import observe_values
@@ -39,22 +39,22 @@ class WeightedSession:
 
     Attributes:
         session: the session of onnxruntime.
-        alphas: by name of input, the norm layer whose alpha it takes.
-        slopes: by name of input, the norm layer whose slope it takes; empty if all slopes are 0.
+        weights: by kind of weight and by name of input, the norm layer whose weight it takes; slopes are
+            missing if all are 0, and so are offsets.
         running: by name of norm layer, the inputs that take running mean and variance.
         moments: by name of norm layer, the outputs with mean and variance of each example.
     """
 
     session: Any
-    alphas: Mapping[str, str]
-    slopes: Mapping[str, str]
+    weights: Mapping[str, Mapping[str, str]]
     running: MomentNames
     moments: MomentNames
 
     def feeds(self, weights: PatchWeights, statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
         """Return the values of the inputs, for weights and for statistics in use by name of norm layer."""
         feeds: dict[str, npt.NDArray[Any]] = {}
-        for inputs, values in ((self.alphas, weights.alphas), (self.slopes, weights.slopes)):
+        for kind, inputs in self.weights.items():
+            values = weights.of(kind)
             feeds |= {name: np.asarray(values[norm], np.float32) for name, norm in inputs.items()}
         for norm, moments in statistics.items():
             for mean, var in self.running.get(norm, ()):
@@ -99,14 +99,15 @@ class Sessions:
         return _open_by_batch(self._recovered.clone(), self._norms, self._running, self._device)
 
     def weighted(self, weights: PatchWeights, observe: bool = False) -> WeightedSession:
-        """Return a session with all weights as inputs; with slopes only if one of them has an effect.
+        """Return a session with all weights as inputs; slopes and offsets only if one of them has an effect.
 
         Args:
             weights: the weights to run with, for every norm layer.
             observe: return the moments of each example at every norm layer outside branches, too.
         """
         opened = self._weighted.get(observe)
-        if opened is None or (weights.varying() and not opened.slopes):
+        needed = {"alpha", *(kind for kind in BESIDE_ALPHA if weights.in_effect(kind))}
+        if opened is None or not needed <= opened.weights.keys():
             opened = self._weighted[observe] = self._open_weighted(weights, observe)
         return opened
 
@@ -116,7 +117,7 @@ class Sessions:
             moments = _with_moments(graph)
         done = rewrite(
             graph,
-            PatchWeights(weights.alphas, slopes=weights.slopes if weights.varying() else {}),
+            weights.to_write(weights.alphas, as_inputs=True),
             running=self._running,
             alpha_inputs="per-site",
             running_inputs=True,
@@ -125,15 +126,16 @@ class Sessions:
         session = open_session(graph, self._device)
         taken = {value.name for value in session.get_overridable_initializers()}
         modules = {norm.name: norm.module_name for norm in self._norms}
-        alphas, slopes = (
-            {name: modules[norm] for norm, name in inputs.items() if name in taken}
-            for inputs in (done.alpha_inputs, done.slope_inputs)
-        )
+        inputs = {
+            kind: {name: modules[norm] for norm, name in by_norm.items() if name in taken}
+            for kind, by_norm in done.weight_inputs.items()
+            if by_norm
+        }
         running: MomentNames = {}
         for name, pair in done.running_inputs.items():
             if pair[0] in taken:
                 running.setdefault(modules[name], []).append(pair)
-        return WeightedSession(session, alphas, slopes, running, moments)
+        return WeightedSession(session, inputs, running, moments)
 
 
 def _with_moments(graph: ir.Model) -> MomentNames:

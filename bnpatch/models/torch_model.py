@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError, first_line
 from bnpatch.core.inventory import Inventory, NormFacts, SkippedNorm
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.patch import PatchState
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
@@ -130,9 +130,8 @@ class TorchModel(Model[TorchNormLayer]):
         return {name: layer.running for name, layer in layers if layer.running is not None}
 
     @override
-    def weights_in_use(self) -> tuple[dict[str, float | Tensor], dict[str, float | Tensor]]:
-        layers = patched_layers(self.module).items()
-        return {name: layer.alpha for name, layer in layers}, {name: layer.slope for name, layer in layers}
+    def weights_in_use(self) -> dict[str, ExampleWeight]:
+        return {name: layer.example_weight for name, layer in patched_layers(self.module).items()}
 
     @override
     def facts(self) -> dict[str, NormFacts]:

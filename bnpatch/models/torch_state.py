@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix
-from bnpatch.core.patch import PatchState, PatchWeights, Statistics
+from bnpatch.core.patch import BESIDE_ALPHA, PatchState, PatchWeights, Statistics
 from bnpatch.models.fingerprints import is_fused
 from bnpatch.nn.fused_conv import RecoveredNorm, forget, recover
 from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, unpatch
@@ -18,14 +18,14 @@ OnDevice = Callable[[Moments[Any]], Moments[Tensor]]
 
 def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchState:
     """Return the state of the norm layers; ``given`` has the parts of the statistics that they mixed."""
-    alphas: dict[str, float] = {}
-    lambdas: dict[str, float] = {}
-    slopes: dict[str, float] = {}
+    weights: dict[str, dict[str, float]] = {kind: {} for kind, _ in given.weights.kinds()}
+    lambdas = weights["lambda"]
     re_estimated, running = dict(given.re_estimated), dict(given.running)
     groups: dict[str, int] = {}
     include_1x1 = given.include_1x1
     for norm in norm_layers:
-        alphas[norm.name], slopes[norm.name] = norm.alpha, norm.slope
+        for kind in ("alpha", *BESIDE_ALPHA):
+            weights[kind][norm.name] = getattr(norm, kind)
         lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
         if norm.kind == RecoveredNorm.__name__:
             running.setdefault(norm.name, buffers_of(norm))
@@ -40,7 +40,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
             running[norm.name] = layer.running
         else:  # what they were mixed from is not known
             re_estimated[norm.name], lambdas[norm.name] = layer.running, 1.0
-    return PatchState(PatchWeights(alphas, lambdas, slopes), re_estimated, running, groups, include_1x1)
+    return PatchState(PatchWeights(*weights.values()), re_estimated, running, groups, include_1x1)
 
 
 def with_norm_layers(
@@ -79,7 +79,13 @@ def with_state(module: nn.Module, state: PatchState, on_device: OnDevice) -> nn.
         The module; it is another object only if the module itself is a norm.
     """
     weights = state.weights
-    module = patch(module, weights.alphas, include_1x1=state.include_1x1, slope=weights.slopes)
+    module = patch(
+        module,
+        weights.alphas,
+        include_1x1=state.include_1x1,
+        slope=weights.slopes,
+        var_offset=weights.var_offsets,
+    )
     for norm in inventory(module).norm_layers:
         layer = norm.patched
         assert layer is not None  # patch() has just made it one

@@ -1,7 +1,7 @@
 """Normalize each example by a mixture of its own and the running statistics: the formula on tensors.
 
 The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
-input, to the learned scale and shift, to alpha and to the slope:
+input, to the learned scale and shift, and to what weights the example:
 
 - contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
 - channels last: one ``addcmul``, because that view would need a copy.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+from bnpatch.core.moments import ExampleWeight, Mixture, Moments, mix_example, pool
 
 # For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
 _EPS = 2.0**-20
@@ -29,6 +29,7 @@ def weighted_norm(
     alpha: float | Tensor,
     channels_per_group: int = 1,
     slope: float | Tensor = 0.0,
+    var_offset: float | Tensor = 0.0,
 ) -> Tensor:
     """Normalize each example by a mixture of its own and the running statistics (Eq. 3 of the paper).
 
@@ -47,12 +48,13 @@ def weighted_norm(
         alpha: weight of the example, in [0, 1]; a tensor may require grad.
         channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
         slope: how much the weight depends on the distance of the example, see
-            :func:`~bnpatch.core.moments.weight_by_distance`; a tensor may require grad.
+            :class:`~bnpatch.core.moments.ExampleWeight`; a tensor may require grad.
+        var_offset: how much larger the weight of the example's variance is than that of its mean, see there.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
     """
-    _, moments = mixture(x, running, eps, alpha, channels_per_group, slope)
+    moments = mixture(x, running, eps, ExampleWeight(alpha, slope, var_offset), channels_per_group).moments
     scale = torch.rsqrt(moments.var + eps)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
@@ -66,23 +68,16 @@ def mixture(
     x: Tensor,
     running: Moments[Tensor],
     eps: float,
-    alpha: float | Tensor,
+    weight: ExampleWeight,
     channels_per_group: int = 1,
-    slope: float | Tensor = 0.0,
-) -> tuple[float | Tensor, Moments[Tensor]]:
-    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider.
-
-    Returns:
-        The weight of each example, (N, 1), or ``alpha`` if ``slope`` is the number 0; and the moments of the
-        mixture, (N, C).
-    """
+) -> Mixture:
+    """Compute what :func:`weighted_norm` normalizes by, in float32 or wider: moments of shape (N, C)."""
     example = example_moments(x)
     dtype = example.mean.dtype
     running = Moments(running.mean.to(dtype), running.var.to(dtype))
     if channels_per_group > 1:
         example, running = (pool_channels(m, channels_per_group) for m in (example, running))
-    weight = weight_by_distance(alpha, slope, example, running, eps)
-    return weight, mix(weight, example, running)
+    return mix_example(weight, example, running, eps)
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from bnpatch.core.errors import BnpatchError, BnpatchWarning, check_alpha, check_slope
-from bnpatch.core.moments import Moments
+from bnpatch.core.errors import BnpatchError, BnpatchWarning, check_weight
+from bnpatch.core.moments import ExampleWeight, Moments
+from bnpatch.core.patch import BESIDE_ALPHA
 from bnpatch.nn.functional import has_single_values, weighted_norm
 
 # The attributes that the layer adds to the state of the module that it takes over.
@@ -22,10 +23,14 @@ _OWN_STATE = (
     "baseline_alpha",
     "_alpha",
     "_slope",
+    "_var_offset",
     "_is_baseline",
     "_is_constant",
+    "_is_shared",
     "_running",
 )
+
+_WEIGHTS = ("alpha", *BESIDE_ALPHA)
 
 # The names that pickled models may have for them.
 _FORMER_NAMES = {
@@ -40,7 +45,8 @@ class ExampleWeightedNorm(nn.Module):
 
     The example's own moments have the weight ``alpha``, the running ones ``1 - alpha`` (Summers & Dinneen
     2020, Eq. 3). With a :attr:`slope`, the weight grows or falls with the distance of the example's moments
-    from the running ones. The output of an example does not depend on the rest of the batch.
+    from the running ones. With a :attr:`var_offset`, the variance has another weight than the mean. The
+    output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
     that was Group Norm therefore computes what it did at 1; its running statistics come from data, see
@@ -75,8 +81,10 @@ class ExampleWeightedNorm(nn.Module):
     eps: float
     _alpha: Tensor
     _slope: Tensor
+    _var_offset: Tensor
     _is_baseline: bool
-    _is_constant: bool  # every example gets the weight alpha
+    _is_constant: bool  # every example gets the same weight
+    _is_shared: bool  # mean and variance of an example get the same weight
     _running: Moments[Tensor] | None
 
     @classmethod
@@ -91,6 +99,7 @@ class ExampleWeightedNorm(nn.Module):
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
         slope: float | Tensor = 0.0,
+        var_offset: float | Tensor = 0.0,
     ) -> "ExampleWeightedNorm":
         """Make a layer that replaces ``origin`` and shares its state. Don't use ``origin`` afterwards.
 
@@ -105,10 +114,10 @@ class ExampleWeightedNorm(nn.Module):
             running: see :attr:`running`; required if ``origin`` has no running statistics.
             include_1x1: see the class.
             slope: see :attr:`slope`.
+            var_offset: see :attr:`var_offset`.
 
         Raises:
-            InvalidAlphaError: alpha is not in [0, 1].
-            InvalidSlopeError: slope is not in [-4, 4].
+            InvalidWeightError: alpha is not in [0, 1], slope not in [-4, 4] or var_offset not in [-8, 8].
         """
         layer = cls.__new__(cls)
         layer.__dict__ = origin.__dict__
@@ -121,7 +130,7 @@ class ExampleWeightedNorm(nn.Module):
             include_1x1=include_1x1,
             _running=running,
         )
-        layer._set_weights(alpha, slope)
+        layer.set_weights(alpha=alpha, slope=slope, var_offset=var_offset)
         return layer
 
     def as_origin(self) -> nn.Module:
@@ -149,14 +158,14 @@ class ExampleWeightedNorm(nn.Module):
 
     @alpha.setter
     def alpha(self, value: float | Tensor) -> None:
-        self._set_weights(value, self._slope)
+        self.set_weights(alpha=value)
 
     @property
     def slope(self) -> float | Tensor:
         """How much the weight depends on the distance of the example, in [-4, 4]; 0 for not at all.
 
         :attr:`alpha` is the weight of an example at distance 1; see
-        :func:`~bnpatch.core.moments.weight_by_distance`. Where alpha is 0 or 1, the slope changes nothing.
+        :class:`~bnpatch.core.moments.ExampleWeight`. Where alpha is 0 or 1, the slope changes nothing.
         Set a number or a tensor to learn it, as for :attr:`alpha`:
 
             >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1, slope=0.5)
@@ -170,18 +179,40 @@ class ExampleWeightedNorm(nn.Module):
 
     @slope.setter
     def slope(self, value: float | Tensor) -> None:
-        self._set_weights(self._alpha, value)
+        self.set_weights(slope=value)
 
-    def _set_weights(self, alpha: float | Tensor, slope: float | Tensor) -> None:
-        alpha = alpha if _is_learned(alpha) else _on_host(check_alpha(float(alpha)))
-        slope = slope if _is_learned(slope) else _on_host(check_slope(float(slope)))
-        number = None if _is_learned(alpha) else float(alpha)
-        self.__dict__["_alpha"], self.__dict__["_slope"] = alpha, slope
+    @property
+    def var_offset(self) -> float | Tensor:
+        """How much larger the weight of the example's variance is than that of its mean, in [-8, 8].
+
+        It is added to the logit of the weight, for the variance alone; see
+        :class:`~bnpatch.core.moments.ExampleWeight`. With 0, both have the same weight. Where alpha is 0 or
+        1, it changes nothing. Set a number or a tensor to learn it, as for :attr:`alpha`.
+        """
+        return _number_or_learned(self._var_offset)
+
+    @var_offset.setter
+    def var_offset(self, value: float | Tensor) -> None:
+        self.set_weights(var_offset=value)
+
+    @property
+    def example_weight(self) -> ExampleWeight:
+        """Alpha, slope and offset as one value."""
+        return ExampleWeight(self.alpha, self.slope, self.var_offset)
+
+    def set_weights(self, **weights: float | Tensor) -> None:
+        """Set some of ``alpha``, ``slope`` and ``var_offset``."""
+        for name, value in weights.items():
+            checked = value if _is_learned(value) else _on_host(check_weight(name, float(value)))
+            self.__dict__[f"_{name}"] = checked
+        number = None if _is_learned(self._alpha) else float(self._alpha)
+        is_end = number in (0, 1)  # no slope and no offset changes these weights
         self.__dict__["_is_baseline"] = number == self.baseline_alpha
-        self.__dict__["_is_constant"] = number in (0, 1) or not (_is_learned(slope) or float(slope))
+        self.__dict__["_is_constant"] = is_end or _is_zero(self._slope)
+        self.__dict__["_is_shared"] = is_end or _is_zero(self._var_offset)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("alpha", "slope", "running"):  # nn.Module would register a Parameter, past the property
+        if name in (*_WEIGHTS, "running"):  # nn.Module would register a Parameter, past the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -201,9 +232,14 @@ class ExampleWeightedNorm(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = {_FORMER_NAMES.get(name, name): value for name, value in state.items()}
-        if "_slope" not in state:  # a model that was pickled before there were slopes
-            state |= {"_slope": _on_host(0.0), "_is_constant": True}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A model that was pickled before there were slopes or offsets has none.
+        former = {
+            "_slope": _on_host(0.0),
+            "_is_constant": True,
+            "_var_offset": _on_host(0.0),
+            "_is_shared": True,
+        }
+        super().__setstate__(former | state)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExampleWeightedNorm":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -262,8 +298,11 @@ class ExampleWeightedNorm(nn.Module):
         if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
             y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
         else:
-            slope = 0.0 if self._is_constant or isinstance(alpha, float) else self._slope
-            y = weighted_norm(x, running, weight, bias, self.eps, alpha, self.channels_per_group, slope)
+            is_end = isinstance(alpha, float)
+            slope = 0.0 if self._is_constant or is_end else self._slope
+            offset = 0.0 if self._is_shared or is_end else self._var_offset
+            groups = self.channels_per_group
+            y = weighted_norm(x, running, weight, bias, self.eps, alpha, groups, slope, offset)
         return self.finish(y)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -307,14 +346,23 @@ class ExampleWeightedNorm(nn.Module):
         self.as_origin()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Show size, eps, alpha, slope if it is not 0, and the class that the layer had."""
-        alpha, slope = (w if isinstance(w, float) else "learned" for w in (self.alpha, self.slope))
-        slope = f", slope={slope}" if slope else ""
-        return f"{self.num_channels}, eps={self.eps}, alpha={alpha}{slope}, was {self.origin_class.__name__}"
+        """Show size, eps, alpha, slope and offset if they are not 0, and the class that the layer had."""
+        weights = {name: getattr(self, name) for name in _WEIGHTS}
+        shown = [
+            f"{name}={weight if isinstance(weight, float) else 'learned'}"
+            for name, weight in weights.items()
+            if name == "alpha" or isinstance(weight, Tensor) or weight
+        ]
+        shown = [f"{self.num_channels}", f"eps={self.eps}", *shown, f"was {self.origin_class.__name__}"]
+        return ", ".join(shown)
 
 
 def _is_learned(weight: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _is_zero(weight: Tensor) -> bool:
+    return not weight.requires_grad and float(weight) == 0
 
 
 def _number_or_learned(weight: Tensor) -> float | Tensor:

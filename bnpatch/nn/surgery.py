@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
+from bnpatch.core.errors import BnpatchError, check_weight
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, NormLayer, SkippedNorm
 from bnpatch.core.moments import Moments
 from bnpatch.core.text import counted
@@ -113,6 +113,11 @@ class TorchNormLayer:
         """How much the weight depends on the distance of the example; 0 if the layer is not patched."""
         return 0.0 if self.patched is None else _number(self.patched.slope)
 
+    @property
+    def var_offset(self) -> float:
+        """How much larger the variance's weight is than the mean's; 0 if the layer is not patched."""
+        return 0.0 if self.patched is None else _number(self.patched.var_offset)
+
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
         norm: Any = self.module
@@ -153,6 +158,7 @@ def patch(
     where: Callable[[TorchNormLayer], bool] = lambda norm_layer: True,
     include_1x1: bool | None = None,
     slope: float | Mapping[str, float] | None = None,
+    var_offset: float | Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
@@ -174,35 +180,36 @@ def patch(
         slope: how much the weight depends on the distance of the example, in [-4, 4], see
             :attr:`bnpatch.ExampleWeightedNorm.slope`: a number or a mapping, as for ``alpha``. Layers that it
             does not name keep their slope, which is 0 at first; None names none.
+        var_offset: how much larger the weight of the example's variance is than that of its mean, in [-8, 8],
+            see :attr:`bnpatch.ExampleWeightedNorm.var_offset`: a number or a mapping, as for ``slope``.
 
     Returns:
         The model; it is another object only if the model itself is a norm.
 
     Raises:
-        BnpatchError: there is no norm layer to patch, or ``alpha`` or ``slope`` names one that doesn't exist.
-        InvalidAlphaError: an alpha is not in [0, 1].
-        InvalidSlopeError: a slope is not in [-4, 4].
+        BnpatchError: there is no norm layer to patch, or a mapping names one that doesn't exist.
+        InvalidWeightError: a weight is out of its range.
     """
     found = inventory(model)
     norm_layers = [norm_layer for norm_layer in found.norm_layers if where(norm_layer)]
     if not norm_layers:
         raise BnpatchError(*_nothing_to_patch(found))
-    alphas = _by_name(alpha, norm_layers, found.skipped_norms, check_alpha)
-    slopes = _by_name({} if slope is None else slope, norm_layers, found.skipped_norms, check_slope)
+    weights: dict[str, dict[str, Any]] = {norm_layer.name: {} for norm_layer in norm_layers}
+    for kind, given in {"alpha": alpha, "slope": slope, "var_offset": var_offset}.items():
+        for name, value in _by_name(kind, {} if given is None else given, norm_layers, found).items():
+            weights[name][kind] = value
     swaps: dict[int, nn.Module] = {}
     for norm_layer in norm_layers:
         if (layer := norm_layer.patched) is not None:
-            layer.alpha = alphas.get(norm_layer.name, layer.alpha)
-            layer.slope = slopes.get(norm_layer.name, layer.slope)
+            layer.set_weights(**weights[norm_layer.name])
             if include_1x1 is not None:
                 layer.include_1x1 = include_1x1
         else:
             swaps[id(norm_layer.module)] = ExampleWeightedNorm.take_over(
                 norm_layer.module,
-                alphas.get(norm_layer.name, 0.0),
                 always_inference=CONVERTIBLE.get(_qualified_name(type(norm_layer.module)), True),
                 include_1x1=bool(include_1x1),
-                slope=slopes.get(norm_layer.name, 0.0),
+                **weights[norm_layer.name],
             )
     return swap(model, swaps)
 
@@ -324,22 +331,22 @@ def _why_not_unknown(module: nn.Module) -> str | None:
 
 
 def _by_name(
+    kind: str,
     weight: float | Mapping[str, float],
     norm_layers: list[TorchNormLayer],
-    skipped_norms: tuple[SkippedNorm, ...],
-    check: Callable[..., float],
+    found: Inventory[TorchNormLayer],
 ) -> dict[str, float]:
     if not isinstance(weight, Mapping):
-        return {norm_layer.name: check(float(weight)) for norm_layer in norm_layers}
+        return {norm_layer.name: check_weight(kind, float(weight)) for norm_layer in norm_layers}
     names = {
         name: norm_layer.name for norm_layer in norm_layers for name in (norm_layer.name, *norm_layer.aliases)
     }
     if unknown := [name for name in weight if name not in names]:
         remedy = f"its norm layers are {_enumerate(norm_layers)}"
-        if any(left.name == unknown[0] and left.is_uncalibrated for left in skipped_norms):
+        if any(left.name == unknown[0] and left.is_uncalibrated for left in found.skipped_norms):
             remedy = CALIBRATE
         raise BnpatchError(f"the model has no norm layer {unknown[0]!r}", remedy)
-    return {names[name]: check(float(value), name) for name, value in weight.items()}
+    return {names[name]: check_weight(kind, float(value), name) for name, value in weight.items()}
 
 
 def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:

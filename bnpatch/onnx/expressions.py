@@ -161,6 +161,10 @@ class Value:
         """Return the natural logarithm of each element."""
         return self._op("Log", self)
 
+    def exp(self) -> "Value":
+        """Return e to the power of each element."""
+        return self._op("Exp", self)
+
     def sigmoid(self) -> "Value":
         """Return ``1 / (1 + exp(-x))`` of each element."""
         return self._op("Sigmoid", self)

@@ -1,7 +1,7 @@
 """Three arrangements of the formula as ONNX nodes; ``docs/onnx-latency.md`` has their measured latencies.
 
-The first two are the same code, :func:`bnpatch.core.moments.mix` on values of the graph, applied to different
-inputs. The third simplifies the second for an alpha and a slope that are numbers:
+The first two are the same code, :func:`bnpatch.core.moments.mix_example` on values of the graph, applied to
+different inputs. The third simplifies the second for weights that are numbers:
 
 - *direct* works on the input x, with the running statistics (rm, rv) and eps.
 - *normalized* works on u = (x - rm) / sqrt(rv + eps), which a BatchNormalization node of scale 1 and bias 0
@@ -30,11 +30,13 @@ is alpha times its squared mean m_u:
     w = q_u - (alpha m_u) m_u + r,  s = (g / sqrt(alpha)) / sqrt(w),  y = u s + (b - (alpha m_u) s)
 
 This has a difference of squares, but q_u - alpha m_u^2 >= (1 - alpha) q_u, which is far above rounding unless
-alpha is near 1. For such an alpha, the normalized form is used.
+alpha is near 1. For such an alpha, the normalized form is used. If the variance has another weight, a, than
+the mean, b, then the scale of u is sqrt(a), r has a in place of alpha, and only the first of the two alphas
+in w changes: it becomes 1 - b (1 - b) / a, and has to keep away from 1 likewise.
 
 With a slope, the weight a of an example depends on the moments of u, so the scale of u has to be 1. The fused
-form then starts from the normalized coordinates and writes :func:`bnpatch.core.moments.weight_by_distance`
-for them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus what replaces eps,
+form then starts from the normalized coordinates and writes :class:`bnpatch.core.moments.ExampleWeight` for
+them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus what replaces eps,
 
     2 D = mean over channels of p + ln^2(t)
     a   = sigmoid(slope ln(2 D + 2e-4) + ln(alpha / (1 - alpha)) - slope ln 2)
@@ -42,7 +44,8 @@ for them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus wh
     s   = g / sqrt(w),  y = u s + (b - (a m) s)
 
 This adds 16 operators to the 8 on (N, C), 7 of them on (N, 1), and no pass over u. In onnxruntime the
-logarithm and the sigmoid are faster than a power.
+logarithm and the sigmoid are faster than a power. If the variance has another weight, that is a sigmoid, too,
+and w = (1 - a) + a t + b (1 - b) p.
 
 For half-precision input, moments and affine map are computed in float32 (squares of values above 256 overflow
 float16), and always by the direct form, because u could overflow where the running variance is tiny.
@@ -57,10 +60,10 @@ import onnx_ir as ir
 from bnpatch.core.moments import (
     LARGEST_DISTANCE,
     SMALLEST_DISTANCE,
+    ExampleWeight,
     Moments,
-    mix,
+    mix_example,
     pool,
-    weight_by_distance,
 )
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.inference import Array
@@ -68,20 +71,20 @@ from bnpatch.onnx.match import OnnxNormLayer
 
 Form = Literal["direct", "normalized", "fused"]
 
-#: Up to this alpha, the fused form keeps four digits more than rounding needs.
-_LARGEST_FUSED_ALPHA = 0.99
+#: Up to this factor of the squared mean, the fused form keeps four digits more than rounding needs.
+_LARGEST_FUSED_FACTOR = 0.99
 
 #: Operators into which a runtime can fuse a BatchNormalization that follows.
 _FUSING = ("Conv", "ConvTranspose", "Gemm")
 
 
-def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float | None) -> Form:
+def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], constant: ExampleWeight | None) -> Form:
     """Return the fastest of the forms that are accurate at this norm layer.
 
     Args:
         norm_layer: the norm layer.
         running: running mean and variance, each of shape (C,).
-        alpha: weight of the example; None if the weights or the moments are values of the graph.
+        constant: how much the example counts; None if that or the moments are values of the graph.
     """
     wide = norm_layer.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
     if not wide or not np.all(running.var + norm_layer.eps > 0):
@@ -90,19 +93,24 @@ def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float |
     fuses = producer is not None and producer.op_type in _FUSING and len(norm_layer.input.uses()) == 1
     if not fuses or norm_layer.input.is_graph_output():
         return "direct"
-    is_number = alpha is not None and 0 < alpha <= _LARGEST_FUSED_ALPHA
-    return "fused" if is_number and norm_layer.channels_per_group == 1 else "normalized"
+    can_fuse = constant is not None and constant.alpha > 0 and _factor(constant) <= _LARGEST_FUSED_FACTOR
+    return "fused" if can_fuse and norm_layer.channels_per_group == 1 else "normalized"
+
+
+def _factor(weight: ExampleWeight) -> float:
+    """Return what the fused form subtracts of the squared mean, without a slope."""
+    mean, var = ExampleWeight(weight.alpha, var_offset=weight.var_offset).at(None)
+    return float(mean.example if mean is var else 1 - mean.example * mean.rest / var.example)
 
 
 def append_norm(
     tape: Tape,
     norm_layer: OnnxNormLayer,
     running: Moments[Array],
-    alpha: float | ir.Value,
+    weight: ExampleWeight,
     form: Form | None = None,
     *,
     given: Moments[ir.Value] | None = None,
-    slope: float | ir.Value = 0.0,
 ) -> ir.Value:
     """Append the nodes that normalize by the mixture of example and running statistics (Eq. 3 of the paper).
 
@@ -110,31 +118,28 @@ def append_norm(
         tape: gets the nodes.
         norm_layer: the norm layer that the nodes replace.
         running: running mean and variance, each of shape (C,).
-        alpha: weight of the example, a number in [0, 1] or a scalar of the graph.
+        weight: how much the example counts, in numbers or in scalars of the graph. A slope or an offset that
+            is the number 0 appends nothing.
         form: see the module; :func:`best_form` by default.
         given: running mean and variance as float32 values of the graph, each of shape (C,), that replace
             ``running`` in the formula. The normalized form still uses ``running`` to compute u.
-        slope: how much the weight depends on the distance of the example, see
-            :func:`bnpatch.core.moments.weight_by_distance`: a number or a scalar of the graph. The number 0
-            appends nothing.
 
     Returns:
         The result, of the shape and type of the input of the norm layer.
     """
     compute = ir.DataType.DOUBLE if norm_layer.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    weights: tuple[Any, ...] = tuple(
-        Value(tape, w, ir.DataType.FLOAT).cast(compute) if isinstance(w, ir.Value) else w
-        for w in (alpha, slope)
+    parts = vars(weight).values()
+    constant = None if given or any(isinstance(part, ir.Value) for part in parts) else weight
+    weight = ExampleWeight(
+        *(Value(tape, w, ir.DataType.FLOAT).cast(compute) if isinstance(w, ir.Value) else w for w in parts)
     )
     running = _pooled_per_channel(running, norm_layer.channels_per_group)
-    constant = alpha if isinstance(alpha, float) and isinstance(slope, float) and given is None else None
     form = form or best_form(norm_layer, running, constant)
     if form == "fused":
         if constant is None or norm_layer.channels_per_group > 1:
             raise ValueError("the fused form is for constant weights and moments, and for single channels")
-        if weights[1]:
-            return _fused_with_slope(tape, norm_layer, running, *weights).value
-        return _fused(tape, norm_layer, running, constant).value
+        write = _fused_with_slope if constant.slope else _fused
+        return write(tape, norm_layer, running, constant).value
     eps: float | Array = norm_layer.eps
     used: Moments[Any] = running
     if given is not None:
@@ -148,7 +153,7 @@ def append_norm(
         )
     else:
         x = Value(tape, norm_layer.input, norm_layer.dtype).cast(compute)
-    return _weighted_norm(x, norm_layer, used, eps, weights, form).cast(norm_layer.dtype).value
+    return _weighted_norm(x, norm_layer, used, eps, weight, form).cast(norm_layer.dtype).value
 
 
 def append_batch_norm(
@@ -196,7 +201,7 @@ def append_by_batch(tape: Tape, norm_layer: OnnxNormLayer) -> tuple[ir.Value, Mo
         ignored = Moments(
             np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
         )  # alpha = 1 gives the running statistics the weight 0
-        return append_norm(tape, norm_layer, ignored, 1.0, "direct"), found
+        return append_norm(tape, norm_layer, ignored, ExampleWeight(1.0), "direct"), found
     columns = (-1, *(1,) * (len(norm_layer.dims) - 2))
     weight, bias = (
         np.broadcast_to(v, norm_layer.num_channels).reshape(columns)
@@ -217,27 +222,31 @@ def centred_moments(x: Value, axes: tuple[int, ...]) -> Moments[Value]:
     return Moments(mean, (centred * centred).mean(axes))
 
 
-def _fused(tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float) -> Value:
-    root = alpha**0.5
+def _fused(
+    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], example_weight: ExampleWeight
+) -> Value:
+    of_mean, of_var = example_weight.at(None)
+    root = of_var.example**0.5
     total = running.var + norm_layer.eps
     weight, bias, rest = (
         v.reshape(-1, *(1,) * (len(norm_layer.dims) - 2))
         for v in (
             norm_layer.weight / root,
             norm_layer.bias,
-            ((1 - alpha) * running.var + norm_layer.eps) / total,
+            (of_var.rest * running.var + norm_layer.eps) / total,
         )
     )
     u = Value(tape, _batch_norm(tape, norm_layer, running, root), norm_layer.dtype)
     mean, mean_square = _means(u, len(norm_layer.dims), blocked=_is_blocked(norm_layer))
-    part = mean * alpha
-    scale: Value = weight / (mean_square - part * mean + rest).sqrt()
-    return u * scale + (bias - part * scale)
+    scale: Value = weight / (mean_square - mean * _factor(example_weight) * mean + rest).sqrt()
+    y: Value = u * scale + (bias - mean * of_mean.example * scale)
+    return y
 
 
 def _fused_with_slope(
-    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], alpha: float, slope: float
+    tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], example_weight: ExampleWeight
 ) -> Value:
+    alpha, slope, offset = vars(example_weight).values()
     total = running.var + norm_layer.eps
     weight, bias, eps = (
         v.reshape(-1, *(1,) * (len(norm_layer.dims) - 2))
@@ -249,10 +258,17 @@ def _fused_with_slope(
     var = (mean_square - square).clamp_min_0() + eps
     log = var.log()
     twice = (square + log * log).mean(1).clip(0.0, 2 * LARGEST_DISTANCE) + 2 * SMALLEST_DISTANCE
-    share = (twice.log() * slope + (math.log(alpha / (1 - alpha)) - slope * math.log(2))).sigmoid()
+    logit = twice.log() * slope + (math.log(alpha / (1 - alpha)) - slope * math.log(2))
+    share = logit.sigmoid()
     rest: Value = 1.0 - share
-    scale: Value = weight / ((var + square * rest) * share + rest).sqrt()
-    return u * scale + (bias - mean * share * scale)
+    if offset:
+        of_var = (logit + offset).sigmoid()
+        total_var = var * of_var + (1.0 - of_var) + share * rest * square
+    else:
+        total_var = (var + square * rest) * share + rest
+    scale: Value = weight / total_var.sqrt()
+    y: Value = u * scale + (bias - mean * share * scale)
+    return y
 
 
 def _weighted_norm(
@@ -260,7 +276,7 @@ def _weighted_norm(
     norm_layer: OnnxNormLayer,
     running: Moments[Any],
     eps: float | Array,
-    alpha_and_slope: tuple[Any, Any],
+    weight: ExampleWeight,
     form: Form,
 ) -> Value:
     """Append Eq. 3 of the paper; running statistics and eps are per channel and equal within a group."""
@@ -288,8 +304,7 @@ def _weighted_norm(
     if isinstance(means, np.ndarray) and not means.any():
         means = 0.0  # a plain 0 needs no nodes
     mixed_in = Moments(means, variances)
-    alpha = weight_by_distance(*alpha_and_slope, example, mixed_in, epsilons)
-    moments = mix(alpha, example, mixed_in)
+    moments = mix_example(weight, example, mixed_in, epsilons).moments
     scale: Value = weights / (moments.var + epsilons).sqrt()
     shift: Value = biases - moments.mean * scale
     if per_group:

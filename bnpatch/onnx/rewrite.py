@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from bnpatch.core.errors import BnpatchError, check_alpha, check_slope
-from bnpatch.core.moments import Moments
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.errors import BnpatchError, check_weight
+from bnpatch.core.moments import ExampleWeight, Moments
+from bnpatch.core.patch import BESIDE_ALPHA, PatchWeights
 from bnpatch.onnx.expressions import Tape, Value
 from bnpatch.onnx.formulas import append_batch_norm, append_norm
 from bnpatch.onnx.inference import Array
@@ -41,15 +41,14 @@ class Rewritten:
 
     Attributes:
         patched: names of the norm layers that were rewritten.
-        alpha_inputs: by name of norm layer, the graph input for its alpha; empty if alphas are constants.
-        slope_inputs: the same for its slope; norm layers without a slope are missing.
+        weight_inputs: by kind of weight ("alpha", "slope", "var_offset") and by name of norm layer, the graph
+            input for it; empty if the weights are constants, or if no norm layer has this kind.
         running_inputs: by name of norm layer, the graph inputs for its running mean and variance; empty if
             they are constants.
     """
 
     patched: tuple[str, ...]
-    alpha_inputs: Mapping[str, str]
-    slope_inputs: Mapping[str, str]
+    weight_inputs: Mapping[str, Mapping[str, str]]
     running_inputs: Mapping[str, tuple[str, str]]
 
 
@@ -70,16 +69,16 @@ def rewrite(
 
     Args:
         model: the model.
-        weights: alphas and slopes. Norm layers without an alpha are kept as they are. Lambdas don't matter
-            here, because ``running`` has the statistics that they lead to.
+        weights: alphas, slopes and offsets. Norm layers without an alpha are kept as they are. Lambdas don't
+            matter here, because ``running`` has the statistics that they lead to.
         running: running mean and variance, each of shape (C,), that replace those in the model or that the
             model lacks (Group Norm).
         channels_per_group: the number of consecutive channels whose moments are pooled, for a Batch/Group
             Norm, which the model stores as Batch Norm.
         alpha_inputs: None writes the weights into the graph as constants, and keeps norm layers whose alpha
             is that of the baseline. ``"global"`` adds one graph input for all alphas, ``"per-site"`` one for
-            each norm layer. The inputs are float32 scalars with ``weights`` as defaults. Slopes become inputs
-            in the same way.
+            each norm layer. The inputs are float32 scalars with ``weights`` as defaults. Slopes and offsets
+            become inputs in the same way.
         running_inputs: also add graph inputs for the running statistics, float32 of shape (C,), with the
             moments above as defaults. A search uses them, because it changes the moments often.
         include_1x1: also rewrite norm layers whose input is known to have one value per example and channel,
@@ -91,15 +90,14 @@ def rewrite(
 
     Raises:
         BnpatchError: a name is no norm layer, a norm layer has no running statistics and none are given, or
-            the alphas or the slopes for a global input differ.
-        InvalidAlphaError: an alpha is not in [0, 1].
-        InvalidSlopeError: a slope is not in [-4, 4].
+            the weights for a global input differ.
+        InvalidWeightError: a weight is out of its range.
         ValueError: running statistics have another shape or are not finite.
     """
     found = _regrouped(inventory(model).norm_layers, channels_per_group or {})
-    alphas = _by_norm(weights.alphas, found, check_alpha)
-    slopes = _by_norm(weights.slopes, found, check_slope)
-    for kind, values in (("alpha", alphas), ("slope", slopes)):
+    numbers = {kind: _by_norm(kind, weights.of(kind), found) for kind in ("alpha", *BESIDE_ALPHA)}
+    alphas = numbers["alpha"]
+    for kind, values in numbers.items():
         if alpha_inputs == "global" and len(set(values.values())) > 1:
             raise BnpatchError(
                 f"one {kind} input for all norm layers has one default, but the {kind}s differ",
@@ -118,8 +116,10 @@ def rewrite(
     weighted = [norm_layer for norm_layer in chosen if uses[norm_layer.name] is _Use.WEIGHTED]
     _check_moments(chosen, moments)
     taken = _names(model)
-    alpha_values = _add_inputs(model.graph, "alpha", weighted, alphas, alpha_inputs, taken)
-    slope_values = _add_inputs(model.graph, "slope", weighted, slopes, alpha_inputs, taken)
+    inputs = {
+        kind: _add_inputs(model.graph, kind, weighted, values, alpha_inputs, taken)
+        for kind, values in numbers.items()
+    }
     given = _add_running_inputs(model.graph, chosen, moments, taken) if running_inputs else {}
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for norm_layer in chosen:
@@ -128,16 +128,16 @@ def rewrite(
         if uses[name] is _Use.MOVED:
             result = append_batch_norm(tape, norm_layer, moments[name], given.get(name))
         else:
-            alpha = alpha_values.get(name, alphas[name])
-            options = _options(given.get(name), alpha, slope_values.get(name, slopes.get(name, 0.0)))
+            used = {kind: inputs[kind].get(name, values.get(name, 0.0)) for kind, values in numbers.items()}
+            weight = ExampleWeight(used["alpha"]) if used["alpha"] in (0, 1) else ExampleWeight(**used)
             if norm_layer.may_have_single_values and not include_1x1:
-                alpha = _unless_single_values(tape, norm_layer, alpha)
-            result = append(tape, norm_layer, moments[name], alpha, **options)
+                weight = replace(weight, alpha=_unless_single_values(tape, norm_layer, weight.alpha))
+            options = {"given": given[name]} if name in given else {}
+            result = append(tape, norm_layer, moments[name], weight, **options)
         _replace(norm_layer, tape, result)
     return Rewritten(
         tuple(norm_layer.name for norm_layer in chosen),
-        {name: value.name or "" for name, value in alpha_values.items()},
-        {name: value.name or "" for name, value in slope_values.items()},
+        {kind: {name: v.name or "" for name, v in values.items()} for kind, values in inputs.items()},
         {name: (value.mean.name or "", value.var.name or "") for name, value in given.items()},
     )
 
@@ -156,23 +156,11 @@ def _use(norm_layer: OnnxNormLayer, constant: float | None, *, moves: bool, incl
     return _Use.WEIGHTED
 
 
-def _options(
-    given: Moments[ir.Value] | None, alpha: float | ir.Value, slope: float | ir.Value
-) -> dict[str, Any]:
-    """Return the arguments of ``append`` that are not at their defaults."""
-    options: dict[str, Any] = {} if given is None else {"given": given}
-    if slope != 0 and alpha not in (0, 1):  # no slope changes these weights
-        options["slope"] = slope
-    return options
-
-
 def _regrouped(found: Sequence[OnnxNormLayer], groups: Mapping[str, int]) -> list[OnnxNormLayer]:
     return [replace(n, channels_per_group=groups.get(n.module_name, n.channels_per_group)) for n in found]
 
 
-def _by_norm(
-    weights: Mapping[str, float], norm_layers: list[OnnxNormLayer], check: Callable[[float, str], float]
-) -> dict[str, float]:
+def _by_norm(kind: str, weights: Mapping[str, float], norm_layers: list[OnnxNormLayer]) -> dict[str, float]:
     known = {name for norm_layer in norm_layers for name in (norm_layer.name, norm_layer.module_name)}
     if unknown := [name for name in weights if name not in known]:
         some = ", ".join(norm_layer.name for norm_layer in norm_layers[:5])
@@ -182,7 +170,7 @@ def _by_norm(
             f"its norm layers are {some}{more}" if norm_layers else "it has none",
         )
     for name, weight in weights.items():
-        check(weight, name)
+        check_weight(kind, weight, name)
     by_norm = {n.name: weights.get(n.name, weights.get(n.module_name)) for n in norm_layers}
     return {name: float(weight) for name, weight in by_norm.items() if weight is not None}
 

@@ -24,7 +24,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bnpatch.core.io import atomic_path
-from bnpatch.core.moments import weight_at
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.text import visible
 from bnpatch.evaluation.confusion import ClassChange
@@ -215,20 +214,34 @@ def depth_chart(
 def distance_chart(weights: PatchWeights, name: str) -> Markup:
     """Draw the weight of an example against its distance, a line per norm layer whose slope is not 0.
 
+    Where the variance has another weight than the mean, that is a dotted line.
+
     Args:
         weights: the weights of a patch.
         name: see :func:`curve_chart`.
     """
     distance = np.geomspace(*_DISTANCES, 61)
-    slopes = weights.varying()
+    slopes = weights.in_effect("slope")
 
     def draw(axes: Axes) -> None:
         colours = palette()
         for each, slope in slopes.items():
-            alpha = weights.alphas[each]
-            tip = tip_id(f"{each}: alpha = {alpha:.3g} at distance 1, slope = {slope:.2f}")
-            weight = weight_at(distance, alpha, slope)
-            axes.plot(distance, weight, color=colours["data"], linewidth=1.5, alpha=0.6, gid=tip)
+            weight = weights.example_weight(each)
+            tip = f"{each}: alpha = {weight.alpha:.3g} at distance 1, slope = {slope:.2f}"
+            of_mean, of_var = weight.at(distance)
+            lines = [(of_mean, "-", tip)]
+            if weight.var_offset:
+                lines.append((of_var, ":", f"{tip}, of the variance with offset {weight.var_offset:.2f}"))
+            for share, line, text in lines:
+                axes.plot(
+                    distance,
+                    share.example,
+                    line,
+                    color=colours["data"],
+                    linewidth=1.5,
+                    alpha=0.6,
+                    gid=tip_id(text),
+                )
         axes.set_xscale("log")
         # Labels of a logarithmic axis are mathematics by default, which text in SVG can't show.
         axes.xaxis.set_major_formatter("{x:g}")

@@ -165,7 +165,7 @@ def _depth(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> list[Figu
         for number, (label, meaning, weights) in enumerate(_kept_weights(result))
         if len(set(weights.values())) > 1
     ]
-    if result.weights.varying():
+    if result.weights.in_effect("slope"):
         meaning = "the weight of an example by its distance from the running statistics, per norm layer"
         bars.append(Figure(meaning, distance_chart(result.weights, "distance")))
     return bars

@@ -135,12 +135,13 @@ def candidates(result: TuneResult) -> Table:
 
 
 def weights(result: TuneResult, shapes: Mapping[str, Sequence[int]]) -> Table:
-    """Make the table of the weights of each norm layer, with lambda and slope where they do something."""
+    """Make the table of the weights of each norm layer, with the others where they do something."""
     columns = {"alpha": {name: f"{alpha:.4g}" for name, alpha in result.weights.alphas.items()}}
     if any(result.weights.lambdas.values()):
         columns["lambda"] = {name: f"{weight:.3g}" for name, weight in result.weights.lambdas.items()}
-    if result.weights.varying():
-        columns["slope"] = {name: f"{slope:.3g}" for name, slope in result.weights.slopes.items()}
+    for kind, title in (("slope", "slope"), ("var_offset", "offset of the variance")):
+        if result.weights.in_effect(kind):
+            columns[title] = {name: f"{value:.3g}" for name, value in result.weights.of(kind).items()}
     if shapes:
         columns["feature map"] = {
             name: "x".join(map(str, shapes[name])) if name in shapes else "unknown"

@@ -1,6 +1,7 @@
 """The search for weights, and what unseen images say of them, in seven concepts.
 
-1. *Patch weights* (``core/patch.py``): alpha, lambda and slope of each norm layer. A search looks for these.
+1. *Patch weights* (``core/patch.py``): alpha, lambda, slope and offset of each norm layer. A search looks for
+   these.
 2. *Objective* (``objective``, ``label_free``): scores a model on examples, with labels or without, and gives
    the loss to learn by.
 3. *Score cache* (``score_cache``): scores the same weights on the same examples only once.

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from bnpatch.core.patch import PatchState, PatchWeights
+from bnpatch.core.patch import BESIDE_ALPHA, PatchState, PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.data.groups import shuffled
 from bnpatch.evaluation.metrics import Values
@@ -50,8 +50,8 @@ class CandidateSearch:
 
     The candidates, in order: one alpha for all norm layers; with recalibration, one lambda, then one alpha
     with that lambda; weights per stage or layer, learned by gradient where the model has gradients and found
-    by coordinate search where not, without and with slopes; and the best of these, refined by the metric
-    itself.
+    by coordinate search where not, without and with slopes (with a weight of the variance of its own where
+    they are learned); and the best of these, refined by the metric itself.
 
     Attributes:
         tuning: indices of the examples that the search scores.
@@ -127,8 +127,7 @@ class CandidateSearch:
         Raises:
             KeyboardInterrupt: the user interrupted before any candidate was found.
         """
-        zeros = dict.fromkeys(self._baseline_alphas, 0.0)
-        found = {"baseline": PatchWeights(dict(self._baseline_alphas), zeros, zeros)}
+        found = {"baseline": PatchWeights.baseline(self._baseline_alphas)}
         try:
             for cost, find in self._ways(found)[: self.plan.reach]:
                 with self._progress.part(cost):
@@ -186,7 +185,7 @@ class CandidateSearch:
         if not self.budget.is_over():
             study.remember(
                 key,
-                {n: [dict(w.alphas), dict(w.lambdas), dict(w.slopes)] for n, w in candidates.items()},
+                {n: [dict(values) for _, values in w.kinds()] for n, w in candidates.items()},
             )
         return candidates
 
@@ -350,8 +349,7 @@ class CandidateSearch:
 
 def _digest(weights: PatchWeights) -> str:
     values = [dict(weights.alphas), dict(weights.lambdas)]
-    if any(weights.slopes.values()):
-        values.append(dict(weights.slopes))
+    values += [dict(weights.of(kind)) for kind in BESIDE_ALPHA if any(weights.of(kind).values())]
     return _hash(json.dumps(values, sort_keys=True).encode())
 
 

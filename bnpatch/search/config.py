@@ -35,7 +35,8 @@ class SearchConfig:
         recalibrate: also search for lambda, the weight of the statistics re-estimated on ``calib_data``; None
             for True where the granularity is "auto".
         slopes: let the weights per layer or stage depend on how far an example is from the running
-            statistics, see :func:`~bnpatch.core.moments.weight_by_distance`.
+            statistics, and let the variance have another than the mean, see
+            :class:`~bnpatch.core.moments.ExampleWeight`.
         trials: maximum number of trials in each global search.
         max_passes: maximum number of passes over the tuning examples in each global search; 2 of them score
             the baseline and the best trial. It does not limit label-free metrics on fewer than a thousand

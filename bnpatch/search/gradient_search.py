@@ -19,8 +19,8 @@ from bnpatch.nn.norm import ExampleWeightedNorm
 #: Learning starts at least this far from 0 and 1, because nearer the gradient of the logit vanishes.
 _MARGIN = 0.01
 
-# A learned slope stays between minus and plus this: it is a hyperbolic tangent of its parameter.
-_STEEPEST = 3.0
+# A learned slope or offset stays between minus and plus this: it is a hyperbolic tangent of its parameter.
+_LARGEST = {"slope": 3.0, "var_offset": 8.0}
 
 # After how many scores without a gain learning ends.
 _PATIENCE = 2
@@ -84,13 +84,8 @@ class NoGradientError(Exception):
     """The loss has no gradient with respect to the weights."""
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The norm layers whose weights are learned: names of groups, which share a weight, by name of layer."""
-
-    alphas: Mapping[str, str]
-    lambdas: Mapping[str, str]
-    slopes: Mapping[str, str]
+#: By kind of weight, the norm layers where it is learned: names of groups, which share it, by name of layer.
+Groups = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -149,11 +144,14 @@ class Learner:
             rate: the learning rate at the beginning.
         """
         self._problem, self._start, self._groups = problem, start.weights, start.groups
-        weights, groups, device = start.weights, start.groups, problem.model.device
-        self._alphas = _parameters(groups.alphas, weights.alphas, _logit, device)
-        self._lambdas = _parameters(groups.lambdas, weights.lambdas, _logit, device)
-        self._slopes = _parameters(groups.slopes, weights.slopes, _inverse_bounded, device)
-        self._parameters = [*self._alphas.values(), *self._lambdas.values(), *self._slopes.values()]
+        self._by_kind = {
+            kind: _parameters(kind, groups, start.weights, problem.model.device)
+            for kind, groups in start.groups.items()
+        }
+        with torch.no_grad():
+            for group, parameter in self._by_kind.get("var_offset", {}).items():
+                parameter += self._by_kind["alpha"][group]
+        self._parameters = [parameter for kind in self._by_kind.values() for parameter in kind.values()]
         self._portions = portions(problem.indices, problem.batch_size, problem.seed)
         self.steps = 0
         if self._parameters:
@@ -180,17 +178,26 @@ class Learner:
                     break
                 self._step()
         found = self.weights()
-        values = (*found.alphas.values(), *found.lambdas.values(), *found.slopes.values())
-        return None if any(map(math.isnan, values)) else found
+        is_finite = not any(math.isnan(value) for _, values in found.kinds() for value in values.values())
+        return found if is_finite else None
 
     def weights(self) -> PatchWeights:
         """Return the present weights."""
-        start = self._start
-        return PatchWeights(
-            {**start.alphas, **_numbers(self._groups.alphas, self._alphas, torch.sigmoid)},
-            {**start.lambdas, **_numbers(self._groups.lambdas, self._lambdas, torch.sigmoid)},
-            {**start.slopes, **_numbers(self._groups.slopes, self._slopes, _bounded)},
-        )
+        learned = {
+            f"{kind}s": _numbers(kind, group_of, self._of(kind)) for kind, group_of in self._groups.items()
+        }
+        return self._start.updated(PatchWeights(**learned))
+
+    def _of(self, kind: str) -> Mapping[str, Tensor]:
+        """Return the parameters of one kind by name of group.
+
+        An offset is learned as the logit of the variance's weight, which alpha must be learned with. That is
+        better than learning the difference, whose gradient is only a part of alpha's.
+        """
+        parameters = self._by_kind[kind]
+        if kind != "var_offset":
+            return parameters
+        return {group: logit - self._by_kind["alpha"][group] for group, logit in parameters.items()}
 
     def _step(self) -> None:
         problem = self._problem
@@ -207,16 +214,18 @@ class Learner:
 
     def _set_learned(self) -> None:
         """Let the norm layers compute with the parameters, so that gradients flow to them."""
-        model, groups = self._problem.model, self._groups
+        model, by_kind = self._problem.model, {kind: self._of(kind) for kind in self._groups}
         for norm_layer in model.inventory().norm_layers:
             name, layer = norm_layer.name, norm_layer.module
             assert isinstance(layer, ExampleWeightedNorm)  # patched when the weights were set
-            if name in groups.alphas:
-                layer.alpha = torch.sigmoid(self._alphas[groups.alphas[name]])
-            if name in groups.slopes:
-                layer.slope = _bounded(self._slopes[groups.slopes[name]])
-            if name in groups.lambdas:
-                weight = torch.sigmoid(self._lambdas[groups.lambdas[name]])
+            learned = {
+                kind: _as_weight(kind, by_kind[kind][group_of[name]])
+                for kind, group_of in self._groups.items()
+                if name in group_of
+            }
+            weight = learned.pop("lambda", None)
+            layer.set_weights(**learned)
+            if weight is not None:
                 layer.running = mix(weight, model.re_estimated(norm_layer), model.source(norm_layer))
 
 
@@ -293,39 +302,34 @@ def _add_gradients(
 
 
 def _parameters(
-    groups: Mapping[str, str],
-    start: Mapping[str, float],
-    inverse: Callable[[float], float],
-    device: torch.device,
+    kind: str, groups: Mapping[str, str], start: PatchWeights, device: torch.device
 ) -> dict[str, Tensor]:
     """Make one parameter per group, which starts at the weight of the group's last norm layer."""
-    values = {group: inverse(start.get(name, 0.0)) for name, group in groups.items()}
+    values = {group: _as_parameter(kind, start.of(kind).get(name, 0.0)) for name, group in groups.items()}
     return {group: torch.tensor(v, device=device, requires_grad=True) for group, v in values.items()}
 
 
-def _numbers(
-    groups: Mapping[str, str], parameters: Mapping[str, Tensor], as_weight: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
+def _numbers(kind: str, groups: Mapping[str, str], parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the weight of each norm layer, with one wait for the device."""
     if not groups:
         return {}
     stacked = torch.stack([parameters[group].detach() for group in groups.values()])
-    return dict(zip(groups, as_weight(stacked).tolist(), strict=True))
+    return dict(zip(groups, _as_weight(kind, stacked).tolist(), strict=True))
 
 
-def _logit(weight: float) -> float:
+def _as_weight(kind: str, parameter: Tensor) -> Tensor:
+    """Return the weight that a parameter stands for."""
+    if kind not in _LARGEST:
+        return torch.sigmoid(parameter)
+    return _LARGEST[kind] * torch.tanh(parameter / _LARGEST[kind])
+
+
+def _as_parameter(kind: str, weight: float) -> float:
+    """Return the parameter that stands for a weight."""
+    if kind in _LARGEST:
+        return _LARGEST[kind] * math.atanh(max(-0.99, min(0.99, weight / _LARGEST[kind])))
     weight = min(max(weight, _MARGIN), 1 - _MARGIN)
     return math.log(weight / (1 - weight))
-
-
-def _bounded(parameter: Tensor) -> Tensor:
-    """Return the slope that a parameter stands for."""
-    return _STEEPEST * torch.tanh(parameter / _STEEPEST)
-
-
-def _inverse_bounded(slope: float) -> float:
-    """Return the parameter that stands for a slope."""
-    return _STEEPEST * math.atanh(max(-0.99, min(0.99, slope / _STEEPEST)))
 
 
 @contextmanager

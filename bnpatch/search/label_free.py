@@ -10,14 +10,14 @@ predicting one class for everything. *Alignment* and *EvalNorm* do not use the p
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
-from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+from bnpatch.core.moments import ExampleWeight, Moments, mix_example, pool
 from bnpatch.core.text import counted
 
 # Temperature and number of iterations of self-labels. Labels to score weights by are balanced to a few
@@ -36,17 +36,16 @@ class Seen:
     Attributes:
         logits: outputs, (N, K).
         moments: moments of each example at the input of each norm layer, (N, C), by name of norm layer.
-        alphas: the weight of the example by name of norm layer; a number or a 0-dim tensor.
+        weights: how much the example counts, by name of norm layer, in numbers or 0-dim tensors; not at all
+            where it is missing.
         running: running statistics (C,) in use, by name of norm layer, where they are not those of the
             checkpoint.
-        slopes: how much the weight depends on the distance of the example, as for ``alphas``.
     """
 
     logits: Tensor
     moments: Mapping[str, Moments[Tensor]]
-    alphas: Mapping[str, float | Tensor]
+    weights: Mapping[str, ExampleWeight]
     running: Mapping[str, Moments[Tensor]]
-    slopes: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 LabelFreeLoss = Callable[[Seen, Mapping[str, NormFacts]], Tensor]
@@ -172,8 +171,7 @@ def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     for name, example in seen.moments.items():
         eps = norm_layers[name].eps
         running = seen.running.get(name, norm_layers[name].source)
-        weights = seen.alphas.get(name, 0.0), seen.slopes.get(name, 0.0)
-        used = mix(weight_by_distance(*weights, example, running, eps), example, running)
+        used = mix_example(seen.weights.get(name, ExampleWeight(0.0)), example, running, eps).moments
         batch = pool(example, axes=0)
         here, there = torch.rsqrt(used.var + eps), torch.rsqrt(batch.var + eps)
         a, b = here - there, batch.mean * there - used.mean * here

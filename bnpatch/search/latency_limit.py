@@ -170,7 +170,7 @@ def trade_off(
         The points, the baseline first.
     """
     baseline_alphas, sign = model.baseline_alphas(), metric.sign
-    baseline = PatchWeights(baseline_alphas, dict.fromkeys(baseline_alphas, 0.0))
+    baseline = PatchWeights.baseline(baseline_alphas)
     weighted = [name for name, alpha in weights.alphas.items() if alpha != baseline_alphas[name]]
     whole, costs = scores(weights), norm_costs(model)
 
@@ -190,7 +190,7 @@ def trade_off(
     ]
     scored = [(member, if_finite(partial(scores, member))) for member in family if member != baseline]
     usable = [(member, after) for member, after in scored if after is not None]
-    model.set_state(model.state.with_weights(PatchWeights(slopes=weights.slopes)))
+    model.set_state(model.state.with_weights(replace(weights, alphas={}, lambdas={})))
     latencies = measure(model, [{}, *(member.alphas for member, _ in usable)], seconds=seconds)
     before = scores(baseline)
     points = [Point(baseline, 0, 0.0, 0.0, latencies[0])]

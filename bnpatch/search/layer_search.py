@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from bnpatch.core.errors import NotEnoughMemoryError
-from bnpatch.core.moments import Moments, weight_by_distance
-from bnpatch.core.patch import PatchWeights
+from bnpatch.core.moments import Moments, mix_example
+from bnpatch.core.patch import BESIDE_ALPHA, PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
 from bnpatch.evaluation.metrics import Values
@@ -151,14 +151,14 @@ class LayerSearch:
         some passes, so those without lambdas are left out if lambdas are learned.
         """
         baseline, re_estimated = found["baseline"], self._cache.base.re_estimated
-        alphas_alone = Groups(groups, {}, {})
-        both = Groups(groups, {name: groups.get(name, name) for name in re_estimated}, {})
+        alphas_alone: Groups = {"alpha": groups}
+        both: Groups = {"alpha": groups, "lambda": {name: groups.get(name, name) for name in re_estimated}}
 
         def start(ends: tuple[float, float], weight: float | None) -> Start:
             alphas = {**baseline.alphas, **self._falling(groups, ends)}
             lambdas = {**baseline.lambdas, **dict.fromkeys(re_estimated, weight or 0.0)}
             learned = alphas_alone if weight is None else both
-            return Start(PatchWeights(alphas, lambdas, baseline.slopes), learned)
+            return Start(replace(baseline, alphas=alphas, lambdas=lambdas), learned)
 
         best = found.get("lambda, alpha", found["alpha"])
         starts = [Start(best, both if any(best.lambdas.values()) else alphas_alone)]
@@ -201,23 +201,29 @@ class LayerSearch:
     def _by_gradient(
         self, found: Mapping[str, PatchWeights], groups: Mapping[str, str], per: str
     ) -> dict[str, PatchWeights]:
-        """Learn weights from several starts; without slopes, a norm layer gets its mean weight."""
+        """Learn weights from several starts; without slopes, a norm layer gets its mean weight.
+
+        With slopes, the variance's weight is learned apart from the mean's.
+        """
         if self._with_gradients is None:
             raise NoGradientError
         starts = self._promising(self._starts(found, groups), found["baseline"])
         if self._plan.slopes:
-            slopes = {name: group for name, group in groups.items() if self._baseline_alphas[name] == 0}
-            starts = [replace(s, groups=replace(s.groups, slopes=slopes)) for s in starts]
+            beside = {name: group for name, group in groups.items() if self._baseline_alphas[name] == 0}
+            starts = [replace(s, groups={**s.groups, **dict.fromkeys(BESIDE_ALPHA, beside)}) for s in starts]
         learned = self._learn(self._with_gradients, starts)
         if learned is None:
             return {}
-        constant, varying = _names(per, bool(learned.start.groups.lambdas))
+        constant, varying = _names(per, "lambda" in learned.start.groups)
         if not self._plan.slopes:
             return {constant: learned.weights}
         return {constant: self._without_slopes(learned.weights, groups), varying: learned.weights}
 
     def _without_slopes(self, weights: PatchWeights, groups: Mapping[str, str]) -> PatchWeights:
-        """Give each norm layer the mean of the weights that some examples have there; a group shares one."""
+        """Give each norm layer the mean of the weights that some examples have there; a group shares one.
+
+        Offsets stay.
+        """
         self._model.set_state(self._cache.base.with_weights(weights))
         batch = next(self._examples.batches(_OBSERVED_EXAMPLES, self._indices[:_OBSERVED_EXAMPLES]))
         with self._model.evaluating():
@@ -229,10 +235,8 @@ class LayerSearch:
             if slope and name in seen:
                 here = running.get(name, facts[name].source)
                 parts = Moments(*(torch.as_tensor(p, dtype=torch.float32) for p in (here.mean, here.var)))
-                alpha = weights.alphas[name]
-                used[name] = float(
-                    weight_by_distance(alpha, slope, seen[name], parts, facts[name].eps).mean()
-                )
+                weight = weights.example_weight(name)
+                used[name] = float(mix_example(weight, seen[name], parts, facts[name].eps).weight.mean())
         shared: dict[str, list[float]] = {}
         for name, group in groups.items():
             shared.setdefault(group, []).append(used[name])

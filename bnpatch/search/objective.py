@@ -214,8 +214,7 @@ def seen_by(model: Model[Any], logits: Tensor, moments: Mapping[str, Moments[Ten
         name: Moments(*(torch.as_tensor(part, dtype=torch.float32) for part in (m.mean, m.var)))
         for name, m in model.statistics_in_use().items()
     }
-    alphas, slopes = model.weights_in_use()
-    return Seen(logits, moments, alphas, running, slopes)
+    return Seen(logits, moments, model.weights_in_use(), running)
 
 
 #: Metrics that need no labels, and the weakness of each.

@@ -103,7 +103,7 @@ class ScoreCache:
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
         """
-        key = tuple(tuple(part.values()) for part in (weights.alphas, weights.lambdas, weights.slopes))
+        key = tuple(tuple(part.values()) for _, part in weights.kinds())
         missing = [block for block in blocks if (key, block) not in self._known]
         if missing and self.objective.set_size == 1:  # in one go, because small batches are slow
             scores = self.of(np.concatenate([self.blocks[block] for block in missing]), weights, label)

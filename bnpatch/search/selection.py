@@ -193,6 +193,4 @@ def toward(start: PatchWeights, end: PatchWeights, part: float) -> PatchWeights:
     def between(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
         return {name: a.get(name, 0.0) + part * (weight - a.get(name, 0.0)) for name, weight in b.items()}
 
-    return PatchWeights(
-        between(start.alphas, end.alphas), between(start.lambdas, end.lambdas), slopes=end.slopes
-    )
+    return replace(end, alphas=between(start.alphas, end.alphas), lambdas=between(start.lambdas, end.lambdas))

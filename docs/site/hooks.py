@@ -18,7 +18,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from typer.cli import get_docs_for_click
 
-from bnpatch.core.moments import Moments, mix, weight_by_distance
+from bnpatch.core.moments import ExampleWeight, Moments, mix
 from bnpatch_cli.app import app
 
 plt.switch_backend("Agg")
@@ -126,13 +126,11 @@ def alpha():
 
 
 def slope():
-    """Draw the weight of an image against its distance, as `weight_by_distance` computes it."""
+    """Draw the weight of an image against its distance, as `ExampleWeight` computes it."""
     figure, axes = plt.subplots(figsize=(7, 2.8))
     distance = np.geomspace(0.01, 100, 200)
-    running = Moments(np.zeros(1), np.ones(1))
-    examples = Moments(np.sqrt(2 * distance)[:, None], np.ones((200, 1)))
     for value, color in ((0.0, GRAY), (0.5, BLUE), (1.0, ORANGE)):
-        weights = np.broadcast_to(weight_by_distance(0.2, value, examples, running, eps=0.0), (200, 1))
+        weights = np.broadcast_to(ExampleWeight(0.2, value).at(distance)[0].example, 200)
         axes.semilogx(distance, weights, color=color, label=f"slope = {value:g}")
     axes.set(xlabel="distance D of the image from the running statistics", ylabel="its weight", ylim=(0, 1))
     axes.legend(frameon=False, title="alpha = 0.2")

@@ -34,14 +34,15 @@ ALPHA = 0.1
 MODELS = {"test_resnet": 160, "mobilenet_v2": 224, "resnet50": 224}
 
 
-def textbook(tape: Tape, norm_layer: OnnxNormLayer, running, alpha) -> ir.Value:
+def textbook(tape: Tape, norm_layer: OnnxNormLayer, running, example_weight) -> ir.Value:
     """Variance in two passes, then subtract, divide, multiply, add, each over the whole tensor."""
     x = Value(tape, norm_layer.input, norm_layer.dtype)
     weight, bias, mean, var = columns(
         norm_layer, norm_layer.weight, norm_layer.bias, running.mean, running.var
     )
     center = x.mean((2, 3))
-    moments = mix(alpha, Moments(center, ((x - center) * (x - center)).mean((2, 3))), Moments(mean, var))
+    example = Moments(center, ((x - center) * (x - center)).mean((2, 3)))
+    moments = mix(example_weight.alpha, example, Moments(mean, var))
     return ((x - moments.mean) * (1.0 / (moments.var + norm_layer.eps).sqrt()) * weight + bias).value
 
 
@@ -87,13 +88,13 @@ def resized_planes(u: Value, scale: Value, shift: Value, norm_layer: OnnxNormLay
 def on_normalized(statistics_of: Callable, apply: Callable) -> Append:
     """The normalized form, with other operators for the statistics or for the affine map."""
 
-    def append(tape: Tape, norm_layer: OnnxNormLayer, running, alpha) -> ir.Value:
+    def append(tape: Tape, norm_layer: OnnxNormLayer, running, example_weight) -> ir.Value:
         u = normalized(tape, norm_layer)
         total = running.var + norm_layer.eps
         weight, bias, var, eps = columns(
             norm_layer, norm_layer.weight, norm_layer.bias, running.var / total, norm_layer.eps / total
         )
-        moments = mix(alpha, statistics_of(u, norm_layer), Moments(0.0, var))
+        moments = mix(example_weight.alpha, statistics_of(u, norm_layer), Moments(0.0, var))
         scale = weight / (moments.var + eps).sqrt()
         return apply(u, scale, bias - moments.mean * scale, norm_layer).value
 

@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnpatch.core.moments import Moments, mix, pool, weight_by_distance
+from bnpatch.core.moments import ExampleWeight, Moments, mix, mix_example, pool
 from tests import reference
 from tests.reference import weighted_moments
 
@@ -68,16 +70,17 @@ def test_pool_keeps_the_axes():
 
 
 @fixed
-@given(st.floats(1e-6, 1 - 1e-6), st.floats(-4, 4), st.floats(-2, 2), st.integers(0, 2**31))
-def test_the_weight_by_distance_is_a_sigmoid(alpha, slope, scale, seed):
+@given(st.floats(1e-6, 1 - 1e-6), st.floats(-4, 4), st.floats(-8, 8), st.floats(-2, 2), st.integers(0, 2**31))
+def test_weights_by_distance_are_sigmoids(alpha, slope, offset, scale, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(1, 10**scale, (2, 3, 7))
     mean, var = rng.normal(size=3), rng.random(3) + 0.1
     running = Moments(mean[:, None], var[:, None])
-    found = weight_by_distance(alpha, np.array(slope), of(x, axis=-1), running, 1e-3)
-    assert found.shape == (2, 1, 1)
-    expected = [reference.weight_by_distance(one, mean, var, 1e-3, alpha, slope) for one in x]
-    np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-10)  # powers of fifteen digits
+    found = mix_example(ExampleWeight(alpha, np.array(slope), offset), of(x, axis=-1), running, 1e-3)
+    expected = [reference.weights(one, mean, var, 1e-3, alpha, 1, slope, offset) for one in x]
+    for part, share in zip((found.weight, found.var_weight), zip(*expected, strict=True), strict=True):
+        assert part.shape == (2, 1, 1)
+        np.testing.assert_allclose(part[:, 0, 0], share, rtol=1e-10)  # powers of fifteen digits
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -93,12 +96,21 @@ def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype
     example.var[:, 0] = running.var[0] = running.var[1] = 0
     alphas = np.concatenate([[0, 1], rng.random(1000), 10.0 ** -rng.uniform(0, 30, 1000)]).astype(dtype)
     alphas = alphas[:, None, None]
-    for slope in (-4.0, -0.5, 0.0, 0.5, 4.0):
-        found = weight_by_distance(alphas, np.array(slope, dtype), example, running, eps)
-        assert found.shape == (len(alphas), 3, 1)
-        assert found.dtype == dtype
-        assert ((found >= 0) & (found <= 1)).all()  # and not NaN
-        assert (found[0] == 0).all()
-        assert (found[1] == 1).all()
-        if slope == 0:
-            assert (found == alphas).all()
+    for slope, offset in itertools.product((-4.0, -0.5, 0.0, 0.5, 4.0), (-8.0, 0.0, 8.0)):
+        weight = ExampleWeight(alphas, *(np.array(value, dtype) for value in (slope, offset)))
+        mixed = mix_example(weight, example, running, eps)
+        for found, is_alpha in ((mixed.weight, slope == 0), (mixed.var_weight, slope == offset == 0)):
+            found = np.broadcast_to(found, (len(alphas), 3, 1))
+            assert found.dtype == dtype
+            assert ((found >= 0) & (found <= 1)).all()  # and not NaN
+            assert (found[0] == 0).all()
+            assert (found[1] == 1).all()
+            if is_alpha:
+                assert (found == alphas).all()
+        assert (mixed.moments.var >= 0).all()
+
+
+def test_an_offset_of_zero_is_not_computed(monkeypatch):
+    monkeypatch.setattr("bnpatch.core.moments._exp", None)
+    mean, var = ExampleWeight(0.3, 1.0, 0.0).at(np.array([2.0]))
+    assert mean is var

@@ -26,16 +26,18 @@ def test_round_trip(tmp_path):
     assert RECIPE.alphas == {"bn1": 0.02, "bn2": 0.0}
 
 
-def test_slopes_make_a_recipe_of_format_2(tmp_path):
-    """Without slopes it stays one that earlier versions read."""
+@pytest.mark.parametrize(("kind", "number"), [("slope", 2), ("var_offset", 3)])
+def test_slopes_and_offsets_make_a_recipe_of_a_newer_format(tmp_path, kind, number):
+    """Without them it stays one that earlier versions read."""
     assert RECIPE.to_json()["format"] == 1
-    assert "slope" not in RECIPE.to_json()["sites"][0]
-    sloped = Recipe((NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", slope=-0.5), RECIPE.norm_layers[1]))
-    assert sloped.to_json()["format"] == 2
-    sloped.save(tmp_path / "recipe.json")
+    assert kind not in RECIPE.to_json()["sites"][0]
+    first = NormRecipe("bn1", "BatchNorm2d", 0.02, "aa", **{kind: -0.5})
+    newer = Recipe((first, RECIPE.norm_layers[1]))
+    assert newer.to_json()["format"] == number
+    newer.save(tmp_path / "recipe.json")
     read = Recipe.load(tmp_path / "recipe.json")
-    assert read == sloped
-    assert read.state.weights.slopes == {"bn1": -0.5, "bn2": 0.0}
+    assert read == newer
+    assert read.state.weights.of(kind) == {"bn1": -0.5, "bn2": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_refuses_another_model_and_names_the_site(norm_layers, message):
                     "sites": [{"name": "a", "kind": "b", "alpha": 2, "fingerprint": ""}],
                 }
             ),
-            r"norm layer 'a' has alpha = 2; alpha must lie in \[0, 1\]",
+            r"alpha = 2 at 'a' is out of range; it must lie in \[0, 1\]",
         ),
     ],
 )
@@ -107,7 +109,7 @@ def recipe_of(*sites, provenance="{}"):
 def test_refuses_recipes_of_other_kinds_of_values(tmp_path, text):
     path = tmp_path / "recipe.json"
     path.write_text(text)
-    with pytest.raises(BnpatchError, match=r"is not a recipe|damaged recipe|alpha must lie in \[0, 1\]"):
+    with pytest.raises(BnpatchError, match=r"is not a recipe|damaged recipe|must lie in \[0, 1\]"):
         Recipe.load(path)
     path.write_text(recipe_of(json.dumps(GOOD)))
     assert Recipe.load(path).alphas == {"a": 0.1}
@@ -199,7 +201,7 @@ def test_moments_round_trip_exactly(tmp_path):
     ("change", "message"),
     [
         ({"lambda": 0.5}, "damaged recipe .*lambda.* without target"),
-        ({"lambda": 1.5, "target": "good"}, r"lambda = 1.5; lambda must lie in \[0, 1\]"),
+        ({"lambda": 1.5, "target": "good"}, r"lambda = 1.5 at 'a' is out of range; it must lie in \[0, 1\]"),
         ({"lambda": "0.5", "target": "good"}, "lambda of 'a' is '0.5'"),
         ({"lambda": 0.5, "target": "infinite"}, "damaged recipe .*means or variances that are not"),
         ({"lambda": 0.5, "target": "negative"}, "damaged recipe .*means or variances that are not"),
@@ -207,7 +209,9 @@ def test_moments_round_trip_exactly(tmp_path):
         ({"calibrated": {"mean": "AAAA", "var": "AAAA"}}, "damaged recipe"),
         ({"calibrated": {"mean": "!"}}, "damaged recipe"),
         ({"calibrated": {}}, "damaged recipe"),
-        ({"slope": 4.5}, r"slope = 4.5; slope must lie in \[-4, 4\]"),
+        ({"slope": 4.5}, r"slope = 4.5 at 'a' is out of range; it must lie in \[-4, 4\]"),
+        ({"var_offset": -8.5}, r"var_offset = -8.5 at 'a' is out of range; it must lie in \[-8, 8\]"),
+        ({"var_offset": True}, "var_offset of 'a' is True"),
         ({"slope": "0.5"}, "slope of 'a' is '0.5'"),
         ({"gamma": 1}, "damaged recipe .*a norm layer has 'gamma'"),
     ],

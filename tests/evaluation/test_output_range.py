@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.data.sources import open_examples
 from bnpatch.evaluation.output_range import OutputRange, inference_bound, output_ranges, training_bound
 from bnpatch.models.load import load
@@ -86,13 +86,17 @@ def test_leaves_no_trace(module):
     assert not any(m._forward_pre_hooks or isinstance(m, ExampleWeightedNorm) for m in module.modules())
 
 
-def test_with_a_slope_the_bound_is_that_of_the_smallest_weight(module):
-    patch(module, 0.2, slope=1.0)
+@pytest.mark.parametrize("offset", [0.0, -2.0, 2.0])
+def test_with_a_slope_the_bound_is_that_of_the_smallest_weight(module, offset):
+    patch(module, 0.2, slope=1.0, var_offset=offset)
     with_slope = ranges(module, batch_size=2)[0]
     norm = module[1]
     x = module[0](torch.cat([X]))
-    weights, _ = mixture(x, Moments(norm.running_mean, norm.as_origin().running_var), norm.eps, 0.2, 1, 1.0)
-    assert with_slope.inference_bound == pytest.approx(math.sqrt(36 / weights.min().item() - 1), rel=1e-5)
+    running = Moments(norm.running_mean, norm.as_origin().running_var)
+    used = mixture(x, running, norm.eps, ExampleWeight(0.2, 1.0, offset))
+    of_mean, of_var = (weight.min().item() for weight in (used.weight, used.var_weight))
+    assert (of_mean == of_var) is (offset == 0)
+    assert with_slope.inference_bound == pytest.approx(math.sqrt(35 / of_var + 1 / of_mean - 1), rel=1e-5)
     assert with_slope.observed == pytest.approx(by_hand(norm, x), rel=1e-5)
     assert with_slope.observed <= with_slope.inference_bound
 

@@ -9,15 +9,15 @@ from tests.nn.norms import LAYOUTS, Sizes, batch_norm, parameters, running, samp
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("start", "slope"), [(0.0, 0.0), (0.0, 0.7), (0.3, 0.0), (0.3, -0.7)])
-def test_gradients_reach_alpha_slope_weights_and_input(layout, start, slope):
+@pytest.mark.parametrize("start", [(0.0, 0.0, 0.0), (0.0, 0.7, 1.0), (0.3, 0.0, 0.0), (0.3, -0.7, -1.0)])
+def test_gradients_reach_alpha_slope_offset_weights_and_input(layout, start):
     x = sample((2, 4, 3, 2), layout=layout).requires_grad_()
     mean, var, weight, bias = parameters(4)
-    weights = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (start, slope))
+    weights = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in start)
     inputs = (x, weight.requires_grad_(), bias.requires_grad_(), *weights)
 
-    def f(x, weight, bias, alpha, slope):
-        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha, slope=slope)
+    def f(x, weight, bias, alpha, *others):
+        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha, 1, *others)
 
     assert torch.autograd.gradcheck(f, inputs)
 
@@ -38,22 +38,23 @@ def test_alpha_may_be_a_parameter_that_somebody_else_holds():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("start", "slope"), [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)])
+@pytest.mark.parametrize("start", [(0.0, 0.0, 0.0), (0.3, 0.0, 0.0), (0.3, 0.7, 1.0)])
 @pytest.mark.parametrize("channels_per_group", [1, 2])
-def test_gradients_reach_running_moments_alpha_and_slope(layout, start, slope, channels_per_group):
+def test_gradients_reach_running_moments_and_weights(layout, start, channels_per_group):
     x = sample((2, 4, 3, 2), layout=layout)
     moments = running(4)
-    alpha, slope = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (start, slope))
+    weights = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in start]
     layer = ExampleWeightedNorm.take_over(
         batch_norm(4, dtype=torch.float64), channels_per_group=channels_per_group
     )
 
-    def f(mean, var, alpha, slope):
-        layer.alpha, layer.slope, layer.running = alpha, slope, Moments(mean, var)
+    def f(mean, var, alpha, slope, offset):
+        layer.alpha, layer.slope, layer.var_offset = alpha, slope, offset
+        layer.running = Moments(mean, var)
         return layer(x)
 
     moments = (moments.mean.requires_grad_(), moments.var.requires_grad_())
-    assert torch.autograd.gradcheck(f, (*moments, alpha, slope))
+    assert torch.autograd.gradcheck(f, (*moments, *weights))
 
 
 def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_is_weighed():
@@ -68,14 +69,15 @@ def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_
         assert moments.var.grad.abs().min() > 0
 
 
-def test_a_learned_slope_learns_from_zero_and_may_belong_to_somebody_else():
-    slope = nn.Parameter(torch.tensor(0.0))
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2, slope=slope)
+@pytest.mark.parametrize("kind", ["slope", "var_offset"])
+def test_a_learned_slope_or_offset_learns_from_zero_and_may_belong_to_somebody_else(kind):
+    weight = nn.Parameter(torch.tensor(0.0))
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2, **{kind: weight})
     x = sample((2, 6, 4, 4), torch.float32)
     layer(x).square().sum().backward()
-    assert layer.slope is slope
-    assert slope.grad != 0
-    assert "slope" not in layer.state_dict()
+    assert getattr(layer, kind) is weight
+    assert weight.grad != 0
+    assert kind not in layer.state_dict()
     constant = ExampleWeightedNorm.take_over(batch_norm(6), 0.2)(x)
     torch.testing.assert_close(layer(x), constant, rtol=1e-6, atol=1e-6)  # alpha is rounded to float32
 

@@ -9,9 +9,10 @@ from tests import reference
 from tests.onnx.build import PARAMETERS, batch_norm, check, from_proto, model, parameters
 
 
-def rewritten(proto, alphas, slopes=(), **options):
+def rewritten(proto, alphas, slopes=(), var_offsets=(), **options):
     graph = from_proto(proto)
-    result = rewrite(graph, PatchWeights(alphas, slopes=dict(slopes)), **options)
+    weights = PatchWeights(alphas, slopes=dict(slopes), var_offsets=dict(var_offsets))
+    result = rewrite(graph, weights, **options)
     return check(graph), result
 
 

@@ -36,18 +36,18 @@ def newest_opset():
     raise AssertionError("no opset runs")
 
 
-def patched(proto, alpha, append=append_norm, slope=0.0, **options):
+def patched(proto, alpha, append=append_norm, slope=0.0, offset=0.0, **options):
     graph = from_proto(proto)
     names = [norm_layer.name for norm_layer in inventory(graph).norm_layers]
-    slopes = dict.fromkeys(names, slope) if slope else {}
-    rewrite(graph, PatchWeights(dict.fromkeys(names, alpha), slopes=slopes), append=append, **options)
+    alphas, slopes, offsets = (dict.fromkeys(names, value) for value in (alpha, slope, offset))
+    rewrite(graph, PatchWeights(alphas, slopes=slopes, var_offsets=offsets), append=append, **options)
     return check(graph)
 
 
-def expected(x, alpha, dtype=np.float32, slope=0.0):
+def expected(x, alpha, dtype=np.float32, slope=0.0, offset=0.0):
     arrays = parameters(x.shape[1], dtype)
     order = (arrays[f"bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
-    return oracle(x, *order, 1e-5, alpha, slope=slope)
+    return oracle(x, *order, 1e-5, alpha, slope=slope, var_offset=offset)
 
 
 def largest(a, b):
@@ -59,34 +59,36 @@ TYPES = [(np.float16, "direct"), *itertools.product([np.float32, np.float64], FO
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "alpha", "slope"),
-    pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0], [0.0, 0.7, -1.5]),
+    ("kind", "shape", "alpha", "slope", "offset"),
+    pairwise(TYPES, SHAPES, [0.01, 0.3, 0.99, 1.0], [0.0, 0.7, -1.5], [0.0, 2.0, -2.0]),
 )
-def test_types_ranks_and_weights(kind, shape, alpha, slope):
+def test_types_ranks_and_weights(kind, shape, alpha, slope, offset):
     dtype, form = kind
     x = example(*shape, dtype=dtype)
-    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form], slope), x)
+    y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form], slope, offset), x)
     assert y.dtype == dtype
-    assert largest(y, expected(x, alpha, dtype, slope)) < TOLERANCE[dtype]
+    assert largest(y, expected(x, alpha, dtype, slope, offset)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])
 @pytest.mark.parametrize("form", FORMS)
 def test_opsets(opset, form):
     x = example(3, 6, 5, 4)
-    for slope in (0.0, 0.7):
-        proto = patched(bn_model(opset=opset), 0.3, FORMS[form], slope)
+    for slope, offset in ((0.0, 0.0), (0.7, 1.5)):
+        proto = patched(bn_model(opset=opset), 0.3, FORMS[form], slope, offset)
         assert proto.opset_import[0].version == opset
-        assert largest(run(proto, x), expected(x, 0.3, slope=slope)) < 1e-5  # float32
+        assert largest(run(proto, x), expected(x, 0.3, slope=slope, offset=offset)) < 1e-5  # float32
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4, 1.0])
-@pytest.mark.parametrize("slope", [0.0, 0.7])
-def test_the_torch_layer(alpha, slope):
+@pytest.mark.parametrize(("slope", "offset"), [(0.0, 0.0), (0.7, 0.0), (0.7, -1.5)])
+def test_the_torch_layer(alpha, slope, offset):
     x, arrays = example(3, 6, 5, 4), {n: torch.tensor(v) for n, v in parameters().items()}
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    y = weighted_norm(torch.tensor(x), running, arrays["bn.weight"], arrays["bn.bias"], 1e-5, alpha, 1, slope)
-    assert largest(run(patched(bn_model(), alpha, slope=slope), x), y.numpy()) < 1e-5  # float32
+    affine, weights = (arrays["bn.weight"], arrays["bn.bias"]), (alpha, 1, slope, offset)
+    y = weighted_norm(torch.tensor(x), running, *affine, 1e-5, *weights)
+    found = run(patched(bn_model(), alpha, slope=slope, offset=offset), x)
+    assert largest(found, y.numpy()) < 1e-5  # float32
 
 
 @pytest.mark.parametrize(
@@ -100,10 +102,10 @@ def test_groups(groups, shape, form):
     proto = model([node], {n: arrays[n] for n in ("bn.weight", "bn.bias")}, x=("n", *shape[1:]), opset=21)
     x = example(*shape)
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    for alpha, slope in ((0.0, 0.0), (0.3, 0.0), (0.3, 0.7)):
-        y = run(patched(proto, alpha, FORMS[form], slope, running={"bn": running}), x)
+    for alpha, slope, offset in ((0.0, 0.0, 0.0), (0.3, 0.0, 0.0), (0.3, 0.7, 0.0), (0.3, 0.7, 1.5)):
+        y = run(patched(proto, alpha, FORMS[form], slope, offset, running={"bn": running}), x)
         args = (running.mean, running.var, arrays["bn.weight"], arrays["bn.bias"])
-        assert largest(y, oracle(x, *args, 1e-3, alpha, 6 // groups, slope)) < 1e-5  # float32
+        assert largest(y, oracle(x, *args, 1e-3, alpha, 6 // groups, slope, offset)) < 1e-5  # float32
 
 
 def test_other_running_moments_than_the_models_own():

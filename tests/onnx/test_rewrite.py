@@ -98,20 +98,23 @@ def test_a_patched_model_is_not_patched_twice():
 
 
 @pytest.mark.parametrize("conv", [True, False])
-def test_a_slope_reads_the_activation_as_often_as_a_constant_alpha(conv):
-    """Only operators on (N, C) and (N, 1) are added; none for a slope of 0, or at an alpha of 0 or 1."""
+def test_slope_and_offset_read_the_activation_as_often_as_a_constant_alpha(conv):
+    """Only operators on (N, C) and (N, 1) are added; none for numbers of 0, or at an alpha of 0 or 1."""
     plain, _ = rewritten(bn_model(conv=conv), {"bn": 0.2})
     sloped, _ = rewritten(bn_model(conv=conv), {"bn": 0.2}, slopes={"bn": 0.5})
+    apart, _ = rewritten(bn_model(conv=conv), {"bn": 0.2}, slopes={"bn": 0.5}, var_offsets={"bn": 1.0})
+    constant, _ = rewritten(bn_model(conv=conv), {"bn": 0.2}, var_offsets={"bn": 1.0})
     sizes = []
-    for proto in (plain, sloped):
+    for proto in (plain, sloped, apart, constant):
         values = onnx.shape_inference.infer_shapes(proto).graph.value_info
         wide = {v.name for v in values if [d.dim_value for d in v.type.tensor_type.shape.dim][2:] == [5, 4]}
         wide |= {"x"}
         sizes.append(sum(name in wide for node in proto.graph.node for name in node.input))
-    assert sizes[0] == sizes[1] > 0
-    assert len(sloped.graph.node) > len(plain.graph.node)
-    for alpha, slope in ((0.2, 0.0), (1.0, 0.5)):
-        result, _ = rewritten(bn_model(conv=conv), {"bn": alpha}, slopes={"bn": slope})
+    assert len(set(sizes)) == 1
+    assert sizes[0] > 0
+    assert len(apart.graph.node) > len(sloped.graph.node) > len(plain.graph.node)
+    for alpha, slope, offset in ((0.2, 0.0, 0.0), (1.0, 0.5, 1.0)):
+        result, _ = rewritten(bn_model(conv=conv), {"bn": alpha}, {"bn": slope}, {"bn": offset})
         without, _ = rewritten(bn_model(conv=conv), {"bn": alpha})
         assert result.SerializeToString(deterministic=True) == without.SerializeToString(deterministic=True)
 
@@ -150,7 +153,7 @@ def test_wrong_arguments():
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="must lie in"):
             rewritten(proto, {"bn": alpha})
-    with pytest.raises(BnpatchError, match=r"slope = 5.0 at 'bn' is too steep; it must lie in \[-4, 4\]"):
+    with pytest.raises(BnpatchError, match=r"slope = 5.0 at 'bn' is out of range; it must lie in \[-4, 4\]"):
         rewritten(proto, {"bn": 0.1}, slopes={"bn": 5.0})
     with pytest.raises(BnpatchError, match=r"slopes differ; .* per-site"):
         rewritten(proto, {"bn": 0.1, "bn2": 0.1}, slopes={"bn": 0.1, "bn2": 0.2}, alpha_inputs="global")

@@ -110,12 +110,20 @@ def test_lazy(w):
     return lambda: bnpatch.patch(module, 0.1), follow
 
 
-@case("alpha = 2.0 is not a weight", r"must lie in \[0, 1\]")
+@case("alpha = 2.0 is out of range", r"must lie in \[0, 1\]")
 def test_too_much_weight(w):
     return lambda: bnpatch.patch(net(), 2), lambda _: [bnpatch.patch(net(), alpha) for alpha in (0, 1)]
 
 
-@case("slope = 9.0 .*is too steep", r"must lie in \[-4, 4\]")
+@case("var_offset = 9.0 at 'bn' is out of range", r"must lie in \[-8, 8\]")
+def too_far_apart(w):
+    return (
+        lambda: bnpatch.patch(net(), 0.1, var_offset={"bn": 9}),
+        lambda _: [bnpatch.patch(net(), 0.1, var_offset=offset) for offset in (-8, 8)],
+    )
+
+
+@case("slope = 9.0 .*is out of range", r"must lie in \[-4, 4\]")
 def test_too_steep(w):
     return (
         lambda: bnpatch.patch(net(), 0.1, slope=9),

@@ -159,6 +159,13 @@ def test_the_weight_against_the_distance_has_a_line_per_slope():
     assert not any("$" in text for text in texts)
 
 
+def test_a_weight_of_the_variance_of_its_own_has_a_dotted_line():
+    chart = distance_chart(PatchWeights({"a": 0.2}, slopes={"a": 0.5}, var_offsets={"a": 2.0}), "d")
+    of_mean, of_var = lines(chart, "data")
+    assert all(var[1] < mean[1] for mean, var in zip(of_mean, of_var, strict=True))  # heights from the top
+    assert any("offset 2.00" in tip for tip in tips(chart))
+
+
 def point(norm_layers, gain, ratio):
     latency = Latency(ratio, ratio, 0.95 * ratio, 1.05 * ratio, 8, 9)
     weights = PatchWeights({str(index): 0.1 for index in range(norm_layers)})

@@ -14,7 +14,7 @@ from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.nn.functional import mixture
 from bnpatch.search.config import Plan
 from bnpatch.search.coordinate_search import TRIED_SLOPES
-from bnpatch.search.gradient_search import Groups, Start
+from bnpatch.search.gradient_search import Start
 from bnpatch.search.layer_search import LayerSearch
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache, blocks_of
@@ -168,13 +168,13 @@ def test_learning_starts_at_several_places(tiny, recalibrate):
     starts = starts_of(tiny, nothing, recalibrate=recalibrate)
     ramp = {name: pytest.approx(alpha) for name, alpha in zip(names, (0.8, 0.425, 0.05), strict=True)}
     assert [start.weights.alphas for start in starts[:2]] == [dict.fromkeys(names, 0.01), ramp]
-    assert not any(start.groups.lambdas for start in starts[:2])
+    assert not any(start.groups.get("lambda") for start in starts[:2])
     assert [set(start.weights.lambdas.values()) for start in starts[2:]] == [{0.5}, {1.0}][: 2 * recalibrate]
-    assert all(start.groups.lambdas for start in starts[2:])
+    assert all(start.groups.get("lambda") for start in starts[2:])
     both = PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.7), zeros)
     first, *others = starts_of(tiny, nothing | {"lambda, alpha": both})
     assert first.weights == both
-    assert first.groups.lambdas
+    assert first.groups.get("lambda")
     assert len(others) == 4
 
 
@@ -189,7 +189,7 @@ def test_starts_without_lambdas_are_left_out_where_each_costs_passes(
     nothing = dict.fromkeys(("baseline", "alpha", "lambda, alpha"), PatchWeights(zeros, zeros, zeros))
     starts = starts_of(tiny, nothing, recalibrate=recalibrate, set_size=set_size, few=few)
     assert len(starts) == number
-    assert all(start.groups.lambdas for start in starts) == (number == 2 and recalibrate)
+    assert all(start.groups.get("lambda") for start in starts) == (number == 2 and recalibrate)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_learning_does_not_start_where_the_baseline_is_better(costs, set_size, k
     search = LayerSearch.__new__(LayerSearch)
     search._objective, search._keep = SimpleNamespace(set_size=set_size), None
     search._selection = SimpleNamespace(cost=cost, at_once_worse=at_once_worse)
-    starts = [Start(weights, Groups({}, {}, {})) for weights in others]
+    starts = [Start(weights, {}) for weights in others]
     assert search._promising(starts, baseline) == [starts[number] for number in kept]
     assert max(scored, default=0) < 8 or min(costs) > 8  # what few examples refute is not scored on all
 
@@ -228,24 +228,25 @@ def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
     examples = bnpatch.open_examples((images, np.zeros(64, int)), tiny)
     names = list(tiny.alphas())
     zeros = dict.fromkeys(names, 0.0)
-    weights = PatchWeights(dict.fromkeys(names, 0.2), zeros, zeros | {names[0]: 1.0})
+    offsets = zeros | {names[0]: -2.0}
+    weights = PatchWeights(dict.fromkeys(names, 0.2), zeros, zeros | {names[0]: 1.0}, offsets)
     search = LayerSearch.__new__(LayerSearch)
     search._model, search._examples, search._indices = tiny, examples, np.arange(64)
     search._cache, search._budget = SimpleNamespace(base=tiny.state), Budget(None)
     found = search._without_slopes(weights, {name: name for name in names})
     tiny.set_weights(weights)
-    layer, used = tiny.module[1], []
+    layer, used, weight = tiny.module[1], [], weights.example_weight(names[0])
     with torch.inference_mode():
         x = next(examples.batches(64)).x
         layer.register_forward_pre_hook(
             lambda layer, args: used.append(
-                mixture(args[0], Moments(*layer.parameters_of_norm()[2:]), layer.eps, 0.2, 1, 1.0)[0]
+                mixture(args[0], Moments(*layer.parameters_of_norm()[2:]), layer.eps, weight).weight
             )
         )
         tiny.predict(x)
     assert found.alphas[names[0]] == pytest.approx(used[0].mean().item(), rel=1e-4)
     assert found.alphas[names[0]] != pytest.approx(0.2, rel=0.01)
-    assert (found.alphas[names[1]], found.slopes) == (0.2, zeros)
+    assert (found.alphas[names[1]], found.slopes, found.var_offsets) == (0.2, zeros, offsets)
 
 
 def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx, dim):

@@ -13,7 +13,6 @@ from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search.gradient_search import (
     STEP_COST,
     Course,
-    Groups,
     Learner,
     NoGradientError,
     Problem,
@@ -21,6 +20,7 @@ from bnpatch.search.gradient_search import (
     learn,
 )
 from bnpatch.search.objective import ObjectiveSpec
+from tests.search.tiny import MeanOfUnknownScale
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def task(tiny, dim):
     examples = bnpatch.open_examples(dim, model)
     names = list(model.alphas())
     zeros = dict.fromkeys(names, 0.0)
-    return model, examples, PatchWeights(zeros, zeros, zeros), names
+    return model, examples, PatchWeights(zeros, zeros, zeros, zeros), names
 
 
 def loss(model, batches):
@@ -47,7 +47,8 @@ def cost_on(model, examples, indices):
 
 
 def all_of(names):
-    return Groups({name: name for name in names}, {}, {name: name for name in names})
+    by_name = {name: name for name in names}
+    return dict.fromkeys(("alpha", "slope", "var_offset"), by_name)
 
 
 def test_gains_on_examples_that_it_does_not_learn_from(task):
@@ -60,6 +61,7 @@ def test_gains_on_examples_that_it_does_not_learn_from(task):
         assert cost(found) < 0.6 * before
     assert len(set(found.alphas.values())) == 3
     assert len(set(found.slopes.values()) - {0.0}) == 3
+    assert len(set(found.var_offsets.values()) - {0.0}) == 3
     assert found.lambdas == start.lambdas
     assert model.alphas() == start.alphas  # borrowed
     assert all(parameter.requires_grad for parameter in model.module.parameters())
@@ -77,8 +79,25 @@ def test_norm_layers_of_a_group_share_their_weight(task):
     with model.borrowed():
         problem = Problem(model, examples, np.arange(100), opposed, model.state, 16, 16)
         start = PatchWeights(dict.fromkeys(names, 0.5), start.lambdas, start.slopes)
-        found = Learner(problem, Start(start, Groups(groups, {}, {})), 4, 0.4).advance(4).alphas
+        found = Learner(problem, Start(start, {"alpha": groups}), 4, 0.4).advance(4).alphas
     assert found[names[0]] == found[names[2]] < 0.5 < found[names[1]]
+
+
+def test_the_variance_learns_a_weight_that_the_mean_must_not_have():
+    """By construction, see the model: with one weight for both, a gain in one is a loss in the other."""
+    module = MeanOfUnknownScale().eval()
+    model, (x, labels) = bnpatch.load(module), module.examples(128)
+    examples = bnpatch.open_examples((x, labels), model)
+    start, cost = PatchWeights({"norm": 0.05}), cost_on(model, examples, np.arange(128))
+    costs = {}
+    for kinds in (("alpha",), ("alpha", "var_offset")):
+        with model.borrowed():
+            problem = Problem(model, examples, np.arange(128), loss, model.state, 128, 128)
+            groups = {kind: {"norm": "norm"} for kind in kinds}
+            found = Learner(problem, Start(start, groups), 60, 0.4).advance(60)
+            costs[kinds] = cost(found)
+    assert found.var_offsets["norm"] > 2
+    assert costs["alpha", "var_offset"] < 0.5 * costs["alpha",]
 
 
 def test_the_best_of_several_starts_goes_on(task):
@@ -168,14 +187,13 @@ def test_examples_at_a_time_change_the_memory_and_not_the_result(task, metric, m
         for part_size in (20, 100):
             sizes.clear()
             problem = Problem(model, examples, np.arange(200), objective.loss, model.state, 100, part_size)
-            found[part_size] = Learner(
-                problem, Start(start, Groups(by_name, by_name, by_name)), 3, 0.4
-            ).advance(3)
+            groups = {kind: by_name for kind, _ in start.kinds()}
+            found[part_size] = Learner(problem, Start(start, groups), 3, 0.4).advance(3)
             assert max(sizes) == part_size
-    for kind in ("alphas", "lambdas", "slopes"):
-        some, others = (list(getattr(weights, kind).values()) for weights in found.values())
+    for kind, before in start.kinds():
+        some, others = (list(weights.of(kind).values()) for weights in found.values())
         np.testing.assert_allclose(some, others, rtol=1e-3, atol=1e-4)
-        assert some != list(getattr(start, kind).values())
+        assert some != list(before.values())
 
 
 def test_half_precision_has_the_range_of_gradients(checkpoint, foggy):

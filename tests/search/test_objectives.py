@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import NormFacts
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.nn.functional import example_moments, weighted_norm
 from bnpatch.search.label_free import (
     Seen,
@@ -23,9 +23,9 @@ from bnpatch.search.label_free import (
 )
 
 
-def seen(logits=None, moments=None, alphas=None, running=None):
+def seen(logits=None, moments=None, weights=None, running=None):
     logits = torch.zeros(4, 3) if logits is None else logits
-    return Seen(logits, moments or {}, alphas or {}, running or {})
+    return Seen(logits, moments or {}, weights or {}, running or {})
 
 
 def test_entropy_is_that_of_the_predictions():
@@ -115,7 +115,11 @@ def test_evalnorm_is_the_squared_difference_of_outputs():
     here = weighted_norm(x, running, None, None, 1e-5, 0.3)
     there = F.batch_norm(x, None, None, training=True, eps=1e-5)
     value = evalnorm(
-        seen(moments={"site": example_moments(x)}, alphas={"site": 0.3}, running={"site": running}),
+        seen(
+            moments={"site": example_moments(x)},
+            weights={"site": ExampleWeight(0.3)},
+            running={"site": running},
+        ),
         {"site": NormFacts(running, 1e-5)},
     )
     assert value.item() == pytest.approx((here - there).square().mean().item(), rel=1e-9)

@@ -70,6 +70,32 @@ class Opposites(nn.Module):
         return (bright + shape + rng.normal(0, 0.2, shape.shape)).astype(np.float32), labels
 
 
+class MeanOfUnknownScale(nn.Module):
+    """One norm, whose output should keep the mean of an input and lose its scale; takes inputs (N, 1, 4, 4).
+
+    The class is the sign of the mean. Every input is multiplied by a number of its own, so the answers are
+    equally sure only if the variance is the example's own. If the mean was that, too, there would be nothing
+    to see.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.pretrained_cfg = {"input_size": (1, 4, 4), "mean": (0.0,), "std": (1.0,)}
+
+    def forward(self, x):
+        evidence = 4 * self.norm(x).mean((1, 2, 3))
+        return torch.stack([-evidence, evidence], 1)
+
+    def examples(self, count):
+        """Inputs, and classes 0 and 1."""
+        labels = np.arange(count) % 2
+        scales = np.geomspace(0.1, 4, count)[np.random.default_rng(0).permutation(count)]
+        pattern = np.tile([[1.0, -1.0], [-1.0, 1.0]], (2, 2))
+        x = scales[:, None, None, None] * ((labels - 0.5)[:, None, None, None] + pattern)
+        return x.astype(np.float32), labels
+
+
 def _with_head(layers, x, labels):
     features = nn.Sequential(*layers, nn.Flatten())
     with torch.inference_mode():
