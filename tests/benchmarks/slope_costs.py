@@ -1,11 +1,12 @@
-"""What a slope costs, against a constant alpha at the same norm layers.
+"""What a slope costs, and a slope with an offset, against a constant alpha at the same norm layers.
 
     python -m tests.benchmarks.slope_costs [--rounds 30] [--models resnet50,mobilenet_v2] [--batches 1,16]
 
 Models with random weights, 224 x 224 images, every norm layer at alpha = 0.1, one thread. The unpatched
-model, the constant alpha and the slope take turns in each round, in random order. A turn is a run that warms
-the caches and two that count, by the fastest. The time is that of the processor, which other programs on the
-machine hardly disturb. A cell has the median of the ratios within a round, and the ratio of the fastest runs.
+model, the constant alpha, the slope and both take turns in each round, in random order. A turn is a run that
+warms the caches and two that count, by the fastest. The time is that of the processor, which other programs
+on the machine hardly disturb. A cell has the median of the ratios within a round, and the ratio of the
+fastest runs.
 """
 
 import argparse
@@ -23,17 +24,18 @@ from bnpatch.core.patch import PatchWeights
 from bnpatch.models.export import patched_graph
 from bnpatch.onnx.runtime import open_session
 
-ALPHA, SLOPE = 0.1, 0.5
+ALPHA, SLOPE, OFFSET = 0.1, 0.5, 1.0
 
 
 def settings(model):
     names = list(model.alphas())
     alphas = dict.fromkeys(names, ALPHA)
-    zeros = dict.fromkeys(names, 0.0)
+    zeros, slopes, offsets = (dict.fromkeys(names, value) for value in (0.0, SLOPE, OFFSET))
     return [
-        PatchWeights(zeros, slopes=zeros),
-        PatchWeights(alphas, slopes=zeros),
-        PatchWeights(alphas, slopes=dict.fromkeys(names, SLOPE)),
+        PatchWeights(zeros, slopes=zeros, var_offsets=zeros),
+        PatchWeights(alphas, slopes=zeros, var_offsets=zeros),
+        PatchWeights(alphas, slopes=slopes, var_offsets=zeros),
+        PatchWeights(alphas, slopes=slopes, var_offsets=offsets),
     ]
 
 
@@ -80,7 +82,7 @@ def report(title, turns, rounds, rng):
         median = np.median(times[:, index] / times[:, base])
         return f"{median:.3f}x / {fastest[index] / fastest[base]:.3f}x"
 
-    cells = [f"{1000 * fastest[0]:.1f} ms", ratio(1, 0), ratio(2, 0), ratio(2, 1)]
+    cells = [f"{1000 * fastest[0]:.1f} ms", ratio(1, 0), ratio(2, 0), ratio(2, 1), ratio(3, 1)]
     print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -93,8 +95,9 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    print("| model | engine | batch | unpatched | alpha | slope | slope against alpha |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["model", "engine", "batch", "unpatched", "alpha", "slope", "slope against alpha"]
+    print("| " + " | ".join([*columns, "slope and offset against alpha"]) + " |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.models.split(","):
         model = load(getattr(torchvision.models, name)())
         with tempfile.TemporaryDirectory() as folder:
