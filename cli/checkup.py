@@ -61,7 +61,7 @@ def print_report(report: Report, train_batch_size: int | None) -> None:
         for fit in sorted(checkup.fits, key=lambda fit: fit.distance)
     ]
     table(["preprocessing", "mean", "std", "distance"], rows)
-    put("(the order of the channels, RGB or BGR, does not show in this; a wrong size raises all distances)")
+    put("(what hardly shows: the order of the channels, the crop, and the size within a factor of two)")
     if says := checkup.warning():
         put(f"\n{says}")
     put(f"\n{checkup.common_share:.0%} of the deviation from training is common to all images")

@@ -176,8 +176,8 @@ def check_up(
         model = bnpatch.load("model.pt")
         print(check_up(model, bnpatch.open_examples("val/", model, labels="optional")).outlook())
 
-    The order of the channels (RGB or BGR) hardly shows there, nor does the crop. A size that is far from that
-    of training looks like a shift.
+    The order of the channels (RGB or BGR) hardly shows there, nor do the crop and the size. A size that is
+    far from that of training may look like a shift.
 
     Args:
         model: the model; it is left as it was.
