@@ -18,6 +18,8 @@ from bnpatch.core.errors import BnpatchError
 LIBRARIES = ("torchvision", "timm")
 
 # Name of tensors that architectures have and old checkpoints lack.
+#: How the names of the tensors of a classifier begin in timm, where it has one layer.
+HEADS = ("fc.", "classifier.", "head.", "head.fc.")
 _OPTIONAL = "num_batches_tracked"
 
 # MobileNets as TensorFlow computes them, which timm has under no name: padding, and eps of the Batch Norm.
@@ -122,7 +124,8 @@ def identify(
     """
     if not state_dict:
         raise BnpatchError(f"{file_name or 'the checkpoint'} has no weights", "save a state dict")
-    groups = (_named(hint), _named_by_file(file_name), _by_tensor_names(state_dict))
+    by_names = [*_by_tensor_names(state_dict), *names_without_head(state_dict)]
+    groups = (_named(hint), _named_by_file(file_name), by_names)
     preferred = (sorted(group, key=lambda candidate: candidate[0] != library) for group in groups)
     candidates = dict.fromkeys(candidate for group in preferred for candidate in group)
     fits = [arch for lib, name in candidates if (arch := _fit(lib, name, state_dict))]
@@ -190,6 +193,15 @@ def _by_tensor_names(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         library, _, name = entry.partition(":")
         if name in known_names(library):
             yield library, name
+
+
+def names_without_head(state_dict: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the architectures of timm, (library, name), that these weights are all of but the classifier."""
+    found = []
+    for head in HEADS:
+        completed = dict.fromkeys([*state_dict, f"{head}weight", f"{head}bias"])
+        found += [(lib, name) for lib, name in _by_tensor_names(completed) if lib == "timm"]
+    return found
 
 
 def _named(hint: str | None) -> list[tuple[str, str]]:

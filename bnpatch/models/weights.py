@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.text import counted
 from bnpatch.models import architecture
 from bnpatch.models.labels import as_mapping
 
@@ -25,9 +26,11 @@ _AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?|averaging|shadow)([^a-z]|$
 # First components of keys that don't belong to the model: losses, metrics, and copies of the model.
 _NOT_THE_MODEL = re.compile(
     r"(^|_)(criterion|loss(es)?|loss_fn|metrics?|acc(uracy)?\d?|auroc|f1|teacher|ema|swa|averaged|momentum|target|encoder_k|"
-    r"optimizer|scaler|n_averaged|total_ops|total_params)($|_)",
+    r"queue(_ptr)?|optimizer|scaler|n_averaged|total_ops|total_params)($|_)",
     re.IGNORECASE,
 )
+# Tensors of a head of several layers in the place of a classifier, such as that of contrastive learning.
+_HEAD = re.compile(r"(fc|head|classifier)\.\d+\.\w+")
 _COUNTERS = ("n_averaged", "total_ops", "total_params")  # the last two are thop's
 _MOST_ELEMENTS = 1 << 28  # of a tensor whose elements share their memory: 1 GiB in float32
 
@@ -193,7 +196,7 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     known = _names_of(arch) if arch else None
     if known is None and architecture.by_tensor_names(state_dict):
         return state_dict, ""
-    parts = []
+    parts, heads = [], {}
     for prefix, part in _parts(state_dict):
         if known is not None:
             chosen = _only(part, {key.split(".")[0] for key in known})
@@ -202,6 +205,8 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
             chosen = _only(part, {key.split(".")[0] for key in part if not _is_extra(key.split(".")[0])})
             chosen = part if architecture.by_tensor_names(part) else chosen
             fits = bool(architecture.by_tensor_names(chosen))
+        if not fits and (body := _without_head(chosen, known)) is not None:
+            heads[prefix], chosen, fits = chosen.keys() - body.keys(), body, True
         if fits:
             parts.append((any(map(_is_extra, prefix.split("."))), -len(chosen), prefix, chosen))
     if not parts:
@@ -209,6 +214,8 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     _, _, prefix, chosen = min(parts, key=lambda part: part[:3])
     copies = [f"{other}." for *_, other, _ in parts if other and other != prefix]
     left = [key for key in state_dict if key.removeprefix(f"{prefix}." if prefix else "") not in chosen]
+    head = sorted(heads.get(prefix, ()))
+    left = [key for key in left if key.removeprefix(f"{prefix}." if prefix else "") not in head]
     unknown = [k for k in left if not any(map(_is_extra, k.split("."))) and not k.startswith(tuple(copies))]
     where = f"the weights under {prefix}. are" if prefix else "most weights are"
     if unknown and arch is None:
@@ -219,8 +226,32 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
             f"--arch {architecture.by_tensor_names(chosen)[0]} leaves these out, if the model works without",
         )
     groups = dict.fromkeys(_group(key, prefix) for key in left)
-    note = f"left out {len(left)} tensors beside the model: {', '.join(list(groups)[:6])}" if left else ""
-    return chosen, note
+    notes = (
+        [f"left out {counted(len(left), 'tensor')} beside the model: {', '.join(list(groups)[:6])}"]
+        if left
+        else []
+    )
+    if head:
+        notes.append(
+            f"left out a head of several layers ({', '.join(head)}), whose code the weights don't have"
+        )
+    return chosen, "; ".join(notes)
+
+
+def _without_head(state_dict: StateDict, known: Collection[str] | None) -> StateDict | None:
+    """Return the weights without a head of several layers, if they are an architecture's then; else None.
+
+    ``known`` has the names of the tensors of the architecture that the user named.
+    """
+    head = {key for key in state_dict if _HEAD.fullmatch(key)}
+    if sum(state_dict[key].ndim == 2 for key in head) < 2:
+        return None
+    body = {key: tensor for key, tensor in state_dict.items() if key not in head}
+    if known is not None:
+        return (
+            body if {key for key in known if not key.startswith(architecture.HEADS)} <= body.keys() else None
+        )
+    return body if architecture.names_without_head(body) else None
 
 
 def without_extras(state_dict: StateDict) -> StateDict:

@@ -47,15 +47,30 @@ EXTRA = {
 
 @pytest.mark.parametrize("name", EXTRA)
 def test_the_model_is_found_among_more(name, tmp_path):
-    if name == "momentum contrast":
-        with pytest.raises(BnpatchError, match=r"beside them are queue; --arch timm:test_resnet leaves"):
-            load(tmp_path, EXTRA[name])
-        loaded = load(tmp_path, EXTRA[name], arch="timm:test_resnet")
-    else:
-        loaded = load(tmp_path, EXTRA[name])
+    loaded = load(tmp_path, EXTRA[name])
     assert takes(loaded)
     left = [note for note in loaded.notes if note.startswith("left out")]
     assert bool(left) == (name not in ("thop's counters", "a prefix that no list has"))
+
+
+@pytest.mark.parametrize("norm", [{}, {"fc.1.weight": torch.ones(8), "fc.1.running_mean": torch.zeros(8)}])
+def test_a_head_of_several_layers_is_left_out_and_said(tmp_path, norm):
+    """As momentum contrast (MoCo v2) and SimCLR write theirs: there is no classifier in it."""
+    body = {key: t for key, t in STATE.items() if not key.startswith("fc.")}
+    wide = STATE["fc.weight"].shape[1]
+    mlp = {"fc.0.weight": torch.ones(8, wide), "fc.0.bias": torch.ones(8), **norm}
+    mlp |= {"fc.2.weight": torch.ones(4, 8), "fc.2.bias": torch.ones(4)}
+    query = {f"module.encoder_q.{key}": t for key, t in {**body, **mlp}.items()}
+    key = {f"module.encoder_k.{key}": t for key, t in {**body, **mlp}.items()}
+    loaded = load(
+        tmp_path, {**query, **key, "module.queue": torch.ones(4, 9), "module.queue_ptr": torch.ones(1)}
+    )
+    assert loaded.num_outputs() == wide
+    said = " ".join(loaded.notes)
+    assert "left out a head of several layers (fc.0.bias, fc.0.weight" in said
+    assert "the outputs are features, not classes" in said
+    assert torch.equal(loaded.module.state_dict()["bn1.running_mean"], STATE["bn1.running_mean"])
+    assert load(tmp_path, query, arch="timm:test_resnet").num_outputs() == wide
 
 
 def test_notes_say_what_was_left_out(tmp_path):
