@@ -73,8 +73,7 @@ def fine_tune(
         accelerator = new_accelerator(settings, loaded.device)
         settings = techniques.settle(loaded, examples, settings, output / "choose.db", run.resume)
         say(f"training       {settings.spec}; decay {_decay(settings)}")
-        epochs = counted(settings.epochs, "epoch")
-        say(f"               {epochs}, {settings.optimizer}, learning rate {settings.lr:g}")
+        say(f"               epochs {settings.epochs}, {settings.optimizer}, learning rate {settings.lr:g}")
         untrained = replace(loaded, module=copy.deepcopy(loaded.module)) if run.seeds else None
         with progress_bar() as progress:
             result = bnpatch.fine_tune(

@@ -37,6 +37,8 @@ class NormSpec:
 
         >>> str(NormSpec.ghost(16))
         'Ghost Batch Norm of 16 examples'
+        >>> str(NormSpec.batch_renorm(warmup=1000))
+        'Batch Renorm'
 
     Attributes:
         channels_per_group: 1 for Batch, Ghost and Instance Norm.

@@ -231,8 +231,7 @@ class Recipe:
         for name, statistics in (*self.state.re_estimated.items(), *self.state.running.items()):
             if statistics.mean.shape != (num_channels[name],):
                 raise BnpatchError(
-                    f"the recipe is damaged: norm layer {name!r} has "
-                    f"{counted(num_channels[name], 'channel')}, its "
+                    f"the recipe is damaged: norm layer {name!r} has {num_channels[name]} channels, its "
                     f"statistics have the shape {tuple(statistics.mean.shape)}",
                     "make another with bnpatch tune-alpha",
                 )

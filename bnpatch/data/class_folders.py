@@ -93,18 +93,7 @@ def targets_of_folders(
     if partial and class_names:
         return {}
     if len(folders) == num_outputs:
-        if class_names and by_name.keys().isdisjoint(map(composed, folders)) and not _are_numbers(folders):
-            raise BnpatchError(
-                f"none of the class folders of {where} ({folders[0]!r}, ...) has the name of a class of the "
-                f"model ({class_names[0]!r}, ...)",
-                _SAY_WHICH,
-            )
-        in_order = {name: index for index, name in enumerate(order.sort(folders))}
-        if class_names:
-            _check_other_names(in_order, class_names, by_name)
-        if class_names or not _warn_of_numbers(folders, order):
-            _warn_of_order(folders, order)
-        return in_order
+        return _by_order(folders, class_names, by_name, order, where)
     if all(name.isdecimal() and int(name) < num_outputs for name in folders):
         if all(int(name) for name in folders):
             warnings.warn(
@@ -119,6 +108,28 @@ def targets_of_folders(
         f"{counted(num_outputs, 'output')}",
         _SAY_WHICH,
     )
+
+
+def _by_order(
+    folders: Sequence[str],
+    class_names: Sequence[str] | None,
+    by_name: Mapping[str, int],
+    order: ClassOrder,
+    where: str,
+) -> dict[str, int]:
+    """Return outputs by name of folder, in the order of the training script, and say what is not sure."""
+    if class_names and by_name.keys().isdisjoint(map(composed, folders)) and not _are_numbers(folders):
+        raise BnpatchError(
+            f"none of the class folders of {where} ({folders[0]!r}, ...) has the name of a class of the "
+            f"model ({class_names[0]!r}, ...)",
+            _SAY_WHICH,
+        )
+    in_order = {name: index for index, name in enumerate(order.sort(folders))}
+    if class_names:
+        _check_other_names(in_order, class_names, by_name)
+    if class_names or not _warn_of_numbers(folders, order):
+        _warn_of_order(folders, order)
+    return in_order
 
 
 def _are_numbers(folders: Sequence[str]) -> bool:
@@ -149,7 +160,7 @@ def _check_other_names(
             raise BnpatchError(
                 f"{problem}, and by order {name!r} would be {class_names[index]!r}", _SAY_WHICH
             )
-    warnings.warn(f"{problem}; folders are taken in order", BnpatchWarning, stacklevel=3)
+    warnings.warn(f"{problem}; folders are taken in order", BnpatchWarning, stacklevel=4)
 
 
 def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:
@@ -164,7 +175,7 @@ def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:
         f"the folders are numbers, but not 0 to {len(names) - 1}{differ}; in {order.value} order, {pairs}"
         f"{', and so on' if len(names) > 3 else ''}; --class-map FILE says otherwise",
         BnpatchWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return True
 
@@ -177,7 +188,7 @@ def _warn_of_order(folders: Sequence[str], order: ClassOrder) -> None:
             f"class folders such as {example!r} sort differently in torchvision and in timm; taken in "
             f"{order.value} order, --class-map FILE says otherwise",
             BnpatchWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

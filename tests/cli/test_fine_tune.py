@@ -126,7 +126,7 @@ def test_techniques_by_search(cli, checkpoint, data):
     assert len(tried) == 3
     assert "Batch Norm:" in tried[0]
     assert "Ghost Batch Norm of 16 examples, decay" in tried[1]
-    assert "best of 3 runs of 1 epochs" in err
+    assert "best of 3 runs of 1 epoch" in err
 
 
 def test_a_new_head_for_other_classes(cli, checkpoint, data, tmp_path):
