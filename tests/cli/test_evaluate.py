@@ -46,7 +46,7 @@ def test_top5_of_five_classes_is_computed_but_not_shown(cli, foggy):
     [
         ("{", "is not a recipe"),
         ("other", "the recipe is for another model"),
-        ("alpha", "alpha must lie in [0, 1]"),
+        ("alpha", "it must lie in [0, 1]"),
         (None, "cannot read recipe.json"),
     ],
 )

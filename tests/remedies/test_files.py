@@ -235,7 +235,7 @@ def test_weights_in_several_files(w):
     return lambda: load(folder), follow
 
 
-@case("has alpha = 3", r"alpha must lie in \[0, 1\]")
+@case("alpha = 3 at 'norm' is out of range", r"must lie in \[0, 1\]")
 def test_a_recipe_with_too_much_weight(w):
     return lambda: recipe(w, alpha=3), lambda _: [recipe(w, alpha=0), recipe(w, alpha=1)]
 
