@@ -9,10 +9,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.nn.functional import weighted_norm
-from bnpatch.onnx.formulas import append_norm
+from bnpatch.onnx.formulas import append_norm, best_form
 from bnpatch.onnx.match import inventory
 from bnpatch.onnx.rewrite import rewrite
 from tests.nn.pairwise import pairwise
@@ -68,6 +68,24 @@ def test_types_ranks_and_weights(kind, shape, alpha, slope, offset):
     y = run(patched(bn_model(x=("n", *shape[1:]), dtype=dtype), alpha, FORMS[form], slope, offset), x)
     assert y.dtype == dtype
     assert largest(y, expected(x, alpha, dtype, slope, offset)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("alpha", "offset"), [(0.05, 3.0), (0.3, -2.0), (0.9, -6.0)])
+def test_a_constant_weight_of_the_variance(form, alpha, offset):
+    x = example(3, 6, 5, 4)
+    y = run(patched(bn_model(), alpha, FORMS[form], offset=offset), x)
+    assert largest(y, expected(x, alpha, offset=offset)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize(
+    ("alpha", "offset", "form"),
+    [(0.3, 0, "fused"), (0.992, 0, "normalized"), (0.992, -8, "fused"), (0.003, 8, "normalized")],
+)
+def test_the_form_keeps_away_from_a_difference_of_nearly_equal_squares(alpha, offset, form):
+    norm = inventory(from_proto(bn_model(conv=True))).norm_layers[0]
+    running = Moments(norm.running_mean, norm.running_var)
+    assert best_form(norm, running, ExampleWeight(alpha, 0.0, float(offset))) == form
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])

@@ -256,6 +256,8 @@ def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx
     for one, other in zip(by_onnx.candidates, by_torch.candidates, strict=True):
         assert one.name == other.name
         assert one.weights.alphas == pytest.approx(other.weights.alphas, abs=0.01)  # rounding differs
+        assert one.weights.var_offsets == pytest.approx(other.weights.var_offsets, abs=0.05)
+        assert any(one.weights.var_offsets.values()) is ("per layer" in one.name or one.name == "refined")
 
 
 def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim, monkeypatch):

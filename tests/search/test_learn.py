@@ -83,6 +83,17 @@ def test_norm_layers_of_a_group_share_their_weight(task):
     assert found[names[0]] == found[names[2]] < 0.5 < found[names[1]]
 
 
+def test_learning_starts_at_the_weights_of_the_start(task):
+    model, examples, _, names = task
+    values = {"alpha": 0.2, "lambda": 0.4, "slope": -0.5, "var_offset": 1.5}
+    start = PatchWeights(**{f"{kind}s": dict.fromkeys(names, value) for kind, value in values.items()})
+    groups = {kind: {name: name for name in names} for kind in values}
+    problem = Problem(model, examples, np.arange(100), loss, model.state)
+    found = Learner(problem, Start(start, groups), 4, 0.4).weights()
+    for kind, value in values.items():
+        assert found.of(kind) == pytest.approx(dict.fromkeys(names, value), rel=1e-5), kind
+
+
 def test_the_variance_learns_a_weight_that_the_mean_must_not_have():
     """By construction, see the model: with one weight for both, a gain in one is a loss in the other."""
     module = MeanOfUnknownScale().eval()
