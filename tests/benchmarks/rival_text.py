@@ -91,7 +91,7 @@ def scores(
 ) -> dict[str, float]:
     """Return the rate of each method on the lines after the first ``count``, which tune."""
     model = bnpatch.load(path, preprocessing=VALUES, device="cpu")
-    bnpatch.recover_folded(model, images[:CALIBRATION], limit=CALIBRATION)
+    bnpatch.recover_fused(model, images[:CALIBRATION], limit=CALIBRATION)
     baseline, found = model.state, {}
     seen = corrupted(images, condition)
     x, y = (torch.from_numpy(part[count:].copy()) for part in (seen.transpose(0, 3, 1, 2), targets))
@@ -112,10 +112,10 @@ def scores(
         metric=bnpatch.Metric("exact line", exactly, is_rate=True),
         on_trial=lambda trial, is_best: states.append(trial.state),
     )
-    for candidate in result.candidates[1:]:
+    for candidate in result.candidates:
         with model.in_state(states[-1].with_weights(candidate.weights)):
             found[candidate.name] = rate(model, x, y)
-    found["chosen"] = found["source"] if result.chosen.name == "identity" else found[result.chosen.name]
+    found["chosen"] = found[result.chosen.name]
     statistics = re_estimate_statistics(
         model, bnpatch.open_examples((seen[:count], targets[:count]), model, classes=False)
     )
