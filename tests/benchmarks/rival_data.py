@@ -4,7 +4,7 @@ Each data set is a folder of arrays: the images as they are, under each of the s
 mixture, in which each image has one of these at random or none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,14 +136,16 @@ def _resized(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in resized])[:, None]
 
 
-def images_of(data: DataSet, fashion: Path, crops: Path, limit: int | None) -> dict[str, np.ndarray]:
+def images_of(
+    data: DataSet, fashion: Path, crops: Path, limit: Sequence[int] | None
+) -> dict[str, np.ndarray]:
     """Return x, (N, C, H, W) bytes, the tuning images first; y (N,), and the group of each image, (N,).
 
     Args:
         data: the data set.
         fashion: folder of Fashion-MNIST.
         crops: file of crops that :mod:`tests.benchmarks.photographs` wrote.
-        limit: use at most so many to tune on, and as many to judge by.
+        limit: use at most so many to tune on, and so many to judge by, at random.
     """
     if data is PHOTOGRAPHS:
         with np.load(crops) as stored:
@@ -153,7 +155,9 @@ def images_of(data: DataSet, fashion: Path, crops: Path, limit: int | None) -> d
         images, labels = fashion_mnist.read(fashion, "t10k")
         groups = np.arange(len(images))
         parts = groups[: data.tuning], groups[data.tuning : data.tuning + data.held_out]
-    parts = [part[:limit] for part in parts]
+    if limit:
+        rng = np.random.default_rng(0)
+        parts = [rng.permutation(part)[:most] for part, most in zip(parts, limit, strict=True)]
     order = np.concatenate(parts)
     if data is PHOTOGRAPHS:
         x = images[order].transpose(0, 3, 1, 2)

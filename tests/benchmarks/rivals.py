@@ -37,8 +37,8 @@ from tests.benchmarks import rival_methods as methods
 from tests.benchmarks.rival_data import CLEAN, KINDS, MIXTURE, NETWORKS
 
 #: Rivals with a free number, which is chosen on the images to tune on: by accuracy, then by cross-entropy.
-SHRINKAGES, WEIGHTS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0), (0.03, 0.1, 0.3, 1.0)
-MOST_TO_CHOOSE_BY, BATCH = 128, 64
+SHRINKAGES, WEIGHTS = (4.0, 16.0, 64.0), (0.1, 0.3, 1.0)
+BATCH = 64
 
 RIVALS, LABELS, NO_LABELS = "rivals", "search", "unlabelled-search"
 
@@ -52,6 +52,7 @@ class Job:
     task: str
     device: str
     work: str
+    choose_by: int
 
 
 class Images:
@@ -88,7 +89,7 @@ def by_rivals(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
     """Score the rivals, and measure how far the images are from those of training at each norm layer."""
     judged = [images.held_out] if job.condition != MIXTURE else [images.held_out, None]
     y = images.y[images.tuning]
-    few = slice(0, min(MOST_TO_CHOOSE_BY, len(y)))
+    few = slice(0, min(job.choose_by, len(y)))
 
     def scored(name: str, predict: methods.Predict, passes: float, **about: Any) -> dict[str, Any]:
         rows = [_scores(model, images, part, predict) for part in judged]
@@ -216,7 +217,7 @@ def jobs_of(args: argparse.Namespace, networks: Sequence[str], tasks: Sequence[s
             for name in networks:
                 if name in args.networks and (args.conditions is None or condition in args.conditions):
                     device = "cpu" if name.startswith("test_") else args.device
-                    yield Job(name, condition, task, device, str(args.work))
+                    yield Job(name, condition, task, device, str(args.work), args.choose_by)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -277,7 +278,10 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", choices=[CLEAN, MIXTURE, *KINDS])
     tasks = [RIVALS, LABELS, NO_LABELS]
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
-    parser.add_argument("--limit", type=int, help="use at most so many images to tune on, and to judge by")
+    parser.add_argument(
+        "--limit", type=int, nargs=2, help="use at most so many images to tune on, to judge by"
+    )
+    parser.add_argument("--choose-by", type=int, default=128, help="images that choose a rival's free number")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
     parser.add_argument("--train", type=int, default=rival_data.TRANSFERRED, help="images to fine-tune on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
