@@ -55,7 +55,8 @@ def print_report(report: Report, train_batch_size: int | None) -> None:
         put(f"\nnote: {line}")
     if (checkup := report.checkup) is None:
         return
-    put(f"\nhow the images fit {checkup.norm_layer}, the first norm layer, by preprocessing (0 is perfect)")
+    first, largest = checkup.first.norm_layer, checkup.largest
+    put(f"\nhow the images fit {first}, the first norm layer, by preprocessing (0 is perfect)")
     rows = [
         [fit.name, _three(fit.mean), _three(fit.std), f"{fit.distance:.3g}"]
         for fit in sorted(checkup.fits, key=lambda fit: fit.distance)
@@ -64,7 +65,10 @@ def print_report(report: Report, train_batch_size: int | None) -> None:
     put("(what hardly shows: the order of the channels, the crop, and the size within a factor of two)")
     if says := checkup.warning():
         put(f"\n{says}")
-    put(f"\n{checkup.common_share:.0%} of the deviation from training is common to all images")
+    put(
+        f"\nthe images differ most from those of training at {largest.norm_layer}: distance "
+        f"{largest.distance:.2g} (up to 0.2 is usual), {largest.common_share:.0%} of it common to all images"
+    )
     put(f"outlook: {checkup.outlook()}")
     if train_batch_size:
         put(

@@ -1,5 +1,6 @@
-"""How far images are from those of training, as the first norm layer sees them."""
+"""How far images are from those of training, as norm layers see them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,39 @@ from bnpatch.models.base import Model
 
 # Number of images to run at a time.
 _BATCH = 64
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How images differ from those of training, as one norm layer sees them.
+
+    Attributes:
+        norm_layer: name of the layer.
+        distance: the distance of the moments of all images together from the running statistics.
+        common_share: what part of the images' squared deviations is one shift that all share, in [0, 1].
+    """
+
+    norm_layer: str
+    distance: float
+    common_share: float
+
+
+def shifts(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
+    """Measure how images differ from those of training at each norm layer, in the order of the model.
+
+    Args:
+        model: the model, in the state in which it was trained.
+        x: images (N, C, H, W) as bytes, or inputs.
+
+    Returns:
+        The shift at each norm layer that has running statistics from training and that the images reach.
+    """
+    facts, (_, seen) = model.facts(), model.observe(x)
+    return tuple(
+        Shift(name, pooled_distance(moments, facts[name]), _common_share(moments, facts[name]))
+        for name, moments in seen.items()
+        if name in facts and name not in model.state.running
+    )
 
 
 def first_moments(model: Model[Any], x: Tensor) -> tuple[str, Moments[Any], NormFacts] | None:
@@ -76,3 +110,21 @@ def doubles(moments: Moments[Any]) -> Moments[npt.NDArray[np.float64]]:
 def on_host(values: Any) -> npt.NDArray[Any]:
     """Return a tensor or an array as an array."""
     return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+
+
+def _common_share(moments: Moments[Any], facts: NormFacts) -> float:
+    """Return what part of the squared deviations of the images (mean, logarithm of variance) they share.
+
+    The mean of N deviations that share nothing is not 0, so 1 / N, the share of independent ones, is taken
+    off.
+    """
+    rows, source = doubles(moments), doubles(facts.source)
+    total = source.var + facts.eps + np.finfo(np.float64).tiny
+    deviations = np.concatenate(
+        [(rows.mean - source.mean) / np.sqrt(total), np.log((rows.var + facts.eps) / total)], axis=1
+    )
+    whole, count = float(np.mean(deviations**2)), len(deviations)
+    if not whole or count < 2:
+        return 0.0
+    share = float(np.mean(deviations.mean(0) ** 2)) / whole
+    return min(1.0, max(0.0, (share - 1 / count) / (1 - 1 / count)))

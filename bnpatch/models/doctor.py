@@ -16,12 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.core.inventory import NormFacts
-from bnpatch.core.moments import Moments
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model
-from bnpatch.models.distances import doubles, first_moments, on_host, pooled_distance
+from bnpatch.models.distances import Shift, first_moments, on_host, pooled_distance, shifts
 
 #: Number of images that tell enough.
 NUM_IMAGES = 64
@@ -63,36 +61,29 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """How images differ from those of training, as one norm layer sees them.
-
-    Attributes:
-        norm_layer: name of the layer.
-        distance: the distance of the moments of all images together from the running statistics.
-        common_share: what part of the images' squared deviations is one shift that all share, in [0, 1].
-    """
-
-    norm_layer: str
-    distance: float
-    common_share: float
-
-
-@dataclass(frozen=True)
 class Checkup:
-    """What a few images say of a model at its first norm layer.
+    """What a few images say of a model at its norm layers.
 
     Attributes:
-        norm_layer: name of the layer.
-        fits: the fit of each preprocessing, the model's own first; only that one for inputs that are floats.
-        common_share: what part of the images' squared deviations from the running statistics is one shift
-            that all of them share, in [0, 1].
+        fits: how each preprocessing fits the first norm layer, the model's own first; only that one for
+            inputs that are floats.
+        shifts: how the images differ from those of training at each norm layer, in the order of the model.
         byte_range: what part of the range 0 to 255 the bytes of the images span; None for floats.
     """
 
-    norm_layer: str
     fits: tuple[Fit, ...]
-    common_share: float
+    shifts: tuple[Shift, ...]
     byte_range: float | None
+
+    @property
+    def first(self) -> Shift:
+        """The shift at the first norm layer."""
+        return self.shifts[0]
+
+    @property
+    def largest(self) -> Shift:
+        """The shift at the norm layer where the images differ most from those of training."""
+        return max(self.shifts, key=lambda shift: shift.distance)
 
     @property
     def own(self) -> Fit:
@@ -113,8 +104,8 @@ class Checkup:
 
     @property
     def is_unusual(self) -> bool:
-        """Whether the images differ from those of training, as the first norm layer sees them."""
-        return self.own.distance > _USUAL
+        """Whether the images differ from those of training, as some norm layer sees them."""
+        return self.largest.distance > _USUAL
 
     def warning(self) -> str:
         """Say in one line that another preprocessing fits clearly better; "" if none does."""
@@ -138,10 +129,10 @@ class Checkup:
             return "settle the preprocessing first: it decides more than any patch"
         if not self.is_unusual:
             return (
-                "to the first norm layer the images look like those of training: expect little of a patch, "
-                "unless the model was trained with small batches, or the shift shows in later layers only"
+                "to all norm layers the images look like those of training: expect little of a patch, unless "
+                "the model was trained with small batches"
             )
-        if self.common_share >= 0.5:
+        if self.largest.common_share >= 0.5:
             return (
                 "the images differ from those of training, mostly by what all of them share: a shift, which "
                 "re-estimated running statistics (lambda, part of the default search) may undo, or another "
@@ -156,6 +147,8 @@ class Checkup:
         """Return plain JSON values."""
         return {
             **asdict(self),
+            "norm_layer": self.first.norm_layer,
+            "common_share": self.first.common_share,
             "distance": self.own.distance,
             "better": None if self.better is None else asdict(self.better),
             "is_sure": self.is_sure,
@@ -195,35 +188,15 @@ def check_up(
     if batch is None:
         return None
     with model.in_state(model.baseline()):
-        found = first_moments(model, batch.x)
-        if found is None:
+        found = shifts(model, batch.x)
+        if not found:
             return None
-        name, moments, facts = found
         own = model.preprocessing
-        fits = [Fit("the model's own", own.mean, own.std, pooled_distance(moments, facts))]
+        fits = [Fit("the model's own", own.mean, own.std, found[0].distance)]
         if not batch.x.is_floating_point() and (thorough or fits[0].distance > _MISFIT):
             fits += [_fit(model, other, batch.x) for other in usual_preprocessings(own).items()]
     byte_range = None if batch.x.is_floating_point() else _byte_range(batch.x)
-    return Checkup(name, tuple(fits), _common_share(moments, facts), byte_range)
-
-
-def shifts(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
-    """Measure how images differ from those of training at each norm layer, in the order of the model.
-
-    Args:
-        model: the model; it is left as it was.
-        x: images (N, C, H, W) as bytes, or inputs.
-
-    Returns:
-        The shift at each norm layer that has running statistics from training and that the images reach.
-    """
-    with model.in_state(model.baseline()):
-        facts, (_, seen) = model.facts(), model.observe(x)
-    return tuple(
-        Shift(name, pooled_distance(seen[name], facts[name]), _common_share(seen[name], facts[name]))
-        for name in seen
-        if name in facts and name not in model.state.running
-    )
+    return Checkup(tuple(fits), found, byte_range)
 
 
 def warn_of_preprocessing(model: Model[Any], examples: Examples, indices: Indices | None = None) -> str:
@@ -355,24 +328,6 @@ def _fit(model: Model[Any], named: tuple[str, Preprocessing], x: Tensor) -> Fit:
         model.preprocessing = before
     assert found is not None  # the same layer is reached by any values
     return Fit(name, preprocessing.mean, preprocessing.std, pooled_distance(found[1], found[2]))
-
-
-def _common_share(moments: Moments[Any], facts: NormFacts) -> float:
-    """Return what part of the squared deviations of the images (mean, logarithm of variance) they share.
-
-    The mean of N deviations that share nothing is not 0, so 1 / N, the share of independent ones, is taken
-    off.
-    """
-    rows, source = doubles(moments), doubles(facts.source)
-    total = source.var + facts.eps + np.finfo(np.float64).tiny
-    deviations = np.concatenate(
-        [(rows.mean - source.mean) / np.sqrt(total), np.log((rows.var + facts.eps) / total)], axis=1
-    )
-    whole, count = float(np.mean(deviations**2)), len(deviations)
-    if not whole or count < 2:
-        return 0.0
-    share = float(np.mean(deviations.mean(0) ** 2)) / whole
-    return min(1.0, max(0.0, (share - 1 / count) / (1 - 1 / count)))
 
 
 def _byte_range(x: Tensor) -> float:

@@ -29,7 +29,7 @@ import bnpatch
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
-from bnpatch.models.doctor import shifts
+from bnpatch.models.distances import shifts
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.models.torch_model import TorchModel
 from tests.benchmarks import candidates, rival_data, rival_tables
