@@ -24,8 +24,11 @@ from bnpatch.models.distances import Shift, first_moments, on_host, pooled_dista
 #: Number of images that tell enough.
 NUM_IMAGES = 64
 
-# Images like those of training have a distance below this.
+# Images like those of training have a distance below this at every norm layer.
 _USUAL = 0.2
+
+# A shift that all images share has at least this common share, a mixture of shifts a smaller one.
+_COMMON = 0.6
 
 # Another preprocessing fits clearly better if the distance with the one in use is above the first number, and
 # the other's is below the second and below this part of it.
@@ -103,6 +106,15 @@ class Checkup:
         return self.byte_range is not None and self.byte_range >= _FULL_RANGE
 
     @property
+    def common_share(self) -> float:
+        """What part of the images' deviations is one shift that all share: the median of all norm layers.
+
+        Single layers don't tell: the first sees little of a noise, and the last have maps so small that every
+        image has less variance than all images together.
+        """
+        return float(np.median([shift.common_share for shift in self.shifts]))
+
+    @property
     def is_unusual(self) -> bool:
         """Whether the images differ from those of training, as some norm layer sees them."""
         return self.largest.distance > _USUAL
@@ -132,7 +144,7 @@ class Checkup:
                 "to all norm layers the images look like those of training: expect little of a patch, unless "
                 "the model was trained with small batches"
             )
-        if self.largest.common_share >= 0.5:
+        if self.common_share >= _COMMON:
             return (
                 "the images differ from those of training, mostly by what all of them share: a shift, which "
                 "re-estimated running statistics (lambda, part of the default search) may undo, or another "
@@ -148,7 +160,7 @@ class Checkup:
         return {
             **asdict(self),
             "norm_layer": self.first.norm_layer,
-            "common_share": self.first.common_share,
+            "common_share": self.common_share,
             "distance": self.own.distance,
             "better": None if self.better is None else asdict(self.better),
             "is_sure": self.is_sure,

@@ -32,7 +32,11 @@ ROWS: Mapping[str, tuple[str, str | None]] = {
     "**bnpatch, labels**": ("search", None),
     "**bnpatch, no labels**": ("unlabelled-search", None),
 }
-LABELS, NO_LABELS = "**bnpatch, labels**", "**bnpatch, no labels**"
+GAINS = {
+    "AdaBN": "AdaBN (lambda = 1)",
+    "labels": "**bnpatch, labels**",
+    "no labels": "**bnpatch, no labels**",
+}
 
 
 class Results:
@@ -118,58 +122,46 @@ def facts(results: Results, names: list[str]) -> list[dict[str, Any]]:
     """Return distances, shares, and points lost and gained, for each network and condition."""
     found = []
     for network in names:
+        clean = results.right(network, CLEAN, "source")
         for condition in (CLEAN, *KINDS, MIXTURE):
             record = results.jobs.get((network, condition, "rivals"))
-            after = {
-                key: results.right(network, condition, row)
-                for key, row in (
-                    ("labels", LABELS),
-                    ("no labels", NO_LABELS),
-                    ("AdaBN", "AdaBN (lambda = 1)"),
-                )
-            }
-            source, clean = (
-                results.right(network, condition, "source"),
-                results.right(network, CLEAN, "source"),
-            )
-            if record is None or after["labels"] is None or clean is None:
+            source = results.right(network, condition, "source")
+            if record is None or source is None or clean is None:
                 continue
             distances, shares = np.array(record["shifts"]).T
-            found.append(
-                {
-                    "network": network,
-                    "condition": condition,
-                    "D, first": distances[0],
-                    "D, median": np.median(distances),
-                    "D, largest": distances.max(),
-                    "D, last": distances[-1],
-                    "share, first": shares[0],
-                    "share, median": np.median(shares),
-                    "lost": 100 * (clean.mean() - source.mean()),
-                    **{
-                        f"gain, {key}": 100 * (right.mean() - source.mean())
-                        for key, right in after.items()
-                        if right is not None
-                    },
-                }
-            )
+            row = {
+                "D, first": distances[0],
+                "D, median": np.median(distances),
+                "D, largest": distances.max(),
+                "share, first": shares[0],
+                "share, at the largest": shares[distances.argmax()],
+                "lost": 100 * (clean.mean() - source.mean()),
+            }
+            for key, name in GAINS.items():
+                if (after := results.right(network, condition, name)) is not None:
+                    row[f"gain, {key}"] = 100 * (after.mean() - source.mean())
+            found.append({"network": network, "condition": condition, **row})
     return found
 
 
 def _predictors(results: Results, names: list[str]) -> Iterator[str]:
     found = facts(results, names)
-    keys = [key for key in found[0] if key not in ("network", "condition")] if found else []
-    head = ["network", "condition", *keys]
-    yield from _table(
-        head, ([f["network"], f["condition"], *(f"{f.get(k, np.nan):.2f}" for k in keys)] for f in found)
+    predictors = [key for key in found[0] if key[0] in "Ds"] + ["lost"] if found else []
+    gains = [f"gain, {key}" for key in GAINS]
+    cells = (
+        [f["network"], f["condition"], *(_number(f.get(k), k) for k in (*predictors, *gains))] for f in found
     )
+    yield from _table(["network", "condition", *predictors, *gains], cells)
     yield ""
-    predictors = [key for key in keys if not key.startswith("gain")]
     rows = []
-    for name in (*names, "all"):
-        mine = [f for f in found if name in (f["network"], "all")]
-        gains = [f["gain, labels"] for f in mine]
-        rows.append(
-            [name, str(len(mine)), *(f"{spearmanr([f[k] for f in mine], gains)[0]:+.2f}" for k in predictors)]
-        )
-    yield from _table(["rank correlation with the gain, labels", "conditions", *predictors], iter(rows))
+    for gain in gains:
+        for name in (*names, "all"):
+            mine = [f for f in found if name in (f["network"], "all") and gain in f]
+            if len(mine) > 2:
+                ranks = (spearmanr([f[k] for f in mine], [f[gain] for f in mine])[0] for k in predictors)
+                rows.append([gain, name, str(len(mine)), *(f"{rank:+.2f}" for rank in ranks)])
+    yield from _table(["rank correlation with", "network", "conditions", *predictors], iter(rows))
+
+
+def _number(value: float | None, key: str) -> str:
+    return "-" if value is None else f"{value:.1f}" if key[0] in "gl" else f"{value:.2f}"

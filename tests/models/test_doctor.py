@@ -104,10 +104,10 @@ def test_what_all_images_share_is_told_from_what_differs(checkpoint, clean):
     same = shifted(images, "contrast x 0.5")
     each = np.stack([shifted(x[None], ("contrast x 0.25", "clean")[n % 2])[0] for n, x in enumerate(images)])
     alike, mixed = (checked(loaded(checkpoint), x) for x in (same, each))
-    assert alike.first.common_share > 0.9
+    assert alike.common_share > 0.8
     assert "all of them share" in alike.outlook()
-    assert mixed.first.common_share < alike.first.common_share
-    assert checked(loaded(checkpoint), images).first.common_share < 0.3
+    assert mixed.common_share < 0.6
+    assert checked(loaded(checkpoint), images).common_share < 0.3
 
 
 def test_an_onnx_file_is_checked_alike(exported, checkpoint, clean):
