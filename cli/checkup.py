@@ -67,7 +67,7 @@ def print_report(report: Report, train_batch_size: int | None) -> None:
         put(f"\n{says}")
     put(
         f"\nthe images differ most from those of training at {largest.norm_layer}: distance "
-        f"{largest.distance:.2g} (up to 0.2 is usual)"
+        f"{largest.distance:.2g} (0.2 or less: little to gain)"
     )
     put(f"{checkup.common_share:.0%} of the deviation is common to all images (median of the norm layers)")
     put(f"outlook: {checkup.outlook()}")
