@@ -363,8 +363,8 @@ def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
     kinds = {left.kind: left.reason for left in found.skipped_norms}
     kind, reason = next(iter(kinds.items()))
     return (
-        f"of the model's {counted(len(found.skipped_norms), 'norm')} none can be patched",
-        f"they are skipped: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
+        f"the model has {counted(len(found.skipped_norms), 'norm')}, and none can be patched",
+        f"skipped: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
     )
 
 

@@ -285,7 +285,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(opened):
     [
         ({"optimizer": "nope"}, "no optimizer 'nope'"),
         ({"schedule": "nope"}, "no schedule 'nope'"),
-        ({"batch_size": 256}, "fewer than the 256"),
+        ({"batch_size": 256}, "64 training examples, and a step takes 256"),
     ],
 )
 def test_settings_that_do_not_fit(opened, values, message):
@@ -341,7 +341,7 @@ def test_weights_that_were_tuned_before_are_dropped(opened):
     model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.5)))
     train(model, opened[1], replace(SETTINGS, epochs=1))
     zeros = dict.fromkeys(names, 0.0)
-    assert model.weights == PatchWeights(zeros, zeros, zeros)
+    assert model.weights == PatchWeights(zeros, zeros, zeros, zeros)
     assert not model.statistics_in_use()
     assert_same(weights(model), weights(run(opened, replace(SETTINGS, epochs=1))[0]))
 

@@ -111,7 +111,7 @@ def test_lambda_zero_is_the_file_as_it_is_and_a_refused_setting_changes_nothing(
     for wrong in (PatchWeights({"norm1": 0.5}, {"nope": 0.0}), PatchWeights({"norm1": 0.5}, {"norm1": 1.5})):
         with pytest.raises(BnpatchError, match=r"no norm layer 'nope'|lambda = 1.5"):
             model.set_weights(wrong)
-    assert model.weights == PatchWeights(names, names, names)
+    assert model.weights == PatchWeights(names, names, names, names)
 
 
 def test_calibration_keeps_the_weights_of_other_sites(tmp_path):

@@ -99,7 +99,7 @@ def test_group_norm(w):
     return lambda: bnpatch.patch(found.module, 0.1), follow
 
 
-@case("of the model's 1 norm none can be patched", "run one batch through the model first")
+@case("the model has 1 norm, and none can be patched", "run one batch through the model first")
 def test_lazy(w):
     module = net(norm=nn.LazyBatchNorm2d())
 
