@@ -29,7 +29,7 @@ MODELS = {
     "folder.pt": (lambda path: path.mkdir(), "folder.pt is a folder"),
     "truncated.pt": ("truncated", "truncated.pt is damaged or not a checkpoint"),
     "strange.pt": (lambda path: torch.save({"w": torch.zeros(3)}, path), "strange.pt fit no architecture"),
-    "vit.pt": (write_net_without_norm, "the model has 1 norm, and none can be patched; skipped: LayerNorm"),
+    "vit.pt": (write_net_without_norm, "none can be patched; skipped: LayerNorm"),
     "nan.pt": (write_nan, "are not finite"),
     "pickled.pt": (lambda path: torch.save(torch.nn.BatchNorm2d(3), path), "add --unsafe-load if you trust"),
     "model.onnx": (lambda path: path.touch(), "model.onnx is empty"),
