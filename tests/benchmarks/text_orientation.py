@@ -3,7 +3,8 @@
 The file is the text-orientation classifier of the PyPI package rapidocr-onnxruntime:
 ``python -m tests.benchmarks.text_orientation ch_ppocr_mobile_v2.0_cls_infer.onnx``. The lines of text are
 rendered here, with the fonts that Matplotlib brings, and are unlike the classifier's training data. At last
-the convolutions of the patched file and of the original are quantized to 8 bits, and judged by further lines.
+the convolutions of the patched file and of the original are quantized to 8 bits, and judged by further lines. Without that,
+:mod:`tests.benchmarks.results` measures the same with ``--text``.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image, ImageDraw, ImageFont
 
 import bnpatch
+from tests.benchmarks.candidates import judged
 
 WORDS = """
     normalization example running weight moment gain loss field sensor batch image model train shift fog
@@ -85,12 +87,34 @@ def compare(files, x, y):
         print("| " + " | ".join([kind, *right, *entropy, same]) + " |")
 
 
+def parts():
+    yield {"lines": 2000}
+
+
+def measure(setup, lines):
+    """What one alpha gains on held-out lines, and how many norm layers the exported file has patched."""
+    model = bnpatch.load(setup.text)
+    data = opened(range(lines), found_fonts())
+    result = bnpatch.tune_alpha(model, data, metric="cross-entropy", granularity="global")
+    model.apply(result.recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        done = bnpatch.export_onnx(model, Path(folder) / "patched.onnx")
+    entropy = next(c for c in result.comparisons if c.metric.name == "cross-entropy").change
+    change = [entropy.value, entropy.low, entropy.high]
+    about = {"alpha": result.alpha, "entropy_change": change, "norm_layers": len(done.patched)}
+    return [{**judged(result), **about}]
+
+
+def found_fonts():
+    return sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--lines", type=int, default=2000)
     args = parser.parse_args()
-    fonts = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
+    fonts = found_fonts()
     x, y = opened(range(args.lines), fonts)
     model = bnpatch.load(args.model)
     result = bnpatch.tune_alpha(model, (x, y), metric="cross-entropy", granularity="global")
