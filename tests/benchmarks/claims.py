@@ -115,7 +115,7 @@ def no_labels(results):
 
 @claim
 def further_networks(results):
-    """A further network, and the same two trained from another seed, gain {gains} points under the mixture."""
+    """A further network, and the same two from another seed, gain {gains} points under the mixture."""
     gains = [gain(row) for row in rows_of(results, "further_networks", search=WITH)]
     return min(gains) > 0.05, {"gains": span(gains, "+")}
 
@@ -234,7 +234,7 @@ def search_lands(results):
 def few_with_nothing_to_gain(results):
     """Where there is nothing to gain, {kept} of {count} draws keep the network as it is."""
     rows = rows_of(results, "few_images", shift="none")
-    kept = sum(row["chosen"] == "identity" for row in rows)
+    kept = sum(row["chosen"] == "baseline" for row in rows)
     return min(map(gain, rows)) > -0.005, {"kept": kept, "count": len(rows)}
 
 
@@ -253,7 +253,7 @@ def few_with_a_mixture(results):
     network as it is: in {kept} of {count} draws. With 200 images all {count} gain, by {gains} points.
     """
     few, more = (rows_of(results, "few_images", shift="mixed", images=number) for number in (50, 200))
-    kept = sum(row["chosen"] == "identity" for row in few)
+    kept = sum(row["chosen"] == "baseline" for row in few)
     gains = [gain(row) for row in more]
     return min(gains) > 0.02 and kept > 0, {"kept": kept, "count": len(few), "gains": span(gains, "+")}
 
@@ -286,7 +286,7 @@ def imagenet(results):
     shift: it takes photographs without it from {clean} to {clean_after}.
     """
     by_name = {row["candidate"]: row for row in rows_of(results, "photographs", shift="contrast x 0.25")}
-    base, one = by_name["identity"], by_name["alpha"]
+    base, one = by_name["baseline"], by_name["alpha"]
     layers = [row["top1"] for name, row in by_name.items() if "per layer" in name or name == "refined"]
     chosen = next(row for row in by_name.values() if row["chosen"])
     figures = {"base": percent(base["top1"]), "one": percent(one["top1"]), "layers": span(layers)}

@@ -161,7 +161,7 @@ def populations(size, rng):
     # Imported here, so that tests of the rest are quick.
     from bnpatch_cli import demo
     from tests import closed_form
-    from tests.benchmarks.candidates import shifted
+    from tests.benchmarks.fashion_mnist import shifted
     from tests.conftest import DIGITS
 
     images, labels = demo.digits()

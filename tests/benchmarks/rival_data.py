@@ -20,7 +20,7 @@ from bnpatch.data.standard_corruptions import STANDARD, corrupt
 from bnpatch.finetune import head, techniques
 from bnpatch.finetune.config import Augmentation
 from bnpatch.models.torch_model import TorchModel
-from tests.benchmarks import candidates, fashion_mnist, photographs
+from tests.benchmarks import fashion_mnist, photographs
 
 CLEAN, MIXTURE = "clean", "mixture"
 KINDS = tuple(STANDARD)
@@ -84,7 +84,7 @@ def _transferred(name: str, folder: Path, device: str) -> TorchModel:
 
 
 def _small(name: str, folder: Path, device: str) -> TorchModel:
-    return bnpatch.load(folder / f"{name}.pt", preprocessing=candidates.VALUES, device=device)
+    return bnpatch.load(folder / f"{name}.pt", preprocessing=fashion_mnist.VALUES, device=device)
 
 
 NETWORKS = (

@@ -32,7 +32,7 @@ from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.models.distances import shifts
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.models.torch_model import TorchModel
-from tests.benchmarks import candidates, rival_data, rival_tables
+from tests.benchmarks import fashion_mnist, rival_data, rival_tables
 from tests.benchmarks import rival_methods as methods
 from tests.benchmarks.rival_data import CLEAN, KINDS, MIXTURE, NETWORKS
 
@@ -198,8 +198,8 @@ class Results:
 def prepare(args: argparse.Namespace, results: Results, pool: ProcessPoolExecutor) -> None:
     """Corrupt the images, and train the small networks if there are none."""
     for name in ("test_resnet", "test_efficientnet"):
-        if not (path := args.work / f"{name}.pt").exists() and name in args.networks:
-            candidates.trained(name, args.fashion, None).replace(path)
+        if name in args.networks:
+            fashion_mnist.trained(name, args.fashion, args.work)
     for data in {n.data.name: n.data for n in NETWORKS if n.name in args.networks}.values():
         folder = args.work / data.name
         arrays = rival_data.images_of(data, args.fashion, args.crops, args.limit)
