@@ -145,7 +145,7 @@ def stronger_shifts(results):
     """**The stronger the shift, the larger the gain**: {figures}. In none of the {count} cases does the
     search lose more than half a point.
     """
-    rows = rows_of(results, "strength", search=WITH)
+    rows = [row for row in rows_of(results, "strength", search=WITH) if row["strength"] != 1]
     by_shift = {
         shift.removesuffix(" x"): sorted(of, key=lambda row: -row["before"])
         for (shift,), of in grouped(rows, "shift").items()
