@@ -8,7 +8,6 @@ import inspect
 
 import numpy as np
 
-from tests.benchmarks.fashion_mnist import NETWORKS
 from tests.benchmarks.results_tables import grouped, percent
 
 CLAIMS = {}
@@ -191,32 +190,32 @@ def clean_after_all(results):
 @claim
 def weight_without_shift(results):
     """**Without a shift** no alpha gains more than {most:.1f} points, as the paper's Fig. 1 shows for well
-    trained networks, and alpha = 1 costs {cost} points.
+    trained networks, and alpha = 1 costs {cost:.1f} points.
     """
-    rows = [
-        r for r in rows_of(results, "one_alpha", metric="accuracy", shift="none") if r["network"] in NETWORKS
-    ]
-    most = max(max(row["curve"]) - row["curve"][0] for row in rows)
-    costs = [row["curve"][0] - row["curve"][-1] for row in rows]
-    return most < 0.01 and min(costs) > 0.1, {"most": 100 * most, "cost": span(costs)}
+    (row,) = rows_of(results, "one_alpha", metric="accuracy", shift="none")
+    first, last, most = row["curve"][0], row["curve"][-1], max(row["curve"])
+    holds = most - first < 0.01 and first - last > 0.1
+    return holds, {"most": 100 * (most - first), "cost": 100 * (first - last)}
 
 
 @claim
 def search_passes(results):
-    """**The search for one alpha** takes {passes:.2f} passes over the images at most; the grid takes 51, the
-    loop 50.
+    """**The search for one alpha** takes {passes:.2f} passes over the images at most; the grid takes 51, and
+    the loop, which finds the grid's best, 50.
     """
-    passes = max(row["passes"] for row in rows_of(results, "one_alpha"))
-    return passes <= 3, {"passes": passes}
+    rows = rows_of(results, "one_alpha")
+    passes = max(row["passes"] for row in rows)
+    return passes <= 3 and max(row["loop_regret"] for row in rows) < 0.005, {"passes": passes}
 
 
 @claim
 def search_lands(results):
     """It ends where the grid does in {accuracy[lands]:.0f}% of orders by accuracy, and in
-    {entropy[lands]:.0f}% by cross-entropy. No search can do much better in 3 passes, of which one is left for
-    some weights on a quarter of the images: if all weights of the grid had seen that quarter, the best would
-    land in {accuracy[quarter_lands]:.0f}% and {entropy[quarter_lands]:.0f}%; with half of the images in
-    {accuracy[half_lands]:.0f}% and {entropy[half_lands]:.0f}%. More images help, and so does `--max-passes`.
+    {entropy[lands]:.0f}% by cross-entropy. Two of its passes are the baseline and the winner; the third is
+    enough for some weights on a quarter of the images. If all weights of the grid had seen that quarter, the
+    best would land in {accuracy[quarter_lands]:.0f}% and {entropy[quarter_lands]:.0f}%, with half of the
+    images in {accuracy[half_lands]:.0f}% and {entropy[half_lands]:.0f}%. More images help, and so does
+    `--max-passes`.
     """
     figures = {}
     for name, metric in (("accuracy", "accuracy"), ("entropy", "cross-entropy")):
@@ -225,9 +224,7 @@ def search_lands(results):
             key: 100 * np.mean([row[key] / row["orders"] for row in rows])
             for key in ("lands", "quarter_lands", "half_lands")
         }
-    accuracy, entropy = figures["accuracy"], figures["entropy"]
-    close = entropy["lands"] > entropy["quarter_lands"] - 10
-    return accuracy["lands"] > 85 and entropy["lands"] > 70 and close, figures
+    return figures["accuracy"]["lands"] > 85 and figures["entropy"]["lands"] > 75, figures
 
 
 @claim

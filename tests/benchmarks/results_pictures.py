@@ -75,18 +75,15 @@ def strength(results):
 
 def weight(results):
     """What one alpha for all layers changes, against alpha."""
-    rows = [row for row in results["one_alpha"]["rows"] if row["metric"] == "accuracy"]
-    names = [name for name in dict.fromkeys(row["network"] for row in rows) if name != "digits"]
-    figure, grid = plt.subplots(1, len(names), figsize=(11, 3.2), squeeze=False)
-    for axes, name in zip(grid[0], names, strict=True):
-        for row in rows:
-            if row["network"] == name:
-                curve = np.array(row["curve"])
-                alphas = np.linspace(0, 1, len(curve)) ** 2
-                axes.plot(alphas, 100 * (curve - curve[0]), label=row["shift"])
+    units = {"accuracy": (100, "change of top-1 (points)"), "cross-entropy": (1, "change of cross-entropy")}
+    figure, grid = plt.subplots(1, 2, figsize=(11, 3.2))
+    for axes, (metric, (scale, label)) in zip(grid, units.items(), strict=True):
+        for row in results["one_alpha"]["rows"]:
+            if row["metric"] == metric:
+                curve = scale * np.array(row["curve"])
+                axes.plot(np.linspace(0, 1, len(curve)) ** 2, curve - curve[0], label=row["shift"])
         axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xlabel="alpha", title=name)
+        axes.set(xlabel="alpha", ylabel=label)
         axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("change of top-1 (points)")
-    grid[0][0].legend(frameon=False, fontsize=9)
+    grid[0].legend(frameon=False, fontsize=9)
     return figure

@@ -3,8 +3,8 @@
 The file is the text-orientation classifier of the PyPI package rapidocr-onnxruntime:
 ``python -m tests.benchmarks.text_orientation ch_ppocr_mobile_v2.0_cls_infer.onnx``. The lines of text are
 rendered here, with the fonts that Matplotlib brings, and are unlike the classifier's training data. At last
-the convolutions of the patched file and of the original are quantized to 8 bits, and judged by further lines. Without that,
-:mod:`tests.benchmarks.results` measures the same with ``--text``.
+the convolutions of the patched file and of the original are quantized to 8 bits, and judged by further lines.
+:mod:`tests.benchmarks.results` leaves that out.
 """
 
 import argparse
