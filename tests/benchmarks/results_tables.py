@@ -53,14 +53,11 @@ def further_networks(results):
 
 
 def onnx_files(results):
-    rows = []
-    for (network, search), found in grouped(results["onnx_files"]["rows"], "network", "search").items():
-        of = {row["format"]: row for row in found}
-        cells = [percent(found[0]["before"]), *(percent(of[form]["after"]) for form in ("torch", "onnx"))]
-        rows.append([network, search, *cells, of["onnx"]["chosen"], f"{of['onnx']['passes']:.0f}"])
-    return markdown(
-        ["network", "search", "as it is", "checkpoint", "ONNX file", "chosen (ONNX)", "passes"], rows
-    )
+    rows = [
+        [row["network"], row["shift"], percent(row["before"]), percent(row["after"]), row["chosen"]]
+        for row in results["onnx_files"]["rows"]
+    ]
+    return markdown(["network", "shift", "as it is", "candidates", "chosen"], rows)
 
 
 def few_images(results):
