@@ -185,12 +185,40 @@ def standard_corruptions(results):
 
 @claim
 def clean_after_all(results):
-    """The patch for all kinds changes the error of the small network on images as they are from {before}% to
-    {after}%.
+    """The patch for all of them has its price: on images as they are the error rises from {before}% to
+    {after}% (`--keep-data` limits that).
     """
     rows = rows_of(results, "corruptions", severity=0)
     before, after = (np.mean([row[key] for row in rows]) for key in ("as_it_is", "for_all"))
-    return after - before < 0.03, {"before": percent(before), "after": percent(after)}
+    return before < after < before + 0.1, {"before": percent(before), "after": percent(after)}
+
+
+@claim
+def one_patch_for_all(results):
+    """One patch for all kinds raises the error under {worse}, the mildest kinds here, and lowers it under the
+    {count} others.
+    """
+    rows = [row for row in rows_of(results, "corruptions") if row["severity"]]
+    means = {
+        kind.replace("_", " "): [np.mean([row[key] for row in of]) for key in ("as_it_is", "for_all")]
+        for (kind,), of in grouped(rows, "kind").items()
+    }
+    worse = {kind: after - before for kind, (before, after) in means.items() if after > before}
+    named = ", ".join(f"{kind} ({100 * more:+.1f} points)" for kind, more in worse.items())
+    mild = all(means[kind][0] < 0.4 for kind in worse)
+    return mild and 0 < len(worse) < 6, {"worse": named, "count": len(means) - len(worse)}
+
+
+@claim
+def another_severity(results):
+    """A patch for a kind may harm in another severity than it was tuned in: under {kind} in severity
+    {severity} the error rises from {before}% to {after}%.
+    """
+    rows = [row for row in rows_of(results, "corruptions") if row["severity"]]
+    worst = max(rows, key=lambda row: row["for_kind"] - row["as_it_is"])
+    figures = {"kind": worst["kind"].replace("_", " "), "severity": worst["severity"]}
+    figures |= {"before": percent(worst["as_it_is"]), "after": percent(worst["for_kind"])}
+    return worst["for_kind"] > worst["as_it_is"] + 0.1, figures
 
 
 @claim
@@ -231,14 +259,6 @@ def search_lands(results):
             for key in ("lands", "quarter_lands", "half_lands")
         }
     return figures["accuracy"]["lands"] > 85 and figures["entropy"]["lands"] > 75, figures
-
-
-@claim
-def few_with_nothing_to_gain(results):
-    """Where there is nothing to gain, {kept} of {count} draws keep the network as it is."""
-    rows = rows_of(results, "few_images", shift="none")
-    kept = sum(row["chosen"] == "baseline" for row in rows)
-    return min(map(gain, rows)) > -0.005, {"kept": kept, "count": len(rows)}
 
 
 @claim

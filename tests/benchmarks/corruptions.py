@@ -11,7 +11,7 @@ from bnpatch.data.standard_corruptions import SEVERITIES, STANDARD, corrupt
 from bnpatch.evaluation.robustness_scores import CLEAN
 from tests.benchmarks.fashion_mnist import NETWORKS, load
 
-MIDDLE, MOST_JUDGED = 3, 200
+MIDDLE, MOST_JUDGED = 3, 100
 
 
 def parts():

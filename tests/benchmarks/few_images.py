@@ -6,13 +6,13 @@ import bnpatch
 from tests.benchmarks.candidates import judged
 from tests.benchmarks.fashion_mnist import NETWORKS, load
 
-NUMBERS, DRAWS, KINDS = (50, 200), 3, ("none", "contrast x 0.4", "mixed")
+NUMBERS, DRAWS, KINDS = (50, 200), 3, ("mixed", "contrast x 0.4")
 
 
 def parts():
     for number in reversed(NUMBERS):
         for network in NETWORKS:
-            for shift in reversed(KINDS):
+            for shift in KINDS:
                 for draw in range(DRAWS):
                     yield {"network": network, "shift": shift, "images": number, "draw": draw}
 
