@@ -36,7 +36,7 @@ def test_a_claim_that_no_longer_holds_fails_the_script(change, code, tmp_path, m
     for path in FOLDER.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     measured = json.loads((tmp_path / "candidates.json").read_text())
-    measured["rows"] = [change(row) if row["shift"] == "contrast x 0.4" else row for row in measured["rows"]]
+    measured["rows"] = [row | change if row["shift"] == "contrast x 0.4" else row for row in measured["rows"]]
     (tmp_path / "candidates.json").write_text(json.dumps(measured))
     monkeypatch.setattr("sys.argv", ["results", "--page", "--output", str(tmp_path)])
     assert results.main() == code

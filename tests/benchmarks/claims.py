@@ -262,33 +262,6 @@ def search_lands(results):
 
 
 @claim
-def few_with_a_shared_shift(results):
-    """A shift that all images share takes 50 images: re-estimated statistics need no labels, and the labels
-    have little to decide. The {count} draws under contrast end at {after} top-1.
-    """
-    after = [row["after"] for row in rows_of(results, "few_images", shift="contrast x 0.4", images=50)]
-    return min(after) > 0.8, {"count": len(after), "after": span(after)}
-
-
-@claim
-def few_with_a_mixture(results):
-    """A mixture takes more. What 50 images show of it is often not beyond doubt, and then bnpatch keeps the
-    network as it is: in {kept} of {count} draws. With 200 images all {count} gain, by {gains} points.
-    """
-    few, more = (rows_of(results, "few_images", shift="mixed", images=number) for number in (50, 200))
-    kept = sum(row["chosen"] == "baseline" for row in few)
-    gains = [gain(row) for row in more]
-    return min(gains) > 0.02 and kept > 0, {"kept": kept, "count": len(few), "gains": span(gains, "+")}
-
-
-@claim
-def few_never_lose(results):
-    """None of the {count} draws ends half a point below the network as it is."""
-    rows = rows_of(results, "few_images")
-    return min(map(gain, rows)) > -0.005, {"count": len(rows)}
-
-
-@claim
 def augmented(results):
     """**Tuning for augmented shifts** costs nothing on clean images ({clean} points) and gains little
     ({others} points). Images from the field, even without labels, help far more.

@@ -60,18 +60,6 @@ def onnx_files(results):
     return markdown(["network", "shift", "as it is", "candidates", "chosen"], rows)
 
 
-def few_images(results):
-    rows = []
-    for (network, shift, number), draws in by_shift(results["few_images"]["rows"], "images").items():
-        after = [row["after"] for row in draws]
-        chosen = sorted(grouped(draws, "chosen").items(), key=lambda item: -len(item[1]))
-        names = "; ".join(f"{name} {len(of)}" for (name,), of in chosen)
-        values = (draws[0]["before"], np.mean(after), min(after), max(after))
-        rows.append([network, shift, number, *map(percent, values), names])
-    header = ["network", "shift", "images", "as it is", "patched: mean", "worst", "best", "chosen"]
-    return markdown(header, rows)
-
-
 def one_alpha(results):
     rows = []
     for row in results["one_alpha"]["rows"]:
