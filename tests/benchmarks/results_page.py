@@ -8,6 +8,7 @@ import jinja2
 
 import tests.benchmarks.claims_training  # noqa: F401  # its claims are in the list
 from tests.benchmarks import claims, results_pictures, results_tables
+from tests.benchmarks.fashion_mnist import Setup
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
 PAGE, TEMPLATE = FOLDER.with_suffix(".md"), Path(__file__).with_name("results.md.j2")
@@ -37,7 +38,12 @@ def page(results):
 
     def measured(name):
         about = results[name]
-        command = f"`python -m tests.benchmarks.results --only {name}`"
+        flags = [
+            f" --{key.replace('_', '-')} {about[key]}"
+            for key in ("tuning", "held_out")
+            if about.get(key, getattr(Setup, key)) != getattr(Setup, key)
+        ]
+        command = f"`python -m tests.benchmarks.results --only {name}{''.join(flags)}`"
         return f"{command}, {about['date']}, commit {about['commit']}, {about['machine']}."
 
     def sizes(name):
