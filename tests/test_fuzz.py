@@ -10,6 +10,7 @@ from tests.fuzzing import KINDS
 # How many damaged files of each kind; twenty times as many are slow.
 COUNTS = {
     "ONNX, small": 100,
+    "ONNX, light": 6,
     "recipe": 250,
     ".npz": 60,
     "configuration": 100,

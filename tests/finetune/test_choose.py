@@ -104,7 +104,7 @@ def _score(spec, rate):
 @pytest.mark.parametrize(
     ("number", "error"),
     [
-        (1, KeyboardInterrupt),
+        pytest.param(1, KeyboardInterrupt, marks=pytest.mark.slow),
         pytest.param(2, OSError, marks=pytest.mark.slow),
         pytest.param(4, RuntimeError, marks=pytest.mark.slow),
         pytest.param(

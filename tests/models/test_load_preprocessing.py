@@ -12,6 +12,7 @@ from bnpatch.core.errors import BnpatchError
 from tests.models.small import bare
 
 
+@pytest.mark.slow
 def test_a_published_file_name_gives_the_published_preprocessing(tmp_path):
     _, path = bare(tmp_path, "torchvision", "resnet50", file="resnet50-11ad3fa6.pth")
     loaded = bnpatch.load(path)

@@ -33,6 +33,7 @@ def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
     assert layer.alpha.grad.abs() > 0
 
 
+@pytest.mark.slow
 def test_norm_layers_that_were_recovered_are_in_the_copy(folded):
     model = bnpatch.load(folded)
     recover_fused(model, (X.numpy(), [0] * len(X)))

@@ -133,7 +133,7 @@ def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path)
         assert_close(bnpatch.load(path).predict(X), y)
 
 
-@pytest.mark.parametrize("kind", ["global", "per-site"])
+@pytest.mark.parametrize("kind", [pytest.param("global", marks=pytest.mark.slow), "per-site"])
 def test_slopes_and_offsets_can_stay_adjustable(checkpoint, exported, exporter, tmp_path, kind):
     import onnxruntime
 

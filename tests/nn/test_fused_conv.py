@@ -162,6 +162,7 @@ def test_nothing_to_recover_is_said():
         model.set_running({"squeez.folded": Moments(np.zeros(8), np.ones(8))})
 
 
+@pytest.mark.slow
 def test_a_transformer_that_embeds_patches_has_nothing_folded(tmp_path):
     model = load(settle(timm.create_model("test_vit", num_classes=5, img_size=SIZE, depth=1)))
     nn.init.normal_(model.module.patch_embed.proj.bias)

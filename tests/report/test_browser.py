@@ -12,6 +12,7 @@ from bnpatch.report.files import write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
     # A classifier may do no better than guessing in fog.
     pytest.mark.filterwarnings("ignore:the model is right on:bnpatch.core.errors.BnpatchWarning"),

@@ -158,6 +158,7 @@ def test_classes_add_up(tuned, written):
     assert all(int(row[2]) - int(row[1]) == int(row[3]) for row in mistakes)
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_are_fifteen_rows(tuned, written):
     rng = np.random.default_rng(0)
     classes = np.stack([np.arange(3000) % 1000, *rng.integers(0, 1000, (2, 3000))])

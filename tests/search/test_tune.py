@@ -333,6 +333,7 @@ def test_inputs_as_they_are_leave_no_preprocessing_in_the_recipe(model, foggy, t
         bnpatch.tune_alpha(model, foggy[0])
 
 
+@pytest.mark.slow
 def test_a_study_of_other_calibration_data_is_refused(tiny, dim, plain, tmp_path):
     run = {"granularity": "global", "recalibrate": True, "storage": f"sqlite:///{tmp_path}/s.db", "trials": 2}
     bnpatch.tune_alpha(tiny, dim, **run, calib_data=dim[0][:50])
