@@ -68,6 +68,7 @@ def test_what_an_export_must_not_do(cli, checkpoint, plain):
     assert "nothing is patched" in said
 
 
+@pytest.mark.slow
 def test_one_input_for_alphas_that_differ_is_refused_and_one_for_each_is_not(cli, exported):
     model = bnpatch.load(exported)
     model.set_alphas({name: 0.1 + 0.01 * number for number, name in enumerate(model.alphas())})

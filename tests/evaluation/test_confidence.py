@@ -94,7 +94,10 @@ def test_bootstrap_equals_resampling_by_hand():
     assert (change.value, change.low, change.high) == pytest.approx((value, value - half, value + half))
 
 
-@pytest.mark.parametrize(("off_before", "off_after"), [(0, 0), (0.1, 0.1), (0.2, 0.05)])
+@pytest.mark.parametrize(
+    ("off_before", "off_after"),
+    [(0.2, 0.05), *(pytest.param(off, off, marks=pytest.mark.slow) for off in (0, 0.1))],
+)
 def test_the_paired_interval_covers_the_truth(off_before, off_after):
     rng = np.random.default_rng(0)
     exact = [a.calibration_error() for a in pairs(1_000_000, rng, off_before, off_after)]

@@ -176,7 +176,7 @@ def test_one_outlier_stretches_the_interval_to_its_side(n):
     assert 5 * 10 / n < estimate.high < 20 * 10 / n
 
 
-@pytest.mark.parametrize("divisor", [0.7, 1.5])
+@pytest.mark.parametrize("divisor", [0.7, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_the_interval_of_a_skewed_change_covers_the_truth(divisor):
     """Of a calibrated softmax that is right in 82% of the cases; docs/trust.md has the whole table."""
     logits = np.random.default_rng(0).normal(0, 6, (20_000, 10))

@@ -219,7 +219,7 @@ def test_processes_have_the_same_runs_before_them_and_refuse_alike(as_process, m
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rate", [1e-6, 0.05])
+@pytest.mark.parametrize("rate", [1e-6, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_the_guided_rate_may_lie_beyond_those_that_are_searched(as_process, monkeypatch, rate):
     seen = results(_score, monkeypatch)
     best = as_process(0, weight_decay=rate)

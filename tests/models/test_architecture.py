@@ -36,7 +36,7 @@ def state(library, name, **kwargs):
         ("timm", "levit_128s"),
     ],
 )
-@pytest.mark.parametrize("num_classes", [1000, 7])
+@pytest.mark.parametrize("num_classes", [pytest.param(1000, marks=pytest.mark.slow), 7])
 def test_a_bare_state_dict_is_identified(library, name, num_classes):
     found = identify(state(library, name, num_classes=num_classes))
     assert (str(found), found.num_classes, found.in_chans) == (f"{library}:{name}", num_classes, 3)
@@ -58,17 +58,26 @@ def test_old_checkpoints_without_counters_are_identified():
     assert str(identify(tensors)) == "torchvision:resnet18"
 
 
+@pytest.mark.slow
 def test_variants_that_fit_too_are_reported():
     found = identify(state("torchvision", "resnet50"))
     assert str(found) == "torchvision:resnet50"
     assert "timm:resnetblur50" in found.also
 
 
-@pytest.mark.parametrize("hint", ["timm:resnetblur50", "resnetblur50", "resnetblur50.bt_in1k"])
+@pytest.mark.parametrize(
+    "hint",
+    [
+        "resnetblur50",
+        pytest.param("timm:resnetblur50", marks=pytest.mark.slow),
+        pytest.param("resnetblur50.bt_in1k", marks=pytest.mark.slow),
+    ],
+)
 def test_a_hint_decides_between_variants(hint):
     assert str(identify(state("torchvision", "resnet50"), hint)) == "timm:resnetblur50"
 
 
+@pytest.mark.slow
 def test_a_file_name_decides_between_variants():
     assert (
         str(identify(state("torchvision", "resnet50"), None, "resnetblur50-84f4748f.pth"))

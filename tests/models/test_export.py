@@ -343,8 +343,17 @@ def test_signals_images_and_volumes_are_exported(axes, tmp_path):
     assert bnpatch.load(tmp_path / "model.onnx").predict(x).shape == (2, 4 * 2**axes)
 
 
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [
+        (torch.float16, True),
+        (torch.bfloat16, False),
+        pytest.param(torch.float64, True, marks=pytest.mark.slow),
+        pytest.param(torch.float64, False, marks=pytest.mark.slow),
+        pytest.param(torch.float16, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_module_of_any_precision_is_exported(dtype, given, tmp_path):
     """In float32, or in float16 if the inputs are: onnxruntime has no other convolutions on a CPU."""
     module = bnpatch.patch(of_axes(2), 0.2).to(dtype)

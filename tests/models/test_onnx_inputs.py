@@ -115,6 +115,7 @@ def test_a_wrong_size_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_maps_that_become_1_x_1_at_run_time_are_those_of_torch(tmp_path):
     """A file of any image size weights examples where torch does: not where a channel has one value."""
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ def test_a_recipe_of_one_applies_to_the_other(checkpoint, exported):
     assert back.alphas() == torch_model.alphas()
 
 
+@pytest.mark.slow
 def test_tuning_the_export_finds_what_tuning_the_checkpoint_finds(checkpoint, exported, foggy):
     """Scores differ by 1e-5 of them at most, those of two weights by 1e-3 at least, over ten seeds."""
     from_torch, from_onnx = (

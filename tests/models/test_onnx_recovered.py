@@ -14,6 +14,7 @@ from tests.nn.norms import images
 LIKE_TRAINING = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
 
+@pytest.mark.slow
 def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
     """Recovered on the images that the checkpoint was fitted to, it weighs examples as that does."""
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)

@@ -143,7 +143,7 @@ def binary(form):
 
 
 @pytest.mark.parametrize("form", ONE.values(), ids=ONE)
-@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_one_output_is_two_classes(form, backend, tmp_path):
     model, two = binary(form), opened(lambda y: y[:, :2])
     if backend == "onnx":
@@ -219,7 +219,7 @@ def test_another_axis_may_be_the_batch():
     assert result.comparisons[0].before.value == 1.0
 
 
-@pytest.mark.parametrize("batch", [None, 1, 2])
+@pytest.mark.parametrize("batch", [None, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (1, 2))])
 def test_another_axis_may_be_the_batch_of_a_file(batch, tmp_path):
     """Five steps are more than the three inputs that find the axis."""
     model = opened(as_recurrent)

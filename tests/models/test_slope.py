@@ -133,7 +133,8 @@ def test_files_keep_the_slopes(checkpoint, exported, exporter, target, tmp_path)
         assert_close(bnpatch.load(path).predict(X), y)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("global", marks=pytest.mark.slow), "per-site"])
+@pytest.mark.parametrize("kind", ["global", "per-site"])
+@pytest.mark.slow
 def test_slopes_and_offsets_can_stay_adjustable(checkpoint, exported, exporter, tmp_path, kind):
     import onnxruntime
 
@@ -222,6 +223,7 @@ def test_patch_takes_a_slope_and_an_offset(kind, most):
     assert values() == [0, 0]
 
 
+@pytest.mark.slow
 def test_compiled_models_take_new_slopes_and_offsets_without_being_traced_again():
     module = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     bnpatch.patch(module, 0.1, slope=0.5, var_offset=1.0)

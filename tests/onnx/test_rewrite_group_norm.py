@@ -36,7 +36,7 @@ EXPORTS = {
     ("exporter", "affine"),
     [
         ("new exporter", True),
-        ("optimized", False),
+        pytest.param("optimized", False, marks=pytest.mark.slow),
         ("old exporter", True),
         pytest.param("new exporter", False, marks=pytest.mark.slow),
         pytest.param("optimized", True, marks=pytest.mark.slow),

@@ -130,6 +130,7 @@ def test_pictures_of_classes_and_of_far_examples_wait_to_be_opened(tuned, writte
     assert ("details", "open", None) not in page.attributes
 
 
+@pytest.mark.slow
 def test_a_page_of_large_pictures_stays_below_3_mb(tuned, written):
     rng = np.random.default_rng(0)
 
@@ -292,6 +293,7 @@ def test_cross_fitting(model, foggy, written):
     assert "each left out of the search that it judged (cross-fitting)" in written(result).text
 
 
+@pytest.mark.slow
 def test_an_interrupted_search(model, foggy, written):
     def interrupt(trial, is_best):
         if trial.number == 2:

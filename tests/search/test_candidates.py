@@ -249,6 +249,7 @@ def test_weights_without_slopes_are_the_means_of_those_with(tiny, dim):
     assert (found.alphas[names[1]], found.slopes, found.var_offsets) == (0.2, zeros, offsets)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx, dim):
     options = {"metric": "cross-entropy", "granularity": "layer"}
     by_torch, by_onnx = (bnpatch.tune_alpha(m, dim, **options) for m in (tiny, bnpatch.load(tiny_onnx)))

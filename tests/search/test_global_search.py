@@ -213,6 +213,7 @@ def test_two_parameters():
     assert np.hypot(result.best.params["x"] - 0.5, result.best.params["y"] - 0.2) < 0.2
 
 
+@pytest.mark.slow
 def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     study = open_study(Storage(url), direction="maximize")

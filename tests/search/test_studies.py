@@ -259,8 +259,8 @@ def _each_connection(storage, statement):
     ("trouble", "said"),
     [
         (full, "database or disk is full"),
-        (readonly, "attempt to write a readonly database"),
-        (locked, "database is locked"),
+        pytest.param(readonly, "attempt to write a readonly database", marks=pytest.mark.slow),
+        pytest.param(locked, "database is locked", marks=pytest.mark.slow),
     ],
 )
 def test_a_database_that_fails_in_mid_search_is_said_once_and_the_search_goes_on(

@@ -292,7 +292,14 @@ def test_the_recipe_says_where_it_comes_from(tuned):
 
 
 @pytest.mark.parametrize(
-    "kind", ["layers", "one weight", "no labels", "few images", "to keep", "augmented", "coordinates"]
+    "kind",
+    [
+        *("layers", "one weight", "no labels"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("few images", "to keep", "augmented", "coordinates")
+        ),
+    ],
 )
 def test_the_progress_tells_what_is_left(tiny, dim, plain, kind, monkeypatch):
     """Four seeds: wrong by 0.14 at most, and by 0.46 where gains decide how long the search is."""
