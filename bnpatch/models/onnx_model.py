@@ -317,10 +317,8 @@ class OnnxModel(Model[OnnxNormLayer]):
     def _prepare(self, x: Tensor) -> Array:
         takes_bytes = self.signature.dtype == np.uint8
         if not x.is_floating_point() and not takes_bytes:
-            shape = (1, -1, 1, 1)
-            mean, std = (
-                255 * torch.tensor(v).view(shape) for v in (self.preprocessing.mean, self.preprocessing.std)
-            )
+            values = self.preprocessing.mean, self.preprocessing.std
+            mean, std = (255 * torch.tensor(v).view(1, -1, 1, 1) for v in values)
             x = (x.float() - mean) / std
         if self.signature.channels_last and x.ndim == 4:
             x = x.movedim(1, -1)
@@ -329,12 +327,9 @@ class OnnxModel(Model[OnnxNormLayer]):
 
 
 def _known_shapes(norms: Iterable[OnnxNormLayer]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for norm in norms:
-        spatial = tuple(int(size) for size in norm.dims[2:] if isinstance(size, int))
-        if len(spatial) == len(norm.dims[2:]):
-            shapes[norm.module_name] = spatial
-    return shapes
+    sizes = {norm.module_name: norm.dims[2:] for norm in norms}
+    known = {name: tuple(n for n in dims if isinstance(n, int)) for name, dims in sizes.items()}
+    return {name: spatial for name, spatial in known.items() if len(spatial) == len(sizes[name])}
 
 
 def _flat(names: MomentNames) -> list[str]:
