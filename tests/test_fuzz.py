@@ -10,11 +10,12 @@ from tests.fuzzing import KINDS
 # How many damaged files of each kind; twenty times as many are slow.
 COUNTS = {
     "ONNX, small": 100,
-    "ONNX, light": 6,
+    "ONNX, light": 3,
+    "ONNX, exported": 8,
     "recipe": 250,
     ".npz": 60,
     "configuration": 100,
-    "class map": 100,
+    "class map": 40,
     "class map, JSON": 100,
 }
 COUNT = 20

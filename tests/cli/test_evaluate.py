@@ -82,7 +82,7 @@ def test_a_recipe_brings_its_preprocessing(cli, checkpoint, folder, tuned):
     assert json.loads(exported)["scores"]["cross-entropy"]["value"] == pytest.approx(after, rel=1e-3)
 
 
-@pytest.mark.parametrize("weight", ["alpha", "lambda"])
+@pytest.mark.parametrize("weight", ["alpha", pytest.param("lambda", marks=pytest.mark.slow)])
 def test_a_recipe_is_not_applied_twice(cli, checkpoint, folder, weight):
     model = bnpatch.load(checkpoint)
     if weight == "alpha":

@@ -158,6 +158,7 @@ def test_bad_input_is_one_line(cli, checkpoint, data, more, message, monkeypatch
     assert not out
 
 
+@pytest.mark.slow
 def test_a_damaged_resume_file_and_an_onnx_file(cli, checkpoint, data, exported, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last.pt").write_bytes(b"PK damaged")

@@ -102,6 +102,7 @@ def test_what_held_out_images_do_not_support_is_not_in_the_patched_model(cli, ch
     assert all(alpha > 0 for alpha in Recipe.load("bnpatch-out/candidate-recipe.json").alphas.values())
 
 
+@pytest.mark.slow
 def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "val")
     break_images(tmp_path / "val")
@@ -113,7 +114,7 @@ def test_broken_images_are_counted_and_strict_stops(cli, checkpoint, folder, tmp
     assert "cannot read 0/" in one_line(err)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labelled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_images_to_keep(cli, checkpoint, folder, flat, tmp_path, labelled):
     keep = ["--keep-data", folder if labelled else flat, "--margin", "0.9"]
     code, out, err = cli("tune-alpha", checkpoint, "--data", folder, *keep, *QUICK, "--trials", 2)

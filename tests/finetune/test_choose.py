@@ -202,6 +202,7 @@ def as_process(residual, examples, monkeypatch, tmp_path):
     return search
 
 
+@pytest.mark.slow
 def test_processes_have_the_same_runs_before_them_and_refuse_alike(as_process, monkeypatch, tmp_path):
     first = results(_score, monkeypatch)
     best = as_process(0)

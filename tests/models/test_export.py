@@ -289,6 +289,7 @@ def test_a_checkpoint_keeps_lambda_and_calibrated_moments(tmp_path):
     assert again.recipe().to_json() == model.recipe().to_json()
 
 
+@pytest.mark.slow
 def test_single_values_are_weighed_where_asked(checkpoint, exporter, tmp_path):
     """By the model, its recipe, its export, and the export with the recipe alike; not by default."""
     x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -335,7 +336,9 @@ def of_axes(axes, seed=0):
     return settle(nn.Sequential(conv(3, 8, 3), norm(8), nn.ReLU(), conv(8, 4, 3), norm(4), nn.Flatten()))
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(
+    "axes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_signals_images_and_volumes_are_exported(axes, tmp_path):
     x = images(2, 3, *(6,) * axes)
     done = bnpatch.export_onnx(bnpatch.patch(of_axes(axes), 0.2), tmp_path / "model.onnx", x)

@@ -36,6 +36,7 @@ def test_folded_batch_norm_is_recovered(checkpoint, folded, digits, foggy):
         assert_close(model.predict(x), reference.predict(x), 0.01 if alpha else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_recovered_site_at_zero_is_the_convolution_that_it_was(folded, digits, tmp_path):
     from bnpatch.models.running_stats import recover_fused
 
@@ -74,6 +75,7 @@ def test_calibration_does_not_depend_on_the_batch_size(folded, digits):
         np.testing.assert_allclose(moments.var, found[1][name].var, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_with_little_batch_norm_left_is_told_what_to_do(folded, exported):
     model = bnpatch.load(folded, preprocessing=LIKE_TRAINING)
     assert "--recover-fused" in model.notes[-1]

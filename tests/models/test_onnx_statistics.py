@@ -41,7 +41,7 @@ def assert_same_moments(found, expected):
 SETTINGS = [(0.0, 0.5), (0.0, 1.0), (0.2, 0.0), (0.2, 0.5), (1.0, 1.0)]
 
 
-@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, group_norm])
+@pytest.mark.parametrize("norm", [pytest.param(torch.nn.BatchNorm2d, marks=pytest.mark.slow), group_norm])
 def test_re_estimated_statistics_and_every_setting_agree_with_torch(norm, exported_small):
     models = exported_small(norm)
     assert models[0].fingerprints() == models[1].fingerprints()
@@ -114,6 +114,7 @@ def test_lambda_zero_is_the_file_as_it_is_and_a_refused_setting_changes_nothing(
     assert model.weights == PatchWeights(names, names, names, names)
 
 
+@pytest.mark.slow
 def test_calibration_keeps_the_weights_of_other_sites(tmp_path):
     class Mixed(torch.nn.Module):
         def __init__(self):

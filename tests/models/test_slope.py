@@ -274,7 +274,7 @@ def test_a_search_tries_weights_without_the_slopes_that_the_model_had(checkpoint
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("kind", BESIDE_ALPHA)
+@pytest.mark.parametrize("kind", [pytest.param("slope", marks=pytest.mark.slow), "var_offset"])
 def test_inspect_shows_slopes_and_offsets(cli, checkpoint, tmp_path, kind):
     model = bnpatch.load(checkpoint)
     name = next(iter(model.alphas()))

@@ -84,13 +84,8 @@ def test_a_scale_and_a_shift_by_hand_are_said():
     assert not inventory(network(ByHand(sign=-1))).skipped_norms
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [
-        Frozen,
-        *(pytest.param(norm, marks=pytest.mark.slow) for norm in (FrozenBatchNorm2d, FrozenBatchNormAct2d)),
-    ],
-)
+@pytest.mark.parametrize("norm", [Frozen, FrozenBatchNorm2d, FrozenBatchNormAct2d])
+@pytest.mark.slow
 def test_frozen_norms_are_exported(norm, tmp_path):
     module = patch(network(norm(6)), 0.3)
     done = bnpatch.export_onnx(module, tmp_path / "model.onnx", images(2, 3, 8, 8))

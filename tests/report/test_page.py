@@ -116,6 +116,7 @@ def test_pictures_are_of_what_the_patch_changes(tuned, foggy, written):
         assert f"{sample.target} as it is: {before} patched: {after}" in page.text
 
 
+@pytest.mark.slow
 def test_pictures_of_classes_and_of_far_examples_wait_to_be_opened(tuned, written):
     page = written(tuned)
     samples = tuned.samples

@@ -22,6 +22,7 @@ from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials, as_tr
 from tests.search.tiny import WIDTHS
 
 
+@pytest.mark.slow
 def test_what_is_best_so_far_is_the_best_of_all_global_searches(tiny, dim):
     few, seen = (dim[0][:100], dim[1][:100]), []
 
@@ -66,7 +67,7 @@ def test_there_are_examples_to_learn_from_and_others_to_choose_by(count, set_siz
     assert np.concatenate(found).tolist() == order.tolist()
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_learning_makes_do_with_the_memory_there_is(tiny, dim, monkeypatch, where):
     forward, backward, sizes = type(tiny).forward, torch.autograd.backward, []
 

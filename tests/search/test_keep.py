@@ -46,7 +46,7 @@ def accuracy(model, data, recipe):
         return evaluate(model, bnpatch.open_examples(data, model)).mean(ACCURACY)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labelled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_ruins_the_images_to_keep_is_chosen_without_them_and_not_with_them(
     tiny, dim, plain, free, labelled
 ):

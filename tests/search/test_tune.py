@@ -192,7 +192,7 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:of .* near-copies")  # they are eight images with some noise
-@pytest.mark.parametrize("make", ["torch", "onnx"])
+@pytest.mark.parametrize("make", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_each_layer_gets_the_weight_that_it_needs(make, tmp_path):
     """With gradients, and without."""
     module = Opposites().eval()

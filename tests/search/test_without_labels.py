@@ -42,7 +42,7 @@ def test_several_norms_are_tuned_without_labels(tiny, plain, dim, monkeypatch):
     assert share_given_back(tiny, plain, dim, result) > 0.4  # ten seeds: 0.68 to 1.00, of deviation 0.11
 
 
-@pytest.mark.parametrize("count", [150, 300])
+@pytest.mark.parametrize("count", [150, pytest.param(300, marks=pytest.mark.slow)])
 def test_few_images_without_labels_cost_at_most_forty_passes(tiny, dim, count):
     result = bnpatch.tune_alpha(tiny, dim[0][:count], test_data=dim[0][300:], metric="unlabeled")
     assert result.num_tuning == count
