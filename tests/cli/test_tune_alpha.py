@@ -58,6 +58,7 @@ def test_tune_alpha_writes_what_it_promises(cli, checkpoint, foggy, tmp_path):
     assert set(bnpatch.load(results / "patched.pt").alphas().values()) == {alpha}
 
 
+@pytest.mark.slow
 def test_json_is_alone_on_stdout(cli, checkpoint, folder):
     code, out, err = cli("tune-alpha", checkpoint, "--data", folder, "--json", *QUICK)
     content = json.loads(out)
@@ -87,6 +88,7 @@ def test_no_gain_is_exit_code_0_and_plain(cli, checkpoint, clean):
     assert set(Recipe.load("bnpatch-out/recipe.json").alphas.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_what_held_out_images_do_not_support_is_not_in_the_patched_model(cli, checkpoint, foggy):
     """A gain in tuning; of the other images, the answers of the unpatched model are said to be right."""
     images, labels = foggy

@@ -46,6 +46,7 @@ def test_export_of_timm_models(name, tmp_path):
     }  # the module is as it was
 
 
+@pytest.mark.slow
 def test_norm_layers_at_their_baseline_stay_as_they_were(checkpoint, exporter, tmp_path):
     model = bnpatch.load(checkpoint)
     names = list(model.alphas())

@@ -94,6 +94,7 @@ def test_the_model_is_left_as_it_was(exported, foggy):
         model.set_alphas(2.0)
 
 
+@pytest.mark.slow
 def test_a_torch_export_program(tmp_path):
     torch_model = bnpatch.load(small())
     batch = ({0: torch.export.Dim.DYNAMIC},)

@@ -262,6 +262,7 @@ def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx
         assert any(one.weights.var_offsets.values()) is ("per layer" in one.name or one.name == "refined")
 
 
+@pytest.mark.slow
 def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim, monkeypatch):
     monkeypatch.setattr("bnpatch.models.onnx_model.OnnxModel.with_gradients", lambda model, x: None)
     result = bnpatch.tune_alpha(bnpatch.load(tiny_onnx), dim, metric="cross-entropy", granularity="layer")

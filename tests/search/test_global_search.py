@@ -66,6 +66,7 @@ def regret(problem, result):
     return problem.scores(result.best.params["x"])["cross-entropy"].mean() / best - 1
 
 
+@pytest.mark.slow
 def test_cross_entropy_lands_where_the_grid_does_in_three_passes():
     regrets = []
     for seed, best in enumerate((0.0, 0.05, 0.3, 0.7, 1.0)):

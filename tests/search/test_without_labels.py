@@ -35,6 +35,7 @@ def test_labels_are_not_needed(digits, plain, monkeypatch):
     assert share_given_back(model, plain, dim, result) > 0.95  # 0.98 to 1.00, at contrasts from 0.3 to 0.6
 
 
+@pytest.mark.slow
 def test_several_norms_are_tuned_without_labels(tiny, plain, dim, monkeypatch):
     monkeypatch.setattr(objective, "SELF_LABELLED_SETS", 1)
     result = bnpatch.tune_alpha(tiny, dim[0], metric="unlabeled", trials=4)
