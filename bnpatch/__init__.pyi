@@ -2,6 +2,7 @@
 
 from .core.errors import BnpatchError as BnpatchError
 from .core.errors import BnpatchWarning as BnpatchWarning
+from .core.moments import ExampleWeight as ExampleWeight
 from .core.moments import Moments as Moments
 from .core.moments import mix as mix
 from .core.moments import pool as pool

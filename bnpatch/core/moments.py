@@ -86,6 +86,11 @@ class ExampleWeight:
     slope: Any = 0.0
     var_offset: Any = 0.0
 
+    @classmethod
+    def of(cls, weight: Any) -> "ExampleWeight":
+        """Return ``weight`` itself, or the same weight at any distance if it is an alpha alone."""
+        return weight if isinstance(weight, ExampleWeight) else cls(weight)
+
     def at(self, distance: Any) -> tuple["Share", "Share"]:
         """Compute the weight of the mean and that of the variance of an example.
 
@@ -98,9 +103,9 @@ class ExampleWeight:
                 slope it does not matter.
         """
         share = Share(self.alpha, 1 - self.alpha)
-        if not _is_zero(self.slope):
+        if not is_zero(self.slope):
             share = share.with_odds((distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** self.slope)
-        return share, share if _is_zero(self.var_offset) else share.with_odds(_exp(self.var_offset))
+        return share, share if is_zero(self.var_offset) else share.with_odds(_exp(self.var_offset))
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def mix_example(weight: ExampleWeight, example: Moments[Any], running: Moments[A
     """
     between = example.mean - running.mean
     square = between * between
-    far = None if _is_zero(weight.slope) else _distance(square, example.var, running.var, eps)
+    far = None if is_zero(weight.slope) else _distance(square, example.var, running.var, eps)
     mean, var = weight.at(far)
     moments = Moments(
         mean=running.mean + mean.example * between,
@@ -214,7 +219,8 @@ def _distance(square: Any, var: Any, running_var: Any, eps: Any) -> Any:
     return 0.5 * (square / total + log_ratio * log_ratio).mean(1, keepdims=True)
 
 
-def _is_zero(number: Any) -> bool:
+def is_zero(number: Any) -> bool:
+    """Tell whether this is the number 0, and not a tensor or a value of a graph."""
     return isinstance(number, (int, float)) and number == 0
 
 

@@ -25,7 +25,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
     include_1x1 = given.include_1x1
     for norm in norm_layers:
         for kind in ("alpha", *BESIDE_ALPHA):
-            weights[kind][norm.name] = getattr(norm, kind)
+            weights[kind][norm.name] = getattr(norm.example_weight, kind)
         lambdas[norm.name] = given.weights.lambdas.get(norm.name, 0.0)
         if norm.kind == RecoveredNorm.__name__:
             running.setdefault(norm.name, buffers_of(norm))

@@ -1,7 +1,8 @@
 """Normalize each example by a mixture of its own and the running statistics: the formula on tensors.
 
-The final affine map has two implementations, and the memory layout decides. Both let gradients flow to the
-input, to the learned scale and shift, and to what weights the example:
+Where the example has the weight 0 and no channels are pooled, that is Batch Norm, and torch computes it.
+Otherwise the final affine map has two implementations, and the memory layout decides. Both let gradients flow
+to the input, to the learned scale and shift, and to what weights the example:
 
 - contiguous (N, C, *): one ``batch_norm`` call on a (1, N * C, *) view, which needs no copy;
 - channels last: one ``addcmul``, because that view would need a copy.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnpatch.core.moments import ExampleWeight, Mixture, Moments, mix_example, pool
+from bnpatch.core.moments import ExampleWeight, Mixture, Moments, is_zero, mix_example, pool
 
 # For batch_norm, which refuses an eps of 0 in some versions of torch; 1 - _EPS + _EPS is exactly 1.
 _EPS = 2.0**-20
@@ -26,10 +27,8 @@ def weighted_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    alpha: float | Tensor,
+    alpha: float | Tensor | ExampleWeight,
     channels_per_group: int = 1,
-    slope: float | Tensor = 0.0,
-    var_offset: float | Tensor = 0.0,
 ) -> Tensor:
     """Normalize each example by a mixture of its own and the running statistics (Eq. 3 of the paper).
 
@@ -45,16 +44,18 @@ def weighted_norm(
         weight: learned scale (gamma) of shape (C,), or None for 1.
         bias: learned shift (beta) of shape (C,), or None for 0.
         eps: added to the variance.
-        alpha: weight of the example, in [0, 1]; a tensor may require grad.
+        alpha: weight of the example, in [0, 1]; or an :class:`~bnpatch.core.moments.ExampleWeight`, which
+            depends on the distance of the example. Tensors may require grad.
         channels_per_group: number of consecutive channels whose moments are pooled; must divide C.
-        slope: how much the weight depends on the distance of the example, see
-            :class:`~bnpatch.core.moments.ExampleWeight`; a tensor may require grad.
-        var_offset: how much larger the weight of the example's variance is than that of its mean, see there.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``x``.
     """
-    moments = mixture(x, running, eps, ExampleWeight(alpha, slope, var_offset), channels_per_group).moments
+    example = ExampleWeight.of(alpha)
+    is_batch_norm = is_zero(example.alpha) and channels_per_group == 1
+    if is_batch_norm and _fits_batch_norm(x, running, weight):
+        return F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=eps)
+    moments = mixture(x, running, eps, example, channels_per_group).moments
     scale = torch.rsqrt(moments.var + eps)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
@@ -62,6 +63,18 @@ def weighted_norm(
     if bias is not None:
         shift = shift + bias.to(scale.dtype)
     return affine(x, scale, shift)
+
+
+def _fits_batch_norm(x: Tensor, running: Moments[Tensor], weight: Tensor | None) -> bool:
+    """Tell whether ``batch_norm`` can take these running statistics.
+
+    It has no gradient for running statistics. It needs all parameters in one dtype: that of the input, or
+    float32 for an input of half precision.
+    """
+    dtype, is_half = running.mean.dtype, x.dtype.itemsize == 2
+    is_learned = running.mean.requires_grad or running.var.requires_grad
+    is_one_dtype = weight is None or weight.dtype == dtype
+    return not is_learned and is_one_dtype and (dtype == x.dtype or (is_half and dtype == torch.float32))
 
 
 def mixture(

@@ -4,7 +4,6 @@ import warnings
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -91,15 +90,13 @@ class ExampleWeightedNorm(nn.Module):
     def take_over(
         cls,
         origin: nn.Module,
-        alpha: float | Tensor = 0.0,
+        alpha: float | Tensor | ExampleWeight = 0.0,
         *,
         always_inference: bool = False,
         channels_per_group: int = 1,
         baseline_alpha: float = 0.0,
         running: Moments[Tensor] | None = None,
         include_1x1: bool = False,
-        slope: float | Tensor = 0.0,
-        var_offset: float | Tensor = 0.0,
     ) -> "ExampleWeightedNorm":
         """Make a layer that replaces ``origin`` and shares its state. Don't use ``origin`` afterwards.
 
@@ -107,14 +104,12 @@ class ExampleWeightedNorm(nn.Module):
             origin: a module with ``eps``, and ``running_mean``, ``running_var``, ``weight`` and ``bias`` of
                 shape (C,) or None. If it has ``drop`` and ``act``, the layer applies them after the
                 normalization, in this order.
-            alpha: see :attr:`alpha`.
+            alpha: see :attr:`alpha`; or alpha, slope and offset as an ``ExampleWeight``.
             always_inference: see the class.
             channels_per_group: see the class; must divide C.
             baseline_alpha: see the class.
             running: see :attr:`running`; required if ``origin`` has no running statistics.
             include_1x1: see the class.
-            slope: see :attr:`slope`.
-            var_offset: see :attr:`var_offset`.
 
         Raises:
             InvalidWeightError: alpha is not in [0, 1], slope not in [-4, 4] or var_offset not in [-8, 8].
@@ -130,7 +125,7 @@ class ExampleWeightedNorm(nn.Module):
             include_1x1=include_1x1,
             _running=running,
         )
-        layer.set_weights(alpha=alpha, slope=slope, var_offset=var_offset)
+        layer.set_weights(**vars(ExampleWeight.of(alpha)))
         return layer
 
     def as_origin(self) -> nn.Module:
@@ -168,7 +163,7 @@ class ExampleWeightedNorm(nn.Module):
         :class:`~bnpatch.core.moments.ExampleWeight`. Where alpha is 0 or 1, the slope changes nothing.
         Set a number or a tensor to learn it, as for :attr:`alpha`:
 
-            >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1, slope=0.5)
+            >>> layer = ExampleWeightedNorm.take_over(nn.BatchNorm2d(8).eval(), alpha=0.1)
             >>> layer.slope = torch.tensor(0.0, requires_grad=True)
             >>> layer(torch.randn(2, 8, 4, 4)).square().sum().backward()
             >>> layer.slope.grad is not None
@@ -294,16 +289,15 @@ class ExampleWeightedNorm(nn.Module):
         self.check_input(x)
         weight, bias, *_ = self.parameters_of_norm()
         running = self._moments()
-        alpha: float | Tensor = self._alpha if self.weighs(x) else 0.0
-        if isinstance(alpha, float) and self.channels_per_group == 1 and _fits_batch_norm(running, weight):
-            y = F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=self.eps)
-        else:
-            is_end = isinstance(alpha, float)
-            slope = 0.0 if self._is_constant or is_end else self._slope
-            offset = 0.0 if self._is_shared or is_end else self._var_offset
-            groups = self.channels_per_group
-            y = weighted_norm(x, running, weight, bias, self.eps, alpha, groups, slope, offset)
-        return self.finish(y)
+        example = self._weight_in_effect() if self.weighs(x) else 0.0
+        return self.finish(
+            weighted_norm(x, running, weight, bias, self.eps, example, self.channels_per_group)
+        )
+
+    def _weight_in_effect(self) -> ExampleWeight:
+        """Return the weight in tensors, with the number 0 for a slope or an offset that has no effect."""
+        slope = 0.0 if self._is_constant else self._slope
+        return ExampleWeight(self._alpha, slope, 0.0 if self._is_shared else self._var_offset)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse, when ``torch.jit.script`` asks for a form that it can compile."""
@@ -347,14 +341,14 @@ class ExampleWeightedNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Show size, eps, alpha, slope and offset if they are not 0, and the class that the layer had."""
-        weights = {name: getattr(self, name) for name in _WEIGHTS}
         shown = [
             f"{name}={weight if isinstance(weight, float) else 'learned'}"
-            for name, weight in weights.items()
+            for name, weight in vars(self.example_weight).items()
             if name == "alpha" or isinstance(weight, Tensor) or weight
         ]
-        shown = [f"{self.num_channels}", f"eps={self.eps}", *shown, f"was {self.origin_class.__name__}"]
-        return ", ".join(shown)
+        return ", ".join(
+            [f"{self.num_channels}", f"eps={self.eps}", *shown, f"was {self.origin_class.__name__}"]
+        )
 
 
 def _is_learned(weight: float | Tensor) -> TypeGuard[Tensor]:
@@ -372,15 +366,6 @@ def _number_or_learned(weight: Tensor) -> float | Tensor:
 def _on_host(weight: float) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not take part in a gradient later
         return torch.tensor(weight, dtype=torch.float64, device="cpu")
-
-
-def _fits_batch_norm(running: Moments[Tensor], weight: Tensor | None) -> bool:
-    """Tell whether ``batch_norm`` can take these running statistics.
-
-    It has no gradient for running statistics, and needs all parameters in one dtype.
-    """
-    is_learned = running.mean.requires_grad or running.var.requires_grad
-    return not is_learned and (weight is None or weight.dtype == running.mean.dtype)
 
 
 def _is_traced(x: object) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnpatch.core.errors import BnpatchError, check_weight
 from bnpatch.core.inventory import CALIBRATE, NEEDS_CALIBRATION, Inventory, NormLayer, SkippedNorm
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.text import counted
 from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm, why_not_frozen
 from bnpatch.nn.norm import ExampleWeightedNorm
@@ -106,17 +106,13 @@ class TorchNormLayer:
     @property
     def alpha(self) -> float:
         """The weight of the example, in [0, 1]; 0 if the layer is not patched."""
-        return 0.0 if self.patched is None else _number(self.patched.alpha)
+        return float(self.example_weight.alpha)
 
     @property
-    def slope(self) -> float:
-        """How much the weight depends on the distance of the example; 0 if the layer is not patched."""
-        return 0.0 if self.patched is None else _number(self.patched.slope)
-
-    @property
-    def var_offset(self) -> float:
-        """How much larger the variance's weight is than the mean's; 0 if the layer is not patched."""
-        return 0.0 if self.patched is None else _number(self.patched.var_offset)
+    def example_weight(self) -> ExampleWeight:
+        """Alpha, slope and offset as numbers; all are 0 if the layer is not patched."""
+        used = ExampleWeight(0.0) if self.patched is None else self.patched.example_weight
+        return ExampleWeight(*(w.item() if isinstance(w, Tensor) else w for w in vars(used).values()))
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""
@@ -207,9 +203,9 @@ def patch(
         else:
             swaps[id(norm_layer.module)] = ExampleWeightedNorm.take_over(
                 norm_layer.module,
+                ExampleWeight(**{"alpha": 0.0, **weights[norm_layer.name]}),
                 always_inference=CONVERTIBLE.get(_qualified_name(type(norm_layer.module)), True),
                 include_1x1=bool(include_1x1),
-                **weights[norm_layer.name],
             )
     return swap(model, swaps)
 
@@ -366,10 +362,6 @@ def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
         f"the model has {counted(len(found.skipped_norms), 'norm')}, and none can be patched",
         f"skipped: {kind} ({reason})" + (f" and {len(kinds) - 1} more" if len(kinds) > 1 else ""),
     )
-
-
-def _number(weight: float | Tensor) -> float:
-    return weight.item() if isinstance(weight, Tensor) else weight
 
 
 def _enumerate(norms: Sequence[NormLayer | SkippedNorm], most: int = 5) -> str:

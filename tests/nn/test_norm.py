@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnpatch.core.errors import BnpatchWarning
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.nn.functional import example_moments, weighted_norm
 from bnpatch.nn.norm import ExampleWeightedNorm
 from tests import reference
@@ -35,12 +35,13 @@ CASES = [(shape, layout) for shape in SHAPES.values() for layout in LAYOUTS[len(
 def test_equals_the_oracle(case, alpha, dtype, channels_per_group, slope, offset):
     shape, layout = case
     x, (mean, var, weight, bias) = sample(shape, dtype, layout), parameters(shape[1], dtype)
-    weights = (alpha, channels_per_group, slope, offset)
-    y = weighted_norm(x, Moments(mean, var), weight, bias, 0.1, *weights)
+    example = ExampleWeight(alpha, slope, offset)
+    y = weighted_norm(x, Moments(mean, var), weight, bias, 0.1, example, channels_per_group)
     assert y.dtype == dtype
     assert y.shape == x.shape
     expected = reference.weighted_norm(
-        *(t.double().numpy() for t in (x, mean, var, weight, bias)), 0.1, *weights
+        *(t.double().numpy() for t in (x, mean, var, weight, bias)),
+        *(0.1, alpha, channels_per_group, slope, offset),
     )
     scale = max(1.0, np.abs(expected).max())
     np.testing.assert_allclose(y.double().numpy(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
@@ -81,7 +82,7 @@ def test_alpha_zero_is_batch_norm_bit_for_bit(shape, layout, dtype):
 @pytest.mark.parametrize(("slope", "offset"), [(0.0, 0.0), (0.8, 0.0), (0.8, 1.5)])
 def test_no_example_depends_on_its_batch(layout, slope, offset):
     x = sample((5, 6, 4, 4), torch.float32, layout)
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.4, slope=slope, var_offset=offset)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), ExampleWeight(0.4, slope, offset))
     together = layer(x)
     stranger = torch.cat([x[:2], 100 * x[2:]]).contiguous(memory_format=layout)
     assert torch.equal(layer(stranger)[:2], together[:2])
@@ -178,11 +179,11 @@ def test_copies_are_independent_and_complete(clone):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("slope", "offset"), [(0.0, 0.0), (0.7, 0.0), (0.7, 1.5)])
 def test_cuda_equals_cpu_without_synchronizing(dtype, layout, slope, offset):
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.3, slope=slope, var_offset=offset)
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), ExampleWeight(0.3, slope, offset))
     x = sample((4, 6, 5, 5), dtype, layout)
     running = Moments(*layer.parameters_of_norm()[2:])
     affine = (layer.weight, layer.bias, layer.eps)
-    expected = weighted_norm(x.double(), running, *affine, 0.3, 1, slope, offset)
+    expected = weighted_norm(x.double(), running, *affine, ExampleWeight(0.3, slope, offset))
     layer.cuda()
     x = x.cuda()
     layer(x)  # the first call may set up libraries

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.nn.functional import example_moments, weighted_norm
 from bnpatch.nn.norm import ExampleWeightedNorm
 from tests.nn.norms import LAYOUTS, Sizes, batch_norm, parameters, running, sample
@@ -16,8 +16,8 @@ def test_gradients_reach_alpha_slope_offset_weights_and_input(layout, start):
     weights = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in start)
     inputs = (x, weight.requires_grad_(), bias.requires_grad_(), *weights)
 
-    def f(x, weight, bias, alpha, *others):
-        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, alpha, 1, *others)
+    def f(x, weight, bias, *example):
+        return weighted_norm(x, Moments(mean, var), weight, bias, 1e-3, ExampleWeight(*example))
 
     assert torch.autograd.gradcheck(f, inputs)
 
@@ -72,7 +72,7 @@ def test_running_moments_are_learned_at_a_fixed_alpha_of_zero_and_where_nothing_
 @pytest.mark.parametrize("kind", ["slope", "var_offset"])
 def test_a_learned_slope_or_offset_learns_from_zero_and_may_belong_to_somebody_else(kind):
     weight = nn.Parameter(torch.tensor(0.0))
-    layer = ExampleWeightedNorm.take_over(batch_norm(6), 0.2, **{kind: weight})
+    layer = ExampleWeightedNorm.take_over(batch_norm(6), ExampleWeight(0.2, **{kind: weight}))
     x = sample((2, 6, 4, 4), torch.float32)
     layer(x).square().sum().backward()
     assert getattr(layer, kind) is weight

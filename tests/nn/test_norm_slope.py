@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.moments import Moments
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.nn.functional import weighted_norm
 from bnpatch.nn.norm import ExampleWeightedNorm
 from tests.nn.norms import batch_norm, parameters, running, sample
@@ -14,7 +14,7 @@ def test_slope_and_offset_are_data_like_alpha(monkeypatch, kind, function):
     """They change nothing at the baseline; 0 is not even computed; and they leave with the layer."""
     x = sample((3, 6, 4, 4), torch.float32)
     bn = batch_norm(6)
-    plain, layer = bn(x), ExampleWeightedNorm.take_over(bn, 0.0, **{kind: 0.7})
+    plain, layer = bn(x), ExampleWeightedNorm.take_over(bn, ExampleWeight(0.0, **{kind: 0.7}))
     assert torch.equal(layer(x), plain)
     layer.alpha = 0.2
     changed = layer(x)
@@ -37,7 +37,11 @@ def test_group_norm_computes_what_it_did_whatever_slope_and_offset(beside):
     gn, x = nn.GroupNorm(2, 6).eval(), sample((3, 6, 4, 4), torch.float32)
     before = gn(x)
     layer = ExampleWeightedNorm.take_over(
-        gn, 1.0, baseline_alpha=1.0, channels_per_group=3, running=running(dtype=torch.float32), **beside
+        gn,
+        ExampleWeight(1.0, **beside),
+        baseline_alpha=1.0,
+        channels_per_group=3,
+        running=running(dtype=torch.float32),
     )
     assert torch.equal(layer(x), before)
     layer.alpha = 0.9
@@ -48,7 +52,7 @@ def test_group_norm_computes_what_it_did_whatever_slope_and_offset(beside):
 def test_no_slope_and_no_offset_changes_a_weight_of_zero_or_one(alpha):
     x, (mean, var, weight, bias) = sample((3, 6, 4, 4), torch.float32), parameters(6, torch.float32)
     y = [
-        weighted_norm(x, Moments(mean, var), weight, bias, 1e-5, torch.tensor(alpha), 1, *beside)
+        weighted_norm(x, Moments(mean, var), weight, bias, 1e-5, ExampleWeight(torch.tensor(alpha), *beside))
         for beside in ((0.0, 0.0), torch.tensor([3.0, 8.0]), torch.tensor([-3.0, -8.0]))
     ]
     assert torch.equal(y[1], y[0])
@@ -59,7 +63,7 @@ def test_no_slope_and_no_offset_changes_a_weight_of_zero_or_one(alpha):
 @pytest.mark.parametrize("factor", [-1.1, 1.1, float("nan"), float("inf")])
 def test_slope_and_offset_have_bounds(kind, most, factor):
     with pytest.raises(BnpatchError, match=rf"{kind} = .* out of range; it must lie in \[-{most}, {most}\]"):
-        ExampleWeightedNorm.take_over(batch_norm(6), 0.1, **{kind: factor * most})
+        ExampleWeightedNorm.take_over(batch_norm(6), ExampleWeight(0.1, **{kind: factor * most}))
 
 
 def test_a_layer_that_was_pickled_under_former_names_without_a_slope_has_none():

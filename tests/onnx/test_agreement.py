@@ -103,8 +103,8 @@ def test_opsets(opset, form):
 def test_the_torch_layer(alpha, slope, offset):
     x, arrays = example(3, 6, 5, 4), {n: torch.tensor(v) for n, v in parameters().items()}
     running = Moments(arrays["bn.running_mean"], arrays["bn.running_var"])
-    affine, weights = (arrays["bn.weight"], arrays["bn.bias"]), (alpha, 1, slope, offset)
-    y = weighted_norm(torch.tensor(x), running, *affine, 1e-5, *weights)
+    affine, example_weight = (arrays["bn.weight"], arrays["bn.bias"]), ExampleWeight(alpha, slope, offset)
+    y = weighted_norm(torch.tensor(x), running, *affine, 1e-5, example_weight)
     found = run(patched(bn_model(), alpha, slope=slope, offset=offset), x)
     assert largest(found, y.numpy()) < 1e-5  # float32
 
