@@ -1,11 +1,10 @@
 """The recipe: a JSON file of a few KB with the weights and statistics that bnpatch found for a model."""
 
 import base64
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class NormRecipe:
         name: dotted name of the module.
         kind: class name of the module, or type of the ONNX operator.
         alpha: the weight of the example, in [0, 1].
-        fingerprint: a hash of the layer's parameters, see :func:`fingerprint`.
+        fingerprint: a hash of the layer's parameters, see :mod:`bnpatch.models.fingerprints`.
         lambda_: the weight of ``re_estimated`` in the running statistics, in [0, 1].
         re_estimated: mean and variance re-estimated on new data, each of shape (C,); None if lambda is 0.
         running: mean and variance, each of shape (C,), for a layer without running statistics of its own.
@@ -158,7 +157,7 @@ class Recipe:
         Args:
             state: the state; its weights name every norm layer.
             kinds: by name of norm layer, in the order of the model, what :class:`NormRecipe` calls its kind.
-            fingerprints: by name of norm layer, the :func:`fingerprint` of its parameters.
+            fingerprints: by name of norm layer, the hash of its parameters.
             provenance: how the state was found, as plain JSON values.
         """
         weights = state.weights
@@ -203,7 +202,7 @@ class Recipe:
         """Check that the recipe was made for a model with these norm layers.
 
         Args:
-            fingerprints: by name of norm layer of the model, the :func:`fingerprint` of its parameters.
+            fingerprints: by name of norm layer of the model, the hash of its parameters.
 
         Raises:
             BnpatchError: the recipe was made for another model; the message names the first norm layer that
@@ -341,17 +340,6 @@ class Recipe:
         except (ValueError, RecursionError) as error:
             raise BnpatchError(f"{path} is not a recipe", remedy) from error
         return cls.from_json(content, str(path))
-
-
-def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
-    """Hash the parameters of a norm layer: gamma, beta, running mean and running variance.
-
-    The hash is of the float32 values, so an export or a change of dtype that keeps the values keeps the hash.
-    """
-    digest = hashlib.sha256()
-    for values in parameters:
-        digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

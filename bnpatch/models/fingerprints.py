@@ -3,18 +3,30 @@
 A torch module and its export have the same hashes: those of the values in float32.
 """
 
+import hashlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from bnpatch.core.inventory import FUSED
-from bnpatch.core.recipe import fingerprint
 from bnpatch.nn.fused_conv import RecoveredNorm, is_convolution
 from bnpatch.nn.surgery import inventory, uncalibrated
 from bnpatch.onnx.match import OnnxNormLayer
+
+
+def fingerprint(parameters: Iterable[npt.ArrayLike]) -> str:
+    """Hash the parameters of a norm layer: gamma, beta, running mean and running variance.
+
+    The hash is of the float32 values, so an export or a change of dtype that keeps the values keeps the hash.
+    """
+    digest = hashlib.sha256()
+    for values in parameters:
+        digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def of_module(module: nn.Module, running: Collection[str]) -> dict[str, str]:

@@ -17,10 +17,10 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.inventory import CALIBRATE, FUSED, NEEDS_CALIBRATION, Inventory, NormFacts, SkippedNorm
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchState, as_arrays
-from bnpatch.core.recipe import Recipe, fingerprint
+from bnpatch.core.recipe import Recipe
 from bnpatch.models.backend import Watch
 from bnpatch.models.base import Model
-from bnpatch.models.fingerprints import of_graph_norm
+from bnpatch.models.fingerprints import fingerprint, of_graph_norm
 from bnpatch.models.metadata import write_metadata
 from bnpatch.models.onnx_as_torch import as_torch
 from bnpatch.models.onnx_sessions import (

@@ -12,7 +12,8 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
-from bnpatch.core.recipe import NormRecipe, Recipe, fingerprint
+from bnpatch.core.recipe import NormRecipe, Recipe
+from bnpatch.models.fingerprints import fingerprint
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "recipe.schema.json"
 RECIPE = Recipe(
