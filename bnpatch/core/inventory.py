@@ -15,7 +15,8 @@ NEEDS_CALIBRATION = "has no running statistics of its own; they can be estimated
 SCALE_AND_SHIFT = "a scale and a shift are all that is left of it: they don't tell the running statistics"
 #: The remedy that messages give for what NEEDS_CALIBRATION says.
 CALIBRATE = (
-    "bnpatch.calibrate(model, images) takes the running statistics of Group Norm and its kin from images"
+    "bnpatch tune-alpha, or bnpatch.calibrate(model, images) in Python, takes the running statistics of "
+    "Group Norm and its kin from images"
 )
 
 

@@ -2,7 +2,9 @@
 
 A torch model is exported without its patch, with its Batch Norm as nodes; an ONNX model already is a graph.
 Then the same code (:func:`patched_graph`) rewrites the graph. A temporary file is written and runs in
-onnxruntime, and the outputs are compared with those of the model. The file gets its name only if they agree.
+onnxruntime, and the outputs are compared with those of the model; where the model is a graph, what each norm
+layer computes is compared with the formula, too (:mod:`bnpatch.models.norm_check`). The file gets its name
+only if they agree.
 """
 
 import os
@@ -24,6 +26,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.core.patch import as_arrays
 from bnpatch.models.base import Model
 from bnpatch.models.load import load
+from bnpatch.models.norm_check import compared_by_norm_layer
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.onnx import io
 from bnpatch.onnx.fused_conv import insert_norms
@@ -33,6 +36,9 @@ from bnpatch.onnx.runtime import Signature, read_signature
 #: Largest deviation that is accepted, relative to the largest output. It allows for rounding in a deep
 #: network whose operators are in another order; half precision rounds by 2^-11 at every layer.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+#: The same of what one norm layer returns: it may divide rounding by a small deviation.
+NORM_TOLERANCE = 1e-2
 
 _PARITY_BATCHES = (1, 2, 5)
 _LARGER_BY = 32  # pixels; the largest stride of most networks
@@ -100,7 +106,7 @@ def export_onnx(
         The path, the norm layers that were rewritten, and the deviation from the model.
 
     Raises:
-        ParityError: the outputs differ by more than rounding; no file is written.
+        ParityError: the outputs, or those of a norm layer, differ by more than rounding; no file is written.
         BnpatchError: the model can't be exported, or the file can't be written.
     """
     source = load(model) if isinstance(model, nn.Module) else model
@@ -111,11 +117,7 @@ def export_onnx(
         written = io.save(graph, folder / target.name, external_data_threshold=external_data_threshold)
         deviations, shapes = _compare(source, written, example_input, images)
         worst = float(np.max([high for high, _ in deviations]))  # nan if any is, unlike Python's max
-        if not worst <= max(TOLERANCE[dtype] for dtype in (source.dtype, *given)):
-            raise ParityError(
-                f"the exported graph deviates by {worst:.2g} of the largest output, more than rounding",
-                "report it with the model's architecture; no file was written",
-            )
+        _refuse(worst, "the exported graph", max(TOLERANCE[dtype] for dtype in (source.dtype, *given)))
         for part in folder.iterdir():  # move the data file, if there is one, before the model
             if part.name != written.name:
                 part.replace(target.parent / part.name)
@@ -198,7 +200,22 @@ def _compare(
                 batches.append(x)
         pairs = zip(expected, map(exported.predict, batches), strict=True)
         deviations = [_deviation(y.cpu().double(), got.double()) for y, got in pairs]
+    if isinstance(source, OnnxModel) and not source.weights.is_baseline(source.baseline_alphas()):
+        # What it predicts comes from the same rewrite. Unpatched, it runs the file as it was read.
+        for part, wanted, found in compared_by_norm_layer(
+            source, graph, batches[1] if images is None else images
+        ):
+            _refuse(_deviation(wanted, found)[0], part, max(NORM_TOLERANCE, TOLERANCE[source.dtype]))
     return deviations, [tuple(x.shape) for x in batches]
+
+
+def _refuse(deviation: float, part: str, tolerance: float) -> None:
+    """Raise ParityError if a deviation is more than rounding."""
+    if not deviation <= tolerance:  # nan is not
+        raise ParityError(
+            f"{part} deviates by {deviation:.2g} of the largest value, more than rounding",
+            "report it with the model's architecture; no file was written",
+        )
 
 
 def _another_size(signature: Signature, size: Sequence[int]) -> tuple[int, ...] | None:

@@ -72,9 +72,10 @@ def recover_fused(
 def _watch(model: Model[Any], example: Tensor) -> Watch:
     watch = model.watch_fused(example)
     if watch is None:
+        has_norms = bool(model.inventory().norm_layers or model.uncalibrated())
         raise BnpatchError(
             f"{model.name} has no convolution that a Batch Norm may have been fused into",
-            "leave out --recover-fused",
+            "leave out --recover-fused" if has_norms else "it has no norms either: take another model",
         )
     return watch
 

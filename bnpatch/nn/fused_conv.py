@@ -60,7 +60,7 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
     found = inventory(model)
     names = (*(norm.name for norm in found.norm_layers), *(norm.name for norm in found.skipped_norms))
     norms = {name: model.get_submodule(name) for name in names}
-    convolutions = {name: m for name, m in model.named_modules() if _may_be_fused(m)}
+    convolutions = {name: m for name, m in model.named_modules() if may_be_fused(m)}
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         convolutions = {name: m for name, m in convolutions.items() if not _embeds_patches(m)}
     outputs: dict[str, list[Tensor]] = {}
@@ -103,7 +103,8 @@ def is_convolution(model: nn.Module, name: str) -> bool:
     return isinstance(module, _CONVOLUTIONS) and module.bias is not None
 
 
-def _may_be_fused(module: nn.Module) -> bool:
+def may_be_fused(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution with a bias, and has no recovered norm yet."""
     is_plain = type(module) in _CONVOLUTIONS and _child(module) is None
     return is_plain and isinstance(bias := module.bias, Tensor) and bool(torch.any(bias != 0))
 

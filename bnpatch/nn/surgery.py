@@ -189,7 +189,7 @@ def patch(
     found = inventory(model)
     norm_layers = [norm_layer for norm_layer in found.norm_layers if where(norm_layer)]
     if not norm_layers:
-        raise BnpatchError(*_nothing_to_patch(found))
+        raise BnpatchError(*_nothing_to_patch(model, found))
     weights: dict[str, dict[str, Any]] = {norm_layer.name: {} for norm_layer in norm_layers}
     for kind, given in {"alpha": alpha, "slope": slope, "var_offset": var_offset}.items():
         for name, value in _by_name(kind, {} if given is None else given, norm_layers, found).items():
@@ -345,15 +345,19 @@ def _by_name(
     return {names[name]: check_weight(kind, float(value), name) for name, value in weight.items()}
 
 
-def _nothing_to_patch(found: Inventory[TorchNormLayer]) -> tuple[str, str]:
+def _nothing_to_patch(model: nn.Module, found: Inventory[TorchNormLayer]) -> tuple[str, str]:
+    from bnpatch.nn.fused_conv import may_be_fused  # imported here because it imports this module
+
     if found.norm_layers:
         return "no norm layer of the model was chosen", "the filter refused all of them"
     if not found.skipped_norms:
-        return (
-            "the model has no normalization layer that bnpatch could patch",
-            "if it had Batch Norm once, that was fused into the convolutions: patch the model from before, "
-            "or see bnpatch.recover_fused",
-        )
+        problem = "the model has no normalization layer that bnpatch could patch"
+        if any(map(may_be_fused, model.modules())):
+            return problem, (
+                "if it had Batch Norm once, that was fused into the convolutions: patch the model from "
+                "before, or add --recover-fused (bnpatch.recover_fused in Python)"
+            )
+        return problem, "it has neither norms nor convolutions with a bias: take another model"
     if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
         return f"the model's norms have no running statistics: {_enumerate(waiting)}", CALIBRATE
     kinds = {left.kind: left.reason for left in found.skipped_norms}

@@ -1,7 +1,9 @@
 """Patched files against the original graph in onnx's own evaluator, whose Batch Norm is the oracle.
 
-No code of bnpatch computes what is expected here.
+No code of bnpatch computes what is expected here. Then: the check at export notices a rewrite that is wrong.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,8 +16,15 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.patch import PatchWeights
+from bnpatch.models.export import ParityError
+from bnpatch.models.running_stats import calibrate
+from bnpatch.onnx import match
+from bnpatch.onnx.formulas import append_norm
+from bnpatch.onnx.rewrite import rewrite
 from tests import reference
 from tests.nn.norms import images, settle
+from tests.onnx.build import batch_norm, bn_model, in_if, parameters
+from tests.onnx.rewritten import group_norm_model, two_norms
 
 EXPORTERS = {  # with Batch Norm kept
     "torchscript": {"dynamo": False, "opset_version": 17},
@@ -74,3 +83,73 @@ def test_a_patched_file_computes_the_oracle_in_the_original_graph(exporter, tmp_
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < 1e-5 * scale  # float32, in another order
     assert np.abs(plain - expected).max() > 0.05 * scale
+
+
+def of_other_eps(norm):
+    return replace(norm, eps=norm.eps + 0.1)
+
+
+def appends_by_another_formula(patch):
+    """The fault is in all that a search runs and in all that an export writes."""
+    patch.setitem(
+        rewrite.__kwdefaults__, "append", lambda tape, norm, *rest, **given: append_norm(
+            tape, of_other_eps(norm), *rest, **given
+        )
+    )  # fmt: skip
+
+
+def reads_another_eps(patch):
+    right = match._norm_layer
+    patch.setattr(match, "_norm_layer", lambda *args: of_other_eps(right(*args)))
+
+
+def bends_the_rest_of_the_graph(patch):
+    def wrong(tape, norm, *rest, **given):
+        for use in norm.output.uses():
+            if use.node.op_type == "Relu":
+                use.node.op_type = "Abs"
+        return append_norm(tape, norm, *rest, **given)
+
+    patch.setitem(rewrite.__kwdefaults__, "append", wrong)
+
+
+def exported(proto, folder):
+    """Patch a graph that takes (N, 6, *spatial), and export it."""
+    path = folder / "original.onnx"
+    path.write_bytes(proto.SerializeToString())
+    model, x = bnpatch.load(path, preprocessing={"img_size": 8}), images(4, 6, 5, 4)
+    if model.uncalibrated():
+        calibrate(model, x)
+    names = model.baseline_alphas()
+    model.set_weights(PatchWeights(dict.fromkeys(names, 0.3), slopes=dict.fromkeys(names, 0.7)))
+    return bnpatch.export_onnx(model, folder / "patched.onnx", x)
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        (appends_by_another_formula, "^norm layer bn deviates"),
+        (reads_another_eps, "^what was read of norm layer bn deviates"),
+        (bends_the_rest_of_the_graph, "^norm layer bn2 deviates"),
+    ],
+)
+def test_a_wrong_rewrite_of_a_graph_is_noticed(fault, part, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fault(patch)
+        with pytest.raises(ParityError, match=part):
+            exported(two_norms(), tmp_path)
+    assert exported(two_norms(), tmp_path).patched == ("bn", "bn2")
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        group_norm_model(),
+        bn_model(dtype=np.float16, conv=True),
+        bn_model(x=(3, 6, 5, 4)),
+        in_if(batch_norm(), parameters()),
+    ],
+    ids=["groups", "half", "three at a time", "branches"],
+)
+def test_a_right_one_passes(proto, tmp_path):
+    assert exported(proto, tmp_path).patched

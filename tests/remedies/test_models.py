@@ -1,11 +1,13 @@
 import re
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 from torch import nn
 
 import bnpatch
+from bnpatch.core.errors import BnpatchError
 from bnpatch.core.norm_spec import NormSpec
 from bnpatch.core.recipe import Recipe
 from bnpatch.finetune.head import new_head
@@ -14,6 +16,8 @@ from bnpatch.models.load import load
 from bnpatch.models.running_stats import calibrate, recover_fused
 from bnpatch.nn.training_norm import convert_norms
 from tests.remedies.world import SIDE, X, Y, case, loaded, net
+
+SMALL = {"granularity": "global", "trials": 1}
 
 
 @case("returns several outputs: map .*, age .*, kind", "say with --output-name .* by its name or number")
@@ -76,7 +80,7 @@ def test_two_channels(w):
 
 @case(
     "no normalization layer that bnpatch could patch",
-    r"patch the model from before, or see bnpatch\.recover_fused",
+    r"patch the model from before, or add --recover-fused \(bnpatch\.recover_fused in Python\)",
 )
 def test_fused(w):
     def follow(_):
@@ -88,11 +92,22 @@ def test_fused(w):
     return lambda: bnpatch.patch(net(norm=nn.Identity()), 0.1), follow
 
 
-@case("have no running statistics", r"bnpatch\.calibrate\(model, images\)")
+@case("no normalization layer that bnpatch could patch", "take another model")
+def test_neither_norms_nor_what_they_were_fused_into(w):
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * (SIDE - 2) ** 2, 3)
+    ).eval()
+    with pytest.raises(BnpatchError, match="no norms either: take another model"):
+        recover_fused(module, X)  # so that the other remedy would not help
+    return lambda: bnpatch.patch(module, 0.1), lambda _: bnpatch.patch(net(), 0.1)
+
+
+@case("have no running statistics", r"bnpatch tune-alpha, or bnpatch\.calibrate\(model, images\)")
 def test_group_norm(w):
     found = loaded(norm=nn.GroupNorm(2, 4))
 
     def follow(_):
+        bnpatch.tune_alpha(loaded(norm=nn.GroupNorm(2, 4)), (X.repeat(10, 1, 1, 1), np.tile(Y, 10)), **SMALL)
         calibrate(found, X)
         bnpatch.patch(found.module, 0.1)
 
