@@ -15,33 +15,43 @@ from bnpatch.search.latency_limit import Choice
 from bnpatch.search.objective import LabelledObjective
 
 
+class Used:
+    """Notes which examples a search scores (seen) and learns from, and which the verdict scores (judged)."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self.learned, self.judged = set(), set(), []
+        scores, loss = LabelledObjective.scores, LabelledObjective.loss
+
+        def spy_scores(objective, model, examples, indices):
+            if len(objective.metrics) > 3:  # the verdict scores confidence, too
+                self.judged.append(set(indices.tolist()))
+                assert not self.judged[-1] & (self.seen | self.learned)  # by the search that is judged
+            else:
+                self.seen.update(indices.tolist())
+            return scores(objective, model, examples, indices)
+
+        def spy_loss(objective, model, batches):
+            self.learned.update(index for batch in batches for index in batch.indices.tolist())
+            return loss(objective, model, batches)
+
+        monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
+        monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    return Used(monkeypatch)
+
+
 @pytest.mark.parametrize("granularity", ["global", "layer"])
-def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, monkeypatch):
-    seen, learned = set(), set()
-    scores, loss = LabelledObjective.scores, LabelledObjective.loss
-    verdict = []
-
-    def spy_scores(self, model, examples, indices):
-        if len(self.metrics) > 3:  # the verdict scores confidence, too
-            verdict.extend(indices.tolist())
-        else:
-            seen.update(indices.tolist())
-        return scores(self, model, examples, indices)
-
-    def spy_loss(self, model, batches):
-        learned.update(index for batch in batches for index in batch.indices.tolist())
-        return loss(self, model, batches)
-
-    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
-    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
+def test_the_search_never_sees_the_held_out_part(tiny, dim, granularity, used):
     result = bnpatch.tune_alpha(tiny, dim, granularity=granularity, holdout=0.25)
-    assert len(seen) == result.num_tuning == 450
-    assert not (seen | learned) & set(verdict)
-    assert len(set(verdict)) == result.num_held_out == 150
-    if (
-        granularity == "layer"
-    ):  # what learning is stopped by and candidates are chosen by, it does not learn from
-        assert 250 < len(learned) < 350
+    judged = set.union(*used.judged)
+    assert len(used.seen) == result.num_tuning == 450
+    assert not (used.seen | used.learned) & judged
+    assert len(judged) == result.num_held_out == 150
+    if granularity == "layer":  # examples that stop learning and that choose candidates are not learned from
+        assert 250 < len(used.learned) < 350
 
 
 def test_test_data_gives_the_verdict(tiny, dim, plain):
@@ -101,33 +111,19 @@ def test_chance_is_warned_of(tiny, dim):
         bnpatch.tune_alpha(tiny, (dim[0], (dim[1] + 1) % 10), granularity="global", max_passes=1)
 
 
-def test_few_examples_take_turns_in_being_held_out(tiny, dim, monkeypatch):
-    seen, judged = set(), []
-    scores, loss, begin = LabelledObjective.scores, LabelledObjective.loss, Searches._begin
+def test_few_examples_take_turns_in_being_held_out(tiny, dim, used, monkeypatch):
+    begin = Searches._begin
 
     def spy_begin(*args):
-        seen.clear()
+        used.seen.clear()
+        used.learned.clear()
         return begin(*args)
 
-    def spy_scores(self, model, examples, indices):
-        if len(self.metrics) > 3:  # the verdict scores confidence, too
-            judged.append(set(indices.tolist()))
-            assert not judged[-1] & seen  # by the search that judges this part
-        else:
-            seen.update(indices.tolist())
-        return scores(self, model, examples, indices)
-
-    def spy_loss(self, model, batches):
-        seen.update(index for batch in batches for index in batch.indices.tolist())
-        return loss(self, model, batches)
-
     monkeypatch.setattr(Searches, "_begin", spy_begin)
-    monkeypatch.setattr(LabelledObjective, "scores", spy_scores)
-    monkeypatch.setattr(LabelledObjective, "loss", spy_loss)
     result = bnpatch.tune_alpha(
         tiny, (dim[0][:100], dim[1][:100]), metric="cross-entropy", granularity="layer", trials=4
     )
-    assert set.union(*judged) == set(range(100))
+    assert set.union(*used.judged) == set(range(100))
     assert result.num_tuning == result.num_held_out == 100
     assert any("cross-fitting" in note for note in result.notes)
     assert result.verdict == "gain"
