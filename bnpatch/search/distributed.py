@@ -15,17 +15,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError, first_line
 from bnpatch.core.patch import PatchWeights, Statistics, as_arrays
-from bnpatch.data.dataset import Batch, Examples, Indices
+from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.evaluate import NoExamplesError, OutputsNotFiniteError, Scores, evaluate
 from bnpatch.evaluation.metrics import Metric, Values
 from bnpatch.models.base import Model
@@ -84,7 +83,9 @@ def on_all_processes(
     try:
         result = search(
             *(
-                _SharedObjective(labelled[number][0], number, processes) if number in labelled else objective
+                _SharedObjective(**vars(objective), number=number, processes=processes)
+                if number in labelled
+                else objective
                 for number, (objective, _) in enumerate(objectives)
             )
         )
@@ -142,35 +143,29 @@ class _Done:
     result: bytes
 
 
-class _SharedObjective:
-    """The objective of the first process, which has all processes score the examples."""
+@dataclass(frozen=True, kw_only=True)
+class _SharedObjective(LabelledObjective):
+    """The objective of the first process, which has all processes score the examples.
 
-    def __init__(self, objective: LabelledObjective, number: int, processes: Processes) -> None:
-        self._objective, self._number, self._processes = objective, number, processes
-        self._told: Statistics | None = None
+    Attributes:
+        number: the number by which the other processes know the objective.
+        processes: all processes.
+        told: the re-estimated statistics that the other processes have, as the last element.
+    """
 
-    @property
-    def metric(self) -> Metric:
-        """The metric that is tuned."""
-        return self._objective.metric
-
-    @property
-    def set_size(self) -> int:
-        """1, because each example has its own score."""
-        return 1
+    number: int
+    processes: Processes
+    told: list[Statistics] = field(default_factory=list)
 
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`bnpatch.search.objective.Objective`."""
         re_estimated, news = model.state.re_estimated, None
-        if re_estimated is not self._told:
-            self._told, news = re_estimated, {n: as_arrays(part) for n, part in re_estimated.items()}
+        if not self.told or re_estimated is not self.told[-1]:
+            self.told[:] = [re_estimated]
+            news = {name: as_arrays(part) for name, part in re_estimated.items()}
         with _uninterrupted():
-            self._processes.tell(_Work(self._number, indices, model.weights, news))
-            return _score(self._objective, model, examples, indices, self._processes)
-
-    def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """Compute the loss, which the first process does alone."""
-        return self._objective.loss(model, batches)
+            self.processes.tell(_Work(self.number, indices, model.weights, news))
+            return _score(self, model, examples, indices, self.processes)
 
 
 def _serve(
@@ -179,16 +174,9 @@ def _serve(
     objectives: Mapping[int, tuple[LabelledObjective, Examples]],
     metrics: Iterable[Metric],
 ) -> Any:
-    """Score what the first process asks for, until it is done.
+    """Score what the first process asks for, until it is done; return its result.
 
-    Args:
-        processes: the processes; this one is not the first.
-        model: the same model as in the first process.
-        objectives: objectives and their examples by number, the same as in the first process.
-        metrics: all metrics that the result may refer to.
-
-    Returns:
-        The result of the first process.
+    The model, the objectives and their examples by number are the same as in the first process.
 
     Raises:
         BnpatchError: the first process failed; its own error has the reason.
@@ -272,11 +260,11 @@ def _score(
     try:
         share = indices[processes.rank :: processes.count]
         mine = evaluate(model, examples, objective.metrics, indices=share, batch_size=objective.batch_size)
-    except NoExamplesError:
+    except NoExamplesError:  # there are fewer examples than processes, or this share can't be read
         mine = Scores(np.zeros(0, np.int64), {m.name: np.zeros(0) for m in objective.metrics})
     except OutputsNotFiniteError as error:
         mine = error  # the search may rate these weights as the worst, and continue
-    except BnpatchError as error:
+    except BnpatchError as error:  # all processes raise it below
         failure, mine = error, BnpatchError(error.problem, error.remedy)
     except BaseException as error:  # the other processes must not wait forever
         failure = error

@@ -71,7 +71,7 @@ def global_search(
     try:
         with study.at_work():
             _search(study, evaluate_blocks, config, timeout, on_trial)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the user wants the best so far
         start = Trials(config, study.trials()).start
         if start is None or start.num_blocks < len(config.sizes):
             raise

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import PurePath
@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, get_storage
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
 from bnpatch.core.errors import BnpatchError, BnpatchWarning, first_line, root_cause
 from bnpatch.core.text import masked
@@ -57,19 +57,16 @@ class Storage:
     @cached_property
     def database(self) -> RDBStorage:
         """The database as Optuna opens it; BnpatchError if it can't be used."""
-        with usable(self.url), experimental():
+        with usable(self.url), quiet():
             return connect(
                 self.url,
                 lock_seconds=self._lock_seconds,
                 heartbeat_interval=self.heartbeat_seconds,
                 grace_period=self._grace_seconds,
-                heartbeat_stale_trial_callback=retry(),
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(
+                    inherit_intermediate_values=True
+                ),
             )
-
-    @cached_property
-    def backend(self) -> BaseStorage:
-        """The database behind Optuna's cache of finished trials."""
-        return get_storage(self.database)
 
     def give_up(self, error: StorageError) -> None:
         """Ask the database no more, and warn of it."""
@@ -111,29 +108,17 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
     return RDBStorage(url, engine_kwargs=engine, **options)
 
 
-def retry() -> Callable[[optuna.Study, optuna.trial.FrozenTrial], None]:
-    """Return Optuna's callback that enqueues a failed trial again, with all that is known of it."""
-    with experimental():
-        return RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna's messages on stderr, which don't help the user."""
+    """Silence Optuna's messages on stderr and its warnings that heartbeats may change in later versions."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def experimental() -> Iterator[None]:
-    """Silence the warning that Optuna's heartbeats may change in later versions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
 
 
 @contextmanager

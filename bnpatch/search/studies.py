@@ -1,9 +1,9 @@
 """Optuna studies whose trials are scored block by block, by one process or by several that share a database.
 
 Every change is one write, made at once, so that a process may be killed at any moment, and the next one finds
-what was finished. A process records heartbeats for the trials that it works on. Where they stop, Optuna
-fails the trial and enqueues it again with its parameters, scores and intermediate values, and any process
-takes it over where it stopped. A process that ends by itself hands its trials over at once in the same way.
+what was finished. A new trial waits in Optuna's queue until a process takes it over, and that process then
+records heartbeats for it. Where the heartbeats stop, Optuna fails the trial and enqueues it again with its
+parameters, scores and intermediate values. A process that ends by itself enqueues its trials again at once.
 """
 
 import base64
@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.metrics import Values
-from bnpatch.search.storages import Storage, StorageError, experimental, quiet, retry, usable
-from bnpatch.search.trials import BlockScores, StoredTrial
+from bnpatch.search.storages import Storage, StorageError, quiet, usable
+from bnpatch.search.trials import StoredTrial
 
 Direction = Literal["minimize", "maximize"]
 T = TypeVar("T")
@@ -52,7 +53,6 @@ class Study:
         self._id = backend.get_study_id_from_name(optuna_study.study_name)
         self._own: set[int] = set()  # identifiers of the trials that this process works on
         self._latest: list[FrozenTrial] = []
-        self._decoded: dict[tuple[int, int], BlockScores] = {}
 
     def trials(self) -> list[StoredTrial]:
         """Return all trials, in the order in which they began.
@@ -69,37 +69,33 @@ class Study:
     def begin(
         self, params: Mapping[str, float], space: Mapping[str, tuple[float, float]], number: int = 0
     ) -> None:
-        """Enqueue a trial in one write, and take it over; ``number`` is that of its round."""
+        """Enqueue a trial, for :meth:`take_over`; ``number`` is that of its round."""
         trial = create_trial(
             state=TrialState.WAITING,
             params=dict(params),
             distributions={name: FloatDistribution(low, high) for name, (low, high) in space.items()},
             user_attrs={_ROUND: number},
         )
-        self._do(lambda study: self._take_over(self._backend.create_new_trial(self._id, trial)))
+        self._do(lambda study: study.add_trial(trial))
 
     def take_over(self) -> None:
-        """Work on all trials that wait, among them those whose process was killed."""
+        """Work on all trials that wait, among them those whose process was killed.
+
+        Optuna's ``ask`` would start a trial before it has a heartbeat, so that a process that is killed in
+        between leaves a trial that never counts as stale. It would also add a trial where none waits.
+        """
 
         def act(study: optuna.Study) -> None:
-            with experimental():
+            with quiet():
                 fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 if _ROUND in trial.user_attrs:
-                    self._take_over(trial._trial_id)
+                    self._record_heartbeat(trial._trial_id)
+                    with suppress(UpdateFinishedTrialError):  # another process started and ended it
+                        if self._backend.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                            self._own.add(trial._trial_id)
 
         self._do(act)
-
-    def _take_over(self, trial_id: int) -> None:
-        """Start a waiting trial, unless another process does.
-
-        Optuna's ``ask`` would start it before it has a heartbeat, and a process that is killed in between
-        would leave a trial that never counts as stale. It would also add a trial where none waits any more.
-        """
-        self._record_heartbeat(trial_id)
-        with suppress(UpdateFinishedTrialError):
-            if self._backend.set_trial_state_values(trial_id, TrialState.RUNNING):
-                self._own.add(trial_id)
 
     def record(self, trial: StoredTrial, examples: int, mean: float) -> None:
         """Store the scores of a running trial.
@@ -149,18 +145,16 @@ class Study:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Record heartbeats of this process's trials meanwhile, and then hand over those that still run."""
-        over, thread = threading.Event(), None
-        if self._storage is not None:
-            thread = threading.Thread(target=self._beat, args=(over, self._storage), daemon=True)
-            thread.start()
+        """Record heartbeats of this process's trials meanwhile, and then enqueue those that still run."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(over,), daemon=True)
+        thread.start()
         try:
             yield
         finally:
             over.set()
-            if thread is not None:
-                thread.join()
-            self._hand_over()
+            thread.join()
+            self._do(self._enqueue_again)
 
     def remember(self, key: str, value: Any) -> None:
         """Store a plain value with the study."""
@@ -170,8 +164,8 @@ class Study:
         """Return the value that was stored under a key; None if there is none."""
         return self._do(lambda study: study.user_attrs.get(f"bnpatch:{key}"))
 
-    def _beat(self, over: threading.Event, storage: Storage) -> None:
-        while not over.wait(storage.heartbeat_seconds):
+    def _beat(self, over: threading.Event) -> None:
+        while (storage := self._storage) is not None and not over.wait(storage.heartbeat_seconds):
             with suppress(StorageError), usable(storage.url):  # the next write says what is wrong
                 for trial_id in tuple(self._own):
                     self._record_heartbeat(trial_id)
@@ -180,17 +174,20 @@ class Study:
         if self._storage is not None:
             self._storage.database.record_heartbeat(trial_id)
 
-    def _hand_over(self) -> None:
-        """Fail and enqueue again the running trials of this process, as Optuna does with stale ones."""
+    def _enqueue_again(self, study: optuna.Study) -> None:
+        """Do with the running trials of this process what Optuna does with stale ones.
 
-        def act(study: optuna.Study) -> None:
-            for trial in study.get_trials(states=(TrialState.RUNNING,)):
-                if trial._trial_id in self._own:
-                    study.tell(trial.number, state=TrialState.FAIL)
-                    retry()(study, trial)
-            self._own.clear()
-
-        self._do(act)
+        In memory they stay those of this process, because there is no other.
+        """
+        if self._storage is None:
+            return
+        enqueue = self._storage.database.get_heartbeat_stale_trial_callback()
+        assert enqueue is not None  # Storage gives the database one
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            if trial._trial_id in self._own:
+                study.tell(trial.number, state=TrialState.FAIL)
+                enqueue(study, trial)
+        self._own.clear()
 
     def _do(self, act: Callable[[optuna.Study], T]) -> T:
         """Do something with the study; where its database fails, with a copy of it in memory from then on."""
@@ -215,19 +212,13 @@ class Study:
         return self._backend.get_trial_id_from_study_id_trial_number(self._id, trial.stored)
 
     def _stored(self, number: int, trial: FrozenTrial) -> StoredTrial:
-        blocks: dict[int, BlockScores] = {}
-        for name, packed in trial.user_attrs.get(_SCORES, {}).items():
-            key = trial.number, int(name)
-            if key not in self._decoded:
-                self._decoded[key] = {metric: _unpack(text) for metric, text in packed.items()}
-            blocks[int(name)] = self._decoded[key]
+        packed = trial.user_attrs.get(_SCORES, {})
         return StoredTrial(
             number,
             trial.params,
             trial.user_attrs[_ROUND],
-            blocks,
+            {int(n): {m: _unpack(text) for m, text in scores.items()} for n, scores in packed.items()},
             trial.state,
-            trial.value if trial.state == TrialState.COMPLETE else None,
             trial._trial_id in self._own,
             trial.number,
         )
@@ -258,14 +249,14 @@ def open_study(
     name = name or "bnpatch"
     if storage is not None and not storage.failed:
         try:
-            backend = storage.backend
+            database = storage.database
             with usable(storage.url):
-                optuna_study = _created(backend, name, direction)
+                optuna_study = _created(database, name, direction)
                 _check(optuna_study, direction, fingerprint or {})
                 for key, text in (about or {}).items():
                     optuna_study.set_user_attr(key, text)
             storage.has_studies = True
-            return Study(optuna_study, backend, storage)
+            return Study(optuna_study, database, storage)
         except StorageError as error:
             if not storage.has_studies:
                 raise
@@ -318,6 +309,7 @@ def _pack(values: Values) -> str:
     return base64.b64encode(zlib.compress(values.astype("<f4").tobytes())).decode()
 
 
+@lru_cache(maxsize=4096)  # all trials are read again after each step
 def _unpack(text: str) -> Values:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f4").astype(np.float64)
 

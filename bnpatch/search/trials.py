@@ -80,7 +80,6 @@ class StoredTrial:
         blocks: scores by name of metric, by number of finished block.
         state: COMPLETE (all blocks), PRUNED (it ended early), FAIL (no finite outputs, or a repetition), or
             RUNNING or WAITING where it has not ended.
-        value: Optuna's value of a trial that is complete.
         is_own: whether this process works on the trial.
         stored: the number that Optuna gave the trial.
     """
@@ -90,7 +89,6 @@ class StoredTrial:
     round: int
     blocks: Mapping[int, BlockScores]
     state: TrialState
-    value: float | None = None
     is_own: bool = False
     stored: int = -1
 
@@ -101,11 +99,8 @@ class StoredTrial:
 
     @property
     def num_blocks(self) -> int:
-        """The number of leading blocks that the trial was scored on."""
-        count = 0
-        while count in self.blocks:
-            count += 1
-        return count
+        """The number of leading blocks that the trial was scored on, one after the other."""
+        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,8 @@ class Trials:
     @property
     def best(self) -> StoredTrial:
         """The trial that Optuna calls best: of those on all blocks, the first that no other beats."""
-        complete = [t for t in self.trials if t.value is not None]
-        best = min(complete, key=lambda t: (-self.sign * (t.value or 0.0), t.stored), default=self.start)
+        complete = [t for t in self.trials if t.state == TrialState.COMPLETE]
+        best = min(complete, key=lambda t: (-self.sign * self.mean(t), t.stored), default=self.start)
         assert best is not None  # a search begins with the start
         return best
 
@@ -296,16 +291,11 @@ def as_trial(candidate: str, trial: StoredTrial, trials: Trials) -> Trial:
     return Trial(
         candidate,
         trial.number,
-        _plain(trial.params),
+        {"weight" if name in ("alpha", "lambda") else name: v for name, v in trial.params.items()},
         {metric: score(metric) for metric in trial.blocks[0]},
         {metric: trials.change(trial, metric=metric).stderr for metric in trial.blocks[0]},
         sum(trials.config.sizes[: trial.num_blocks]),
     )
-
-
-def _plain(params: Mapping[str, float]) -> Mapping[str, float]:
-    """Return parameters of a global search as :class:`Trial` documents them."""
-    return {"weight" if name in ("alpha", "lambda") else name: value for name, value in params.items()}
 
 
 def _stderr(values: Values, weights: Values) -> float:

@@ -139,6 +139,7 @@ def test_scores_come_back_as_they_were_stored(url):
     scores = {"a": as_stored(np.random.default_rng(0).normal(size=100)), "b": np.ones(1), "c": np.ones(0)}
     study = open_study(Storage(url))
     study.begin({"x": 0.25}, SPACE, 1)
+    study.take_over()
     (trial,) = study.trials()
     trial.blocks[3] = scores
     study.record(trial, 100, 0.5)
@@ -163,6 +164,7 @@ def test_a_trial_is_its_processs_while_that_lives_however_long_it_takes(url, sho
     study, other = open_study(short), open_study(Storage(url, grace_seconds=2))
     with study.at_work():
         study.begin({"x": 0.5}, SPACE)
+        study.take_over()
         time.sleep(5)
         other.take_over()
         assert [t.is_own for t in other.trials()] == [False]
@@ -172,7 +174,8 @@ def test_a_trial_is_its_processs_while_that_lives_however_long_it_takes(url, sho
 @pytest.mark.slow
 def test_whoever_was_taken_for_dead_writes_to_nobodys_trial(url, short):
     study, other = open_study(short), open_study(Storage(url, grace_seconds=2))
-    study.begin({"x": 0.5}, SPACE)  # and no heartbeat follows, as of a process that is suspended
+    study.begin({"x": 0.5}, SPACE)
+    study.take_over()  # and no heartbeat follows, as of a process that is suspended
     (before,) = study.trials()
     before.blocks[0] = {"a": np.ones(1)}
     study.record(before, 1, 0.5)
@@ -193,6 +196,7 @@ def test_who_ends_hands_its_trials_over_at_once(url):
     study = open_study(Storage(url))
     with suppress(KeyboardInterrupt), study.at_work():
         study.begin({"x": 0.5}, SPACE, 1)
+        study.take_over()
         (trial,) = study.trials()
         trial.blocks[0] = {"a": np.ones(1)}
         study.record(trial, 8, 0.25)
@@ -209,9 +213,10 @@ def test_a_trial_has_a_heartbeat_before_it_runs(url, monkeypatch):
     """Killed in between, a process would otherwise leave a trial that never counts as stale."""
     storage = Storage(url)
     study = open_study(storage)
-    monkeypatch.setattr(storage.backend, "set_trial_state_values", stop)
+    study.begin({"x": 0.5}, SPACE)
+    monkeypatch.setattr(storage.database, "set_trial_state_values", stop)
     with pytest.raises(KeyboardInterrupt):
-        study.begin({"x": 0.5}, SPACE)
+        study.take_over()
     with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
         assert database.execute("select count(*) from trial_heartbeats").fetchone() == (1,)
     study = open_study(Storage(url))
