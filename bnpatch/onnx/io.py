@@ -8,7 +8,6 @@ Writing is atomic: the file is written into a temporary folder beside the target
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,9 @@ EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything
 
 _OLDEST_OPSET = 7  # in older opsets, operators broadcast by other rules
 _SMALL = 1024  # bytes; a tensor up to this size stays in the model file
+
+# What to do about external data that are links, as in a cache that keeps its files elsewhere.
+_WITHOUT_LINKS = "copy the model and its data as plain files into one folder (cp -L)"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -72,7 +74,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except BnpatchError as error:
         raise BnpatchError(f"{file}: {error.problem}", error.remedy) from error
     except Exception as error:  # ValidationError, and errors of other types in the checker itself
-        raise _not_valid(file, error) from error
+        raise _not_valid(file, error, external) from error
     return inline_norms(model)
 
 
@@ -98,7 +100,7 @@ def inline_norms(model: ir.Model) -> ir.Model:
         containing |= callers
     try:
         InlinePass(criteria=lambda function: function.identifier() in containing)(model)
-    except Exception as error:
+    except Exception as error:  # the pass raises errors of many types for a function that is damaged
         raise BnpatchError(
             f"the model-local functions of the model cannot be inlined: {error}",
             "inline them with onnx.inliner before patching",
@@ -257,14 +259,17 @@ def _count_nodes(proto: onnx.ModelProto) -> int:
     return count(proto.graph.node)
 
 
-def _not_valid(file: Path, error: Exception) -> BnpatchError:
-    return BnpatchError(f"{file} is not a valid ONNX model: {first_line(error)}", _remedy(error))
+def _not_valid(file: Path, error: Exception, external: Iterable[ir.ExternalTensor] = ()) -> BnpatchError:
+    remedy = "fetch or export it again"
+    if any(_is_link(tensor) for tensor in external):
+        remedy = f"{_WITHOUT_LINKS}, or {remedy}"
+    return BnpatchError(f"{file} is not a valid ONNX model: {first_line(error)}", remedy)
 
 
-def _remedy(error: Exception) -> str:
-    if re.search(r"sym(bolic )?link|hard link", str(error)):  # probably a cache that links to its files
-        return "copy the model and its data as plain files into one folder (cp -L)"
-    return "fetch or export it again"
+def _is_link(tensor: ir.ExternalTensor) -> bool:
+    """Tell whether a tensor's file is a link, as in a cache; ONNX's libraries refuse most links."""
+    path = tensor.path
+    return os.path.islink(path) or (os.path.exists(path) and os.stat(path).st_nlink > 1)
 
 
 def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTensor]) -> None:
@@ -277,13 +282,12 @@ def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTe
             tensor.numpy()
         except FileNotFoundError as error:
             raise BnpatchError(f"{name} does not exist", "put it beside the model") from error
-        except Exception as error:
-            links = "symlink" in str(error) or "hard link" in str(error)
+        except (
+            Exception
+        ) as error:  # onnx-ir raises errors of many types, for a link or a file that is cut off
             raise BnpatchError(
                 f"{name} cannot be used: {first_line(error)}",
-                "copy the model and its data as plain files into one folder (cp -L)"
-                if links
-                else "fetch it again",
+                _WITHOUT_LINKS if _is_link(tensor) else "fetch it again",
             ) from error
         if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > available:
             raise BnpatchError(f"{name} is too short", "fetch it again")
