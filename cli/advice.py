@@ -94,7 +94,7 @@ def _paths(loaded: "TorchModel") -> "NormPaths | None":
     example = torch.zeros(1, *loaded.preprocessing.input_size, device=loaded.device, dtype=dtype)
     try:
         return norm_paths(loaded.module, example)
-    except BnpatchError as error:
+    except BnpatchError as error:  # the model takes no blank image; what else was found is printed
         say(f"note           {error.problem}")
         return None
 

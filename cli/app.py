@@ -149,7 +149,7 @@ def _run() -> None:
         app(["--debug", *arguments] if debug else arguments, prog_name="bnpatch")
     except BnpatchError as error:
         _fail(str(error), debug, error.exit_code)
-    except Exception as error:
+    except Exception as error:  # any other error is a defect, which is said in one line, too
         first_line = (str(error).splitlines() or [""])[0]
         _fail(
             f"{type(error).__name__}: {first_line}; this is a defect of bnpatch, please report what "

@@ -108,7 +108,7 @@ class Techniques:
         ):
             try:
                 is_number = value == "auto" or number(value) >= 0
-            except ValueError:
+            except ValueError:  # the text is no number
                 is_number = False
             if not is_number:
                 raise BnpatchError(f"--{name} {value!r} is neither auto nor a number", "give one of these")

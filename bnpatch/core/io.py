@@ -131,7 +131,7 @@ def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _keep_touching(mark: Path, over: threading.Event) -> None:
     while not over.wait(_TOUCH_SECONDS):
-        with suppress(OSError):
+        with suppress(OSError):  # the folder was removed or is out of reach; what is written next says so
             os.utime(mark)
 
 
@@ -173,6 +173,8 @@ def pick_device(name: str = "auto") -> "torch.device":
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails for "meta", whose tensors have no values
+    # torch raises RuntimeError for a name that it does not know or a device that is not there, AssertionError
+    # where it was built without that kind of device, and NotImplementedError for "meta".
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BnpatchError(
             f"there is no device {name!r} here", "leave out --device to have one chosen"

@@ -44,7 +44,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove the temporary files in a folder whose process has ended, and nothing else."""
     for path in _temporaries(folder):
         here, process = owner(path) or (True, os.getpid())
-        with suppress(OSError):
+        with suppress(OSError):  # another process has removed it, or it belongs to another user
             elsewhere_over = not here and time.time() - path.lstat().st_mtime > _LONGEST_ELSEWHERE
             if not elsewhere_over and not (here and not is_alive(process)):
                 continue
@@ -71,7 +71,7 @@ def is_alive(process: int) -> bool:
         return True
     try:
         return Path(f"/proc/{process}/stat").read_bytes().rpartition(b") ")[2][:1] not in (b"Z", b"X")
-    except OSError:
+    except OSError:  # the system has no /proc, or the process has just ended
         return True
 
 
@@ -93,7 +93,7 @@ def _temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if owner(entry.name) is not None]
-    except OSError:
+    except OSError:  # a folder that can't be listed; writing to it will say so
         return []
 
 
@@ -102,6 +102,6 @@ def _place() -> str:
     """Return a hash of the machine and its process namespace, within which process ids are unique."""
     try:
         space = os.readlink("/proc/self/ns/pid")
-    except OSError:
+    except OSError:  # the system has no such namespaces
         space = ""
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]

@@ -34,7 +34,7 @@ class Limit:
         text = os.environ.get(self.name)
         try:
             value = self.default if text is None else float(text)
-        except ValueError:
+        except ValueError:  # no number, which is refused below as a negative one is
             value = -1
         if not value > 0:
             raise BnpatchError(f"the environment variable {self.name} is {text!r}", "set a positive number")

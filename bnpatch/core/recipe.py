@@ -309,6 +309,7 @@ class Recipe:
             provenance = dict(content["provenance"])
         except BnpatchError as error:
             raise BnpatchError(f"{source}: {error.problem}", error.remedy) from error
+        # A field is missing, of another type (values without keys, or not iterable), or out of range.
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BnpatchError(f"{source} is a damaged recipe ({first_line(error)})", remedy) from error
         counts = Counter(norm_layer.name for norm_layer in norm_layers)

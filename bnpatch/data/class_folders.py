@@ -317,7 +317,7 @@ def _targets(
             where=str(folder),
         )
         why = "is not among the model's classes"
-    except BnpatchError as error:
+    except BnpatchError as error:  # the folders are no classes of the model: they may be something else
         if not optional or sure:
             raise
         targets, why = {}, f"is no class: {error.problem}"

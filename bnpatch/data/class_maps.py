@@ -74,7 +74,7 @@ def _text(path: str | os.PathLike[str]) -> str:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # other text, or brackets that are nested too deep to be a class map
         return False
     return True
 

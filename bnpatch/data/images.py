@@ -263,6 +263,7 @@ def _copied(values: Any) -> Tensor:
     """
     try:
         return torch.as_tensor(values).detach().cpu().clone()
+    # torch raises all three: for objects, for lists of unequal length, and for texts.
     except (TypeError, ValueError, RuntimeError) as error:
         raise BnpatchError(
             f"the data gives a {type(values).__name__} where numbers are needed", "give arrays or tensors"

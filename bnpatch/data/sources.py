@@ -173,7 +173,7 @@ def _called(data: Any) -> str:
 def _first(source: Source) -> Image.Image | Tensor | None:
     """Return the first image or input; None for files, or if it can't be read (reported later)."""
     if not isinstance(source, FileImages):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the user's data set may raise any error
             return source.read(0)
     return None
 
@@ -283,6 +283,8 @@ def _open_named(name: str, model: ImageModel, settings: _Options) -> tuple[Sourc
         dataset = create_dataset(
             name, root=settings.data_root, split=settings.split_name, input_img_mode=mode
         )
+    # timm hands the name to torchvision, tfds, Hugging Face datasets or its own readers. They raise these for
+    # a name, a split or a folder that they don't have, and where their package is missing.
     except (RuntimeError, ValueError, TypeError, OSError, AssertionError, ImportError) as error:
         raise BnpatchError(
             f"cannot open the data set {name}: {first_line(error)}",

@@ -41,7 +41,7 @@ def if_finite(score: Callable[[], T]) -> T | None:
     """Call ``score`` and return its result, or None if it raises OutputsNotFiniteError."""
     try:
         return score()
-    except OutputsNotFiniteError:
+    except OutputsNotFiniteError:  # callers ask for None because they rate such weights as the worst
         return None
 
 

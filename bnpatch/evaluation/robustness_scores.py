@@ -97,6 +97,7 @@ class ScoreFile:
                 arrays = {name: content[name] for name in content.files}
             fingerprint, self._indices = str(arrays.pop(_FINGERPRINT)), arrays.pop(_INDICES)
             self._errors = {_condition(key): list(rows.astype(np.float64)) for key, rows in arrays.items()}
+        # NumPy and zipfile raise these for a file that is cut off, is no archive, or lacks an array.
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BnpatchError(
                 f"{path} has no scores that can be read", "delete it, or choose another --output"

@@ -82,6 +82,7 @@ def load_state(path: str | os.PathLike[str], run: Mapping[str, Any]) -> dict[str
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
         stored = json.loads(state["run"]) if state["format"] == _FORMAT else None
+    # torch and pickle raise these for a file that is cut off or no checkpoint, and Python for missing keys.
     except (
         RuntimeError,
         OSError,

@@ -257,7 +257,7 @@ def _optimizer(module: nn.Module, settings: FineTuneSettings) -> torch.optim.Opt
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, settings.optimizer, lr=settings.lr, momentum=settings.momentum
         )
-    except (ValueError, KeyError, AssertionError) as error:
+    except (ValueError, KeyError, AssertionError) as error:  # versions of timm differ in what they raise
         raise BnpatchError(
             f"timm has no optimizer {settings.optimizer!r}", "see timm.optim.list_optimizers()"
         ) from error
@@ -279,7 +279,7 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: FineTuneSettings, upda
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
-    except ValueError:
+    except ValueError:  # the name is unknown
         schedule = None  # as some versions of timm return for a name that they don't know
     if schedule is None:
         raise BnpatchError(f"timm has no schedule {settings.schedule!r}", "choose cosine, tanh, step or poly")

@@ -90,7 +90,7 @@ def train(
     while run.epoch < settings.epochs and not run.is_stale():
         try:
             run.one_epoch()
-        except RuntimeError as error:
+        except RuntimeError as error:  # the memory is too small; halve_batch raises any other error again
             run.halve_batch(error)
             continue
         run.keep()

@@ -160,7 +160,7 @@ def fit(name: str, state_dict: Mapping[str, Tensor]) -> Architecture:
 def _remedy_for(state_dict: Mapping[str, Tensor]) -> str:
     try:
         return f"they fit {identify(state_dict)}: name that, or leave out --arch"
-    except BnpatchError:
+    except BnpatchError:  # no architecture fits
         return f"they fit no other architecture either: {OWN_CODE}"
 
 
@@ -240,7 +240,7 @@ def _first_difference(library: str, name: str, state_dict: Mapping[str, Tensor])
     try:
         arch = Architecture(library, name, *_classes_and_channels(library, model, state_dict))
         return _difference(arch.sketch(), state_dict)
-    except Exception:
+    except Exception:  # no sketch has these classes and channels; the default one shows a difference, too
         return _difference(model, state_dict)
 
 

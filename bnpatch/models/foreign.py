@@ -45,7 +45,7 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
         yield
     except BnpatchError:
         raise
-    except Exception as error:
+    except Exception as error:  # readers of damaged files raise errors of many types
         raise BnpatchError(f"{path} is damaged or not {what} ({_reason(error)})", remedy) from error
 
 

@@ -179,7 +179,7 @@ def _load_torchvision(name: str) -> TorchModel:
     weights = published[tag or "DEFAULT"]
     try:
         module = torchvision.models.get_model(name, weights=weights)
-    except Exception as error:
+    except Exception as error:  # torch.hub raises those of urllib, of the file system, and of its own checks
         raise BnpatchError(
             f"cannot download {weights}: {first_line(error)}",
             "check the connection, or download the weights and give the file",
@@ -197,7 +197,7 @@ def _architecture_of(module: nn.Module, name: str) -> Architecture | None:
     """Return the architecture of this name if the module's weights fit it exactly, else None."""
     try:
         return architecture.fit(name, module.state_dict())
-    except BnpatchError:
+    except BnpatchError:  # the weights don't fit, so an export can't rebuild the module by its name
         return None
 
 
@@ -288,7 +288,7 @@ def _identified(
         if arch:
             return part, architecture.fit(arch, part), note
         return part, architecture.identify(part, hint, checkpoint.path.name, library), note
-    except BnpatchError:
+    except BnpatchError:  # no architecture has these names of tensors: they may have others
         if arch is None and (match := renamed.in_order_of_hugging_face(own_names)) is not None:
             return match[1], match[0], ""
         if (named := renamed.with_own_classifier(own_names)) is not None:

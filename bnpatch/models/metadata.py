@@ -72,6 +72,7 @@ def _literal(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
+        # What the two readers raise for other text, and for brackets that are nested too deep.
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return None

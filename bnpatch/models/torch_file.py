@@ -50,7 +50,7 @@ def _is_built_by(model: "TorchModel", arch: Architecture) -> bool:
         x = torch.rand(2, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
         with model.evaluating(), twin.evaluating():
             own, other = model.predict(x).float().cpu(), twin.predict(x).float().cpu()
-    except (BnpatchError, RuntimeError):
+    except (BnpatchError, RuntimeError):  # other shapes, another recipe, or another input: not the same model
         return False
     scale = own.abs().nan_to_num(0, 0).max().item()  # a model may return nan or infinity for random images
     return own.shape == other.shape and torch.allclose(own, other, 1e-2, 1e-2 * scale, equal_nan=True)

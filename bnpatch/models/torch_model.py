@@ -249,6 +249,7 @@ class TorchModel(Model[TorchNormLayer]):
         with torch.autocast(self.device.type, dtype, enabled=self.amp):
             try:
                 return self.module(x)
+            # torch's functions and the checks of a model raise these for an input of another shape.
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise NotEnoughMemoryError(self.device, len(x)) from error

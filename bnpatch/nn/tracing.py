@@ -96,6 +96,7 @@ def norm_paths(model: nn.Module, example_input: Tensor) -> NormPaths:
     with in_evaluation_mode(model), _noting_modules(norms, record), torch.no_grad(), record:
         try:
             y = model(example_input)
+        # torch's functions and the checks of a model raise these for an input of another shape or kind.
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
             raise BnpatchError(
                 "the paths from norms to the output are unknown: the model does not run on an input of "

@@ -98,8 +98,9 @@ def _computed(value: ir.Value, depth: int, known: dict[int, Array | None]) -> Ar
     try:
         with np.errstate(all="ignore"):  # what is not finite is found later
             result = function(node, operands)
+    # NumPy raises these where the node is invalid; the value of such a node stays unknown.
     except (ValueError, TypeError, IndexError, MemoryError, OverflowError, ArithmeticError):
-        return None  # the node is invalid
+        return None
     return result if result.size <= _MOST_ELEMENTS else None
 
 

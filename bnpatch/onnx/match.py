@@ -306,7 +306,7 @@ def _scope(node: ir.Node) -> str:
             [str(part) for part in ast.literal_eval(node.metadata_props.get(key, "[]"))]
             for key in ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
         )
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError):  # another tool wrote something else under these keys
         return ""
     if len(scopes) < 2 or len(classes) < 2:
         return ""

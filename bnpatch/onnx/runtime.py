@@ -102,7 +102,7 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
         try:
             settings = {"device_id": str(device.index)} if device.index is not None else {}
             session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
-        except Exception as error:
+        except Exception as error:  # onnxruntime's exceptions have no common class that is public
             raise BnpatchError(
                 f"onnxruntime refuses the graph: {first_line(error)}",
                 "export the model again with operators of the standard, or try a newer onnxruntime",
@@ -140,7 +140,9 @@ class _TimedSession:
         timer.start()
         try:
             results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, options)
-        except Exception:
+        except (
+            Exception
+        ):  # of any type, as above; all are raised again, but for the one that the timer caused
             if options.terminate:
                 SECONDS.check(math.inf, f"a loop in the graph has not ended after {seconds:g} s")
             raise

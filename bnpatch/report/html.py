@@ -108,7 +108,7 @@ def _shapes(model: Model[Any]) -> Mapping[str, Sequence[int]]:
     """Return spatial shapes by name of norm layer; empty where the model does not take a blank image."""
     try:
         return {name: shape for name, shape in model.norm_shapes().items() if shape}
-    except BnpatchError:
+    except BnpatchError:  # it takes no blank image; the report leaves the shapes out
         return {}
 
 

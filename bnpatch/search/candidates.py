@@ -135,7 +135,7 @@ class CandidateSearch:
                         continue
                     found |= find()
                     self.num_tried += 1
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the user wants the best so far
             if len(found) == 1:
                 raise
             self.interrupted = True

@@ -150,7 +150,7 @@ class Searches:
                 if after is None:
                     break
                 judge(after, held_out)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # the parts that were judged so far say something, too
                 if not judged:
                     raise
                 self.interrupted = True

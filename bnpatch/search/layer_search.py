@@ -129,7 +129,7 @@ class LayerSearch:
         groups = self._groups(per)
         try:
             return self._by_gradient(found, groups, per)
-        except NoGradientError:
+        except NoGradientError:  # the model is an ONNX file without a copy in torch, or the metric has none
             return self._by_coordinates(found, groups, per)
 
     def _groups(self, per: str) -> dict[str, str]:
