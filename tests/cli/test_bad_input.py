@@ -47,7 +47,11 @@ def test_bad_models(cli, name, folder, checkpoint, tmp_path):
         (tmp_path / name).write_bytes(checkpoint.read_bytes()[:-1000])
     elif make:
         make(tmp_path / name)
-    code, out, err = cli("tune-alpha", name, "--data", folder)
+    check_refused(cli("tune-alpha", name, "--data", folder), message, tmp_path)
+
+
+def check_refused(said, message, tmp_path):
+    code, out, err = said
     assert code == 2
     assert message in one_line(err)
     assert out == ""
@@ -87,11 +91,7 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
     make, message = DATA[name]
     if make:
         make(tmp_path / name)
-    code, out, err = cli("tune-alpha", checkpoint, "--data", name)
-    assert code == 2
-    assert message in one_line(err)
-    assert out == ""
-    assert not list(tmp_path.glob("bnpatch-out/*"))
+    check_refused(cli("tune-alpha", checkpoint, "--data", name), message, tmp_path)
 
 
 @pytest.mark.parametrize(
