@@ -84,8 +84,8 @@ def _agrees(lent: TorchModel, model: Model[Any], x: Tensor) -> bool:
     alphas = model.baseline_alphas()
     if lent.baseline_alphas() != alphas:
         return False
-    alpha, slope, offset = (dict.fromkeys(alphas, value) for value in _EVERYWHERE)
-    everywhere = PatchWeights(alpha, slopes=slope, var_offsets=offset)
+    alphas, slopes, var_offsets = (dict.fromkeys(alphas, value) for value in _EVERYWHERE)
+    everywhere = PatchWeights(alphas, slopes=slopes, var_offsets=var_offsets)
     return all(_same(lent, model, x, weights) for weights in (PatchWeights(), everywhere))
 
 

@@ -246,7 +246,7 @@ def _fused(
 def _fused_with_slope(
     tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], example_weight: ExampleWeight
 ) -> Value:
-    alpha, slope, offset = vars(example_weight).values()
+    alpha, slope, var_offset = vars(example_weight).values()
     total = running.var + norm_layer.eps
     weight, bias, eps = (
         v.reshape(-1, *(1,) * (len(norm_layer.dims) - 2))
@@ -261,8 +261,8 @@ def _fused_with_slope(
     logit = twice.log() * slope + (math.log(alpha / (1 - alpha)) - slope * math.log(2))
     share = logit.sigmoid()
     rest: Value = 1.0 - share
-    if offset:
-        of_var = (logit + offset).sigmoid()
+    if var_offset:
+        of_var = (logit + var_offset).sigmoid()
         total_var = var * of_var + (1.0 - of_var) + share * rest * square
     else:
         total_var = (var + square * rest) * share + rest

@@ -1,7 +1,7 @@
 """Find weights per norm layer by coordinate search, for models without gradients, such as ONNX files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bnpatch.core.patch import PatchWeights
@@ -29,14 +29,12 @@ class Coordinate:
 
     def moved(self, weights: PatchWeights, value: float) -> PatchWeights:
         """Return the weights with this one changed."""
-        field = f"{self.kind}s"
-        values = {**getattr(weights, field), **dict.fromkeys(self.norm_layers, value)}
-        return replace(weights, **{field: values})
+        values = {**weights.of(self.kind), **dict.fromkeys(self.norm_layers, value)}
+        return replace(weights, **{f"{self.kind}s": values})
 
     def value(self, weights: PatchWeights) -> float:
         """Return the present value of this weight."""
-        values: Mapping[str, float] = getattr(weights, f"{self.kind}s")
-        return values.get(self.norm_layers[0], 0.0)
+        return weights.of(self.kind).get(self.norm_layers[0], 0.0)
 
     def probes(self, now: float) -> set[float]:
         """Return other values, a higher and a lower one, to estimate the importance of this weight."""
@@ -109,20 +107,11 @@ def coordinate_search(
     Returns:
         The best weights found. A change that gains no more than its standard error isn't made.
     """
-    preview = preview or scores
-    base, seen = scores(start), preview(start)
+    of_some = preview or scores
+    base, seen = scores(start), of_some(start)
     if base is None or seen is None:
         return start
-    ranked: list[tuple[float, Coordinate]] = []
-    for coordinate in coordinates:
-        now, best = coordinate.value(start), -math.inf
-        for value in coordinate.probes(now):
-            if stop():
-                return start
-            best = max(best, _Gain.over(seen, preview(coordinate.moved(start, value))).mean)
-        ranked.append((best, coordinate))
-    ranked.sort(key=lambda pair: -pair[0])
-    chosen = [coordinate for best, coordinate in ranked[:most] if best > 0]
+    chosen = _important(coordinates, start, of_some, seen, stop)[:most]
     here = start
     for _ in range(rounds):
         before = here
@@ -134,7 +123,7 @@ def coordinate_search(
             for moved in moves:
                 if stop():
                     return here
-                previews.append(_Gain.over(seen, preview(moved)))
+                previews.append(_Gain.over(seen, of_some(moved)))
             promising, moved = max(zip(previews, moves, strict=True), key=lambda pair: pair[0].mean)
             if promising.mean <= 0:
                 continue
@@ -146,3 +135,26 @@ def coordinate_search(
         if here == before:
             break
     return here
+
+
+def _important(
+    coordinates: Sequence[Coordinate],
+    start: PatchWeights,
+    scores: Callable[[PatchWeights], Values | None],
+    now: Values,
+    stop: Callable[[], bool],
+) -> list[Coordinate]:
+    """Return the coordinates that gain when each alone is changed, the most important first.
+
+    ``now`` are the scores of the start.
+    """
+    gains: list[float] = []
+    for coordinate in coordinates:
+        best = -math.inf
+        for value in coordinate.probes(coordinate.value(start)):
+            if stop():
+                return []
+            best = max(best, _Gain.over(now, scores(coordinate.moved(start, value))).mean)
+        gains.append(best)
+    ranked = sorted(zip(gains, coordinates, strict=True), key=lambda pair: -pair[0])
+    return [coordinate for best, coordinate in ranked if best > 0]
