@@ -5,7 +5,7 @@ mixture, in which each image has one of these at random or none.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -168,24 +168,23 @@ def images_of(
 
 
 def write_conditions(
-    data: DataSet, images: np.ndarray, folder: Path, kinds: tuple[str, ...], pool: ProcessPoolExecutor
+    data: DataSet, images: np.ndarray, folder: Path, conditions: Sequence[str], pool: Executor
 ) -> None:
     """Corrupt images, and write an array for each condition."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{CLEAN}.npy", images)
-    parts = np.array_split(np.arange(len(images)), max(1, len(images) // 50))
-    jobs = [
-        (kind, pool.submit(_corrupted, images[p], p, kind, data.severity)) for kind in kinds for p in parts
-    ]
-    made = {kind: np.concatenate([job.result() for k, job in jobs if k == kind]) for kind in kinds}
-    for kind, array in made.items():
-        np.save(folder / f"{kind}.npy", array)
-    which = np.random.default_rng(0).integers(0, 1 + len(kinds), len(images))
-    mixed = images.copy()
-    for number, kind in enumerate(kinds, start=1):
-        mixed[which == number] = made[kind][which == number]
-    np.save(folder / f"{MIXTURE}.npy", mixed)
+    everything = np.arange(len(images))
+    which = np.random.default_rng(0).integers(0, 1 + len(KINDS), len(images))
+    for condition in conditions:
+        made = images.copy()
+        for number, kind in enumerate(KINDS, start=1):
+            seen = {MIXTURE: np.flatnonzero(which == number), kind: everything}.get(condition, everything[:0])
+            parts = np.array_split(seen, max(1, len(seen) // 50))
+            jobs = [pool.submit(_corrupted, images[part], part, kind, data.severity) for part in parts]
+            for part, job in zip(parts, jobs, strict=True):
+                made[part] = job.result()
+        np.save(folder / f"{condition}.npy", made)
 
 
 def _corrupted(images: np.ndarray, indices: np.ndarray, kind: str, severity: int) -> np.ndarray:
-    return np.stack([corrupt(x, kind, severity, (0, int(n))) for x, n in zip(images, indices, strict=True)])
+    made = [corrupt(x, kind, severity, (0, int(n))) for x, n in zip(images, indices, strict=True)]
+    return np.stack(made) if made else images

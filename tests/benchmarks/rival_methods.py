@@ -15,6 +15,7 @@ depends on other images. The images of a batch are computed side by side, which 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,19 +83,19 @@ def _shrunk(x: Tensor, by: Tensor) -> Tensor:
 def normalizing(model: TorchModel, rule: Rule) -> Iterator[None]:
     """Let every norm layer of a model normalize by what a rule gives, until the context ends."""
 
-    def normalized(layer, args, output):  # type: ignore[no-untyped-def]
-        (x,) = args
+    def normalized(layer, x):  # type: ignore[no-untyped-def]
         if not layer.weighs(x):  # one value per channel: bnpatch leaves it alone, and so do the others here
-            return output
+            return type(layer).forward(layer, x)
         weight, bias, mean, var = layer.parameters_of_norm()
         moments = rule(example_moments(x), Moments(mean, var), layer.eps, math.prod(x.shape[2:]))
         scale = weight * torch.rsqrt(moments.var + layer.eps)
         return layer.finish(affine(x, *torch.broadcast_tensors(scale, bias - moments.mean * scale)))
 
     weighted = PatchWeights(dict.fromkeys(model.baseline_alphas(), 0.5))  # any but the baseline
-    with model.in_state(model.baseline().with_weights(weighted)), ExitStack() as hooks:
+    with model.in_state(model.baseline().with_weights(weighted)), ExitStack() as replaced:
         for layer in patched_layers(model.module).values():
-            hooks.callback(layer.register_forward_hook(normalized).remove)
+            layer.forward = partial(normalized, layer)
+            replaced.callback(layer.__dict__.pop, "forward")
         yield
 
 

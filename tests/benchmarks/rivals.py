@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,26 @@ from tests.benchmarks.rival_data import CLEAN, KINDS, MIXTURE, NETWORKS
 SHRINKAGES, WEIGHTS = (4.0, 16.0, 64.0), (0.1, 0.3, 1.0)
 BATCH = 64
 
+#: Rivals that may be left out, because they cost the most.
+LEFT_OUT = (INTENT, CHOSEN_INTENT, CHOSEN_AUGBN) = ("InTEnt, 0 to 1", "InTEnt, chosen", "AugBN, chosen")
+
 RIVALS, LABELS, NO_LABELS = "rivals", "search", "unlabelled-search"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work for one process: a network under a condition, by the rivals or by a search."""
+    """A piece of work for one process: a network under a condition, by the rivals or by a search.
+
+    Attributes:
+        network: name of the network.
+        condition: name of the condition.
+        task: by what.
+        device: name of the device.
+        work: folder of images and networks.
+        choose_by: number of images that choose a rival's free number.
+        timeout: seconds for a search.
+        without: rivals that are left out.
+    """
 
     network: str
     condition: str
@@ -53,6 +68,8 @@ class Job:
     device: str
     work: str
     choose_by: int
+    timeout: float | None = None
+    without: tuple[str, ...] = ()
 
 
 class Images:
@@ -87,31 +104,32 @@ def run(job: Job) -> dict[str, Any]:
 
 def by_rivals(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
     """Score the rivals, and measure how far the images are from those of training at each norm layer."""
-    judged = [images.held_out] if job.condition != MIXTURE else [images.held_out, None]
-    y = images.y[images.tuning]
-    few = slice(0, min(job.choose_by, len(y)))
+    judged = ["held-out"] if job.condition != MIXTURE else ["held-out", "clean"]
+    scores = cache(partial(_scores, model, images, job.choose_by))
 
     def scored(name: str, predict: methods.Predict, passes: float, **about: Any) -> dict[str, Any]:
-        rows = [_scores(model, images, part, predict) for part in judged]
+        rows = [scores(part, predict) for part in judged]
         clean = {} if len(rows) == 1 else {"clean_right": _hex(rows[1][0])}
         row = {"name": name, "right": _hex(rows[0][0]), "cross_entropy": float(rows[0][1].mean())}
         return {**row, **clean, "passes": passes, **about}
 
-    def chosen(name: str, ways: dict[float, methods.Predict], passes: float) -> dict[str, Any]:
-        scores = {value: _scores(model, images, few, way) for value, way in ways.items()}
-        best = max(scores, key=lambda value: (scores[value][0].mean(), -scores[value][1].mean()))
-        return scored(name, ways[best], passes, value=best)
+    def chosen(name: str, ways: dict[float, methods.Predict], passes: float) -> Iterator[dict[str, Any]]:
+        if name in job.without:
+            return
+        found = {value: scores("choosing", way) for value, way in ways.items()}
+        best = max(found, key=lambda value: (found[value][0].mean(), -found[value][1].mean()))
+        yield scored(name, ways[best], passes, value=best)
 
+    shrunk = {k: methods.by_rule(methods.soft_shrinkage(k)) for k in SHRINKAGES}
+    averaged = {top: methods.intent(top) for top in WEIGHTS}
     rows = [
         scored("source", methods.probabilities, 1),
         scored("alpha-BN, 0.1", methods.by_rule(methods.alpha_bn(0.1)), 1),
-        scored("soft shrinkage, 4", methods.by_rule(methods.soft_shrinkage(4.0)), 1),
-        chosen(
-            "soft shrinkage, chosen", {k: methods.by_rule(methods.soft_shrinkage(k)) for k in SHRINKAGES}, 1
-        ),
-        scored("InTEnt, 0 to 1", methods.intent(), 6),
-        chosen("InTEnt, chosen", {top: methods.intent(top) for top in WEIGHTS}, 6),
-        chosen("AugBN, chosen", {weight: methods.augmented(weight) for weight in WEIGHTS}, 8),
+        scored("soft shrinkage, 4", shrunk[4.0], 1),
+        *chosen("soft shrinkage, chosen", shrunk, 1),
+        *([] if INTENT in job.without else [scored(INTENT, averaged[1.0], 6)]),
+        *chosen(CHOSEN_INTENT, averaged, 6),
+        *chosen(CHOSEN_AUGBN, {weight: methods.augmented(weight) for weight in WEIGHTS}, 8),
     ]
     examples = bnpatch.open_examples(images.pair(images.tuning), model)
     statistics = re_estimate_statistics(model, examples)
@@ -126,11 +144,12 @@ def by_rivals(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
 
 
 def _scores(
-    model: TorchModel, images: Images, part: slice | None, predict: methods.Predict
+    model: TorchModel, images: Images, choose_by: int, part: str, predict: methods.Predict
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return who is right and the cross-entropies; a part that is None is the held-out images as they are."""
-    x, part = (images.clean, images.held_out) if part is None else (images.x, part)
-    inputs, targets = torch.from_numpy(np.ascontiguousarray(x[part])), images.y[part]
+    """Return who is right, and the cross-entropies: of held-out images, or of those that choose a number."""
+    x = images.clean if part == "clean" else images.x
+    rows = slice(0, min(choose_by, images.held_out.start)) if part == "choosing" else images.held_out
+    inputs, targets = torch.from_numpy(np.ascontiguousarray(x[rows])), images.y[rows]
     size = model.efficient_batch(BATCH, inputs)
     with torch.inference_mode(), model.evaluating():
         found = torch.cat([predict(model, rows).cpu() for rows in inputs.split(size)]).double().numpy()
@@ -146,6 +165,7 @@ def by_search(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
         images.pair(images.tuning),
         test_data=images.pair(images.held_out),
         metric="accuracy" if job.task == LABELS else "unlabeled",
+        timeout=job.timeout,
         on_trial=lambda trial, is_best: states.append(trial.state),
     )
     judged = {"": bnpatch.open_examples(images.pair(images.held_out), model)}
@@ -153,6 +173,8 @@ def by_search(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
         judged["clean_"] = bnpatch.open_examples(images.pair(images.held_out, clean=True), model)
     rows = []
     for candidate in result.candidates:
+        if candidate.name == "baseline" and not candidate.chosen:
+            continue
         row = {"name": candidate.name, "chosen": candidate.chosen, "passes": 1}
         row["patched"] = sum(alpha > 0 for alpha in candidate.weights.alphas.values())
         with model.in_state(states[-1].with_weights(candidate.weights)):
@@ -203,21 +225,21 @@ def prepare(args: argparse.Namespace, results: Results, pool: ProcessPoolExecuto
     for data in {n.data.name: n.data for n in NETWORKS if n.name in args.networks}.values():
         folder = args.work / data.name
         arrays = rival_data.images_of(data, args.fashion, args.crops, args.limit)
-        rival_data.write_conditions(data, arrays.pop("x"), folder, args.kinds, pool)
+        rival_data.write_conditions(data, arrays.pop("x"), folder, args.conditions, pool)
         np.savez(folder / "about.npz", **arrays)
         about = {key: arrays[key].tolist() for key in ("groups", "y", "tuning")}
         results.add({"data": data.name, "severity": data.severity, **about})
 
 
 def jobs_of(args: argparse.Namespace, networks: Sequence[str], tasks: Sequence[str]) -> Iterator[Job]:
-    """List jobs, the most telling conditions first."""
-    known = (MIXTURE, CLEAN, *args.kinds)
+    """List jobs, in the order of the conditions."""
     for task in tasks:
-        for condition in known:
+        for condition in args.conditions:
             for name in networks:
-                if name in args.networks and (args.conditions is None or condition in args.conditions):
+                if name in args.networks:
                     device = "cpu" if name.startswith("test_") else args.device
-                    yield Job(name, condition, task, device, str(args.work), args.choose_by)
+                    options = (str(args.work), args.choose_by, args.timeout, tuple(args.without))
+                    yield Job(name, condition, task, device, *options)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -274,14 +296,16 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     names = [network.name for network in NETWORKS]
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--conditions", nargs="+", choices=[CLEAN, MIXTURE, *KINDS])
+    conditions = [MIXTURE, CLEAN, *KINDS]
+    parser.add_argument("--conditions", nargs="+", default=conditions, choices=conditions)
     tasks = [RIVALS, LABELS, NO_LABELS]
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
     parser.add_argument(
         "--limit", type=int, nargs=2, help="use at most so many images to tune on, to judge by"
     )
     parser.add_argument("--choose-by", type=int, default=128, help="images that choose a rival's free number")
+    parser.add_argument("--without", nargs="+", default=(), choices=LEFT_OUT, help="rivals to leave out")
+    parser.add_argument("--timeout", type=float, help="seconds for a search")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
     parser.add_argument("--train", type=int, default=rival_data.TRANSFERRED, help="images to fine-tune on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -292,7 +316,6 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="start and end nothing after them"
     )
     args = parser.parse_args()
-    args.kinds = tuple(args.kinds)
     if args.table:
         print(rival_tables.tables(args.table))
     else:
