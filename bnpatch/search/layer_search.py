@@ -88,6 +88,9 @@ class LayerSearch:
 
     @cached_property
     def _with_gradients(self) -> "TorchModel | None":
+        one = next(self._examples.batches(1, self._indices))
+        if not self._objective.is_differentiable(self._model, one):
+            return None
         batch = next(self._examples.batches(_OBSERVED_EXAMPLES, self._indices))
         return self._model.with_gradients(batch.x)
 

@@ -79,6 +79,9 @@ class Objective(Protocol):
             OutputsNotFiniteError: an output is infinite or not a number.
         """
 
+    def is_differentiable(self, model: Model[Any], batch: Batch) -> bool:
+        """Tell whether the loss has a gradient, from a batch of one example or more."""
+
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Return the loss of all batches together, in parts that add up.
 
@@ -99,6 +102,17 @@ class LabelledObjective:
     def scores(self, model: Model[Any], examples: Examples, indices: Indices) -> dict[str, Values]:
         """See :class:`Objective`."""
         return evaluate(model, examples, self.metrics, indices=indices, batch_size=self.batch_size).values
+
+    def is_differentiable(self, model: Model[Any], batch: Batch) -> bool:
+        """Tell whether the loss has a gradient: a metric of the user's own may count what is right."""
+        if self.metric.of_classes:
+            return True
+        outputs = model.predict(batch.x).clone().requires_grad_()
+        with torch.enable_grad():
+            try:
+                return self.metric.score(outputs, batch.targets.to(outputs.device)).requires_grad
+            except RuntimeError:  # it leaves torch, which needs tensors without gradients
+                return False
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Return the cross-entropy for classes, whatever the metric; for others the metric itself."""
@@ -189,6 +203,10 @@ class LabelFreeObjective:
 
     def _of(self, model: Model[Any], parts: Sequence[_Part]) -> float:
         return float(self.of_set(_as_one(model, parts), self.norm_layers))
+
+    def is_differentiable(self, model: Model[Any], batch: Batch) -> bool:
+        """Return true: each of these objectives has a gradient."""
+        return True
 
     def loss(self, model: Model[Any], batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Return the loss of all batches as one set, in one part."""

@@ -262,6 +262,26 @@ def test_an_onnx_file_learns_by_the_gradients_of_a_copy_in_torch(tiny, tiny_onnx
         assert any(one.weights.var_offsets.values()) is ("per layer" in one.name or one.name == "refined")
 
 
+def in_numpy(outputs, targets):
+    return torch.from_numpy((outputs.numpy().argmax(1) == targets.numpy()).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("score", "learns"),
+    [
+        (lambda outputs, targets: (outputs.argmax(1) == targets).float(), False),
+        (in_numpy, False),
+        (lambda outputs, targets: outputs.softmax(1)[torch.arange(len(targets)), targets], True),
+    ],
+    ids=["counts", "leaves torch", "has a gradient"],
+)
+def test_without_a_gradient_few_examples_find_no_weight_per_layer(tiny, dim, score, learns):
+    few, others = ((dim[0][part], dim[1][part]) for part in (slice(100), slice(100, 130)))
+    options = {"test_data": others, "trials": 1, "recalibrate": False, "slopes": False}
+    found = bnpatch.tune_alpha(tiny, few, metric=bnpatch.Metric("mine", score), **options)
+    assert ("alpha per layer" in {candidate.name for candidate in found.candidates}) is learns
+
+
 @pytest.mark.slow
 def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, dim, monkeypatch):
     monkeypatch.setattr("bnpatch.models.onnx_model.OnnxModel.with_gradients", lambda model, x: None)
