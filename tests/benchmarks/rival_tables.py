@@ -101,7 +101,8 @@ def _rows(results: Results, network: str, kinds: list[str]) -> Iterator[list[str
     searched = [kind for kind in kinds if results.right(network, kind, SEARCHED) is not None]
     for row in ROWS:
         known = [m for c in (CLEAN, MIXTURE, *kinds) if (m := results.methods(network, c, row))]
-        if len(known) < 4:  # a candidate that the search seldom has
+        done = sum((network, c, ROWS[row][0]) in results.jobs for c in (CLEAN, MIXTURE, *kinds))
+        if not known or (ROWS[row][0] != "rivals" and 2 * len(known) < done):  # one that searches seldom have
             continue
         cells = [_percent(results.right(network, condition, row)) for condition in (CLEAN, *kinds)]
         mixture = _percent(results.right(network, MIXTURE, row), 1)
@@ -129,6 +130,8 @@ def facts(results: Results, names: list[str]) -> list[dict[str, Any]]:
     found = []
     for network in names:
         clean = results.right(network, CLEAN, "source")
+        if clean is None:
+            clean = results.right(network, MIXTURE, "source", "clean_right")
         for condition in (CLEAN, *KINDS, MIXTURE):
             record = results.jobs.get((network, condition, "rivals"))
             source = results.right(network, condition, "source")

@@ -29,6 +29,7 @@ import torch
 import bnpatch
 from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.patch import PatchWeights
+from bnpatch.data.dataset import Examples
 from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.models.distances import shifts
 from bnpatch.models.running_stats import re_estimate_statistics
@@ -134,8 +135,13 @@ def by_rivals(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
     examples = bnpatch.open_examples(images.pair(images.tuning), model)
     statistics = re_estimate_statistics(model, examples)
     every = PatchWeights(lambdas=dict.fromkeys(statistics, 1.0))
-    with model.in_state(model.baseline().with_re_estimated(statistics).with_weights(every)):
-        rows.append(scored("AdaBN", methods.probabilities, 1))
+    re_estimated = model.baseline().with_re_estimated(statistics).with_weights(every)
+
+    def adapted(model: TorchModel, x: torch.Tensor) -> torch.Tensor:
+        with model.in_state(re_estimated):
+            return methods.probabilities(model, x)
+
+    rows.append(scored("AdaBN", adapted, 1))
     seen = torch.from_numpy(np.ascontiguousarray(images.x[images.tuning][:BATCH]))
     return {
         "methods": rows,
@@ -171,24 +177,33 @@ def by_search(job: Job, model: TorchModel, images: Images) -> dict[str, Any]:
     judged = {"": bnpatch.open_examples(images.pair(images.held_out), model)}
     if job.condition == MIXTURE:
         judged["clean_"] = bnpatch.open_examples(images.pair(images.held_out, clean=True), model)
+    scored: dict[str, dict[str, Any]] = {}  # by weights, which two candidates may share
     rows = []
     for candidate in result.candidates:
-        if candidate.name == "baseline" and not candidate.chosen:
+        if not (candidate.chosen or any(candidate.name == name for _, name in rival_tables.ROWS.values())):
             continue
-        row = {"name": candidate.name, "chosen": candidate.chosen, "passes": 1}
-        row["patched"] = sum(alpha > 0 for alpha in candidate.weights.alphas.values())
-        with model.in_state(states[-1].with_weights(candidate.weights)):
-            for prefix, examples in judged.items():
-                scores = evaluate(model, examples).values
-                row[f"{prefix}right"] = _hex(scores["accuracy"] > 0.5)
-                row[f"{prefix}cross_entropy"] = float(scores["cross-entropy"].mean())
-        rows.append(row)
+        if (weights := repr(candidate.weights)) not in scored:
+            with model.in_state(states[-1].with_weights(candidate.weights)):
+                scored[weights] = _by_prefix(model, judged)
+        patched = sum(alpha > 0 for alpha in candidate.weights.alphas.values())
+        about = {"name": candidate.name, "chosen": candidate.chosen, "passes": 1, "patched": patched}
+        rows.append({**about, **scored[weights]})
     return {
         "methods": rows,
         "search_passes": round(result.passes, 1),
         "search_seconds": round(result.seconds, 1),
         "is_recommended": result.is_recommended,
     }
+
+
+def _by_prefix(model: TorchModel, judged: dict[str, Examples]) -> dict[str, Any]:
+    """Return who is right, and the mean cross-entropy, of each of several sets of images."""
+    found: dict[str, Any] = {}
+    for prefix, examples in judged.items():
+        scores = evaluate(model, examples).values
+        found[f"{prefix}right"] = _hex(scores["accuracy"] > 0.5)
+        found[f"{prefix}cross_entropy"] = float(scores["cross-entropy"].mean())
+    return found
 
 
 def _hex(right: np.ndarray) -> str:
