@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -60,13 +60,27 @@ class Architecture:
             warnings.simplefilter("ignore")
             return _build(self.library, self.name, num_classes=self.num_classes, in_chans=self.in_chans)
 
+    @lru_cache(maxsize=8)  # noqa: B019  a key holds its architecture, which is small
     def sketch(self) -> nn.Module:
-        """Build the model on the device "meta", which has names and shapes but no weights, if it can be."""
+        """Build the model on the device "meta", which has names and shapes but no weights, if it can be.
+
+        Callers share the module: read it, don't change it.
+        """
         try:
             with torch.device("meta"):
                 return self.build()
         except NotImplementedError:  # the constructor computes with tensors, as that of torchvision's RegNet
-            return self.build()
+            return self.build().to("meta")
+
+
+def is_known(library: str, name: str) -> bool:
+    """Return whether a library has a classifier of this name, without a tag."""
+    if library == "timm":
+        from timm.models import get_deprecated_models, is_model
+
+        is_current = "." not in name and is_model(name) and name not in get_deprecated_models()
+        return is_current or name in _TENSORFLOW_MOBILENETS
+    return name in known_names(library)
 
 
 def known_names(library: str) -> list[str]:
@@ -95,8 +109,8 @@ def parse_name(name: str) -> tuple[str | None, str]:
         )
     rest = rest.split(".")[0]
     libraries = [library] if library else list(LIBRARIES)
-    known = [known_name for lib in libraries for known_name in known_names(lib)]
-    if rest not in known:
+    if not any(is_known(lib, rest) for lib in libraries):
+        known = [known_name for lib in libraries for known_name in known_names(lib)]
         close = get_close_matches(rest, known, n=3)
         remedy = f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
         raise BnpatchError(f"there is no architecture {rest!r} in {' or '.join(libraries)}", remedy)
@@ -147,7 +161,7 @@ def fit(name: str, state_dict: Mapping[str, Tensor]) -> Architecture:
             difference.
     """
     library, rest = parse_name(name)
-    libraries = [library] if library else [lib for lib in LIBRARIES if rest in known_names(lib)]
+    libraries = [library] if library else [lib for lib in LIBRARIES if is_known(lib, rest)]
     for lib in libraries:
         if arch := _fit(lib, rest, state_dict):
             return arch
@@ -191,7 +205,7 @@ def by_tensor_names(state_dict: Mapping[str, Any]) -> list[str]:
 def _by_tensor_names(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry in _index().get(names_hash(state_dict), []):
         library, _, name = entry.partition(":")
-        if name in known_names(library):
+        if is_known(library, name):
             yield library, name
 
 
@@ -209,17 +223,16 @@ def _named(hint: str | None) -> list[tuple[str, str]]:
         library, name = parse_name(hint) if hint else (None, "")
     except BnpatchError:
         return []  # neither library has the name, so the tensors decide
-    return [(lib, name) for lib in LIBRARIES if library in (None, lib) and name in known_names(lib)]
+    return [(lib, name) for lib in LIBRARIES if library in (None, lib) and is_known(lib, name)]
 
 
 def _named_by_file(file_name: str) -> list[tuple[str, str]]:
     """Return the architectures with the longest name that the file name begins with (resnet18-f37.pth)."""
     stem = file_name.lower()
-    named = [
-        (library, name) for library in LIBRARIES for name in known_names(library) if stem.startswith(name)
-    ]
-    longest = max((len(name) for _, name in named), default=0)
-    return [(library, name) for library, name in named if len(name) == longest]
+    for end in range(len(stem), 0, -1):
+        if named := [(library, stem[:end]) for library in LIBRARIES if is_known(library, stem[:end])]:
+            return named
+    return []
 
 
 def _fit(library: str, name: str, state_dict: Mapping[str, Tensor]) -> Architecture | None:

@@ -46,7 +46,7 @@ def labels_of(content: Mapping[Any, Any], depth: int = _DEPTH) -> Iterator[Label
         value = content.get(key)
         if isinstance(value, (list, tuple, np.ndarray, Mapping)) and len(value):
             yield Labels(read_names(value) or (), key)
-    for key in _INSIDE if depth else ():
+    for key in _INSIDE if content and depth else ():
         for labels in labels_of(as_mapping(content.get(key)), depth - 1):
             yield Labels(labels.names, f"{key}.{labels.source}")
 

@@ -135,7 +135,7 @@ def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchMod
 
 
 def _suggestion(name: str) -> str:
-    known = [lib for lib in architecture.LIBRARIES if name.split(".")[0] in architecture.known_names(lib)]
+    known = [lib for lib in architecture.LIBRARIES if architecture.is_known(lib, name.split(".")[0])]
     return " or ".join(f"{lib}:{name}" for lib in known) or "a name as timm:NAME or torchvision:NAME"
 
 

@@ -24,7 +24,7 @@ def published_weights(name: str, file_name: str) -> Any:
     """Find published weights by file name; return a torchvision enum member, values of timm, or None."""
     import timm
 
-    if name in architecture.known_names("torchvision"):
+    if architecture.is_known("torchvision", name):
         for weights in torchvision_weights(name):
             if weights.url.rsplit("/", 1)[-1] == file_name:
                 return weights
@@ -40,7 +40,7 @@ def tagged_weights(arch: str | None) -> dict[str, Any] | None:
     import timm
 
     name = (arch or "").removeprefix("timm:")
-    return _timm_values(name) if name in timm.list_pretrained() else None
+    return _timm_values(name) if "." in name and timm.models.is_model_pretrained(name) else None
 
 
 def default_preprocessing(found: Architecture, module: nn.Module, published: Any) -> Preprocessing:

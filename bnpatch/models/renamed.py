@@ -18,8 +18,8 @@ from bnpatch.models.architecture import (
     OWN_CODE,
     Architecture,
     by_tensor_names,
+    is_known,
     is_optional,
-    known_names,
     parse_name,
 )
 
@@ -181,7 +181,7 @@ def in_order_of_use(
     for library, name, count in _named(wanted) if wanted else candidates(is_tensorflow):
         if not has_head and library == "torchvision":  # it builds no model without a classifier
             library = "timm"
-        if count not in (None, len(given) + (0 if has_head else _HEAD)) or name not in known_names(library):
+        if count not in (None, len(given) + (0 if has_head else _HEAD)) or not is_known(library, name):
             continue
         arch = Architecture(library, name)
         if (found := _matched(arch, _ordered(arch.sketch().state_dict()), given)) is not None:

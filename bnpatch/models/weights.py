@@ -291,6 +291,6 @@ def _is_extra(component: str) -> bool:
 def _names_of(arch: str) -> set[str]:
     """Return the names of the tensors of an architecture that the user named."""
     library, name = architecture.parse_name(arch)
-    library = library or next(lib for lib in architecture.LIBRARIES if name in architecture.known_names(lib))
+    library = library or next(lib for lib in architecture.LIBRARIES if architecture.is_known(lib, name))
     tensors = architecture.Architecture(library, name).sketch().state_dict()
     return {key for key in tensors if not architecture.is_optional(key)}
