@@ -202,7 +202,7 @@ def test_patch_takes_a_slope_and_an_offset(kind, most):
     module = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
 
     def values():
-        return [getattr(norm, kind) for norm in bnpatch.inventory(module).norm_layers]
+        return [getattr(norm.example_weight, kind) for norm in bnpatch.inventory(module).norm_layers]
 
     bnpatch.patch(module, 0.1, **{kind: 0.5})
     assert values() == [0.5, 0.5]
