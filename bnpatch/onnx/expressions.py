@@ -63,7 +63,7 @@ class Tape:
         array = np.asarray(value).astype(dtype.numpy())
         key = ("Constant", dtype, array.shape, array.tobytes())
         if key not in self._memo:
-            output = self._append("Constant", (), dtype, {"value": ir.tensor(array, dtype=dtype)})
+            output = self._append("Constant", (), dtype, {"value": ir.Tensor(array, dtype=dtype)})
             output.shape = ir.Shape(array.shape)
             self._memo[key] = output
         return self._memo[key]
