@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 import subprocess
@@ -69,6 +70,19 @@ def checkpoint(classifier, tmp_path_factory):
     path = tmp_path_factory.mktemp("digits") / "model.pt"
     closed_form.save(classifier, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    """The file as bnpatch loads it; :func:`model` is a copy, for a test to change."""
+    import bnpatch
+
+    return bnpatch.load(checkpoint)
+
+
+@pytest.fixture
+def model(loaded):
+    return copy.deepcopy(loaded)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,6 @@ from bnpatch.evaluation.metrics import ACCURACY
 from bnpatch_cli.options import Reading
 
 
-@pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)
-
-
 def write_png(path, values):
     """Write 16-bit colors, (H, W, 3 or 4), which Pillow doesn't write."""
 

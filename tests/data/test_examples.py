@@ -13,11 +13,6 @@ from tests.data.pictures import BROKEN, break_images, gradient
 
 
 @pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)
-
-
-@pytest.fixture
 def images(folder, tmp_path):
     """A copy of the folder of images, to spoil."""
     return shutil.copytree(folder, tmp_path / "val")

@@ -16,11 +16,6 @@ from bnpatch.data import image_files
 from bnpatch.data.image_files import class_folders, find_images
 
 
-@pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)
-
-
 @pytest.fixture(autouse=True)
 def alarm():
     """Whatever hangs is a failure: everything here takes moments."""

@@ -13,11 +13,6 @@ import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 
 
-@pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)
-
-
 def medmnist(path, images, labels, *parts):
     arrays = {}
     for start, part in enumerate(parts):

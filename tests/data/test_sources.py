@@ -16,11 +16,6 @@ WITHOUT_LABELS = "or search without labels: --metric unlabeled"
 
 
 @pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)
-
-
-@pytest.fixture
 def segmenter():
     torch.manual_seed(0)
     net = torch.nn.Sequential(

@@ -13,8 +13,3 @@ def tuned(checkpoint, foggy):
     return bnpatch.tune_alpha(
         bnpatch.load(checkpoint), some(foggy, 300), granularity="global", recalibrate=True, trials=4
     )
-
-
-@pytest.fixture
-def model(checkpoint):
-    return bnpatch.load(checkpoint)

@@ -16,12 +16,6 @@ def quick():
         yield
 
 
-@pytest.fixture
-def model(checkpoint):
-    """The ResNet that most tests use, where it matters that it is one."""
-    return bnpatch.load(checkpoint)
-
-
 @pytest.fixture(scope="session")
 def tiny_module(digits, request):
     images, labels = digits[0]
