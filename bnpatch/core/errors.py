@@ -15,7 +15,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
 
 
 class BnpatchError(Exception):
-    """The user's input is wrong, and the user can put it right.
+    """The user's input is wrong, and the user can correct it.
 
     ``str(error)`` is one line: the problem, a semicolon, the remedy. ``except bnpatch.BnpatchError`` catches
     all errors that a user's input is meant to cause; any other error is a defect or wrong use of a function.

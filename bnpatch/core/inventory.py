@@ -5,8 +5,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bnpatch.core.moments import Moments
 
-#: Suffix of the name of a norm layer that was recovered from a fused Batch Norm: convolution name + this.
-#: Recipes and patched files have it, so it keeps an earlier word.
+#: A norm layer that was recovered from a fused Batch Norm has the name of the convolution and this suffix.
+#: "Folded" is an earlier word for fused; it stays because recipes and patched files contain it.
 FUSED = ".folded"
 
 #: Why a norm is skipped that becomes a norm layer once it gets running statistics from data.
@@ -15,8 +15,8 @@ NEEDS_CALIBRATION = "has no running statistics of its own; they can be estimated
 SCALE_AND_SHIFT = "a scale and a shift are all that is left of it: they don't tell the running statistics"
 #: The remedy that messages give for what NEEDS_CALIBRATION says.
 CALIBRATE = (
-    "bnpatch tune-alpha, or bnpatch.calibrate(model, images) in Python, takes the running statistics of "
-    "Group Norm and its kin from images"
+    "bnpatch tune-alpha, or bnpatch.calibrate(model, images) in Python, estimates the running statistics of "
+    "Group Norm and the like on images"
 )
 
 

@@ -118,9 +118,9 @@ class Share:
     def with_odds(self, factor: Any) -> "Share":
         """Multiply the odds, the weight over the rest, by a positive finite factor.
 
-        The logarithm of the factor is thus added to the logit of the weight, without infinities and without
-        rounding where it matters, because ``(1 - alpha) + alpha`` rounds to 1. Bit for bit, a factor of 1
-        changes nothing that began as alpha, a weight of 0 stays 0, and one of 1 stays 1.
+        This adds the logarithm of the factor to the logit of the weight, and needs no logit, which is
+        infinite at 0 and 1: a weight of 0 stays 0, and a weight of 1 stays 1. A factor of 1 returns alpha and
+        ``1 - alpha`` bit for bit, because their sum rounds to 1.
         """
         far = self.example * factor
         total = self.rest + far

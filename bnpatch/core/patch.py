@@ -13,7 +13,7 @@ from bnpatch.core.moments import ExampleWeight, Moments
 Statistics = Mapping[str, Moments[Any]]
 
 #: The numbers beside alpha that weight the example, see :class:`~bnpatch.core.moments.ExampleWeight`. Each
-#: does nothing at 0, and at an alpha of 0 or 1.
+#: has no effect if it is 0, or if alpha is 0 or 1.
 BESIDE_ALPHA = ("slope", "var_offset")
 
 

@@ -126,7 +126,7 @@ def _torch_load(path: Path, unsafe: bool) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch names the class in the text alone
         if found is None:
             raise
         raise BnpatchError(

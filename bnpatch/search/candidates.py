@@ -48,10 +48,13 @@ Find = Callable[[], Mapping[str, PatchWeights]]
 class CandidateSearch:
     """Finds candidates, the baseline first, and keeps the one that the selection examples support.
 
-    The candidates, in order: one alpha for all norm layers; with recalibration, one lambda, then one alpha
-    with that lambda; weights per stage or layer, learned by gradient where the model has gradients and found
-    by coordinate search where not, without and with slopes (with a weight of the variance of its own where
-    they are learned); and the best of these, refined by the metric itself.
+    The candidates are, in order:
+
+    - one alpha for all norm layers;
+    - with recalibration, one lambda for all, and then one alpha with that lambda;
+    - weights per stage or layer, without and with slopes. A model with gradients learns them, and with the
+      slopes also var_offsets; a coordinate search finds them for other models;
+    - the best of these, refined by the metric itself.
 
     Attributes:
         tuning: indices of the examples that the search scores.
@@ -98,9 +101,9 @@ class CandidateSearch:
         order = shuffled(tuning, examples.groups, np.random.default_rng(plan.seed))
         blocks = blocks_of(order, objective.set_size, examples.groups)
         self._cache = ScoreCache(model, examples, objective, blocks, self.budget.spend)
-        # A global search scores its best settings on all blocks, so that selecting by them costs nothing
-        # more. One weight for all norm layers hardly overfits: where there are no other candidates, all
-        # tuning examples select.
+        # A global search scores its best trial on all blocks, so the selection needs no more scoring. One
+        # weight for all norm layers hardly overfits, so all tuning examples select if there are no other
+        # candidates.
         part = 1.0 if plan.granularity == "global" else SELECTION
         first = len(blocks) - max(1, round(part * len(blocks)))
         self.selection = Selection(self._cache, range(first, len(blocks)))
@@ -172,7 +175,10 @@ class CandidateSearch:
         return ways
 
     def _per_layer(self, found: Mapping[str, PatchWeights], per: str) -> Mapping[str, PatchWeights]:
-        """Find a weight per stage or layer; the study remembers what a search that ended by itself found."""
+        """Find a weight per stage or layer.
+
+        The study stores what was found, unless time ran out, and a resumed search reads that.
+        """
         key = (
             f"per {per} from {_digest(found['alpha'])} {_digest(found.get('lambda, alpha', found['alpha']))}"
         )
@@ -210,7 +216,7 @@ class CandidateSearch:
         )
 
     def _moved(self, kind: str, start: PatchWeights, weight: float) -> PatchWeights:
-        """Set one lambda for all norm layers, or alphas at one distance from the baseline."""
+        """Return ``start`` with one lambda everywhere, or with all alphas this far from the baseline."""
         if kind == "lambda":
             return replace(start, lambdas={**start.lambdas, **dict.fromkeys(self.base.re_estimated, weight)})
         return replace(start, alphas={name: abs(i - weight) for name, i in self._baseline_alphas.items()})
@@ -218,7 +224,7 @@ class CandidateSearch:
     def _refined(self, best: Candidate) -> Mapping[str, PatchWeights]:
         """Scale all alphas and drop small ones, by the metric itself: gradients can't do either.
 
-        One weight for all norm layers has been scaled already, so there is nothing to refine.
+        The search for one weight for all norm layers has scaled that already, so it is not refined.
         """
         if best.name in GLOBAL_CANDIDATES:
             return {}

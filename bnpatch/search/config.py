@@ -39,8 +39,8 @@ class SearchConfig:
             :class:`~bnpatch.core.moments.ExampleWeight`.
         trials: maximum number of trials in each global search.
         max_passes: maximum number of passes over the tuning examples in each global search; 2 of them score
-            the baseline and the best trial. It does not limit label-free metrics on fewer than a thousand
-            examples, where five trials are scored on all of them.
+            the baseline and the best trial. It does not apply to label-free metrics on fewer than a thousand
+            examples: there, five trials are scored on all examples.
         holdout: fraction of the data that the search does not see, and that gives the verdict; None for half,
             or, with few labelled examples, for cross-fitting: every part is held out once.
         class_prior: frequencies of the classes, in the order of the outputs, for ``unlabeled`` and

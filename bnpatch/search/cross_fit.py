@@ -29,9 +29,9 @@ class Searches:
 
     In a cross-fit, further searches each leave out one part of the examples, which then judges what was
     found. These searches share the time that is left, and try as many ways to find candidates as the first
-    search did. If time runs out or the user interrupts, the parts judged so far count, at least one.
-    What was taken from all examples once is not repeated: running statistics of norms that have none,
-    and which norm layers a latency limit leaves out.
+    search did. If time runs out or the user interrupts, the parts judged so far give the verdict; one is
+    judged in any case. Two things are found once, from all examples: the running statistics of norms that
+    have none, and which norm layers a latency limit leaves unpatched.
 
     Attributes:
         task: what to search.
@@ -93,7 +93,7 @@ class Searches:
         return sum(search.resumed for search in self._begun)
 
     def share_of_time(self, others: int = 0) -> float | None:
-        """Return seconds for each search that has not begun and ``others`` besides; None without a limit."""
+        """Divide the time left by the searches that have not begun and ``others``; None without a limit."""
         if self.task.plan.timeout is None:
             return None
         left = max(0.0, self.task.plan.timeout - (time.monotonic() - self._started))
@@ -142,7 +142,7 @@ class Searches:
     def _in_turns(
         self, chosen: PatchWeights, judge: Callable[[PatchState, Indices], None], judged: list[PairedScores]
     ) -> None:
-        """Search without each part, and judge by it."""
+        """Search without each part, and judge what was found on that part."""
         parts = self.task.parts
         for fold, (_, held_out) in enumerate(parts):
             try:
@@ -170,7 +170,7 @@ class Searches:
         """
         plan = self.task.plan
         plan = replace(plan, study=f"{plan.study or 'bnpatch'}.fold{fold}", reach=self.whole.num_tried)
-        # One part is needed, so the first has time enough to repeat the search on all examples.
+        # One part must be judged, so the first search gets time enough to repeat the one on all examples.
         at_least = 2 * self._seconds_of_whole if fold == 0 else 0.0
         search = self._begin(self.task.parts[fold][0], plan, at_least)
         weights = chosen_of(self._find(search)).weights
@@ -215,7 +215,7 @@ class Searches:
         return search
 
     def _find(self, search: CandidateSearch) -> list[Candidate]:
-        """Find the candidates; where some must be spared, choose one that does no harm."""
+        """Find the candidates. If there are images that a patch must not harm, choose one that does not."""
         candidates = search.find()
         if search.interrupted and search is self.whole:  # the held-out evaluation still takes a while
             self.interrupted = True

@@ -1,11 +1,11 @@
 """Share the scoring between several processes, started by ``torchrun`` or ``accelerate launch``.
 
-The first process searches. It tells the others which examples to score with which weights, so that every
-decision is made once and the result is that of a single process. The first process alone computes what is
-not a mean over examples: label-free objectives, and learning by gradient.
+The first process searches. It tells the others which examples to score with which weights. So every decision
+is made once, and the result is that of a single process. Label-free objectives and learning by gradient are
+not means over examples, so the first process computes them alone.
 
-The first process alone handles Ctrl-C, as a single process does: it ends the search and judges what was
-found. torchrun passes Ctrl-C on, but kills processes that still run half a minute later.
+Only the first process handles Ctrl-C. It does what a single process does: it ends the search and judges what
+was found. torchrun passes Ctrl-C on to all processes, and kills those that still run half a minute later.
 """
 
 import io

@@ -22,7 +22,7 @@ _MARGIN = 0.01
 # A learned slope or offset stays between minus and plus this: it is a hyperbolic tangent of its parameter.
 _LARGEST = {"slope": 3.0, "var_offset": 8.0}
 
-# After how many scores without a gain learning ends.
+# Learning ends after this many scores without a gain.
 _PATIENCE = 2
 
 #: How often weights are scored on other examples after the trials.
@@ -43,8 +43,8 @@ STEP_COST = 3
 class Course:
     """Length of the training of weights.
 
-    Small steps are as good as large ones, because weights are few and their gradients agree. What decides is
-    where learning starts. So it takes a few steps from several starts, and only the best of them goes on.
+    The number of examples per step hardly matters, because there are few weights and their gradients agree.
+    The start matters more. So learning takes a few steps from several starts, and goes on from the best.
 
     Attributes:
         batch_size: examples per step.
@@ -127,7 +127,7 @@ class Problem:
 
 
 class Learner:
-    """Learns weights with Adam on their logits, from one start, in as many calls as one likes.
+    """Learns weights with Adam on their logits, from one start, a few steps at each call.
 
     Attributes:
         steps: number of steps taken so far.

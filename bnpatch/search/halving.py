@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 
 from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials
 
-#: For each round the fraction of the budget for exploration that one trial may take, and how many trials are
-#: promoted from the round before. Given points begin in the first round, proposals in the last.
+#: For each round: the fraction of the exploration budget that one trial may take, and how many trials are
+#: promoted to it from the round before. Given points begin in the first round, and proposals in the last.
 ROUNDS: tuple[tuple[float, int], ...] = ((1 / 16, 0), (1 / 4, 2))
 # A round has at least this many examples, or a quarter of all: fewer don't show where the good region is.
 _FEWEST_EXAMPLES = 24
@@ -153,7 +153,7 @@ class SuccessiveHalving:
         )
 
     def _is_beyond_budget(self, trial: StoredTrial, trials: Trials) -> bool:
-        """Tell whether the best trial of another process has used up the budget for this one."""
+        """Tell whether another process has already spent the budget for this trial on its own best one."""
         others = [t for t in trials.trials if t.state == TrialState.COMPLETE and t is not trials.start]
         rest = sum(self.config.sizes[trial.num_blocks :])
         return bool(others) and trials.spent + rest > self.config.max_passes * self._total

@@ -131,7 +131,7 @@ def gather(
     after: PatchState,
     indices: Indices,
 ) -> PairedScores:
-    """Score examples without and with a patch; this leaves the model in one of the two states.
+    """Score examples without and with a patch. The model is in one of the two states afterwards.
 
     Args:
         model: the model.
@@ -142,7 +142,7 @@ def gather(
         indices: which examples to use.
     """
     if objective.set_size > 1:
-        examples.readable(indices)  # else the sets could differ between the two states
+        examples.readable(indices)  # finds all that can't be read now, so that both states get the same sets
     first = scores(model, examples, objective, before, indices)
     second = first if before.computes_like(after) else scores(model, examples, objective, after, indices)
     read = _readable(examples, objective, indices)
@@ -226,7 +226,7 @@ def decide(
     margin there.
 
     Args:
-        candidate: name of the candidate; None where the search chose the model as it came.
+        candidate: name of the candidate; None where the search chose the baseline.
         scored: scores of all held-out examples; in a cross-fit, of what each search found.
         shifted: the same of augmented held-out examples, where the search was on such.
         metrics: metrics to compare; the first decides.

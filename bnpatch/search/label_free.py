@@ -25,7 +25,7 @@ from bnpatch.core.text import counted
 # docs/decisions/0009 for both).
 _SCORED, _LEARNED = (0.3, 100), (0.1, 30)
 
-# Weight of the alignment, which is less informative than the predictions.
+# Weight of the alignment. It is below 1 because the alignment is less informative than the predictions.
 _ALIGNMENT = 0.3
 
 
@@ -134,8 +134,8 @@ def alignment(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
 def unlabeled(prior: Tensor | None = None) -> LabelFreeLoss:
     """Return self-labelling plus alignment, the best label-free objective for 25 examples per class or more.
 
-    A set with fewer examples may have one class twice as often as another by chance. Each label that is then
-    forced on an example costs more the more certain the network is, so that better networks score worse.
+    In a smaller set, one class may be twice as frequent as another by chance. Balanced labels are then wrong
+    for some examples, and each wrong label costs a certain network more, so better networks score worse.
 
     Args:
         prior: frequencies of the classes, (K,); None for equal frequencies.

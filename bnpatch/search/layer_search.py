@@ -47,10 +47,10 @@ _OBSERVED_EXAMPLES = 64
 # Learning takes small images in larger batches: up to as many input values as eight large images have.
 _LEARNED_VALUES = 8 * 3 * 224 * 224
 
-# Learning ends at the local minimum near its start, so it tries several. Alphas that fall with depth from
-# the first of these values to the last undo shifts that differ from image to image; re-estimated statistics
-# alone undo a shift that all images share; a start near the baseline suits a network of many norm layers that
-# need no weight.
+# Learning ends at a local minimum near its start, so it tries several starts. Each of these is the alpha of
+# the first and of the last norm layer; between them, alpha changes linearly with depth. _RAMP undoes shifts
+# that differ from image to image. _SMALL suits a network in which many norm layers need no weight. With a
+# lambda of 1, it also suits a shift that all images share, because re-estimated statistics alone undo that.
 _RAMP, _SMALL = (0.8, 0.05), (0.01, 0.01)
 
 # Maximum number of starts.
@@ -150,8 +150,8 @@ class LayerSearch:
     def _starts(self, found: Mapping[str, PatchWeights], groups: Mapping[str, str]) -> list[Start]:
         """Return the weights where learning starts, without slopes.
 
-        A step without labels needs a large set of examples. Where there are few of these, each start costs
-        some passes, so those without lambdas are left out if lambdas are learned.
+        A step without labels needs a large set of examples. If there are few such sets, each start costs
+        several passes. So the starts without lambdas are left out if lambdas are learned.
         """
         baseline, re_estimated = found["baseline"], self._cache.base.re_estimated
         alphas_alone: Groups = {"alpha": groups}
@@ -175,9 +175,10 @@ class LayerSearch:
     def _promising(self, starts: Sequence[Start], baseline: PatchWeights) -> Sequence[Start]:
         """Keep the best few starts, by the selection examples.
 
-        One that is worse than the baseline is left out, unless it is the best: where most norm layers want no
-        weight, as in ImageNet networks, a few steps don't bring it back. A few examples show that of starts
-        that are much worse. Without labels all starts stay, because there the baseline may only seem good.
+        A start that is worse than the baseline is left out, unless it is the best. In networks in which most
+        norm layers need no weight, such as those for ImageNet, a few steps don't make such a start better
+        than the baseline. If a start is much worse, the first block of examples already shows it. Without
+        labels all starts stay, because the objective may rate the baseline too high.
         """
         if self._objective.set_size > 1:
             return starts
@@ -189,9 +190,10 @@ class LayerSearch:
         return [starts[number] for number in best if costs[number] <= most]
 
     def _falling(self, groups: Mapping[str, str], ends: tuple[float, float]) -> dict[str, float]:
-        """Return alphas that change linearly with depth between ``ends``; a group has its first layer's.
+        """Return alphas that change linearly with depth; all layers of a group get that of its first layer.
 
-        Norm layers whose baseline alpha is not 0 are left out: they use the example's statistics already.
+        Norm layers whose baseline alpha is not 0 are left out, because they use the example's statistics
+        already.
         """
         ramp = dict(
             zip(self._baseline_alphas, np.linspace(*ends, len(self._baseline_alphas)).tolist(), strict=True)

@@ -139,10 +139,11 @@ class LabelFreeObjective:
         metrics: further metrics, which score each example.
         num_classes: number of classes, K.
         batch_size: examples per batch.
-        groups: with more than one, all examples make one set, and the scores are one value per group, made by
-            leaving that group out. They vary like the pseudovalues of the jackknife, and so give an interval,
-            but their mean is the objective itself: the mean of pseudovalues would overcorrect, many times
-            over, what grows with the set. A group has consecutive examples, which are in random order.
+        groups: if this is more than 1, all examples make one set, and there is one score per group. Each
+            score comes from the set without that group, as the pseudovalues of the jackknife do. The scores
+            vary as pseudovalues do, and so give an interval. Their mean is the objective itself, because the
+            mean of pseudovalues corrects too much where the objective depends on the size of the set. A group
+            has consecutive examples, which are in random order.
     """
 
     metric: Metric
@@ -240,8 +241,8 @@ LABEL_FREE = {
     "unlabeled": "it presumes that all classes are equally frequent, or as --class-prior says",
     "information": "it presumes that all classes are equally frequent, or as --class-prior says",
     "alignment": "it looks at the moments of the norms' inputs alone, never at an answer",
-    "entropy": "it takes certainty for truth, which fails where a strong shift makes one class of everything",
-    "evalnorm": "it makes inference like training, batch by batch, whether or not that helps",
+    "entropy": "it rewards certainty, also that of a model that predicts one class for everything",
+    "evalnorm": "it makes inference similar to training, whether or not that helps",
 }
 
 #: "unlabeled" is self-labelling where there are this many sets, with this many examples per class in each;
@@ -251,10 +252,10 @@ SELF_LABELLED_SETS, _LABELS_PER_CLASS = 4, 25
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """What is tuned.
+    """What is tuned, before there are a model and data.
 
     Attributes:
-        metric: the tuned metric; for a label-free objective just its name and direction.
+        metric: the tuned metric; for a label-free objective it has only a name and a direction.
         needs_labels: whether the metric compares outputs with targets.
         classes: whether the targets are classes.
         prior: frequencies of the classes, for label-free objectives.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 class Progress:
     """Counts work against an estimate of all work, in scorings of one example; a learning step counts more.
 
-    What is left is expected in parts. Once a part is over, what it took takes the place of what was expected:
+    The estimate is made in parts. When a part is over, the work that it took replaces its estimate:
 
         >>> progress = Progress(print)
         >>> progress.expect(300)
@@ -31,7 +31,7 @@ class Progress:
 
     @contextmanager
     def part(self, expected: float) -> Iterator[None]:
-        """Correct the estimate, of which a part was ``expected``, by what is counted in this context."""
+        """Replace ``expected``, a part of the estimate, by the work that is counted in this context."""
         before = self._done
         try:
             yield
@@ -39,7 +39,7 @@ class Progress:
             self._total += self._done - before - expected
 
     def count(self, label: str, examples: float) -> None:
-        """Add to the work that is done, and show the progress, unless nothing is known of what is left."""
+        """Add to the work that is done, and show the progress if there is an estimate of all work."""
         self._label = label
         self._done += examples
         if self._total:

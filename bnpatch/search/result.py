@@ -30,7 +30,7 @@ class TuneResult:
         trials: trials of the global searches, with their scores on the tuning examples.
         held_out: the effect on held-out examples, which gives the verdict.
         weights: the recommended weights: those of the chosen candidate if held-out examples support it,
-            otherwise those of the model as it came.
+            otherwise those of the model as it was loaded.
         norm_layers: names of the norm layers, in the order of the model.
         passes: passes over the tuning examples before the verdict, with all searches of a cross-fit;
             learning counts three times.
@@ -45,8 +45,8 @@ class TuneResult:
         seconds: wall time.
         recipe: the recommended weights and their provenance, to keep and to apply.
         is_recommended: whether held-out examples support the chosen candidate, so that ``recipe`` applies it.
-        candidate_recipe: the weights of the best candidate where that is not recommended; None where there is
-            none. It was not even chosen if it does harm to images that must be spared.
+        candidate_recipe: the weights of the best candidate if it is not recommended; None if there is none.
+            It need not be the chosen candidate: one that harms images that must be kept is never chosen.
         reason: why it is not recommended, as a sentence for users.
     """
 

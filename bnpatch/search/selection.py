@@ -30,12 +30,15 @@ PARTS = (0.75, 0.5, 0.25, 0.1)
 class Selection:
     """Chooses between candidates on the selection examples, which are some blocks of the tuning examples.
 
-    No weights were learned from these by gradient, though they decide when learning stops. The baseline is
-    kept unless a candidate with a better mean is significantly better. For a rate the cross-entropy may show
-    that instead, because a rate says little on few examples. One weight for all norm layers hardly overfits,
-    so it is tested on all tuning examples. If a candidate passes, the best mean is chosen. Rates within a
-    standard error of the best count as equal; among these, the first candidate is chosen whose cross-entropy
-    is within a standard error of the best.
+    Weights are not learned from the selection examples, but these decide when learning stops.
+
+    The baseline is kept unless a candidate has a better mean and is significantly better. If the metric is a
+    rate, a significantly better cross-entropy is enough, because a rate says little on few examples. One
+    weight for all norm layers hardly overfits, so it is tested on all tuning examples.
+
+    If a candidate passes this test, the one with the best mean is chosen. Rates within a standard error of
+    the best count as equal. Of these, the first candidate is chosen whose cross-entropy is within a standard
+    error of the best.
 
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
@@ -79,9 +82,9 @@ class Selection:
         return self._cache.groups(self._blocks)
 
     def cost(self, weights: PatchWeights, label: str) -> float:
-        """Return the mean by which steps of learning are compared; lower is better, inf if not finite.
+        """Return the cost by which steps of learning are compared; lower is better, inf if not finite.
 
-        It is that of a few hundred selection examples, because learning asks often.
+        It is a mean over a few hundred selection examples only, because learning needs it often.
         """
         scores = if_finite(partial(self._on, self._checked, weights, self.guide, label))
         return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))

@@ -128,6 +128,7 @@ def usable(url: str) -> Iterator[None]:
 
     try:
         yield
+    # Drivers that are missing or refuse an address raise errors of the other four types.
     except (SQLAlchemyError, OptunaError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Optuna wraps the error of the database, and SQLAlchemy that of the driver.
         cause = root_cause(error)

@@ -21,8 +21,8 @@ from bnpatch.search.config import Plan
 from bnpatch.search.keep import KeepSet
 from bnpatch.search.objective import ObjectiveSpec
 
-#: With fewer labelled examples than this, or groups of them, a split in halves leaves too few to tune on and
-#: to judge by.
+#: With fewer labelled examples (or groups of examples) than this, halves of them are too few to tune on and
+#: to judge by, so there is a cross-fit.
 SCARCE = 150
 
 #: Number of parts of a cross-fit, each of which is held out once.
@@ -75,7 +75,7 @@ class Task:
 
     @property
     def num_searches(self) -> int:
-        """One search, and in a cross-fit one more without each part."""
+        """The number of searches: one, and in a cross-fit one more without each part."""
         return 1 if len(self.parts) == 1 else 1 + len(self.parts)
 
     def keep_set(self, count: Callable[[str, float], None]) -> KeepSet | None:
@@ -90,7 +90,7 @@ class Task:
         return KeepSet(self.model, self.keep, plan.margin, plan.batch_size, plan.seed, count)
 
     def make_norms(self) -> list[str]:
-        """Measure running statistics on data for norms that have none, which makes norm layers of them.
+        """Estimate running statistics for norms that have none, so that they become norm layers.
 
         With the option ``recover_fused``, convolutions that a Batch Norm was fused into become norm layers.
 

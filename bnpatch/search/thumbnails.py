@@ -23,7 +23,7 @@ SIDE, MOST = 96, 8
 #: Number of classes that have pictures of their own, and of pictures of each.
 MOST_CLASSES, MOST_OF_CLASS = 6, 4
 
-#: Number of held-out examples, drawn at random, among which the farthest are looked for.
+#: Number of held-out examples, drawn at random, whose distances are measured to find the farthest.
 MOST_MEASURED = 1000
 
 Pixels = npt.NDArray[np.uint8]
@@ -61,7 +61,7 @@ class Samples:
         lost: examples that were right before and are wrong after, drawn at random.
         by_class: of the classes whose numbers of right answers change most, examples of both kinds.
         farthest: the examples that lie farthest from the running statistics of the first norm layer.
-        num_measured: number of examples that the farthest were looked for among.
+        num_measured: number of examples whose distance was measured.
         stretched: whether the inputs came as floats, so that black and white are the ends of each.
     """
 
@@ -78,9 +78,9 @@ def drawn(held_out: HeldOutEvaluation, model: Model[Any], examples: Examples, se
     """Draw held-out examples, and make pictures of their inputs.
 
     Args:
-        held_out: the held_out, which knows which examples it is about.
+        held_out: the held-out evaluation, which has the indices and the answers.
         model: the model, which measures distances; it is left as it was.
-        examples: the examples that it is of.
+        examples: the data set that the indices are of.
         seed: seed of the draw.
 
     Returns:

@@ -1,6 +1,6 @@
 """Experiment trackers that follow the trials of a search, through callbacks as Optuna defines them.
 
-Optuna's own callbacks for these trackers are deprecated, so each is written here in its tracker's terms.
+Optuna's own callbacks for these trackers are deprecated, so this module has one for each tracker.
 """
 
 from pathlib import Path

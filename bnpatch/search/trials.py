@@ -13,10 +13,11 @@ from bnpatch.search.config import Trial
 
 BlockScores = Mapping[str, Values]
 
-# The slope of a regression on few examples is uncertain: it is shrunk as if this many more had the slope 0.
+# The slope of a regression on few examples is uncertain, so it is shrunk as if there were this many more
+# examples, with the slope 0.
 _PRIOR_UNITS = 20
-# The level of significance at which a trial is worse than another, and the fewest paired differences that
-# show their variance.
+# The level of significance at which a trial is worse than another, and the fewest paired differences from
+# which their variance can be estimated.
 _LEVEL, _FEWEST_PAIRS = 0.05, 8
 
 

@@ -127,7 +127,7 @@ def _run(task: Task, progress: Progress, on_trial: Callable[[Trial, bool], None]
         judging, metrics = task.spec.held_out_objective(tuned, task.test_examples, task.held_out)
 
         def search(shared: Objective, held_out: Objective) -> TuneResult:
-            with progress.part(0):  # which was not expected
+            with progress.part(0):  # this work is in no estimate
                 keep = task.keep_set(progress.count)
             searches = Searches(task, shared, tuned, progress, on_trial, started, keep)
             searches.notes += notes
