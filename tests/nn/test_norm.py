@@ -61,6 +61,20 @@ def test_without_scale_and_shift():
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10)  # float64 rounding
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_running"),
+    [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.float16, torch.float32)],
+)
+def test_at_alpha_zero_running_statistics_may_have_another_precision(dtype, of_running):
+    x, (mean, var, *_) = sample((3, 6, 4, 4), dtype), parameters(6, of_running)
+    y = weighted_norm(x, Moments(mean, var), None, None, 1e-5, 0.0)
+    expected = reference.weighted_norm(
+        *(t.double() for t in (x, mean, var)), np.ones(6), np.zeros(6), 1e-5, 0.0
+    )
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.double(), expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+
+
 def test_alpha_one_is_instance_norm_and_in_groups_group_norm():
     x, (mean, var, weight, bias) = sample((3, 6, 4, 4)), parameters(6)
     for channels_per_group in (1, 3):
