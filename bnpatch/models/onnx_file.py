@@ -57,14 +57,11 @@ def load_onnx(
         size = foreign.input_size
         base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
     if base is None:
-        source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
+        base = _of_imagenet(channels or 3, height or 224, width or 224)
         if len(signature.size) != 3:
             notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
         elif height is None and wanted.get("img_size") is None:
             notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
-        size = (channels or 3, height or 224, width or 224)
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        base = Preprocessing(size, mean, std, "bilinear", source=source)
     base = base.override(channels=channels, **wanted)
     learn_ranks(graph, signature, base.input_size)
     model = OnnxModel(
@@ -89,3 +86,9 @@ def load_onnx(
             "tune-alpha --recover-fused makes them norm layers"
         )
     return model
+
+
+def _of_imagenet(channels: int, height: int, width: int) -> Preprocessing:
+    source = "ImageNet's values, for want of better (--mean, --std, --crop-pct)"
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Preprocessing((channels, height, width), mean, std, "bilinear", source=source)

@@ -95,14 +95,8 @@ def rewrite(
         ValueError: running statistics have another shape or are not finite.
     """
     found = _regrouped(inventory(model).norm_layers, channels_per_group or {})
-    numbers = {kind: _by_norm(kind, weights.of(kind), found) for kind in ("alpha", *BESIDE_ALPHA)}
+    numbers = _numbers(weights, found, alpha_inputs)
     alphas = numbers["alpha"]
-    for kind, values in numbers.items():
-        if alpha_inputs == "global" and len(set(values.values())) > 1:
-            raise BnpatchError(
-                f"one {kind} input for all norm layers has one default, but the {kind}s differ",
-                "leave one adjustable for each: --alpha-input per-site",
-            )
     named = [norm_layer for norm_layer in found if norm_layer.name in alphas]
     moments = {norm_layer.name: _running_moments(norm_layer, running or {}) for norm_layer in named}
 
@@ -140,6 +134,20 @@ def rewrite(
         {kind: {name: v.name or "" for name, v in values.items()} for kind, values in inputs.items()},
         {name: (value.mean.name or "", value.var.name or "") for name, value in given.items()},
     )
+
+
+def _numbers(
+    weights: PatchWeights, norm_layers: list[OnnxNormLayer], alpha_inputs: AlphaInputs | None
+) -> dict[str, dict[str, float]]:
+    """Return the weights by kind and by name of norm layer; BnpatchError if one input can't stand for all."""
+    numbers = {kind: _by_norm(kind, weights.of(kind), norm_layers) for kind in ("alpha", *BESIDE_ALPHA)}
+    for kind, values in numbers.items():
+        if alpha_inputs == "global" and len(set(values.values())) > 1:
+            raise BnpatchError(
+                f"one {kind} input for all norm layers has one default, but the {kind}s differ",
+                "leave one adjustable for each: --alpha-input per-site",
+            )
+    return numbers
 
 
 def _use(norm_layer: OnnxNormLayer, constant: float | None, *, moves: bool, include_1x1: bool) -> _Use:
