@@ -57,7 +57,7 @@ class Storage:
     @cached_property
     def database(self) -> RDBStorage:
         """The database as Optuna opens it; BnpatchError if it can't be used."""
-        with usable(self.url), quiet():
+        with usable(self.url), experimental():
             return connect(
                 self.url,
                 lock_seconds=self._lock_seconds,
@@ -110,15 +110,24 @@ def connect(url: str, *, lock_seconds: float = LOCK_SECONDS, **options: Any) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna's messages on stderr and its warnings that heartbeats may change in later versions."""
+    """Silence Optuna's messages on stderr, which don't help the user."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            yield
+        yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Silence the warning that Optuna's heartbeats may change in later versions.
+
+    Use it rarely: afterwards, Python shows warnings again that it shows once.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from bnpatch import __version__
 from bnpatch.core.errors import BnpatchError
 from bnpatch.evaluation.metrics import Values
-from bnpatch.search.storages import Storage, StorageError, quiet, usable
+from bnpatch.search.storages import Storage, StorageError, experimental, quiet, usable
 from bnpatch.search.trials import StoredTrial
 
 Direction = Literal["minimize", "maximize"]
@@ -86,8 +86,10 @@ class Study:
         """
 
         def act(study: optuna.Study) -> None:
-            with quiet():
-                fail_stale_trials(study)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if any(trial._trial_id not in self._own for trial in running):
+                with experimental():
+                    fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 if _ROUND in trial.user_attrs:
                     self._record_heartbeat(trial._trial_id)

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import optuna
 import pytest
@@ -166,6 +168,18 @@ def test_scores_that_are_not_numbers_are_refused():
 
     with pytest.raises(BnpatchError, match="cross-entropy is not a finite number"):
         run(Undefined(100))
+
+
+def test_a_search_does_not_show_a_warning_again():
+    class Warns(Problem):
+        def __call__(self, params, block):
+            warnings.warn("the same", UserWarning, stacklevel=1)
+            return super().__call__(params, block)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # once for each place
+        run(Warns(300))
+    assert [str(warning.message) for warning in caught].count("the same") == 1
 
 
 def test_enough_passes_make_it_a_plain_search():
