@@ -133,7 +133,7 @@ def experimental() -> Iterator[None]:
 @contextmanager
 def usable(url: str) -> Iterator[None]:
     """Turn errors of a database into a StorageError that names it, without its password."""
-    from sqlalchemy.exc import SQLAlchemyError  # slow to import
+    from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError  # slow to import
 
     try:
         yield
@@ -144,6 +144,6 @@ def usable(url: str) -> Iterator[None]:
         said = cause.strerror if isinstance(cause, OSError) else None
         reason = said.lower() if said else first_line(cause)
         remedy = "give a database that can be written and that no other program locks, or a new one"
-        if isinstance(cause, ImportError):
+        if isinstance(cause, ImportError | NoSuchModuleError):
             remedy = "install its driver, or give a database such as sqlite:///study.db"
         raise StorageError(f"cannot use {masked(url)} for a study: {masked(url, reason)}", remedy) from error

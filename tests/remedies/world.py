@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import bnpatch
-from bnpatch.core.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.models.load import load
 
 SIDE = 8
@@ -23,16 +24,38 @@ def case(problem, remedy):
     def as_test(make):
         def test(world):
             fails, follow = make(world)
-            with pytest.raises(BnpatchError) as error:
-                fails()
-            assert re.search(problem, error.value.problem), error.value.problem
-            assert re.search(remedy, error.value.remedy), error.value.remedy
-            follow(error.value.remedy)
+            followed(fails, problem, remedy, follow)
 
         test.__name__ = make.__name__
         return pytest.mark.filterwarnings("ignore::bnpatch.core.errors.BnpatchWarning")(test)
 
     return as_test
+
+
+def followed(fails, problem, remedy, follow):
+    """See what fails, with both halves of its message, and follow the remedy."""
+    with pytest.raises(BnpatchError) as error:
+        fails()
+    assert re.search(problem, error.value.problem), error.value.problem
+    assert re.search(remedy, error.value.remedy), error.value.remedy
+    follow(error.value.remedy)
+
+
+def cases(table, slow=()):
+    """Parametrize a test by the names of a table; of these, some take seconds."""
+    marked = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in table]
+    return pytest.mark.parametrize("name", marked)
+
+
+def warned(warns, message, follow):
+    """See a warning, do what it says, and see that it does not come again."""
+    with pytest.warns(BnpatchWarning) as found:
+        warns()
+    assert any(re.search(message, str(each.message)) for each in found), [str(f.message) for f in found]
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always", BnpatchWarning)
+        follow()
+    assert not any(re.search(message, str(each.message)) for each in again), message
 
 
 @dataclass
@@ -65,8 +88,12 @@ class World:
         return self.folder / root
 
 
+def logits_alone(logits):
+    return logits
+
+
 class Net(nn.Module):
-    def __init__(self, norm=None, result=lambda logits: logits, channels=3):
+    def __init__(self, norm=None, result=logits_alone, channels=3):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4) if norm is None else norm
         self.head = nn.Linear(4 * (SIDE - 2) ** 2, 3)
