@@ -160,7 +160,11 @@ def _check_other_names(
             raise BnpatchError(
                 f"{problem}, and by order {name!r} would be {class_names[index]!r}", _SAY_WHICH
             )
-    warnings.warn(f"{problem}; folders are taken in order", BnpatchWarning, stacklevel=4)
+    warnings.warn(
+        f"{problem}; folders are taken in order, --class-map FILE says otherwise",
+        BnpatchWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of_numbers(folders: Sequence[str], order: ClassOrder) -> bool:

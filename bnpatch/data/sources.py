@@ -243,9 +243,9 @@ def _read_npz(path: Path, settings: _Options) -> tuple[Array, Array | None]:
     for images, targets in pairs:
         if images in names and (settings.optional or targets in names):
             arrays = read_arrays(path, ((images, targets) if targets in names else (images,),))
-            if images.endswith("_images"):
+            if images.endswith("_images") and settings.split_name == "validation":  # nobody chose another
                 warnings.warn(
-                    f"{path} has several parts; read are {images} (--split says otherwise)",
+                    f"{path} has several parts; read are {images}, --split NAME (split_name=) says otherwise",
                     BnpatchWarning,
                     stacklevel=4,
                 )

@@ -1,0 +1,109 @@
+"""Warnings that name what else to do: it is done, and the warning does not come again."""
+
+import numpy as np
+import pytest
+import torch
+
+import bnpatch
+from bnpatch.evaluation.permutation import warn_if_permuted
+from bnpatch.models.load import load
+from tests.remedies.world import SIDE, X, Y, cases, loaded, net, warned
+
+
+def tiny(count, names=None):
+    """Open folders of a model with so many classes."""
+    model = net()
+    model.head = torch.nn.Linear(model.head.in_features, count)
+    found = load(model, preprocessing={"img_size": SIDE})
+    found.class_names = names
+    return found
+
+
+def folders(w, *names, class_names=None, text=None, outputs=None):
+    data = w.images(*(f"{name}/1.png" for name in names), root="-".join(names))
+    options = {} if text is None else {"class_map": w.file("classes.txt", text)}
+    bnpatch.open_examples(data, tiny(outputs or len(names), class_names), **options)
+
+
+def parts(w, split=None):
+    arrays = {"train_images": X.numpy(), "train_labels": Y, "val_images": X.numpy(), "val_labels": Y}
+    np.savez(w.folder / "medical.npz", **arrays)
+    bnpatch.open_examples(
+        w.folder / "medical.npz", loaded(), **({} if split is None else {"split_name": split})
+    )
+
+
+def answered(order):
+    """Many answers, of which those of two classes are exchanged."""
+    targets = np.tile(np.arange(3), 40)
+    warn_if_permuted(np.array(order)[targets], targets, ("a", "b", "c"))
+
+
+def deep(w, **options):
+    """Images in 16 bits whose values need 12."""
+    from PIL import Image
+
+    for number, name in enumerate("abc"):
+        path = w.file(f"deep/{name}/1.png")
+        Image.fromarray(np.full((SIDE, SIDE), 4000 - number, np.uint16)).save(path)
+    bnpatch.open_examples(w.folder / "deep", loaded(), **options)
+
+
+def outputs(**options):
+    module = net(result=two_outputs)
+    load(module, preprocessing={"img_size": SIDE}, **options).num_outputs()
+
+
+def two_outputs(y):
+    return {"logits": y, "features": y[:, :2]}
+
+
+CASES = {
+    "names that the model has not": (
+        lambda w: folders(w, "a", "b", "x", class_names=("a", "b", "c")),
+        "'x' is not among the model's class names; folders are taken in order, --class-map FILE",
+        lambda w: folders(w, "a", "b", "x", class_names=("a", "b", "c"), text="a\nb\nx\n"),
+    ),
+    "numbers from 1": (
+        lambda w: folders(w, "1", "2", "3"),
+        "the folders are numbers, but not 0 to 2.*--class-map FILE says otherwise",
+        lambda w: folders(w, "1", "2", "3", text="1\n2\n3\n"),
+    ),
+    "some numbers": (
+        lambda w: folders(w, "1", "2", outputs=3),
+        "numbers without a 0.*--class-map FILE says otherwise",
+        lambda w: folders(w, "1", "2", outputs=3, text="1\n2\n3\n"),
+    ),
+    "names with numbers": (
+        lambda w: folders(w, "c1", "c10", "c2"),
+        "sort differently in torchvision and in timm.*--class-map FILE says otherwise",
+        lambda w: folders(w, "c1", "c10", "c2", text="c1\nc2\nc10\n"),
+    ),
+    "an archive of several parts": (
+        parts,
+        "has several parts; read are val_images, --split NAME",
+        lambda w: parts(w, split="train"),
+    ),
+    "exchanged classes": (
+        lambda w: answered((1, 0, 2)),
+        "--class-map FILE says which folder is which output",
+        lambda w: answered((0, 1, 2)),
+    ),
+    "bit depth": (
+        deep,
+        "they are taken for 12 bits, --bit-depth N",
+        lambda w: deep(w, bit_depth=12),
+    ),
+    "several outputs": (
+        lambda w: outputs(),
+        r"logits .* is read, --output-name \(output= in Python\) takes another",
+        lambda w: [outputs(output="logits"), outputs(output="features")],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases(CASES)
+def test_warnings(name, world):
+    warns, message, follow = CASES[name]
+    warned(lambda: warns(world), message, lambda: follow(world))
