@@ -5,6 +5,7 @@ import os
 import resource
 import time
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def medmnist(path, images, labels, *parts):
 )
 def test_medmnist(model, foggy, tmp_path, parts, split, read):
     path = medmnist(tmp_path / "med.npz", *foggy, *parts)
-    with pytest.warns(BnpatchWarning, match=rf"several parts; read are {read}_images \(--split"):
+    is_chosen = split != "validation"
+    told = pytest.warns(BnpatchWarning, match=f"several parts; read are {read}_images, --split")
+    with nullcontext() if is_chosen else told:
         data = bnpatch.open_examples(path, model, split_name=split)
     start = 10 * parts.index(read)
     assert data.targets.shape == (10,)
