@@ -106,7 +106,9 @@ def is_convolution(model: nn.Module, name: str) -> bool:
 def may_be_fused(module: nn.Module) -> bool:
     """Tell whether a module is a convolution with a bias, and has no recovered norm yet."""
     is_plain = type(module) in _CONVOLUTIONS and _child(module) is None
-    return is_plain and isinstance(bias := module.bias, Tensor) and bool(torch.any(bias != 0))
+    if not is_plain or not isinstance(bias := module.bias, Tensor):
+        return False
+    return bias.is_meta or bool(torch.any(bias != 0))  # on the device "meta" it has no values
 
 
 def _embeds_patches(module: nn.Module) -> bool:

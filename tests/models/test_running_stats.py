@@ -110,7 +110,9 @@ def test_half_precision_models_have_statistics_in_float32():
 def test_a_module_of_ones_own_is_calibrated_and_patched():
     module = small(group_norm)
     before = module(INPUTS)
-    with pytest.raises(BnpatchError, match=r"no running statistics: norm1, norm2, norm3; bnpatch\.calibrate"):
+    with pytest.raises(
+        BnpatchError, match=r"no running statistics: norm1, norm2, norm3; .*bnpatch\.calibrate"
+    ):
         bnpatch.patch(module, 0.9)
     assert bnpatch.calibrate(module, INPUTS) == ("norm1", "norm2", "norm3")
     assert torch.equal(module(INPUTS), before)

@@ -241,7 +241,9 @@ def test_refuses_plainly():
         match=r"the model has 1 norm, and none can be patched; skipped: LayerNorm \(not this kind",
     ):
         patch(nn.Sequential(nn.LayerNorm(2)))
-    with pytest.raises(BnpatchError, match=r"no running statistics: 0; bnpatch\.calibrate\(model, images\)"):
+    with pytest.raises(
+        BnpatchError, match=r"no running statistics: 0; .*bnpatch\.calibrate\(model, images\)"
+    ):
         patch(nn.Sequential(nn.GroupNorm(1, 2)))
     with pytest.raises(BnpatchError, match=r"no norm layer '1'; bnpatch\.calibrate"):
         patch(nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), {"1": 0.5})
