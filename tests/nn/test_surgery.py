@@ -245,7 +245,7 @@ def test_refuses_plainly():
         BnpatchError, match=r"no running statistics: 0; .*bnpatch\.calibrate\(model, images\)"
     ):
         patch(nn.Sequential(nn.GroupNorm(1, 2)))
-    with pytest.raises(BnpatchError, match=r"no norm layer '1'; bnpatch\.calibrate"):
+    with pytest.raises(BnpatchError, match=r"no norm layer '1'; .*bnpatch\.calibrate"):
         patch(nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), {"1": 0.5})
     with pytest.raises(BnpatchError, match="no norm layer 'nope'; its norm layers are 0"):
         patch(nn.Sequential(nn.BatchNorm2d(2)), {"nope": 0.1})
