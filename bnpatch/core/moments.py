@@ -10,7 +10,7 @@ Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch No
 
 import math
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -62,8 +62,7 @@ def pool(parts: Moments[Any], axes: int | tuple[int, ...]) -> Moments[Any]:
     return Moments(mean, (parts.var + between * between).mean(axes, keepdims=True))
 
 
-@dataclass(frozen=True)
-class ExampleWeight:
+class ExampleWeight(NamedTuple):
     """How much an example counts at a norm layer: three numbers, tensors or values of a graph.
 
     The distance of an example from the running statistics is the mean over its channels of
@@ -104,12 +103,11 @@ class ExampleWeight:
         """
         share = Share(self.alpha, 1 - self.alpha)
         if not is_zero(self.slope):
-            share = share.with_odds((distance.clip(0.0, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** self.slope)
+            share = share.with_odds((distance.clip(None, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** self.slope)
         return share, share if is_zero(self.var_offset) else share.with_odds(_exp(self.var_offset))
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """The weight of an example, and the rest, which is that of the running statistics."""
 
     example: Any
@@ -126,20 +124,25 @@ class Share:
         total = self.rest + far
         return Share(far / total, self.rest / total)
 
+    def of(self, example: Any, running: Any) -> Any:
+        """Add both up by their weights."""
+        return self.example * example + self.rest * running
 
-@dataclass(frozen=True)
-class Mixture:
+
+class Mixture(NamedTuple):
     """What an example is normalized by.
 
     Attributes:
         weight: the weight of the example's mean: alpha itself, or one per example, of shape (N, 1, ...).
         var_weight: that of the example's variance.
-        moments: the moments of the mixture.
+        mean: the mean of the mixture.
+        total: the variance of the mixture, with eps.
     """
 
     weight: Any
     var_weight: Any
-    moments: Moments[Any]
+    mean: Any
+    total: Any
 
 
 def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any]:
@@ -160,7 +163,8 @@ def mix(alpha: Any, example: Moments[Any], running: Moments[Any]) -> Moments[Any
     Returns:
         The moments of the mixture, of the broadcast shape.
     """
-    return mix_example(ExampleWeight(alpha), example, running, eps=0.0).moments
+    share = Share(alpha, 1 - alpha)
+    return _mixed(share, share, example, running, example.mean - running.mean)
 
 
 def mix_example(weight: ExampleWeight, example: Moments[Any], running: Moments[Any], eps: Any) -> Mixture:
@@ -186,15 +190,13 @@ def mix_example(weight: ExampleWeight, example: Moments[Any], running: Moments[A
     Returns:
         The weights, and the moments of the mixtures, of the broadcast shape.
     """
+    eps = eps + _TINY
+    total, running_total = example.var + eps, running.var + eps
     between = example.mean - running.mean
-    square = between * between
-    far = None if is_zero(weight.slope) else _distance(square, example.var, running.var, eps)
+    far = None if is_zero(weight.slope) else _distance(between, total, running_total)
     mean, var = weight.at(far)
-    moments = Moments(
-        mean=running.mean + mean.example * between,
-        var=var.example * example.var + var.rest * running.var + mean.example * mean.rest * square,
-    )
-    return Mixture(mean.example, var.example, moments)
+    moments = _mixed(mean, var, Moments(example.mean, total), Moments(running.mean, running_total), between)
+    return Mixture(mean.example, var.example, moments.mean, moments.var)
 
 
 def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
@@ -208,15 +210,32 @@ def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
     Returns:
         The distances, of shape (N, 1, ...).
     """
-    between = example.mean - running.mean
-    return _distance(between * between, example.var, running.var, eps)
+    eps = eps + _TINY
+    return _distance(example.mean - running.mean, example.var + eps, running.var + eps)
 
 
-def _distance(square: Any, var: Any, running_var: Any, eps: Any) -> Any:
-    """Compute the distance from the squared difference of the means, and the variances."""
-    total = running_var + (eps + _TINY)
-    log_ratio = _log((var + (eps + _TINY)) / total)
-    return 0.5 * (square / total + log_ratio * log_ratio).mean(1, keepdims=True)
+def _mixed(
+    mean: Share, var: Share, example: Moments[Any], running: Moments[Any], between: Any
+) -> Moments[Any]:
+    """Mix moments, with the weight of the mean and that of the variance; ``between`` lies between the means.
+
+    The variances may include eps, and then that of the mixture does, because the weights add up to 1.
+    """
+    toward = mean.example * between
+    return Moments(running.mean + toward, var.of(example.var, running.var) + mean.rest * (toward * between))
+
+
+def _distance(between: Any, total: Any, running_total: Any) -> Any:
+    """Compute the distance from the difference of the means, and the variances with eps."""
+    log_ratio = _log(total / running_total)
+    return _half_mean(between * between / running_total + log_ratio * log_ratio)
+
+
+def _half_mean(terms: Any) -> Any:
+    """Compute half of the mean over axis 1, which stays with size 1."""
+    if hasattr(terms, "sum"):  # for few numbers it is faster than the mean
+        return terms.sum(1, keepdims=True) * (0.5 / terms.shape[1])
+    return terms.mean(1, keepdims=True) * 0.5
 
 
 def is_zero(number: Any) -> bool:

@@ -131,8 +131,8 @@ class _Watched:
         smallest = (float(torch.as_tensor(part).min()) for part in (mixed.weight, mixed.var_weight))
         of_mean, of_var = map(min, self.weights, smallest)
         self.weights = of_mean, of_var
-        scale = torch.rsqrt(mixed.moments.var + eps)
-        y = affine(x, scale, -mixed.moments.mean * scale)
+        scale = torch.rsqrt(mixed.total)
+        y = affine(x, scale, -mixed.mean * scale)
         largest = y.abs().amax().float()
         # The tensor stays on the device; reading it here would synchronize at every layer.
         self.largest = largest if self.largest is None else self.largest.maximum(largest)

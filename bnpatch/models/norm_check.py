@@ -95,9 +95,9 @@ def _normalized(x: Tensor, norm: OnnxNormLayer, running: Moments[Any], weight: E
     example, usual = (
         pool(Moments(part.mean.reshape(groups), part.var.reshape(groups)), 2) for part in (example, usual)
     )
-    moments = mix_example(weight, example, usual, norm.eps).moments
+    mixed = mix_example(weight, example, usual, norm.eps)
     by_group = rows.reshape(len(x), groups[1], -1)
-    normalized = ((by_group - moments.mean) / (moments.var + norm.eps) ** 0.5).reshape(rows.shape)
+    normalized = ((by_group - mixed.mean) / mixed.total**0.5).reshape(rows.shape)
     y: Tensor = normalized * _wide(norm.weight)[:, None] + _wide(norm.bias)[:, None]
     return y.reshape(x.shape)
 

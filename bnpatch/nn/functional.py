@@ -11,9 +11,12 @@ to the input, to the learned scale and shift, and to what weights the example:
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from bnpatch.core.moments import ExampleWeight, Mixture, Moments, is_zero, mix_example, pool
 
@@ -55,11 +58,11 @@ def weighted_norm(
     is_batch_norm = is_zero(example.alpha) and channels_per_group == 1
     if is_batch_norm and _fits_batch_norm(x, running, weight):
         return F.batch_norm(x, running.mean, running.var, weight, bias, training=False, eps=eps)
-    moments = mixture(x, running, eps, example, channels_per_group).moments
-    scale = torch.rsqrt(moments.var + eps)
+    mixed = mixture(x, running, eps, example, channels_per_group)
+    scale = torch.rsqrt(mixed.total)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
-    shift = -moments.mean * scale
+    shift = -mixed.mean * scale
     if bias is not None:
         shift = shift + bias.to(scale.dtype)
     return affine(x, scale, shift)
@@ -87,10 +90,36 @@ def mixture(
     """Compute what :func:`weighted_norm` normalizes by, in float32 or wider: moments of shape (N, C)."""
     example = example_moments(x)
     dtype = example.mean.dtype
-    running = Moments(running.mean.to(dtype), running.var.to(dtype))
+    if running.mean.dtype != dtype or running.var.dtype != dtype:
+        running = Moments(running.mean.to(dtype), running.var.to(dtype))
     if channels_per_group > 1:
         example, running = (pool_channels(m, channels_per_group) for m in (example, running))
-    return mix_example(weight, example, running, eps)
+    arrays = _as_arrays(example.mean, example.var, running.mean, running.var)
+    if arrays is None:
+        return mix_example(weight, example, running, eps)
+    mean, var, running_mean, running_var = arrays
+    numbers = ExampleWeight(*(float(value) for value in weight))
+    with np.errstate(all="ignore"):  # an input may be infinite
+        mixed = mix_example(numbers, Moments(mean, var), Moments(running_mean, running_var), eps)
+    return mixed._replace(mean=torch.from_numpy(mixed.mean), total=torch.from_numpy(mixed.total))
+
+
+def _as_arrays(*tensors: Tensor) -> list[NDArray[Any]] | None:
+    """Return plain tensors on a CPU as arrays that share their memory, in inference mode; otherwise None.
+
+    For some hundred numbers an operation of NumPy takes half the time of one of torch. In inference mode
+    torch keeps no record of operations, neither for gradients nor for forward derivatives.
+    """
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # type: ignore[attr-defined, no-untyped-call]
+        return None
+    if not all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors):
+        return None
+    try:
+        return [tensor.numpy() for tensor in tensors]
+    except RuntimeError:  # within torch.func.vmap they have no memory
+        return None
 
 
 def example_moments(x: Tensor) -> Moments[Tensor]:

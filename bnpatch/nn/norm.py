@@ -125,7 +125,7 @@ class ExampleWeightedNorm(nn.Module):
             include_1x1=include_1x1,
             _running=running,
         )
-        layer.set_weights(**vars(ExampleWeight.of(alpha)))
+        layer.set_weights(**ExampleWeight.of(alpha)._asdict())
         return layer
 
     def as_origin(self) -> nn.Module:
@@ -343,7 +343,7 @@ class ExampleWeightedNorm(nn.Module):
         """Show size, eps, alpha, slope and offset if they are not 0, and the class that the layer had."""
         shown = [
             f"{name}={weight if isinstance(weight, float) else 'learned'}"
-            for name, weight in vars(self.example_weight).items()
+            for name, weight in self.example_weight._asdict().items()
             if name == "alpha" or isinstance(weight, Tensor) or weight
         ]
         return ", ".join(

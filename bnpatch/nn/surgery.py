@@ -112,7 +112,7 @@ class TorchNormLayer:
     def example_weight(self) -> ExampleWeight:
         """Alpha, slope and offset as numbers; all are 0 if the layer is not patched."""
         used = ExampleWeight(0.0) if self.patched is None else self.patched.example_weight
-        return ExampleWeight(*(w.item() if isinstance(w, Tensor) else w for w in vars(used).values()))
+        return ExampleWeight(*(w.item() if isinstance(w, Tensor) else w for w in used))
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Gamma, beta, running mean and running variance of the original, None for those that it lacks."""

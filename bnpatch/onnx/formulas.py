@@ -128,7 +128,7 @@ def append_norm(
         The result, of the shape and type of the input of the norm layer.
     """
     compute = ir.DataType.DOUBLE if norm_layer.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    parts = vars(weight).values()
+    parts = weight
     constant = None if given or any(isinstance(part, ir.Value) for part in parts) else weight
     weight = ExampleWeight(
         *(Value(tape, w, ir.DataType.FLOAT).cast(compute) if isinstance(w, ir.Value) else w for w in parts)
@@ -246,7 +246,7 @@ def _fused(
 def _fused_with_slope(
     tape: Tape, norm_layer: OnnxNormLayer, running: Moments[Array], example_weight: ExampleWeight
 ) -> Value:
-    alpha, slope, var_offset = vars(example_weight).values()
+    alpha, slope, var_offset = example_weight
     total = running.var + norm_layer.eps
     weight, bias, eps = (
         v.reshape(-1, *(1,) * (len(norm_layer.dims) - 2))
@@ -304,9 +304,9 @@ def _weighted_norm(
     if isinstance(means, np.ndarray) and not means.any():
         means = 0.0  # a plain 0 needs no nodes
     mixed_in = Moments(means, variances)
-    moments = mix_example(weight, example, mixed_in, epsilons).moments
-    scale: Value = weights / (moments.var + epsilons).sqrt()
-    shift: Value = biases - moments.mean * scale
+    mixed = mix_example(weight, example, mixed_in, epsilons)
+    scale: Value = weights / mixed.total.sqrt()
+    shift: Value = biases - mixed.mean * scale
     if per_group:
         scale, shift = (v.reshape((0, norm_layer.num_channels, *spatial)) for v in (scale, shift))
     return x * scale + shift

@@ -125,7 +125,7 @@ def rewrite(
             used = {kind: inputs[kind].get(name, values.get(name, 0.0)) for kind, values in numbers.items()}
             weight = ExampleWeight(used["alpha"]) if used["alpha"] in (0, 1) else ExampleWeight(**used)
             if norm_layer.may_have_single_values and not include_1x1:
-                weight = replace(weight, alpha=_unless_single_values(tape, norm_layer, weight.alpha))
+                weight = weight._replace(alpha=_unless_single_values(tape, norm_layer, weight.alpha))
             options = {"given": given[name]} if name in given else {}
             result = append(tape, norm_layer, moments[name], weight, **options)
         _replace(norm_layer, tape, result)

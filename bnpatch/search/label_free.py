@@ -171,9 +171,9 @@ def evalnorm(seen: Seen, norm_layers: Mapping[str, NormFacts]) -> Tensor:
     for name, example in seen.moments.items():
         eps = norm_layers[name].eps
         running = seen.running.get(name, norm_layers[name].source)
-        used = mix_example(seen.weights.get(name, ExampleWeight(0.0)), example, running, eps).moments
+        used = mix_example(seen.weights.get(name, ExampleWeight(0.0)), example, running, eps)
         batch = pool(example, axes=0)
-        here, there = torch.rsqrt(used.var + eps), torch.rsqrt(batch.var + eps)
+        here, there = torch.rsqrt(used.total), torch.rsqrt(batch.var + eps)
         a, b = here - there, batch.mean * there - used.mean * here
         parts.append((a.square() * example.var + (a * example.mean + b).square()).mean())
     return torch.stack(parts).mean()
