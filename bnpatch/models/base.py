@@ -5,7 +5,7 @@ backend. :class:`~bnpatch.models.torch_model.TorchModel` and :class:`~bnpatch.mo
 what :class:`~bnpatch.models.backend.Backend` lists.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.core.moments import ExampleWeight
+from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics
 from bnpatch.core.recipe import Recipe
 from bnpatch.data.preprocessing import Preprocessing
@@ -172,6 +172,16 @@ class Model(Backend[NormLayerT]):
     def forward(self, x: Tensor) -> Tensor:
         """Run a batch as :meth:`predict` does, with gradients if the model has them."""
         return self.predict(x)
+
+    def first_moments(self, x: Tensor, names: Collection[str]) -> tuple[str, Moments[Any]] | None:
+        """Return the first of some norm layers that a batch reaches, and the moments (N, C) of its input.
+
+        Args:
+            x: as for :meth:`predict`.
+            names: the norm layers. None is returned if the batch reaches none of them.
+        """
+        _, seen = self.observe(x)
+        return next(((name, moments) for name, moments in seen.items() if name in names), None)
 
     def efficient_batch(self, batch_size: int, x: Tensor) -> int:
         """Return how many examples like those of a batch ``x`` to run at a time, at most ``batch_size``."""

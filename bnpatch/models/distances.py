@@ -49,6 +49,18 @@ def shifts(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
     )
 
 
+def first_shift(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
+    """Measure the shift at the first norm layer alone, which takes a small part of the model.
+
+    Returns:
+        The first of :func:`shifts`, or nothing.
+    """
+    if (first := first_moments(model, x)) is None:
+        return ()
+    name, moments, facts = first
+    return (Shift(name, pooled_distance(moments, facts), _common_share(moments, facts)),)
+
+
 def first_moments(model: Model[Any], x: Tensor) -> tuple[str, Moments[Any], NormFacts] | None:
     """Return the first norm layer that a batch reaches, the moments (N, C) there, and what it has.
 
@@ -56,9 +68,9 @@ def first_moments(model: Model[Any], x: Tensor) -> tuple[str, Moments[Any], Norm
         The name, the moments and the facts; None if no norm layer has running
         statistics from training.
     """
-    facts, (_, seen) = model.facts(), model.observe(x)
-    name = next((name for name in seen if name in facts and name not in model.state.running), None)
-    return None if name is None else (name, seen[name], facts[name])
+    facts = {name: fact for name, fact in model.facts().items() if name not in model.state.running}
+    first = model.first_moments(x, facts)
+    return None if first is None else (*first, facts[first[0]])
 
 
 def pooled_distance(moments: Moments[Any], facts: NormFacts) -> float:

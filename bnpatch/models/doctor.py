@@ -19,7 +19,7 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.base import Model
-from bnpatch.models.distances import Shift, first_moments, on_host, pooled_distance, shifts
+from bnpatch.models.distances import Shift, first_moments, first_shift, on_host, pooled_distance, shifts
 
 #: Number of images that tell enough.
 NUM_IMAGES = 64
@@ -103,7 +103,7 @@ class Checkup:
     @property
     def is_sure(self) -> bool:
         """Whether a shift of the images is an unlikely reason for what :attr:`better` says."""
-        return self.byte_range is not None and self.byte_range >= _FULL_RANGE
+        return _is_full(self.byte_range)
 
     @property
     def common_share(self) -> float:
@@ -189,7 +189,8 @@ def check_up(
         examples: images; labels are not used.
         indices: indices of the examples to choose from; None for all.
         seed: seed of the choice.
-        thorough: try other preprocessings even if the one in use fits.
+        thorough: look at all norm layers, and try other preprocessings even if the one in use fits; if not,
+            look only for what :attr:`Checkup.is_sure` of another preprocessing.
 
     Returns:
         What there is to see; None if no norm layer has running statistics from training, or if no image can
@@ -199,15 +200,17 @@ def check_up(
     batch = next(examples.batches(NUM_IMAGES, order[:NUM_IMAGES]), None)
     if batch is None:
         return None
+    byte_range = None if batch.x.is_floating_point() else _byte_range(batch.x)
+    if not thorough and not _is_full(byte_range):
+        return None
     with model.in_state(model.baseline()):
-        found = shifts(model, batch.x)
+        found = (shifts if thorough else first_shift)(model, batch.x)
         if not found:
             return None
         own = model.preprocessing
         fits = [Fit("the model's own", own.mean, own.std, found[0].distance)]
         if not batch.x.is_floating_point() and (thorough or fits[0].distance > _MISFIT):
             fits += [_fit(model, other, batch.x) for other in usual_preprocessings(own).items()]
-    byte_range = None if batch.x.is_floating_point() else _byte_range(batch.x)
     return Checkup(tuple(fits), found, byte_range)
 
 
@@ -340,6 +343,10 @@ def _fit(model: Model[Any], named: tuple[str, Preprocessing], x: Tensor) -> Fit:
         model.preprocessing = before
     assert found is not None  # the same layer is reached by any values
     return Fit(name, preprocessing.mean, preprocessing.std, pooled_distance(found[1], found[2]))
+
+
+def _is_full(byte_range: float | None) -> bool:
+    return byte_range is not None and byte_range >= _FULL_RANGE
 
 
 def _byte_range(x: Tensor) -> float:

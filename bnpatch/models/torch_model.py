@@ -34,6 +34,13 @@ from bnpatch.nn.tracing import functional_norms
 _CPU_VALUES = 4 * 3 * 224 * 224
 
 
+class _Reached(Exception):  # noqa: N818 - no error
+    """Ends a forward pass at a norm layer, with the moments of its input."""
+
+    def __init__(self, name: str, moments: Moments[Tensor]) -> None:
+        self.name, self.moments = name, moments
+
+
 @dataclass
 class TorchModel(Model[TorchNormLayer]):
     """Runs and patches a torch module. :func:`bnpatch.load` makes one.
@@ -268,6 +275,20 @@ class TorchModel(Model[TorchNormLayer]):
         with torch.inference_mode(not gradients), watch:
             outputs = self.forward(x)
         return outputs, {name: joined(parts) for name, parts in seen.items()}
+
+    @override
+    @torch.inference_mode()
+    def first_moments(self, x: Tensor, names: Collection[str]) -> tuple[str, Moments[Tensor]] | None:
+        def stop(name: str, x: Tensor) -> None:
+            raise _Reached(name, accurate_moments(x))
+
+        norms = {norm.name: norm.module for norm in self.inventory().norm_layers if norm.name in names}
+        try:
+            with at_inputs(norms, stop):
+                self._run(x)
+        except _Reached as reached:
+            return reached.name, reached.moments
+        return None
 
     @override
     @torch.inference_mode()
