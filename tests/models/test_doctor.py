@@ -12,7 +12,7 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchWarning
-from bnpatch.models.distances import shifts
+from bnpatch.models.distances import example_distances, first_shift, shifts
 from bnpatch.models.doctor import (
     check_up,
     eps_distances,
@@ -81,6 +81,24 @@ def test_a_wrong_preprocessing_is_found_and_the_right_one_named(checkpoint, clea
     assert model.preprocessing is before
     with pytest.warns(BnpatchWarning, match=r"mean 0\.5 and std 0\.5"):
         assert warn_of_preprocessing(model, opened(model, clean[0])) == found.warning()
+
+
+def test_the_warning_takes_no_more_of_the_model_than_its_first_norm_layer(checkpoint, clean):
+    model = loaded(checkpoint, **BYTES)
+    examples = opened(model, clean[0])
+    norms = [norm.module for norm in model.inventory().norm_layers]
+    behind, whole = [], []
+    norms[1].register_forward_hook(lambda *given: behind.append(given))
+    model.module.register_forward_hook(lambda *given: whole.append(given))
+    with pytest.warns(BnpatchWarning):
+        warn_of_preprocessing(model, examples)
+    which, far = example_distances(model, examples, np.arange(8))
+    assert (len(which), len(far)) == (8, 8)
+    assert not behind
+    assert not whole
+    first = shifts(model, torch.from_numpy(clean[0][:64])[:, None])[0]
+    assert first_shift(model, torch.from_numpy(clean[0][:64])[:, None]) == (first,)
+    assert behind
 
 
 @pytest.mark.parametrize(
