@@ -19,11 +19,13 @@ from bnpatch.data.image_files import check_size, open_image
 _ROWS = 256  # number of rows of an image that are converted at a time
 _BITS = (8, 10, 12, 14, 16)  # the bit depths of sensors
 _MOST = 32
-_DEEP_COLOR = 4  # for how many pixels one of 16 bits in each channel counts: it is decoded twice
+_DEEP_COLOR = 4  # a pixel with 16 bits per channel counts as this many, because the image is decoded twice
 
-# Suffixes of formats that have only 8 bits; and for the others, the size of the sample: files per folder,
-# files that are decoded, and files that are opened.
+# Suffixes of formats that have only 8 bits.
 _EIGHT_BITS = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"}
+
+# The size of a sample: the most files per folder, the most of all folders (but at least one of each), and the
+# most that are opened.
 _PER_FOLDER, _DECODED, _OPENED = 8, 128, 512
 
 # An image that uses fewer bits than this would be almost black as a 16-bit image, so it probably isn't one.

@@ -112,7 +112,7 @@ def _of_lines(lines: list[str], path: str | os.PathLike[str]) -> list[str]:
             ways = [rows for rows in ways if all(_is_index(index) for _, index in rows)]
             if rows := _chosen(ways, path):
                 return _in_order(rows, path)
-    if all(SYNSET.fullmatch(line.split()[0]) for line in lines):  # what follows describes it
+    if all(SYNSET.fullmatch(line.split()[0]) for line in lines):  # a description follows each synset
         return [line.split()[0] for line in lines]
     return lines
 
@@ -131,7 +131,10 @@ def _cut(line: str, separator: str | None) -> tuple[_Row, _Row]:
 
 
 def _chosen(ways: list[list[_Row]], path: str | os.PathLike[str]) -> list[_Row] | None:
-    """Return the rows whose names and indices are in the right places, or None (for "room 1", "room 2")."""
+    """Return the rows with names and indices in the right places.
+
+    The result is None if the numbers are parts of the names, as in the lines "room 1" and "room 2".
+    """
     complete = [rows for rows in ways if _is_complete(rows)]
     if len(complete) == 2 and _sorted(complete[0]) != _sorted(complete[1]):
         raise BnpatchError(

@@ -36,10 +36,10 @@ def augmented(
     - noise: Gaussian, with a standard deviation of 0 to 0.1 of the range of values;
     - blur: Gaussian, with a standard deviation of 0 to 0.02 of the shorter side.
 
-    The others are the standard corruptions (:data:`~bnpatch.data.standard_corruptions.STANDARD`) but for
-    contrast and brightness, which have one meaning here, the one above. Their severity is 1 to 5, all equally
-    likely, and ``strength`` does not change it. ``gaussian_noise`` is stronger than ``noise``: its standard
-    deviation is 0.08 to 0.38 of the range.
+    The others are the standard corruptions (:data:`~bnpatch.data.standard_corruptions.STANDARD`), without
+    contrast and brightness, because these names mean bnpatch's own kinds. Their severity is 1 to 5, all
+    equally likely, and ``strength`` does not change it. ``gaussian_noise`` is stronger than ``noise``: its
+    standard deviation is 0.08 to 0.38 of the range.
 
     The shift of an example depends only on its index and the seed. The view shares the cache of ``examples``,
     so no image is decoded or stored twice.
@@ -218,7 +218,7 @@ def _gaussian(size: int, sigma: float) -> Tensor:
 def _standard(kind: str) -> _Shift:
     def shift(x: Tensor, draws: Tensor, strength: float, keys: Indices) -> Tensor:
         severities = (1 + 5 * draws.flatten()).int().tolist()
-        images = x.to(torch.uint8).numpy()  # these are the bytes that they were
+        images = x.to(torch.uint8).numpy()  # exact, because the values were bytes before
         made = [corrupt(image, kind, s, key) for image, s, key in zip(images, severities, keys, strict=True)]
         return torch.from_numpy(np.stack(made)).float()
 

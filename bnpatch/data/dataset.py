@@ -308,7 +308,7 @@ def subset(strata: Indices, fraction: float, seed: int) -> Indices:
 
 
 def portions(indices: Indices, size: int, seed: int) -> Iterator[Indices]:
-    """Yield random batches without end; where too few are left for one, all examples are shuffled again."""
+    """Yield random batches without end; if fewer than a batch are left, all examples are shuffled again."""
     rng = np.random.default_rng(seed)
     size = min(size, len(indices))
     order: Indices = rng.permutation(indices)

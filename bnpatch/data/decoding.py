@@ -28,13 +28,13 @@ Item = tuple[Tensor | None, str]
 # while a model computes, and memory for a few dozen examples.
 _AHEAD = 32
 
-# The most pixels that all threads together hold at a time, but for an image that has more by itself. Pillow
+# The most pixels that all threads together hold at a time; an image that has more is decoded alone. Pillow
 # takes 4 bytes for a pixel, and as many again while it converts or rotates the image.
 _MOST_PIXELS = 128_000_000
 
 
 class _Room:
-    """Room for decoded pixels, for which threads wait. Large images are thus decoded one after the other."""
+    """A limit to the pixels in memory. A thread waits until its image fits, before it decodes the image."""
 
     def __init__(self, size: int) -> None:
         self.size, self.used = size, 0
@@ -43,7 +43,7 @@ class _Room:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Give back when the block ends what :meth:`take` takes in it."""
+        """Give back, when the block ends, the room that :meth:`take` took inside it."""
         self.mine.pixels = 0
         try:
             yield
@@ -100,8 +100,8 @@ def decoded(
         source: where the examples come from.
         transform: converts an image to bytes (C, H, W).
         indices: which examples to read.
-        num_workers: number of threads, 0 to read where the examples are asked for; None for a number that
-            suits the machine and the data, which is 0 if the source is not safe to read from several threads.
+        num_workers: number of threads, 0 to read in the caller's thread; None for a number that suits the
+            machine and the data, which is 0 if the source is not safe to read from several threads.
     """
 
     def read(index: int) -> Item:

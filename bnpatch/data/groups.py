@@ -121,7 +121,7 @@ def group_by(rule: str) -> Callable[[str], str | None]:
 
 
 def _folder_below_class(name: str) -> str | None:
-    """Name the folder of a file below the class folder; a file directly in that is a group of its own."""
+    """Name the folder of a file below the class folder; None for a file directly in the class folder."""
     return "/".join(PurePath(name).parts[1:-1]) or None
 
 
@@ -201,7 +201,7 @@ def deal(strata: Indices, groups: Indices, shares: Sequence[float], seed: int) -
     rng = np.random.default_rng(seed)
     _, kinds = np.unique(strata, return_inverse=True)
     _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    # Each example also counts in a last class, that of all, so that rounding favors no part in every class.
+    # Each example also counts in one more class, that of all examples, so that the parts' sizes fit, too.
     everything = int(kinds.max(initial=-1)) + 1
     cells = np.concatenate([numbers * (everything + 1) + kinds, numbers * (everything + 1) + everything])
     cells, members = np.unique(cells, return_counts=True)
@@ -214,7 +214,8 @@ def deal(strata: Indices, groups: Indices, shares: Sequence[float], seed: int) -
     for group in order[np.argsort(-sizes[order], kind="stable")]:
         here = slice(starts[group], starts[group + 1])
         present, counts = cells[here], members[here]
-        # The increase of the squared deviations from each part's share of each class, in units of the class.
+        # By part: how much this group would increase the squared deviations from the part's share of each
+        # class, in units of the class.
         cost = ((2 * filled[:, present] + counts) * counts / totals[present] ** 2).sum(1) / wanted
         part = part_of[group] = int(np.argmin(cost))
         filled[part, present] += counts

@@ -31,8 +31,8 @@ _FOREIGN = {
 # Suffixes of raw images of cameras: Pillow would read the preview in them, which is small.
 _RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
 
-_DEEP_GRAY = 2  # for how many pixels one of 16 or 32 bits in one channel counts: it takes longer to convert
-_COUNTED = 10_000  # files of a tool's folder, among which its images are counted
+_DEEP_GRAY = 2  # a gray pixel of 16 or 32 bits counts as this many, because converting it takes longer
+_COUNTED = 10_000  # the number of files of a tool's folder that are looked at to count its images
 
 # Suffixes of files that are certainly no images, so that they need not be opened.
 _NO_IMAGES = {

@@ -17,10 +17,11 @@ _SIDE, _SAMPLED = 8, 64
 # images. Of scikit-learn's 1,797 digits, 5 have a neighbour that near; a frame of a video has its neighbours.
 _NEAR = 0.15
 
-# Fewer images are not worth a warning, nor are near-copies that leave more than this share of groups.
+# There is no warning for fewer images than this, nor if there are more groups than this share of the images.
 _FEWEST, _LARGEST_SHARE = 30, 0.8
 
-# Number of images whose near-copies are counted, of random pairs, and of distances in memory at a time.
+# The number of images whose near-copies are counted, of random pairs that give the typical distance, and of
+# distances in memory at a time.
 _COUNTED, _PAIRS, _AT_A_TIME = 2000, 2000, 20_000_000
 
 Sketch = npt.NDArray[np.float32]
@@ -28,7 +29,7 @@ Sketch = npt.NDArray[np.float32]
 
 @dataclass
 class Sketches:
-    """Sketches of images by index: unit vectors of a few values without their mean and contrast."""
+    """Sketches of images by index: vectors of length 1, see :func:`sketch`."""
 
     of: dict[int, Sketch] = field(default_factory=dict)
 
@@ -40,8 +41,8 @@ class Sketches:
     def num_groups(self) -> int | None:
         """Estimate how many groups of near-copies the images make; None if nearly all images are distinct.
 
-        An image that is one of k near-copies counts as 1 / k of a group. Of many images some thousands are
-        compared with all, so that the time grows linearly with the number of images.
+        An image that is one of k near-copies counts as 1 / k of a group. If there are many images, 2000 of
+        them are compared with all, so that the time grows linearly with the number of images.
         """
         count = len(self.of)
         if count < _FEWEST:
@@ -63,8 +64,8 @@ class Sketches:
 def sketch(x: Tensor) -> Sketch:
     """Reduce the first three channels of an image (C, H, W) to 64 values each, together of length 1.
 
-    Images that differ in contrast or a little noise have nearly the same sketch. That of an image of one
-    value is 0.
+    The mean is subtracted. Images that differ in contrast or by a little noise have nearly the same sketch.
+    The sketch of an image that has the same value everywhere is 0.
     """
     step = max(1, min(x.shape[1:]) // _SAMPLED)
     sampled = x[:3, ::step, ::step].float()

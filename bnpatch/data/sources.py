@@ -29,7 +29,7 @@ from bnpatch.data.preprocessing import ImageModel
 _NAMED = re.compile(r"(torch|hfds|wds|tfds|hfids)/.+", re.IGNORECASE)
 _KEYS = (("x", "y"), ("images", "labels"), ("data", "targets"), ("x_test", "y_test"))
 _PARTS = {"validation": ("val", "test"), "val": ("val",), "test": ("test",), "train": ("train",)}
-_NAMES = 8  # of arrays in a message
+_NAMES = 8  # the most names of arrays that a message lists
 
 
 def open_examples(
@@ -216,7 +216,7 @@ def _check_targets(
 
 
 def _take_size(model: ImageModel, x: Tensor) -> None:
-    """Make the size of inputs that are used as they are that of the model's preprocessing."""
+    """Set the size of the model's preprocessing to that of floating-point inputs, which are not resized."""
     size = tuple(map(int, x.shape[1:]))
     if size != model.preprocessing.input_size and size[0] == model.preprocessing.input_size[0]:
         source = f"{model.preprocessing.source}, but the size of the data"
@@ -243,7 +243,7 @@ def _read_npz(path: Path, settings: _Options) -> tuple[Array, Array | None]:
     for images, targets in pairs:
         if images in names and (settings.optional or targets in names):
             arrays = read_arrays(path, ((images, targets) if targets in names else (images,),))
-            if images.endswith("_images") and settings.split_name == "validation":  # nobody chose another
+            if images.endswith("_images") and settings.split_name == "validation":  # the default
                 warnings.warn(
                     f"{path} has several parts; read are {images}, --split NAME (split_name=) says otherwise",
                     BnpatchWarning,

@@ -71,10 +71,10 @@ def check_installed() -> None:
 def corrupt(image: Bytes, kind: str, severity: int, key: Sequence[int]) -> Bytes:
     """Corrupt an image. The result depends on the arguments alone, in any thread or process.
 
-    An image with a side below 32 pixels, which the package refuses, is continued by its mirror image up to
-    32 pixels, corrupted, and cut out again. A gray image is corrupted as a color image of three equal
-    channels. What becomes of it is the first channel of a noise, which is independent for each channel, and
-    the luminance of other kinds.
+    An image with a side below 32 pixels, which the package refuses, is padded by its mirror image to 32
+    pixels, corrupted, and cut out again. A gray image is corrupted as a color image of three equal channels.
+    The result is then the first channel for kinds of noise, which are independent in each channel, and the
+    luminance for all other kinds.
 
         corrupt(image, "fog", 3, key=(0, index))
 

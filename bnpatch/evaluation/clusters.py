@@ -15,7 +15,8 @@ Indices = npt.NDArray[np.int64]
 #: With fewer groups than this, the variance between groups is hardly known, and any interval is rough.
 FEW_GROUPS = 10
 
-# The design effect is estimated as if so many more groups had shown answers that change all together.
+# A prior: the design effect is estimated as if this many more groups were known, in each of which all values
+# are equal.
 _PRIOR_GROUPS = 2
 
 
@@ -49,7 +50,7 @@ def by_group(values: Values, numbers: Indices) -> Values:
 
 
 def effective_groups(numbers: Indices) -> float:
-    """Return how many groups of one size vary as these do: 1 for one group, at least 2 for more (Kish)."""
+    """Return the effective number of groups (Kish), which unequal sizes reduce: 1 for one, else 2 or more."""
     sizes = np.bincount(numbers)
     return 1.0 if len(sizes) == 1 else max(2.0, len(numbers) ** 2 / float(np.sum(sizes**2)))
 
@@ -57,9 +58,9 @@ def effective_groups(numbers: Indices) -> float:
 def effective_count(values: Values, numbers: Indices) -> float:
     """Return the number of independent examples that say as much about the mean as these, in (0, N].
 
-    It is N over the design effect: the variance of the mean with these groups over that without. Few values
-    that differ from the rest show little of how alike the values of a group are; the estimate then goes
-    towards that of groups whose values are all equal. Without such a prior, the interval of a rate would
+    It is N over the design effect: the variance of the mean with these groups over that without. If few
+    values differ from the rest, they say little about how alike the values of a group are, so the estimate
+    goes towards that of groups whose values are all equal. Without this prior, the interval of a rate would
     shrink to nothing where no answer changes.
 
     Args:
@@ -69,10 +70,11 @@ def effective_count(values: Values, numbers: Indices) -> float:
     sizes = np.bincount(numbers)
     largest = float(np.sum(sizes**2)) / len(values)  # the design effect if the values of a group are equal
     distinct, counts = np.unique(values, return_counts=True)
-    telling = len(np.unique(numbers[values != distinct[np.argmax(counts)]]))
+    # Only groups with a value other than the commonest show how alike the values of a group are.
+    differing = len(np.unique(numbers[values != distinct[np.argmax(counts)]]))
     found = 0.0
-    if telling and len(sizes) > 1:
+    if differing and len(sizes) > 1:
         between = float(np.var(by_group(values, numbers), ddof=1)) / len(sizes)
         found = between / (float(np.var(values)) / len(values))
-    effect = (telling * found + _PRIOR_GROUPS * largest) / (telling + _PRIOR_GROUPS)
+    effect = (differing * found + _PRIOR_GROUPS * largest) / (differing + _PRIOR_GROUPS)
     return len(values) / max(1.0, effect)

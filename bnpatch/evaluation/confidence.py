@@ -50,11 +50,12 @@ def compare_calibration(
 
     The error is not a mean over examples, so its 95% intervals come from a bootstrap over pairs. Resampling
     adds noise to the bins and increases the error, as the sampling of the data did before. Each interval is
-    therefore symmetric about the value and reaches as far as the farther of the two quantiles. It so covers
+    therefore symmetric about the value and reaches as far as the farther of the two quantiles. So it contains
     the percentile interval and the "basic" one, which corrects that bias. In simulations with 300 to 3,000
     examples, the interval of the change contained the truth in 87% to 100% of the cases and never claimed a
     change where there was none. If a model is almost perfectly calibrated, the noise remains in its error:
-    its interval lies too high, and a change to or from such a model is understated (76% to 88%).
+    its interval lies too high, and a change to or from such a model is understated: the interval of the
+    change then contained the truth in 76% to 88% of the cases.
 
     Args:
         before: N answers of the model as it is.

@@ -158,7 +158,7 @@ def _check_targets(examples: Examples, metrics: Sequence[Metric], indices: Indic
 
 
 def warn_at_chance(accuracy: float, examples: Examples) -> None:
-    """Warn if a model is hardly better than guessing, which is mostly a mistake in how it is run."""
+    """Warn if a model is hardly better than guessing; a mistake in how it is run is the usual reason."""
     if not examples.classes or not examples.labelled.any():
         return
     chance = 1 / len(np.unique(examples.targets[examples.labelled]))

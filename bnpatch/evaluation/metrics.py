@@ -189,7 +189,7 @@ class Estimate:
 
     @property
     def reach(self) -> float:
-        """Half the width of the interval before a correction for skewness: some standard errors."""
+        """Half the width of the interval before a correction for skewness: a number of standard errors."""
         return (self.high - self.low) / 2 if self.symmetric_reach is None else self.symmetric_reach
 
     def to_json(self) -> dict[str, float | None]:
@@ -216,8 +216,8 @@ class Comparison:
         after: its mean with the patch.
         change: the mean change. It is computed pair by pair, so its interval is narrower than those of
             ``before`` and ``after`` suggest.
-        is_rough: whether the intervals contain the truth in less than 95% of cases, because so few examples
-            may include none of the rare ones that decide a mean cross-entropy, or because of few groups.
+        is_rough: whether the intervals contain the truth in less than 95% of cases: there are few groups, or
+            so few examples that the rare ones that decide a mean cross-entropy may all be missing.
     """
 
     metric: Metric
@@ -264,7 +264,7 @@ def mean_estimate(scores: Values, groups: Indices | None = None) -> Estimate:
 
 
 def _wilson(p: float, n: float, units: float) -> Estimate:
-    """Return Wilson's interval for a share of n examples in effect, with Student's quantile of the groups."""
+    """Return Wilson's interval of a rate among n effective examples, with Student's t of the groups."""
     if units < 2:
         return Estimate(p, -math.inf, math.inf)
     z = _quantile(units)
@@ -313,7 +313,7 @@ def paired_rates(
 
 
 def _bonett_price(changes: Values, n: float, quantile: float) -> Estimate:
-    """Return the mean change, with the interval of ``n`` independent examples in effect."""
+    """Return the mean change, with the interval that ``n`` independent examples would give."""
     share = n / len(changes)
     up, down = ((np.sum(changes == way) * share + 1) / (n + 2) for way in (1, -1))
     half = quantile * math.sqrt((up + down - (up - down) ** 2) / (n + 2))

@@ -53,7 +53,7 @@ def inference_bound(num_values: int, alpha: float, var_alpha: float | None = Non
     It is ``sqrt(S / alpha - 1)``, because each of the S values (``num_values``) has the weight alpha / S in
     the moments that normalize it. If the example's variance has another weight, ``var_alpha``, it is
     ``sqrt((S - 1) / var_alpha + 1 / alpha - 1)``. It is infinite where the example has no weight. With a
-    slope, both stand for the smallest weight of an example.
+    slope, ``alpha`` and ``var_alpha`` are the smallest weights that an example has.
     """
     var_alpha = alpha if var_alpha is None else var_alpha
     return math.sqrt((num_values - 1) / var_alpha + 1 / alpha - 1) if alpha and var_alpha else math.inf

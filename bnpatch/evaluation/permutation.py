@@ -14,8 +14,8 @@ from bnpatch.core.errors import BnpatchWarning
 
 Classes = npt.NDArray[np.int64]
 
-# The share of right answers that the renamed outputs must reach, and by how much they must be better: rare
-# mistakes of one class for another, as a shift of the images causes, are not enough.
+# The share of right answers that the renamed outputs must reach, and by how much it must exceed the present
+# share. A shift of the images makes a model take some images of one class for another; that is not enough.
 _RIGHT, _BETTER = 0.6, 0.1
 _SHOWN = 3
 
@@ -23,8 +23,8 @@ _SHOWN = 3
 def permutation(answers: Classes, targets: Classes) -> dict[int, int]:
     """Return, by class, the output that stands for it, for all classes whose numbers look exchanged.
 
-    One half of the examples gives the best assignment of outputs to classes, the other half tests it, in
-    both ways; otherwise some assignment would always be better than the present one.
+    Each half of the examples gives its best assignment of outputs to classes, and the other half tests it.
+    Tested on the examples that it comes from, some assignment would always be better than the present one.
 
     Args:
         answers: the predicted class of each example, (N,).

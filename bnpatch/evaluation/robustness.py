@@ -157,8 +157,8 @@ def robustness(
         result = bnpatch.robustness("model.pt", "val/", "recipe.json", severities=[1, 3, 5])
         print(result.mean_corruption_error(), result.comparison(("fog", 3)).change)
 
-    The patch is the recipe, or else the weights that the model has when it comes. Without either, the model
-    as it is is all that is scored. The model is left as it was.
+    The patch is the recipe; without one, it is the weights that the model already has. If these are the
+    baseline's, only the model as it is gets scored. The model is left as it was.
 
     Args:
         model: a model that :func:`bnpatch.load` takes or returns.
@@ -189,7 +189,7 @@ def robustness(
     # All kinds of one severity come before the next severity, so that the time left is soon known.
     conditions = [CLEAN, *((kind, severity) for severity in levels for kind in chosen)]
     scores = ScoreFile(resume, _fingerprint(loaded, states, examples, seed))
-    # Images as they are, are scored again in any case: that shows whether the model is still the same.
+    # Clean images are scored in any case, also by a run that goes on: they tell if the model is the same.
     missing = [condition for condition in conditions if condition == CLEAN or condition not in scores]
     clock = _Clock(missing, len(states) * len(examples), progress)
     for condition in missing:
@@ -244,7 +244,7 @@ def _unpatched(model: Model[Any]) -> PatchState:
 def _fingerprint(
     model: Model[Any], states: Sequence[PatchState], examples: Examples, seed: int
 ) -> dict[str, Any]:
-    """Return what the scores depend on, beside weights that no norm layer has."""
+    """Return what the scores depend on; of the model's weights only those of its norm layers."""
     return {
         "the model": _hash(model.fingerprints()),
         "the recipe": _hash([model.recipe(state).to_json() for state in states]),

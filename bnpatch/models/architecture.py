@@ -17,12 +17,13 @@ from bnpatch.core.errors import BnpatchError
 
 LIBRARIES = ("torchvision", "timm")
 
-# Name of tensors that architectures have and old checkpoints lack.
-#: How the names of the tensors of a classifier begin in timm, where it has one layer.
+#: How the names of a classifier's tensors begin in timm, if the classifier has one layer.
 HEADS = ("fc.", "classifier.", "head.", "head.fc.")
+
+# How the names of tensors end that architectures have and old checkpoints lack: counters of batches.
 _OPTIONAL = "num_batches_tracked"
 
-# MobileNets as TensorFlow computes them, which timm has under no name: padding, and eps of the Batch Norm.
+# MobileNets with TensorFlow's padding and eps of the Batch Norm, by names of our own, because timm has none.
 _TENSORFLOW_MOBILENETS = {
     f"tf_mobilenetv{version}_{width:03}": (version, width / 100)
     for version, widths in ((1, (25, 50, 75, 100)), (2, (35, 50, 75, 100, 140)))
@@ -210,7 +211,7 @@ def _by_tensor_names(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def names_without_head(state_dict: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the architectures of timm, (library, name), that these weights are all of but the classifier."""
+    """Return the architectures of timm, (library, name), of which only the classifier is missing."""
     found = []
     for head in HEADS:
         completed = dict.fromkeys([*state_dict, f"{head}weight", f"{head}bias"])
@@ -248,6 +249,7 @@ def _fit(library: str, name: str, state_dict: Mapping[str, Tensor]) -> Architect
 
 
 def _first_difference(library: str, name: str, state_dict: Mapping[str, Tensor]) -> str:
+    """Describe the first tensor in which an architecture and weights differ."""
     default = Architecture(library, name)
     model = default.sketch()
     try:
@@ -272,6 +274,11 @@ def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
 def _classes_and_channels(
     library: str, default: nn.Module, state_dict: Mapping[str, Tensor]
 ) -> tuple[int, int]:
+    """Return the numbers of classes and of input channels that weights have; ``default`` is the architecture.
+
+    timm tells the names of the classifier and of the first convolution. In torchvision's models they are the
+    tensors that differ from the default's in these numbers alone.
+    """
     if library == "timm":
         cfg: Mapping[str, Any] = getattr(default, "pretrained_cfg", {})
         classifier, first_conv = (_first(cfg.get(key)) for key in ("classifier", "first_conv"))
@@ -296,6 +303,7 @@ def _classes_and_channels(
 
 
 def _first(value: Any) -> str:
+    """Return a name, or the first of several; "" for none."""
     return str((value[0] if isinstance(value, (tuple, list)) and value else value) or "")
 
 

@@ -1,6 +1,6 @@
 """What a backend has to do: find norm layers, compute with a patch, run batches, write files.
 
-:class:`~bnpatch.models.base.Model` has what can be said in these terms, for every backend alike.
+:class:`~bnpatch.models.base.Model` has everything else, written once for all backends by these methods.
 """
 
 import os
@@ -49,11 +49,11 @@ class Backend(ABC, Generic[NormLayerT]):
 
     @abstractmethod
     def baseline_alphas(self) -> dict[str, float]:
-        """Return, by name of norm layer, the alpha at which it computes what it did before any patch."""
+        """Return, by name of norm layer, the alpha at which it computes the same as before any patch."""
 
     @abstractmethod
     def facts(self) -> dict[str, NormFacts]:
-        """Return, by name of norm layer, what the layer has from the checkpoint."""
+        """Return, by name of norm layer, its running statistics without lambda, and its eps."""
 
     @abstractmethod
     def statistics_in_use(self) -> Mapping[str, Moments[Any]]:
@@ -70,8 +70,8 @@ class Backend(ABC, Generic[NormLayerT]):
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Return the spatial shape of each norm layer's input by name, as far as it is known.
 
-        A torch module runs ``example``, an input (1, ...), by default a blank image. That does not reach
-        every norm layer. In a graph, shapes are inferred.
+        A torch module runs ``example``, an input (1, ...), by default a blank image; norm layers that don't
+        run are missing. In a graph, shapes are inferred.
         """
 
     @abstractmethod
@@ -134,8 +134,8 @@ class Backend(ABC, Generic[NormLayerT]):
             x: a batch, on which a copy must agree with this model.
 
         Returns:
-            The model; None where there is no such copy. To a copy, the running statistics that the state of
-            this model has are its own, so that its states don't have them.
+            The model; None where there is no such copy. A copy has the running statistics in the state of
+            this model (``PatchState.running``) as its own, so states for the copy leave them out.
         """
 
     @abstractmethod
@@ -165,14 +165,13 @@ class Backend(ABC, Generic[NormLayerT]):
         """Write a file of the model, patched with a recipe, for :func:`bnpatch.load`.
 
         Returns:
-            Whether the file loads without ``unsafe_load``. That of a torch model does not if the
-            architecture, built by its name, does not give this model again, because the module itself is
-            pickled then.
+            Whether the file loads without ``unsafe_load``. The file of a torch model needs it if building the
+            architecture by its name does not give this model again: then the file has the pickled module.
         """
 
     @abstractmethod
     def _make_norm_layers(self, state: PatchState) -> None:
-        """Make norm layers of exactly the norms that have running statistics, own ones or in the state."""
+        """Make norm layers of the norms with running statistics, their own or the state's, no others."""
 
     @abstractmethod
     def _use(self, state: PatchState) -> None:

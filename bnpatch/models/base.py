@@ -31,14 +31,14 @@ class Model(Backend[NormLayerT]):
         name: the name of the model in tables and files.
         preprocessing: how images become inputs.
         class_names: names of the outputs in their order, or None if they are not known.
-        class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural".
+        class_order: how its training script sorted class folders, "plain" (1, 10, 2) or "natural" (1, 2, 10).
         arch: the architecture, from which the module can be built again, or None.
         device: the device that computes.
         notes: what a person should know about how it was loaded.
-        output: what is read of that which the model returns; None until the first batch.
+        output: which of the tensors that the model returns is read; None until the first batch.
         wanted_output: name or number of the output that the user wants, or None.
-        state: the patch that the model computes with. The first one has the weights of the module or graph,
-            which may be patched already, and from ``_state`` what a module or graph does not have.
+        state: the patch that the model computes with. At first, it has the weights that a torch module has
+            itself, if it is patched already; all else comes from ``_state``.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Model(Backend[NormLayerT]):
         return self._state
 
     def set_state(self, state: PatchState) -> None:
-        """Make the model compute with another patch. Norm layers that it does not name compute as they did.
+        """Make the model compute with another patch. Norm layers that it does not name get the baseline.
 
         Raises:
             BnpatchError: the model has no norm layer of a name, or a norm layer with a lambda has no
@@ -117,7 +117,7 @@ class Model(Backend[NormLayerT]):
         self.set_state(self._state.with_running(running))
 
     def baseline(self) -> PatchState:
-        """Return the state in which the model computes what it did before any patch."""
+        """Return the state in which the model computes the same as before any patch."""
         return replace(self._state, weights=PatchWeights())
 
     @contextmanager

@@ -62,11 +62,10 @@ def first_shift(model: Model[Any], x: Tensor) -> tuple[Shift, ...]:
 
 
 def first_moments(model: Model[Any], x: Tensor) -> tuple[str, Moments[Any], NormFacts] | None:
-    """Return the first norm layer that a batch reaches, the moments (N, C) there, and what it has.
+    """Observe a batch at the first norm layer that it reaches and that has statistics from training.
 
     Returns:
-        The name, the moments and the facts; None if no norm layer has running
-        statistics from training.
+        The name of the layer, the moments (N, C) at its input, and its facts; None if there is no such layer.
     """
     facts = {name: fact for name, fact in model.facts().items() if name not in model.state.running}
     first = model.first_moments(x, facts)

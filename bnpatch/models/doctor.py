@@ -30,8 +30,8 @@ _USUAL = 0.2
 # A shift that all images share has at least this common share, a mixture of shifts a smaller one.
 _COMMON = 0.6
 
-# Another preprocessing fits clearly better if the distance with the one in use is above the first number, and
-# the other's is below the second and below this part of it.
+# Another preprocessing fits clearly better if the distance is above _MISFIT with the one in use, and with the
+# other below _FIT and below _CLEARLY times that distance.
 _MISFIT, _FIT, _CLEARLY = 0.3, 0.25, 1 / 3
 
 # Bytes of ordinary images span nearly all of 0 to 255. Those of images with less contrast or light don't, and
@@ -40,7 +40,7 @@ _FULL_RANGE = 0.9
 
 _HUGE_VARIANCE = 1e6
 
-# TensorFlow's eps. It fits clearly better if its distance is less than this part of the other's.
+# TensorFlow's eps. It fits clearly better if the distance with it is less than _BY_EPS times the other one.
 _TF_EPS, _BY_EPS = 1e-3, 0.6
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -355,6 +355,7 @@ def _byte_range(x: Tensor) -> float:
 
 
 def _some(names: Sequence[str], of: Mapping[str, Any]) -> str:
+    """Say how many of all norm layers these are, and name two of them."""
     return (
         f"{len(names)} of {len(of)} norm layers ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
     )

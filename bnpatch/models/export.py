@@ -37,7 +37,8 @@ from bnpatch.onnx.runtime import Signature, read_signature
 #: network whose operators are in another order; half precision rounds by 2^-11 at every layer.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
-#: The same of what one norm layer returns: it may divide rounding by a small deviation.
+#: The same for what one norm layer returns. It is larger, because a layer that divides by a small standard
+#: deviation increases rounding errors.
 NORM_TOLERANCE = 1e-2
 
 _PARITY_BATCHES = (1, 2, 5)
@@ -139,11 +140,11 @@ def patched_graph(
     """
     graph, exported = model.unpatched_graph(example_input)
     state, weights, baseline = model.state, model.weights, model.baseline_alphas()
-    moved = {name: _unrounded(part) for name, part in model.statistics_in_use().items() if name in exported}
+    in_use = {name: _unrounded(part) for name, part in model.statistics_in_use().items() if name in exported}
     chosen = {
         name
         for name, alpha in weights.alphas.items()
-        if name in exported and (alpha_inputs or alpha != baseline[name] or name in moved)
+        if name in exported and (alpha_inputs or alpha != baseline[name] or name in in_use)
     }
     # A recovered norm layer that is not chosen is left out of the graph, because it would do nothing.
     recovered = {name: m for name, m in state.running.items() if name.endswith(FUSED) and name in chosen}
@@ -151,7 +152,7 @@ def patched_graph(
     done = rewrite(
         graph,
         weights.to_write(chosen, alpha_inputs),
-        running={name: part for name, part in moved.items() if name in chosen},
+        running={name: part for name, part in in_use.items() if name in chosen},
         channels_per_group=state.channels_per_group,
         alpha_inputs=alpha_inputs,
         include_1x1=state.include_1x1,
@@ -201,7 +202,8 @@ def _compare(
         pairs = zip(expected, map(exported.predict, batches), strict=True)
         deviations = [_deviation(y.cpu().double(), got.double()) for y, got in pairs]
     if isinstance(source, OnnxModel) and not source.weights.is_baseline(source.baseline_alphas()):
-        # What it predicts comes from the same rewrite. Unpatched, it runs the file as it was read.
+        # The source's predictions come from the same rewrite, so they can't show an error in it. The baseline
+        # needs no such check, because it is the file as it was read.
         for part, wanted, found in compared_by_norm_layer(
             source, graph, batches[1] if images is None else images
         ):

@@ -1,4 +1,4 @@
-"""Hash the parameters of norm layers, so that a recipe knows its model; a patch changes no hash.
+"""Hash the parameters of norm layers, to tell whether a recipe is for a model; a patch changes no hash.
 
 A torch module and its export have the same hashes: those of the values in float32.
 """

@@ -90,7 +90,7 @@ def check_not_onnx(path: Path) -> None:
 def is_safetensors(path: Path) -> bool:
     """Tell whether a file is in the layout of safetensors: the length of a header in JSON, and the header.
 
-    A damaged file counts if its name ends so.
+    A damaged file with the suffix of safetensors counts, too.
     """
     start = start_of(path)
     by_torch = start.startswith((b"PK", b"\x80"))

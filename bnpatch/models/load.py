@@ -244,6 +244,7 @@ def _name_classes(model: TorchModel, checkpoint: Checkpoint) -> None:
 
 
 def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
+    """Build the architecture of a checkpoint, and load its weights."""
     file_name = checkpoint.path.name
     named = hub_config(checkpoint.path).get("architecture")
     hint = checkpoint.arch or (named if isinstance(named, str) else None)
@@ -288,7 +289,7 @@ def _identified(
         if arch:
             return part, architecture.fit(arch, part), note
         return part, architecture.identify(part, hint, checkpoint.path.name, library), note
-    except BnpatchError:  # no architecture has these names of tensors: they may have others
+    except BnpatchError:  # no architecture has tensors of these names: they may have been renamed
         if arch is None and (match := renamed.in_order_of_hugging_face(own_names)) is not None:
             return match[1], match[0], ""
         if (named := renamed.with_own_classifier(own_names)) is not None:
@@ -304,7 +305,11 @@ def _identified(
 def _preprocessing(
     found: Architecture, module: nn.Module, arch: str | None, published: Any, checkpoint: Checkpoint
 ) -> Preprocessing:
-    """Return what ``--arch`` names with a tag, what the checkpoint has, what lies beside it, or a default."""
+    """Return the preprocessing from the first of these that has it.
+
+    The published weights that ``--arch`` names by a tag; the checkpoint; the published weights that have its
+    file name; the files beside it; the default of the architecture.
+    """
     default = default_preprocessing(found, module, published)
     if tagged_weights(arch):
         return default

@@ -1,11 +1,12 @@
 """Check a patched ONNX graph norm layer by norm layer, without the code that wrote it.
 
 What a search runs and what an export writes come from one rewrite, so comparing the two says nothing about
-the rewrite. Here the original graph and the formula of :mod:`bnpatch.core.moments`, in float64, are judges:
+the rewrite. Here the patched graph is compared with the original one and with the formula of
+:mod:`bnpatch.core.moments`, in float64:
 
-1. The patched graph runs, and shows what it computes at every norm layer.
-2. The original graph runs on the same images. After each norm layer it goes on with what the patched graph
-   computed there. It shows the input of each norm layer, and what its own nodes make of that input.
+1. The patched graph runs, and returns the output of every norm layer.
+2. The original graph runs on the same images. What follows a norm layer reads the output that the patched
+   graph had there. It returns the input of each norm layer, and what its own nodes compute from that input.
 3. At each norm layer, the formula with the weight of the baseline must give what the original nodes give
    (running statistics, scale, shift and eps were read right), and the formula with the weights of the patch
    must give what the patched graph gives. And the outputs must be the same.
@@ -32,21 +33,21 @@ from bnpatch.onnx.inference import Array
 from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.runtime import open_session
 
-_MOST_BYTES = 5e8  # of what is kept, for more than one image
+_MOST_BYTES = 5e8  # kept for two images; if they need more, only one is compared
 
 #: A part of the graph, what it must compute, and what it computes.
 Triple = tuple[str, Tensor, Tensor]
 
 
 def compared_by_norm_layer(source: OnnxModel, patched: ir.Model, x: Tensor) -> Iterator[Triple]:
-    """Yield what must be equal but for rounding.
+    """Yield pairs of tensors that must be equal but for rounding.
 
-    Nothing is yielded if a norm layer lies in a branch or a loop, whose values can't be shown.
+    Nothing is yielded if a norm layer lies in a branch or a loop, whose values can't be outputs of the graph.
 
     Args:
         source: the model, with its state.
         patched: the graph that was made of it.
-        x: inputs (N, ...), of which the first two are looked at; one, if they are large.
+        x: inputs (N, ...), of which the first two are used, or the first alone if they are large.
     """
     original = source.graph.clone()
     fused = {name: as_arrays(part) for name, part in source.state.running.items() if name.endswith(FUSED)}
@@ -54,34 +55,32 @@ def compared_by_norm_layer(source: OnnxModel, patched: ir.Model, x: Tensor) -> I
     norms = [norm for norm in inventory(original).norm_layers if norm.module_name in source.weights.alphas]
     if any(norm.node.graph is not original.graph for norm in norms):
         return
-    x, names = _few(source, x), [norm.output.name or "" for norm in norms]
+    x, names = _first_images(source, x), [norm.output.name or "" for norm in norms]
     shown = _shown(patched := patched.clone(), names)
     last = source.output_for(x).name
     *found, y = source.run(open_session(patched, source.device), [*shown, last], x)
     shown, inputs = _cut(original, norms)
     feeds = dict(zip(inputs, found, strict=True))
     *values, expected = source.run(open_session(original, source.device), [*shown, last], x, feeds)
-    halves, facts, moved = (
-        (values[: len(norms)], values[len(norms) :]),
-        source.facts(),
-        source.statistics_in_use(),
-    )
-    for norm, given, own, computed in zip(norms, *halves, found, strict=True):
+    inputs_of_norms, unpatched = values[: len(norms)], values[len(norms) :]
+    facts, in_use = source.facts(), source.statistics_in_use()
+    for norm, *arrays in zip(norms, inputs_of_norms, unpatched, found, strict=True):
         name, at = norm.module_name, f"norm layer {norm.name}"
-        x, before, after = map(_wide, (given, own, computed))
+        x, before, after = map(_wide, arrays)  # the layer's input, its output without and with the patch
         running, baseline = facts[name].source, ExampleWeight(norm.baseline_alpha)
         is_single = math.prod(x.shape[2:]) == 1 and not source.state.include_1x1
         weight = baseline if is_single else source.weights.example_weight(name)
         finite = before.isfinite()  # float16 may overflow where float64 does not
-        yield _of(finite, f"what was read of {at}", before, _normalized(x, norm, running, baseline))
-        if name.endswith(FUSED):  # it must do nothing
-            yield _of(finite, at, x, before)
-        yield _of(finite, at, _normalized(x, norm, moved.get(name, running), weight), after)
+        yield _finite(finite, f"what was read of {at}", before, _normalized(x, norm, running, baseline))
+        if name.endswith(FUSED):  # a recovered norm returns its input
+            yield _finite(finite, at, x, before)
+        yield _finite(finite, at, _normalized(x, norm, in_use.get(name, running), weight), after)
     if last not in names:  # else it was compared at that norm layer
         yield "the output", _wide(expected), _wide(y)
 
 
-def _of(finite: Tensor, part: str, expected: Tensor, found: Tensor) -> Triple:
+def _finite(finite: Tensor, part: str, expected: Tensor, found: Tensor) -> Triple:
+    """Return a triple without the values that are not finite in the original."""
     is_whole = bool(finite.all())
     return (part, expected, found) if is_whole else (part, expected[finite], found[finite])
 
@@ -102,8 +101,8 @@ def _normalized(x: Tensor, norm: OnnxNormLayer, running: Moments[Any], weight: E
     return y.reshape(x.shape)
 
 
-def _few(source: OnnxModel, x: Tensor) -> Tensor:
-    """Return as many images as the graph takes, else two, or one if norm layers return much for it."""
+def _first_images(source: OnnxModel, x: Tensor) -> Tensor:
+    """Return the first images: as many as the graph takes, or two, or one if norm layers return much."""
     sizes, norms = source.norm_shapes(x), source.inventory().norm_layers
     values = sum(norm.num_channels * math.prod(sizes.get(norm.name, (1,))) for norm in norms)
     count = source.signature.batch or (2 if 2 * 4 * 4 * values <= _MOST_BYTES else 1)
@@ -111,13 +110,13 @@ def _few(source: OnnxModel, x: Tensor) -> Tensor:
 
 
 def _shown(graph: ir.Model, names: Sequence[str]) -> list[str]:
-    """Make outputs of values of the main graph, in place; returns the names of the outputs."""
+    """Make values of the main graph outputs, in place; return the names of the outputs."""
     values = {value.name: value for node in graph.graph for value in node.outputs}
     return [_output(graph, values[name], f"bnpatch/check/{n}") for n, name in enumerate(names)]
 
 
 def _output(graph: ir.Model, value: ir.Value, name: str) -> str:
-    """Make an output of a value, in place; through a node, because it may be an output or input already."""
+    """Add an output, in place, that returns a value by Identity, as the value may be an output or input."""
     node = ir.node("Identity", [value])
     shown = node.outputs[0]
     shown.name, shown.type = name, value.type
@@ -127,11 +126,11 @@ def _output(graph: ir.Model, value: ir.Value, name: str) -> str:
 
 
 def _cut(graph: ir.Model, norms: Sequence[OnnxNormLayer]) -> tuple[list[str], list[str]]:
-    """Let a graph go on, in place, with given values after each norm layer.
+    """Cut a graph after each norm layer, in place: what follows reads a new input instead of its output.
 
     Returns:
-        The names of the outputs that are added, what each norm layer takes and what each returns; and the
-        names of the inputs that are added, what is given after each.
+        The names of the new outputs: the input of each norm layer, then the output of each. And the names of
+        the new inputs, one for each norm layer.
     """
     inputs = []
     for n, norm in enumerate(norms):

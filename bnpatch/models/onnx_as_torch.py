@@ -25,7 +25,7 @@ _OPSET = 17
 # The largest difference of an output, as a fraction of the largest output. Rounding gives 1e-6.
 _TOLERANCE = 1e-3
 
-# The outputs are compared at the weights of the file, and at these everywhere: alpha, slope and offset.
+# The outputs are compared twice: at the baseline, and with this alpha, slope and offset at every norm layer.
 _EVERYWHERE = 0.3, 0.5, 1.0
 
 
@@ -42,21 +42,21 @@ def as_torch(model: Model[Any], graph: ir.Model, x: Tensor) -> TorchModel | None
     """
     output = model.output_for(x)
     try:
-        lent = TorchModel(
+        converted = TorchModel(
             module=_module(graph.clone()),
             name=model.name,
             preprocessing=model.preprocessing,
             device=model.device,
             wanted_output=None if output.is_only else str(output.position),
         )
-        return lent if _agrees(lent, model, x) else None
+        return converted if _agrees(converted, model, x) else None
     except Exception:  # converters raise errors of many types, and so do modules that they get wrong
         return None
 
 
 def _module(graph: ir.Model) -> fx.GraphModule:
     """Convert a graph, which is changed; Batch Norm gets the name of its norm layer."""
-    import onnx2torch  # here, because it takes time, and so that no failure of it is one of bnpatch
+    import onnx2torch  # imported here because it is slow, and because bnpatch must work if its import fails
 
     names = {}
     for number, norm in enumerate(inventory(graph).norm_layers):
@@ -79,20 +79,20 @@ def _module(graph: ir.Model) -> fx.GraphModule:
     return module
 
 
-def _agrees(lent: TorchModel, model: Model[Any], x: Tensor) -> bool:
-    """Tell whether both models have the same norm layers, and return the same, patched and not."""
+def _agrees(converted: TorchModel, model: Model[Any], x: Tensor) -> bool:
+    """Tell whether both models have the same norm layers, and the same outputs with a patch and without."""
     alphas = model.baseline_alphas()
-    if lent.baseline_alphas() != alphas:
+    if converted.baseline_alphas() != alphas:
         return False
     alphas, slopes, var_offsets = (dict.fromkeys(alphas, value) for value in _EVERYWHERE)
     everywhere = PatchWeights(alphas, slopes=slopes, var_offsets=var_offsets)
-    return all(_same(lent, model, x, weights) for weights in (PatchWeights(), everywhere))
+    return all(_same(converted, model, x, weights) for weights in (PatchWeights(), everywhere))
 
 
-def _same(lent: TorchModel, model: Model[Any], x: Tensor, weights: PatchWeights) -> bool:
+def _same(converted: TorchModel, model: Model[Any], x: Tensor, weights: PatchWeights) -> bool:
     state = model.baseline().with_weights(weights)
-    with model.in_state(state), lent.in_state(replace(state, running={})):
-        expected, found = model.predict(x), lent.predict(x)
+    with model.in_state(state), converted.in_state(replace(state, running={})):
+        expected, found = model.predict(x), converted.predict(x)
     largest = expected.abs().max()
     return (
         bool(torch.isfinite(largest))

@@ -68,7 +68,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         self.set_state(self._state)
 
     def _open_anew(self, state: PatchState) -> None:
-        """Find the norm layers of the graph with the recovered norms of a state; drop all sessions."""
+        """Add the recovered norms of a state to the graph, find its norm layers, and drop all sessions."""
         fused = {n.removesuffix(FUSED): as_arrays(m) for n, m in state.running.items() if n.endswith(FUSED)}
         self._recovered = self.graph.clone()
         insert_norms(self._recovered, fused)

@@ -171,7 +171,7 @@ def _open_by_batch(
         names.setdefault(norm.module_name, []).append((moments.mean.name or "", moments.var.name or ""))
         return result
 
-    # No norm layer computes what it did at an alpha of 0.5, so all of them are rewritten.
+    # An alpha of 0.5 is the baseline of no norm layer, so all of them are rewritten.
     alphas = {norm.module_name: 0.5 for norm in norms if norm.module_name not in inside}
     rewrite(graph, PatchWeights(alphas), running=running, include_1x1=True, append=append)
     return open_session(graph, device), names

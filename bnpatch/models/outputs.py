@@ -2,7 +2,7 @@
 
 A model may return a tensor, several of them in a tuple, a list, a dictionary or an object, logits or
 probabilities, and one number for two classes. :func:`choose` decides by the shapes and by the number of
-classes. What decides lies in the model and never in the images, so that every batch is read alike.
+classes. It looks at the outputs for random inputs and never at the images, so every batch is read alike.
 """
 
 import re
@@ -46,8 +46,8 @@ class Output:
         kind: what the numbers are.
         batch_axis: the axis of the batch; it is 1 for the (T, N, K) of many recurrent models.
         position: its number among the tensors that the model returns, from 0.
-        repeats: whether an output before it answers the same, as logits do beside their probabilities.
-        is_only: whether the model returns nothing else, so that its name tells nothing.
+        repeats: whether an output before it has the same answers, such as the logits of its probabilities.
+        is_only: whether the model returns no other tensor, so that the name does not matter.
     """
 
     name: str
@@ -79,9 +79,9 @@ class Output:
         return dims
 
     def read(self, y: Tensor) -> Tensor:
-        """Return the tensor with the batch first: (N, K) for (N, K, 1, 1), and logits for a softmax.
+        """Return the tensor with the batch axis first; (N, K, 1, 1) becomes (N, K).
 
-        The softmax of these logits, the logarithms of the probabilities, is the probabilities.
+        Probabilities of a softmax become their logarithms: the softmax of these is the probabilities again.
         """
         y = y.movedim(self.batch_axis, 0)
         y = y.flatten(1) if y.ndim == 4 and y.shape[2:] == (1, 1) else y
@@ -139,7 +139,7 @@ def tensors_of(value: Any, depth: int = _DEPTH) -> dict[str, Tensor]:
 
 
 def _described(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> list[Output]:
-    """Return the outputs with an axis for the batch. Whole numbers are left out if there are others."""
+    """Return the outputs with an axis for the batch; those of integers only if there are no others."""
     found = {}
     for position, (name, y) in enumerate(tensors.items()):
         axis = next((axis for axis, size in enumerate(y.shape) if size == PROBES), None)
@@ -161,7 +161,7 @@ def _described(tensors: Mapping[str, Tensor], sigmoids: Collection[str]) -> list
 
 
 def _kind_by_values(y: Tensor) -> Kind:
-    """Return SOFTMAX if no value is negative and each row of several sums to 1."""
+    """Return SOFTMAX if rows have two values or more, none negative, and sum to 1; else LOGITS."""
     if y.ndim != 2 or y.shape[1] < 2 or not bool((y >= 0).all()):
         return Kind.LOGITS
     rounding = 1e-2 if y.dtype in (torch.float16, torch.bfloat16) else 1e-3
@@ -178,8 +178,8 @@ def choose(
 ) -> Output:
     """Return the output to read, and warn if others could have been meant.
 
-    The outputs with the right number of classes are taken, among these the ones with a telling name, and of
-    equal ones in a tuple the first.
+    The function prefers outputs with the right number of classes, among these the ones with a usual name such
+    as "logits", and among those of one shape in a tuple the first.
 
     Args:
         tensors: what the model returned for :data:`PROBES` inputs, by name.
@@ -208,6 +208,7 @@ def choose(
         return distinct[0]
     fits = [output for output in distinct if output.num_classes] or distinct
     if classes is not None:
+        # The data may lack some of the model's classes, so an output with more comes next.
         larger = [output for output in fits if (output.num_classes or 0) > classes]
         fits = [output for output in fits if output.num_classes == classes] or larger or fits
     fits = [output for output in fits if _MAIN.fullmatch(output.name.split(".")[-1].lower())] or fits

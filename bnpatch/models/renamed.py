@@ -72,8 +72,8 @@ _HUGGING_FACE: dict[str, Sequence[tuple[str, str]]] = {
     ),
 }
 
-# Families of Hugging Face's library whose tensors are sorted into the order of use instead: at each place of
-# a name, a word that stands earlier in this list names a module that is used earlier.
+# Families of Hugging Face's library whose tensors are sorted into the order of use instead. Where two names
+# differ first, the word that stands earlier in _USED_FIRST belongs to the tensor that is used earlier.
 _IN_ORDER = ("efficientnet.", "mobilenet_v1.", "mobilenet_v2.")
 _USED_FIRST = (
     "embeddings conv_stem first_conv layer encoder blocks expansion expand_1x1 depthwise_conv conv_3x3 "
@@ -118,6 +118,7 @@ def of_hugging_face(state_dict: StateDict) -> dict[str, Tensor] | None:
 
 
 def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
+    """Return the name that timm or torchvision has for a tensor, by the first rule that fits; else None."""
     module, _, role = key.rpartition(".")
     for pattern, name in rules:
         if match := re.fullmatch(pattern, module):
@@ -133,10 +134,10 @@ def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
 
 
 def with_own_classifier(state_dict: StateDict) -> dict[str, Tensor] | None:
-    """Return weights under the names of an architecture whose body has a linear classifier from elsewhere.
+    """Return the weights of a body and a linear classifier of a project's own under an architecture's names.
 
     Projects put a model without its classifier under one name, and a classifier of their own under another,
-    such as ``backbone.*`` and ``head.weight``. None if the names tell of no architecture.
+    such as ``backbone.*`` and ``head.weight``. The result is None if no architecture has these names.
     """
     heads = [key.removesuffix(".weight") for key, tensor in state_dict.items() if _is_linear(key, tensor)]
     if not heads or f"{heads[-1]}.bias" not in state_dict:
@@ -204,10 +205,11 @@ def in_order_of_hugging_face(state_dict: StateDict) -> tuple[Architecture, dict[
     keys = sorted((key for key in state_dict if not is_optional(key)), key=_order_of_use)
     names = {key: f"{place}.{key.rpartition('.')[-1]}" for place, key in enumerate(keys)}
     match = in_order_of_use({names[key]: state_dict[key] for key in keys}, is_tensorflow=True)
-    return None if match is None else (replace(match[0], also=()), match[1])  # others that fit pad otherwise
+    return None if match is None else (replace(match[0], also=()), match[1])  # others pad differently
 
 
 def _order_of_use(key: str) -> list[int]:
+    """Return a key to sort the names of tensors by: numbers by value, words by their place in _USED_FIRST."""
     first, *words = key.split(".")
     known = (_USED_FIRST.index(word) if word in _USED_FIRST else -1 for word in words)
     return [

@@ -36,7 +36,7 @@ def recover_fused(
     """Add norm layers, in place, to a model whose Batch Norm was fused into its convolutions.
 
     The function computes the moments of the output of each such convolution over the images;
-    :mod:`bnpatch.onnx.fused_conv` explains why they are enough. At alpha = 0 the model computes what it did.
+    :mod:`bnpatch.onnx.fused_conv` explains why they are enough. At alpha = 0 the model computes as before.
 
         model = bnpatch.load("fused.onnx")
         bnpatch.recover_fused(model, "train/")
@@ -95,7 +95,7 @@ def calibrate(
 
     The function runs the unpatched model on the images and computes exact moments per channel of the input of
     each such norm, pooled over all positions of all examples. The split into batches changes them only by
-    rounding. Afterwards Group Norm is at alpha = 1, where it computes what it did.
+    rounding. Afterwards Group Norm has alpha = 1, at which it computes the same as before.
 
     Batch Norm without running statistics normalizes by its batch while the moments are computed, and by the
     moments afterwards, at alpha = 0. Its output therefore changes, because a layer that does not use the

@@ -15,7 +15,7 @@ from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import read_json
 from bnpatch.models.labels import as_mapping
 
-Values = dict[str, Any]  # arguments of Preprocessing, those that are said
+Values = dict[str, Any]  # arguments of Preprocessing, as far as a file gives them
 
 # Where a checkpoint keeps timm's configuration of data, the likeliest first.
 _CONFIGS = ("pretrained_cfg", "default_cfg", "data_config", "cfg")

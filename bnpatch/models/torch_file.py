@@ -43,13 +43,13 @@ def save_checkpoint(model: "TorchModel", path: str | os.PathLike[str], recipe: R
 def _is_built_by(model: "TorchModel", arch: Architecture) -> bool:
     """Tell whether the architecture, built by its name, computes the same with these weights."""
     plain = PatchState(include_1x1=model.state.include_1x1)
-    twin = replace(model, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
+    rebuilt = replace(model, module=arch.build(), device=torch.device("cpu"), amp=False, _state=plain)
     try:
-        twin.module.load_state_dict(model.module.state_dict(), strict=False)
-        twin.apply(model.recipe())
+        rebuilt.module.load_state_dict(model.module.state_dict(), strict=False)
+        rebuilt.apply(model.recipe())
         x = torch.rand(2, *model.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
-        with model.evaluating(), twin.evaluating():
-            own, other = model.predict(x).float().cpu(), twin.predict(x).float().cpu()
+        with model.evaluating(), rebuilt.evaluating():
+            own, other = model.predict(x).float().cpu(), rebuilt.predict(x).float().cpu()
     except (BnpatchError, RuntimeError):  # other shapes, another recipe, or another input: not the same model
         return False
     scale = own.abs().nan_to_num(0, 0).max().item()  # a model may return nan or infinity for random images

@@ -1,4 +1,4 @@
-"""The state of a patch on the layers of a torch module: read it off them, and make them compute with it."""
+"""Read the state of a patch from the layers of a torch module, and make the layers compute with a state."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +17,10 @@ OnDevice = Callable[[Moments[Any]], Moments[Tensor]]
 
 
 def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchState:
-    """Return the state of the norm layers; ``given`` has the parts of the statistics that they mixed."""
+    """Return the state of the norm layers.
+
+    A layer has only the mixture of its own and the re-estimated statistics; ``given`` has the parts of it.
+    """
     weights: dict[str, dict[str, float]] = {kind: {} for kind, _ in given.weights.kinds()}
     lambdas = weights["lambda"]
     re_estimated, running = dict(given.re_estimated), dict(given.running)
@@ -38,7 +41,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
             continue
         if norm.parameters()[2] is None:
             running[norm.name] = layer.running
-        else:  # what they were mixed from is not known
+        else:  # the parts are not known, so the mixture counts as re-estimated, with lambda 1
             re_estimated[norm.name], lambdas[norm.name] = layer.running, 1.0
     return PatchState(PatchWeights(*weights.values()), re_estimated, running, groups, include_1x1)
 
@@ -46,7 +49,7 @@ def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchS
 def with_norm_layers(
     module: nn.Module, before: Statistics, running: Statistics, on_device: OnDevice
 ) -> nn.Module:
-    """Make norm layers, in place, of exactly the norms that have running statistics, own ones or given ones.
+    """Make norm layers, in place, of the norms that have running statistics (own or given), and of no others.
 
     Args:
         module: the module.

@@ -182,12 +182,13 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     """Return the part of a state dict that is a known architecture, and a note on what was left out.
 
     Checkpoints of whole training programs have more than the model: losses, metrics, and copies of the model
-    such as a teacher or an average. The names of tensors tell which prefix leaves an architecture. Among
-    several, the model comes before a teacher or an average, and a larger part before a smaller one.
+    such as a teacher or an average. A part is the tensors under one prefix; it is an architecture if their
+    names without the prefix are. Among several such parts, the model comes before a teacher or an average,
+    and a larger part before a smaller one.
 
     Args:
         state_dict: the weights.
-        arch: the architecture that the user named. It decides, and what it doesn't have is left out.
+        arch: the architecture that the user named, or None. With one, all other tensors are left out.
         path: the file, for messages.
 
     Raises:
@@ -196,7 +197,8 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     known = _names_of(arch) if arch else None
     if known is None and architecture.by_tensor_names(state_dict):
         return state_dict, ""
-    parts, heads = [], {}
+    parts = []  # whether it is a copy of the model, its size times -1, its prefix, its tensors
+    heads = {}  # by prefix, the names of the tensors of a head that is no part of the architecture
     for prefix, part in _parts(state_dict):
         if known is not None:
             chosen = _only(part, {key.split(".")[0] for key in known})
@@ -260,6 +262,7 @@ def without_extras(state_dict: StateDict) -> StateDict:
 
 
 def _group(key: str, prefix: str) -> str:
+    """Return the name under which a note lists a tensor that was left out: its first component and ``.*``."""
     inside = prefix and key.startswith(f"{prefix}.")
     first = key.removeprefix(f"{prefix}.").split(".")[0] if inside else key.split(".")[0]
     name = f"{prefix}.{first}" if inside else first
@@ -285,6 +288,7 @@ def _only(state_dict: StateDict, groups: Collection[str]) -> StateDict:
 
 
 def _is_extra(component: str) -> bool:
+    """Tell whether a component of a tensor's name shows that the tensor doesn't belong to the model."""
     return bool(_NOT_THE_MODEL.search(component))
 
 

@@ -37,14 +37,14 @@ def epsilon_of_frozen_norm(module: nn.Module) -> float | None:
 def _matching_eps(module: nn.Module) -> float | None:
     """Return the eps with which a module computes the formula on random inputs, or None."""
     try:
-        twin: Any = copy.deepcopy(module).cpu().double()
-        x = _random_inputs(len(twin.weight))
-        with torch.no_grad(), in_evaluation_mode(twin):
-            y: Tensor = twin(x)
-            in_training: Tensor = twin.train()(x)
+        copied: Any = copy.deepcopy(module).cpu().double()
+        x = _random_inputs(len(copied.weight))
+        with torch.no_grad(), in_evaluation_mode(copied):
+            y: Tensor = copied(x)
+            in_training: Tensor = copied.train()(x)
         if not torch.equal(y, in_training):
             return None
-        w, b, mean, var = (getattr(twin, name).detach().view(1, -1, 1, 1) for name in _TENSORS)
+        w, b, mean, var = (getattr(copied, name).detach().view(1, -1, 1, 1) for name in _TENSORS)
     except Exception:  # the code of a user's module may raise anything
         return None
     own = getattr(module, "eps", None)
@@ -72,11 +72,11 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 def _scales_and_shifts(module: nn.Module) -> bool:
     try:
-        twin: Any = copy.deepcopy(module).cpu().double()
-        x = _random_inputs(len(twin.weight))
+        copied: Any = copy.deepcopy(module).cpu().double()
+        x = _random_inputs(len(copied.weight))
         with torch.no_grad():
-            expected = x * twin.weight.view(1, -1, 1, 1) + twin.bias.view(1, -1, 1, 1)
-            return torch.allclose(twin(x), expected, rtol=_ROUNDING, atol=_ROUNDING)
+            expected = x * copied.weight.view(1, -1, 1, 1) + copied.bias.view(1, -1, 1, 1)
+            return torch.allclose(copied(x), expected, rtol=_ROUNDING, atol=_ROUNDING)
     except Exception:  # the code of a user's module may raise anything
         return False
 

@@ -5,8 +5,9 @@ or re-parameterized in torch (timm's RepVGG, MobileOne, FastViT; ``torch.nn.util
 such a convolution is treated as that of a recovered Batch Norm, whose running statistics, scale and shift
 follow from the moments of that output.
 
-The recovered norm is a child module of its convolution, and a forward hook of it calls the norm. It adds
-nothing to the state dict. It is an ordinary norm layer, with the name that it also has in an ONNX export.
+The recovered norm is a child module of its convolution, and a forward hook of the convolution calls it. The
+norm adds nothing to the state dict. It is an ordinary norm layer, with the name that it also has in an ONNX
+export.
 """
 
 import math
@@ -79,7 +80,7 @@ def find_fused_convs(model: nn.Module, run: Callable[[], Any]) -> tuple[str, ...
 
 
 def recover(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> None:
-    """Put a recovered norm after each named convolution, in place. The model still computes what it did.
+    """Put a recovered norm after each named convolution, in place. The model still computes the same.
 
     Args:
         model: any module.

@@ -31,7 +31,7 @@ _OWN_STATE = (
 
 _WEIGHTS = ("alpha", *BESIDE_ALPHA)
 
-# The names that pickled models may have for them.
+# Earlier names of such attributes, which pickled models may have.
 _FORMER_NAMES = {
     "weigh_single_values": "include_1x1",
     "identity": "baseline_alpha",
@@ -48,8 +48,8 @@ class ExampleWeightedNorm(nn.Module):
     output of an example does not depend on the rest of the batch.
 
     ``alpha = 0`` is Batch Norm. ``alpha = 1`` is Group Norm, if the channels of a group are pooled. A layer
-    that was Group Norm therefore computes what it did at 1; its running statistics come from data, see
-    :attr:`running`.
+    that was Group Norm therefore computes the same as before at ``alpha = 1``; its running statistics come
+    from data, see :attr:`running`.
 
     The layer *is* the module that it replaces, under another class: both share one ``__dict__``, and with it
     every parameter, buffer, submodule, hook, flag and state-dict key. The original class still does training
@@ -143,7 +143,7 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The weight of the example, in [0, 1]; at :attr:`baseline_alpha` the layer computes what it did.
+        """The weight of the example, in [0, 1]; at :attr:`baseline_alpha` the layer computes as the original.
 
         Set a number, or a 0-dim tensor that requires grad in order to learn it. The layer keeps the number
         as a CPU tensor that is no buffer. Such a tensor combines with tensors of any device without a copy
@@ -249,9 +249,9 @@ class ExampleWeightedNorm(nn.Module):
 
     @property
     def running_var(self) -> Tensor | None:
-        """The running variance. Reading it warns if the layer computes otherwise than it did.
+        """The running variance. Reading it warns if the layer computes otherwise than the original.
 
-        Code that fuses or re-parameterizes a layer reads this attribute, and would drop alpha.
+        Code that fuses or re-parameterizes a layer reads this attribute, and the fused layer has no alpha.
         """
         if not self._is_baseline or (self._running is not None and self.baseline_alpha == 0):
             warnings.warn(
@@ -300,7 +300,7 @@ class ExampleWeightedNorm(nn.Module):
         return ExampleWeight(self._alpha, slope, 0.0 if self._is_shared else self._var_offset)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse, when ``torch.jit.script`` asks for a form that it can compile."""
+        """Raise an error; ``torch.jit.script`` calls this to get a module that it can compile."""
         raise BnpatchError(
             "torch.jit.script can't compile a patched layer", "use torch.jit.trace, or torch.export"
         )

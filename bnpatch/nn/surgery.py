@@ -95,7 +95,7 @@ class TorchNormLayer:
 
     @property
     def baseline_alpha(self) -> float:
-        """The alpha at which the layer computes what it did: 0 for Batch Norm, 1 for Group Norm."""
+        """The alpha at which the layer computes as before any patch: 0 for Batch Norm, 1 for Group Norm."""
         return 0.0 if self.patched is None else self.patched.baseline_alpha
 
     @property
@@ -133,7 +133,7 @@ def inventory(model: nn.Module) -> Inventory[TorchNormLayer]:
     """
     norm_layers: list[TorchNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
-    inside: list[str] = []  # prefixes of the names of modules inside norm layers, such as auxiliary norms
+    inside: list[str] = []  # prefixes of the names that modules inside norm layers have (auxiliary norms)
     for module, (name, *aliases) in _modules_by_name(model):
         found = _classified(module, name, tuple(aliases))
         if isinstance(found, TorchNormLayer) and name.startswith(tuple(inside)):
@@ -159,7 +159,7 @@ def patch(
     """Swap the norm layers of a model, in place, for layers that weight the example at inference.
 
     Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At the baseline
-    (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes what it did, bit for bit. Patching a
+    (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes as before, bit for bit. Patching a
     patched model sets new weights. Group Norm can be patched once it has running statistics, see
     :func:`bnpatch.calibrate`.
 
@@ -228,7 +228,7 @@ def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
     """Give running statistics to norms that have none, in place, which makes them norm layers.
 
-    Each layer still computes what it did. A Batch Norm without running statistics normalizes by those of the
+    Group Norm still computes the same. A Batch Norm without running statistics normalized by those of the
     batch, which no layer that treats examples separately can reproduce; it gets the running statistics that
     it never kept, and alpha = 0.
 
@@ -302,7 +302,7 @@ def _classified(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLa
     if not is_group_norm and qualified_name not in CONVERTIBLE:
         eps = epsilon_of_frozen_norm(module)
         if eps is None:
-            reason = _why_not_unknown(module)
+            reason = _why_skipped(module)
             return None if reason is None else SkippedNorm(name, kind, reason)
         module.eps = eps  # some have it in their code alone
     if is_group_norm or module.running_mean is None or module.running_var is None:
@@ -312,7 +312,7 @@ def _classified(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLa
     return TorchNormLayer(name, kind, module, aliases)
 
 
-def _why_not_unknown(module: nn.Module) -> str | None:
+def _why_skipped(module: nn.Module) -> str | None:
     """Return why a module of an unknown class is skipped, or None if it is no norm."""
     if script_name := getattr(module, "original_name", None):  # TorchScript hides the Python class
         reason = "compiled by TorchScript: patch the Python model before scripting it"
@@ -346,6 +346,7 @@ def _by_name(
 
 
 def _nothing_to_patch(model: nn.Module, found: Inventory[TorchNormLayer]) -> tuple[str, str]:
+    # Returns the problem and the remedy.
     from bnpatch.nn.fused_conv import may_be_fused  # imported here because it imports this module
 
     if found.norm_layers:

@@ -1,7 +1,7 @@
 """Run a torch model once, and find norms by the operators that it calls.
 
-The file answers two questions. It traces no graph, so both work for every model that runs, whatever its
-control flow.
+The file has two functions. Each runs the model and watches its operators instead of tracing a graph, so it
+works for every model that runs, whatever its control flow.
 
 :func:`unnormalized_norms` finds the norms whose output reaches the output of the model without passing
 another norm. If a norm's output is normalized again, the next norm divides out whatever scale was learned.
@@ -37,7 +37,7 @@ from bnpatch.nn.surgery import inventory
 # Names of operators that normalize by moments, after torch decomposed composite operators.
 _NORMALIZING = re.compile(r"(batch|group|layer|instance|rms)_?norm")
 
-# Names of operators that read the shape of a tensor, not its values.
+# Names of operators that read the shape of a tensor, not its values: new_zeros, ones_like and others.
 _LIKE = re.compile(r"^new_|_like$")
 
 # Classes that an inventory lists as skipped norms, though they don't divide their input by its moments.
@@ -127,6 +127,7 @@ class _Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sources: dict[StorageWeakRef, frozenset[str]] = {}
 
     def of(self, x: Tensor) -> frozenset[str]:
+        """Return the names of the norms that a tensor comes from since it was last normalized."""
         return self._sources.get(_storage(x), frozenset())
 
     def set_norm(self, y: Any, name: str | None) -> None:
@@ -184,8 +185,8 @@ def _names_by_storage(norms: dict[str, nn.Module]) -> dict[StorageWeakRef, str]:
 def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterator[None]:
     """Record the outputs of norm modules by hooks.
 
-    The operators alone do not tell: some norms have no operator of their own, and some modules apply an
-    activation after the norm.
+    Operators alone are not enough: some norms have no operator of their own, and some norm modules apply an
+    activation after they normalized.
     """
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -210,6 +211,7 @@ def _noting_modules(norms: dict[str, nn.Module], record: _Provenance) -> Iterato
             handle.remove()
 
 
+# Reasons why a call of a functional norm is listed as skipped.
 _REACHED_BY_EXPORT = (
     "called in a forward, where no module can be swapped: export the model, and patch the file"
 )
@@ -256,6 +258,7 @@ def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[SkippedN
 
 
 def _reason(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return why a call of a functional norm is listed as skipped."""
     if func is F.group_norm:
         return _REACHED_BY_EXPORT
     if func is F.instance_norm:

@@ -41,7 +41,7 @@ class GeneralNorm(ExampleWeightedNorm):
 
     @classmethod
     def of(cls, layer: ExampleWeightedNorm, spec: NormSpec) -> "GeneralNorm":
-        """Make a GeneralNorm that shares the state of ``layer``, with its statistics pooled as by ``spec``.
+        """Make a GeneralNorm that shares the state of ``layer``; its statistics are pooled as ``spec`` says.
 
         Args:
             layer: a layer with buffers for running statistics. Don't use it afterwards.
@@ -279,7 +279,7 @@ class _PooledNorm(torch.autograd.Function):
         products = torch.bmm(d_rows[:, None], rows[:, :, None]).view_as(mean)
         d_scale = (products - mean * d_shift) * rstd  # sums of dy * x^
 
-        def over_group(sums: Tensor) -> Tensor:
+        def over_group(sums: Tensor) -> Tensor:  # the mean of w v over each group, from sums of v
             size, _, _, channels = ctx.groups
             total = (weight.to(rstd) * sums).view(ctx.groups).sum((0, 3), keepdim=True)
             spread: Tensor = (
@@ -287,6 +287,7 @@ class _PooledNorm(torch.autograd.Function):
             )
             return spread
 
+        # dx = of_dy * dy + of_x * x + constant
         of_x = -rstd.square() * over_group(d_scale)
         constant = -rstd * over_group(d_shift) - mean * of_x
         of_dy = (weight.to(rstd) * rstd).view(*mean.shape, *(1,) * (x.ndim - 2))

@@ -1,4 +1,4 @@
-"""Recognize Batch Norm that a graph has as arithmetic: Sub, Div or Mul, Mul, Add with constants per channel.
+"""Recognize Batch Norm that a graph computes by Sub, Div or Mul, Mul and Add with constants per channel.
 
 Modules that compute a frozen Batch Norm in their own code are exported like this, and so are graphs of
 TensorFlow 1. Two arrangements have running statistics that can be read:
@@ -6,9 +6,10 @@ TensorFlow 1. Two arrangements have running statistics that can be read:
     centred: (x - mean) / sqrt(var + eps) * gamma + beta
     scaled:  x * s + (beta - mean * s)  with  s = gamma / sqrt(var + eps)
 
-The second one is only readable if the graph still computes ``s`` and the shift from the four parameters. Most
-tools compute them once and store the results. The numbers s and t of ``y = x * s + t`` fit any running
-statistics; :func:`is_affine` finds these nodes, so that bnpatch can list them with this reason.
+The second one can be read only if the graph still computes ``s`` and the shift from the four parameters. Most
+tools compute both once and store the results. Then ``y = x * s + t`` with stored numbers s and t is all that
+is left, and these fit any running statistics. :func:`is_affine` finds such nodes, so that bnpatch can list
+them as skipped with this reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ class DecomposedBatchNorm:
 
 @dataclass
 class _Parts:
-    """What has been read of a Batch Norm so far; 1 and 0 stand for parameters without effect."""
+    """What has been read of a Batch Norm so far; without gammas gamma is 1, and without beta beta is 0."""
 
     nodes: list[ir.Node]
     mean: ir.Value | None = None
@@ -90,7 +91,7 @@ def find_decomposed(node: ir.Node, types: Mapping[int, TensorType]) -> Decompose
 
 
 def is_affine(node: ir.Node, types: Mapping[int, TensorType]) -> bool:
-    """Tell whether a Mul and the Add after it, by numbers per channel, stand where networks have a norm.
+    """Tell whether a node is a Mul before an Add, by numbers per channel, at a place where norms usually are.
 
     A scale and a shift after a norm or a convolution don't count; :mod:`bnpatch.onnx.fused_conv` finds those
     after a convolution.
@@ -141,7 +142,8 @@ def _centred(node: ir.Node, operand: int, rank: int) -> _Parts | None:
         parts.var, parts.gammas = _numbers(parts.var_value), () if gamma is None else (gamma,)
     _read_gamma_and_beta(parts, rank)
     if parts.var is None and x is not None and not _is_on_images(x):
-        # Only numbers are left. If there is only one factor, gamma may be part of it.
+        # The graph has stored the standard deviation (or its inverse) as numbers. A single Mul could be by
+        # gamma over the deviation, from which the deviation can't be read, so a second Mul is required.
         std = _numbers(factor)
         if not np.all(std > 0) or not (divide or parts.gammas):
             return None
@@ -253,7 +255,7 @@ def _numbers(value: ir.Value | None) -> Array:
 
 
 def _is_on_images(value: ir.Value) -> bool:
-    """Tell whether a value is the image input, past what a model does to normalize images itself."""
+    """Tell whether a value is an image: the model's input, or computed from it by preprocessing alone."""
     seen = [value]
     while seen:
         value = seen.pop()

@@ -24,15 +24,16 @@ normalized coordinates, with the example's mean m and mean square q, ``mix`` and
     alpha (q - m^2) + (1 - alpha) rho + alpha (1 - alpha) m^2 + 1 - rho
         = alpha q - (alpha m)^2 + r,        r = ((1 - alpha) rv + eps) / (rv + eps)
 
-If sqrt(alpha) is the scale of the BatchNormalization, alpha q is the mean square of u itself and (alpha m)^2
-is alpha times its squared mean m_u:
+If sqrt(alpha) is the scale of the BatchNormalization, alpha q is q_u, the mean square of u itself, and
+(alpha m)^2 is alpha times m_u^2, its squared mean. With the norm layer's scale g and shift b:
 
     w = q_u - (alpha m_u) m_u + r,  s = (g / sqrt(alpha)) / sqrt(w),  y = u s + (b - (alpha m_u) s)
 
 This has a difference of squares, but q_u - alpha m_u^2 >= (1 - alpha) q_u, which is far above rounding unless
-alpha is near 1. For such an alpha, the normalized form is used. If the variance has another weight, a, than
-the mean, b, then the scale of u is sqrt(a), r has a in place of alpha, and only the first of the two alphas
-in w changes: it becomes 1 - b (1 - b) / a, and has to keep away from 1 likewise.
+alpha is near 1. For such an alpha, the normalized form is used. If the example's variance has a weight a of
+its own, and alpha is that of its mean, then the scale of u is sqrt(a), and r and s have a in place of alpha.
+In w the factor alpha of m_u^2 becomes 1 - alpha (1 - alpha) / a, which must not be near 1 either. y keeps
+alpha.
 
 With a slope, the weight a of an example depends on the moments of u, so the scale of u has to be 1. The fused
 form then starts from the normalized coordinates and writes :class:`bnpatch.core.moments.ExampleWeight` for
@@ -44,8 +45,8 @@ them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus what r
     s   = g / sqrt(w),  y = u s + (b - (a m) s)
 
 This adds 16 operators to the 8 on (N, C), 7 of them on (N, 1), and no pass over u. In onnxruntime the
-logarithm and the sigmoid are faster than a power. If the variance has another weight, that is a sigmoid, too,
-and w = (1 - a) + a t + b (1 - b) p.
+logarithm and the sigmoid are faster than a power. If the variance has a weight a' of its own, that is a
+sigmoid, too, and w = (1 - a') + a' t + a (1 - a) p.
 
 For half-precision input, moments and affine map are computed in float32 (squares of values above 256 overflow
 float16), and always by the direct form, because u could overflow where the running variance is tiny.
@@ -71,7 +72,7 @@ from bnpatch.onnx.match import OnnxNormLayer
 
 Form = Literal["direct", "normalized", "fused"]
 
-#: Up to this factor of the squared mean, the fused form keeps four digits more than rounding needs.
+#: The largest factor of m_u^2 in w (see above) for the fused form. Up to it, four digits are to spare.
 _LARGEST_FUSED_FACTOR = 0.99
 
 #: Operators into which a runtime can fuse a BatchNormalization that follows.
@@ -98,7 +99,7 @@ def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], constant: Exam
 
 
 def _factor(weight: ExampleWeight) -> float:
-    """Return what the fused form subtracts of the squared mean, without a slope."""
+    """Return the factor of m_u^2 that the fused form subtracts in w; the slope does not matter."""
     mean, var = ExampleWeight(weight.alpha, var_offset=weight.var_offset).at(None)
     return float(mean.example if mean is var else 1 - mean.example * mean.rest / var.example)
 
@@ -181,9 +182,9 @@ def append_batch_norm(
 
 
 def append_by_batch(tape: Tape, norm_layer: OnnxNormLayer) -> tuple[ir.Value, Moments[ir.Value]]:
-    """Append the norm as it is in training: it normalizes by the moments of the whole batch.
+    """Append the norm as it is in training: Batch Norm normalizes by the moments of the whole batch.
 
-    A Group Norm stays a Group Norm.
+    Group Norm computes what it always does.
 
     Args:
         tape: gets the nodes.
@@ -303,8 +304,7 @@ def _weighted_norm(
         means, variances = pooled.mean, pooled.var
     if isinstance(means, np.ndarray) and not means.any():
         means = 0.0  # a plain 0 needs no nodes
-    mixed_in = Moments(means, variances)
-    mixed = mix_example(weight, example, mixed_in, epsilons)
+    mixed = mix_example(weight, example, Moments(means, variances), epsilons)
     scale: Value = weights / mixed.total.sqrt()
     shift: Value = biases - mixed.mean * scale
     if per_group:

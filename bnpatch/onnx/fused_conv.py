@@ -1,9 +1,9 @@
 """Find convolutions of an ONNX graph that a Batch Norm may have been fused into, and add it again.
 
 A fused Batch Norm leaves only one trace, a bias: in most architectures with Batch Norm, convolutions have no
-bias of their own. A Batch Norm that the graph has as Mul and Add, with numbers per channel, is as good as
-fused: it does not tell its running statistics. The convolutions that are found are therefore only candidates.
-A convolution before a Softmax, at an output or in a squeeze-and-excite block has a bias, too.
+bias of their own. A Batch Norm of which the graph has only a Mul and an Add, with numbers per channel, is
+treated as fused, because its running statistics can't be read either. The convolutions that are found are
+only candidates: one before a Softmax, at an output or in a squeeze-and-excite block has a bias, too.
 
 The scale and shift of the Batch Norm are lost, but they are not needed, because normalization does not change
 under an affine map of each channel. The output y0 of such a convolution is treated as the output of a virtual

@@ -199,9 +199,9 @@ class TensorType:
 def check_sizes(model: ir.Model) -> None:
     """Check that no value of a graph has too many numbers.
 
-    The first check does without the values of small tensors: shape inference computes these, and would fill
-    the memory for a Range of a trillion numbers, or for a shape that Concat doubles again and again. The
-    second check has them, because the sizes of other values follow from them.
+    The function checks twice. First it infers shapes without the values of small tensors, because computing
+    these would fill the memory for a Range of a trillion numbers, or for a shape that Concat doubles again
+    and again. Then it infers shapes with these values, because the sizes of other values follow from them.
 
     Raises:
         BnpatchError: a value has more numbers than :data:`~bnpatch.core.limits.VALUES` allows.

@@ -28,7 +28,7 @@ EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)  # leaves 64 MiB for everything
 _OLDEST_OPSET = 7  # in older opsets, operators broadcast by other rules
 _SMALL = 1024  # bytes; a tensor up to this size stays in the model file
 
-# What to do about external data that are links, as in a cache that keeps its files elsewhere.
+# The remedy for external data that are links, as in a cache that keeps its files elsewhere.
 _WITHOUT_LINKS = "copy the model and its data as plain files into one folder (cp -L)"
 
 
@@ -234,7 +234,7 @@ def _check_fields(file: Path, message: Any) -> None:
 def _count_nodes(proto: onnx.ModelProto) -> int:
     """Count the nodes that a graph has when all calls of functions are inlined.
 
-    A function that calls another one twice, which calls a third one twice, and so on, doubles with each line.
+    They may be far more than the file has: if each function calls the next one twice, each doubles the count.
     """
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     counts: dict[tuple[str, str, str], int | None] = {}  # None while the function is being counted

@@ -22,7 +22,7 @@ from bnpatch.onnx.inference import NORMS, Array, Dims, TensorType, constant_of, 
 MARK = "/bnpatch/"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_LIBRARIES = ("torch.", "timm.", "torchvision.")  # whose classes with "norm" in their names are norms
+_LIBRARIES = ("torch.", "timm.", "torchvision.")  # in these, classes with "norm" in their names are norms
 _PARAMETER = re.compile(r"(.+)\.(?:running_mean|running_var|weight|bias)$")
 _GROUP_NORM_PER_CHANNEL = 21  # from this opset on, the scale has one value per channel, not per group
 
@@ -175,7 +175,7 @@ def _classified(
 def _classified_arithmetic(
     node: ir.Node, types: Mapping[int, TensorType]
 ) -> OnnxNormLayer | SkippedNorm | None:
-    """Classify a node that may begin a Batch Norm of simpler operators, as :func:`_classified` does."""
+    """Classify a node, as :func:`_classified` does, that may begin a Batch Norm of simpler operators."""
     if (found := find_decomposed(node, types)) is not None:
         input_ = _type_of(node.inputs[found.operand], types)
         name = _module_name(found.nodes[-1], found.values)

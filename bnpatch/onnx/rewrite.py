@@ -31,7 +31,7 @@ class _Use(Enum):
     """What becomes of a norm layer."""
 
     WEIGHTED = auto()
-    MOVED = auto()  # Batch Norm that does not weight the example, but gets other running statistics
+    OTHER_STATISTICS = auto()  # Batch Norm by other running statistics, without a weight of the example
     KEPT = auto()
 
 
@@ -101,9 +101,9 @@ def rewrite(
     moments = {norm_layer.name: _running_moments(norm_layer, running or {}) for norm_layer in named}
 
     def use(norm_layer: OnnxNormLayer) -> _Use:
-        moves = norm_layer.baseline_alpha == 0 and (running_inputs or _is_given(norm_layer, running or {}))
+        other = norm_layer.baseline_alpha == 0 and (running_inputs or _is_given(norm_layer, running or {}))
         constant = alphas[norm_layer.name] if alpha_inputs is None else None
-        return _use(norm_layer, constant, moves=moves, include_1x1=include_1x1)
+        return _use(norm_layer, constant, other_statistics=other, include_1x1=include_1x1)
 
     uses = {norm_layer.name: use(norm_layer) for norm_layer in named}
     chosen = [norm_layer for norm_layer in named if uses[norm_layer.name] is not _Use.KEPT]
@@ -119,7 +119,7 @@ def rewrite(
     for norm_layer in chosen:
         name = norm_layer.name
         tape = Tape(f"{name}{MARK.rstrip('/')}", opset, taken)
-        if uses[name] is _Use.MOVED:
+        if uses[name] is _Use.OTHER_STATISTICS:
             result = append_batch_norm(tape, norm_layer, moments[name], given.get(name))
         else:
             used = {kind: inputs[kind].get(name, values.get(name, 0.0)) for kind, values in numbers.items()}
@@ -139,7 +139,7 @@ def rewrite(
 def _numbers(
     weights: PatchWeights, norm_layers: list[OnnxNormLayer], alpha_inputs: AlphaInputs | None
 ) -> dict[str, dict[str, float]]:
-    """Return the weights by kind and by name of norm layer; BnpatchError if one input can't stand for all."""
+    """Return the weights by kind and by name of norm layer; raise an error if one input can't serve all."""
     numbers = {kind: _by_norm(kind, weights.of(kind), norm_layers) for kind in ("alpha", *BESIDE_ALPHA)}
     for kind, values in numbers.items():
         if alpha_inputs == "global" and len(set(values.values())) > 1:
@@ -150,17 +150,19 @@ def _numbers(
     return numbers
 
 
-def _use(norm_layer: OnnxNormLayer, constant: float | None, *, moves: bool, include_1x1: bool) -> _Use:
+def _use(
+    norm_layer: OnnxNormLayer, constant: float | None, *, other_statistics: bool, include_1x1: bool
+) -> _Use:
     """Decide what becomes of a norm layer.
 
     Args:
         norm_layer: the norm layer.
         constant: its alpha; None if that is an input of the graph.
-        moves: whether it may get other running statistics.
+        other_statistics: whether it may get other running statistics.
         include_1x1: see :func:`rewrite`.
     """
     if constant == norm_layer.baseline_alpha or (norm_layer.single_value and not include_1x1):
-        return _Use.MOVED if moves else _Use.KEPT
+        return _Use.OTHER_STATISTICS if other_statistics else _Use.KEPT
     return _Use.WEIGHTED
 
 
@@ -255,7 +257,7 @@ def _add_input(graph: ir.Graph, name: str, default: float | Array, taken: set[st
 
 
 def _unless_single_values(tape: Tape, norm_layer: OnnxNormLayer, alpha: float | ir.Value) -> ir.Value:
-    """Append nodes that return alpha, but that of the baseline if an example has one value per channel."""
+    """Append nodes that return alpha, or the baseline's alpha if an example has one value per channel."""
     sizes = Value(tape, tape.op("Shape", norm_layer.input, dtype=ir.DataType.INT64)).cast(ir.DataType.FLOAT)
     spatial = tape.constant(np.arange(2, len(norm_layer.dims)), ir.DataType.INT64)
     count = tape.op("ReduceProd", tape.op("Gather", sizes.value, spatial, dtype=sizes.dtype), keepdims=0)

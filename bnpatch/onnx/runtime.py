@@ -112,10 +112,10 @@ def open_session(model: ir.Model, device: torch.device, threads: int | None = No
 
 
 class _TimedSession:
-    """A session that ends a run after some seconds per example, for graphs with loops, which may have no end.
+    """A session that ends a run after some seconds per example, for graphs with loops that may never end.
 
     Args:
-        session: the session of onnxruntime, whose other methods it has.
+        session: the session of onnxruntime, which serves all other attributes.
     """
 
     def __init__(self, session: Any) -> None:
@@ -167,12 +167,12 @@ def learn_ranks(model: ir.Model, signature: Signature, size: Sequence[int]) -> N
     unknown = {v.name: v for v in inputs if v is not None and not types[id(v)].dims and v.name}
     if not unknown:
         return
-    looked = model.clone()
-    values = {value.name: value for node in looked.graph for value in node.outputs}
-    looked.graph.outputs.extend(values[name] for name in unknown if not values[name].is_graph_output())
+    probe = model.clone()  # with the unknown values as outputs
+    values = {value.name: value for node in probe.graph for value in node.outputs}
+    probe.graph.outputs.extend(values[name] for name in unknown if not values[name].is_graph_output())
     x = np.zeros((signature.batch or 1, *size), signature.dtype)
     try:
-        session = open_session(looked, torch.device("cpu"))
+        session = open_session(probe, torch.device("cpu"))
         feed = np.ascontiguousarray(np.moveaxis(x, 1, -1) if signature.channels_last else x)
         arrays = session.run(list(unknown), {signature.input: feed})
     except Exception:  # the norms are skipped then, with the reason that their rank is not known
