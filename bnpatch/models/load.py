@@ -207,6 +207,10 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
             raise BnpatchError(f"{checkpoint.path} holds a whole model", "leave out --arch")
         model = _of_module(checkpoint.module, checkpoint.path.stem)
         model.notes.append("a pickled model, run by its own code")
+        values, source = _stored(checkpoint)
+        if values:
+            channels = model.preprocessing.input_size[0]
+            model.preprocessing = applied(values, model.preprocessing, channels, source)
     else:
         model = _build(checkpoint, arch)
     _name_classes(model, checkpoint)
@@ -313,14 +317,18 @@ def _preprocessing(
     default = default_preprocessing(found, module, published)
     if tagged_weights(arch):
         return default
-    path = checkpoint.path
-    with reading(path, "a checkpoint whose preprocessing can be read", "save it without"):
-        values, source = in_checkpoint(checkpoint.about, checkpoint.args, path)
+    values, source = _stored(checkpoint)
     if not values and published is not None:
         return default
     if not values:
-        values, source = beside(path, found.name)
+        values, source = beside(checkpoint.path, found.name)
     return applied(values, default, found.in_chans, source) if values else default
+
+
+def _stored(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """Return the values of the preprocessing in a checkpoint, and their place."""
+    with reading(checkpoint.path, "a checkpoint whose preprocessing can be read", "save it without"):
+        return in_checkpoint(checkpoint.about, checkpoint.args, checkpoint.path)
 
 
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:

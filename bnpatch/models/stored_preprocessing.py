@@ -42,6 +42,9 @@ def in_checkpoint(about: Mapping[str, Any], args: Mapping[str, Any], path: Path)
             if found := of_timm(as_mapping(holder.get(key)), f"{path}: {prefix}{key}"):
                 values = {**found, **values}
                 sources.append(f"{prefix}{key}")
+    if (size := as_mapping(about.get("train_args")).get("imgsz")) is not None and not values:
+        values = _of_ultralytics(size, f"{path}: train_args.imgsz")
+        sources = ["train_args, as of ultralytics"]
     return values, f"the checkpoint's {' and '.join(sources)}"
 
 
@@ -167,15 +170,14 @@ def of_ultralytics(size: Any, channels: int) -> Preprocessing:
     Raises:
         BnpatchError: the size is not valid.
     """
-    _, height, width = _size(size, "imgsz in the file's metadata")
-    return Preprocessing(
-        (channels, height, width),
-        (0.0,),
-        (1.0,),
-        "bilinear",
-        crop_pct=1.0,
-        source="the file's metadata, as ultralytics writes it",
-    )
+    values = _of_ultralytics(size, "imgsz in the file's metadata")
+    values["input_size"] = (channels, *values["input_size"][1:])
+    return Preprocessing(**values, source="the file's metadata, as ultralytics writes it")
+
+
+def _of_ultralytics(size: Any, where: str) -> Values:
+    normalization = {"mean": (0.0,), "std": (1.0,), "interpolation": "bilinear", "crop_pct": 1.0}
+    return {"input_size": _size(size, where), **normalization}
 
 
 def _of_arguments(args: Mapping[str, Any], where: str) -> Values:

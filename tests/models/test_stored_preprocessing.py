@@ -135,3 +135,18 @@ def test_the_normalization_of_hugging_face_is_that_of_its_processor():
     ):
         values = of_hugging_face({**config, **change}, "")
         np.testing.assert_allclose((x / 255 - values["mean"][0]) / values["std"][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "mean"),
+    [
+        ({"args": {"img_size": 24, "mean": [0.1, 0.2, 0.3]}}, 24, (0.1, 0.2, 0.3)),
+        ({"pretrained_cfg": CFG}, 32, (0.1, 0.2, 0.3)),
+        ({"train_args": {"imgsz": 40}}, 40, (0.0, 0.0, 0.0)),  # as ultralytics' classifiers: values in [0, 1]
+    ],
+)
+def test_beside_a_whole_module(content, size, mean, tmp_path):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    torch.save({"model": module, **content}, tmp_path / "model.pt")
+    known = bnpatch.load(tmp_path / "model.pt", unsafe_load=True).preprocessing
+    assert (known.input_size, known.mean) == ((3, size, size), mean)
