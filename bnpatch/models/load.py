@@ -207,10 +207,10 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
             raise BnpatchError(f"{checkpoint.path} holds a whole model", "leave out --arch")
         model = _of_module(checkpoint.module, checkpoint.path.stem)
         model.notes.append("a pickled model, run by its own code")
-        values, source = _stored(checkpoint)
-        if values:
+        known, source = _stored(checkpoint)
+        if known:
             channels = model.preprocessing.input_size[0]
-            model.preprocessing = applied(values, model.preprocessing, channels, source)
+            model.preprocessing = applied(known, model.preprocessing, channels, source)
     else:
         model = _build(checkpoint, arch)
     _name_classes(model, checkpoint)
