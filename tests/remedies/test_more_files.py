@@ -1,0 +1,150 @@
+"""Files of models: others than those of test_files.py and test_onnx.py, in one table."""
+
+import zipfile
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from bnpatch.models import architecture
+from bnpatch.models.load import load
+from bnpatch.models.renamed import check_hugging_face
+from bnpatch.models.torch_export import program_to_graph
+from tests.onnx.build import bn_model
+from tests.remedies.world import cases, followed, onnx_file
+
+
+def graph(w, change=lambda proto: None):
+    proto = bn_model()
+    change(proto)
+    return load(onnx_file(w, proto))
+
+
+def without_opset(proto):
+    del proto.opset_import[:]
+
+
+def sparse(proto):
+    values = helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4]))
+
+
+def not_utf8(w, change):
+    whole = bn_model().SerializeToString()
+    return load(w.file("model.onnx", whole.replace(b"norm", b"n\xffrm") if change else whole))
+
+
+def external(w, cut):
+    """A graph whose weights lie beside it."""
+    proto = bn_model()
+    onnx.save(proto, w.folder / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    if cut:
+        whole = (w.folder / "w.bin").read_bytes()
+        (w.folder / "w.bin").write_bytes(whole[: len(whole) - 8])
+    load(w.folder / "m.onnx")
+
+
+def keras(w):
+    with zipfile.ZipFile(path := w.folder / "model.pt", "w") as archive:
+        archive.writestr("model.weights.h5", b"")
+    load(path)
+
+
+def expanded(w, contiguous):
+    state = {**w.state_dict}
+    state["fc.bias"] = torch.zeros(1).expand(10**9) if not contiguous else state["fc.bias"]
+    load(w.saved(state))
+
+
+def hugging_face(**config):
+    check_hugging_face({"model_type": "mobilenet_v2", **config})
+
+
+def size_of_graph(w, size):
+    load(onnx_file(w, bn_model(x=("n", 6, 5, 4)))).predict(torch.zeros(1, 6, *size))
+
+
+CASES = {
+    "a graph of nothing": (
+        lambda w: load(w.file("model.onnx", onnx.ModelProto(producer_name="other").SerializeToString())),
+        "is not an ONNX model",
+        "export one",
+        graph,
+    ),
+    "no opset": (
+        lambda w: graph(w, without_opset),
+        "does not say which opset it uses",
+        "nothing to patch",
+        graph,
+    ),
+    "sparse": (
+        lambda w: graph(w, sparse),
+        "has sparse tensors",
+        "write them as dense ones",
+        graph,
+    ),
+    "not UTF-8": (
+        lambda w: not_utf8(w, True),
+        "is not a valid ONNX model|is not an ONNX model",
+        "fetch (or export )?it again",
+        lambda w: not_utf8(w, False),
+    ),
+    "short external data": (
+        lambda w: external(w, cut=True),
+        "is too short|cannot be used",
+        "fetch it again",
+        lambda w: external(w, cut=False),
+    ),
+    "a size of a graph": (
+        lambda w: size_of_graph(w, (7, 4)),
+        r"does not take an input of shape \(1, 6, 7, 4\)",
+        "set --img-size, or give inputs",
+        lambda w: size_of_graph(w, (5, 4)),
+    ),
+    "TensorFlow Lite": (
+        lambda w: load(w.file("model.pt", b"\0\0\0\0TFL3" + bytes(40))),
+        "is a TensorFlow Lite file",
+        "ONNX",
+        graph,
+    ),
+    "Keras": (keras, "is a Keras archive", "ONNX", graph),
+    "a name that no file has": (
+        lambda w: load("a\0b.pt"),
+        "cannot read",
+        "check the path",
+        lambda w: load(w.checkpoint),
+    ),
+    "an expanded tensor": (
+        lambda w: expanded(w, contiguous=False),
+        "claims 1000000000 elements and holds 1",
+        r"save it after \.contiguous\(\)",
+        lambda w: expanded(w, contiguous=True),
+    ),
+    "weights of nothing": (
+        lambda w: architecture.identify({}),
+        "has no weights",
+        "save a state dict",
+        lambda w: architecture.identify(w.state_dict),
+    ),
+    "another activation": (
+        lambda w: hugging_face(hidden_act="gelu"),
+        "config.json says hidden_act = 'gelu'",
+        "call bnpatch.tune_alpha",
+        lambda w: hugging_face(),
+    ),
+    "a program that is not there": (
+        lambda w: program_to_graph(w.folder / "model.pt2"),
+        "no such file",
+        "check the path",
+        lambda w: load(w.checkpoint),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases(CASES)
+def test_more_files(name, world):
+    fails, problem, remedy, follow = CASES[name]
+    followed(lambda: fails(world), problem, remedy, lambda _: follow(world))
