@@ -125,7 +125,7 @@ class Share(NamedTuple):
         return Share(far / total, self.rest / total)
 
     def of(self, example: Any, running: Any) -> Any:
-        """Add both up by their weights."""
+        """Return the sum of both values, each multiplied by its weight."""
         return self.example * example + self.rest * running
 
 
@@ -217,7 +217,7 @@ def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
 def _mixed(
     mean: Share, var: Share, example: Moments[Any], running: Moments[Any], between: Any
 ) -> Moments[Any]:
-    """Mix moments, with the weight of the mean and that of the variance; ``between`` lies between the means.
+    """Mix moments, by the weights of mean and variance; ``between`` is the difference of the two means.
 
     The variances may include eps, and then that of the mixture does, because the weights add up to 1.
     """

@@ -189,8 +189,8 @@ def check_up(
         examples: images; labels are not used.
         indices: indices of the examples to choose from; None for all.
         seed: seed of the choice.
-        thorough: look at all norm layers, and try other preprocessings even if the one in use fits; if not,
-            look only for what :attr:`Checkup.is_sure` of another preprocessing.
+        thorough: look at all norm layers, and try other preprocessings even if the one in use fits. False
+            looks at the first norm layer alone, and returns None if :attr:`Checkup.is_sure` would be false.
 
     Returns:
         What there is to see; None if no norm layer has running statistics from training, or if no image can

@@ -11,8 +11,8 @@ the rewrite. Here the patched graph is compared with the original one and with t
    (running statistics, scale, shift and eps were read right), and the formula with the weights of the patch
    must give what the patched graph gives. And the outputs must be the same.
 
-By induction over the layers, the patched graph is then the original one with the formula at its norm layers.
-It takes two runs, and memory for four copies of what norm layers return.
+From layer to layer it follows that the patched graph is the original one with the formula at its norm layers.
+The check takes two runs, and memory for four copies of what norm layers return.
 """
 
 import math

@@ -86,12 +86,12 @@ class OnnxModel(Model[OnnxNormLayer]):
         norm_layers: dict[str, OnnxNormLayer] = {}  # one per module, and not one per call of it
         for norm in self._patchable:
             norm_layers.setdefault(norm.module_name, replace(norm, name=norm.module_name))
-        left = {
+        uncalibrated = {
             name: SkippedNorm(name, norm.kind, NEEDS_CALIBRATION, is_uncalibrated=True)
             for norm in self._found.norm_layers
             if (name := norm.module_name) in missing
         }
-        return Inventory(tuple(norm_layers.values()), (*left.values(), *self._found.skipped_norms))
+        return Inventory(tuple(norm_layers.values()), (*uncalibrated.values(), *self._found.skipped_norms))
 
     @override
     def uncalibrated(self) -> tuple[str, ...]:
@@ -150,13 +150,13 @@ class OnnxModel(Model[OnnxNormLayer]):
 
     @override
     def _refuse_without_norm_layers(self) -> None:
-        left = self.inventory().skipped_norms
-        if any(norm.is_uncalibrated for norm in left):
+        skipped = self.inventory().skipped_norms
+        if any(norm.is_uncalibrated for norm in skipped):
             remedy = CALIBRATE
         elif self.fused_convs():
             remedy = "it was fused into the convolutions, most likely: add --recover-fused"
-        elif left:
-            remedy = f"its norms are skipped: {left[0].reason}"
+        elif skipped:
+            remedy = f"its norms are skipped: {skipped[0].reason}"
         else:
             remedy = "it has neither norms nor convolutions with a bias: take another model"
         raise BnpatchError(f"{self.name} has no norm that could be patched", remedy)

@@ -118,7 +118,11 @@ def of_hugging_face(state_dict: StateDict) -> dict[str, Tensor] | None:
 
 
 def _by_rule(key: str, rules: Sequence[tuple[str, str]]) -> str | None:
-    """Return the name that timm or torchvision has for a tensor, by the first rule that fits; else None."""
+    """Return the name that timm or torchvision has for a tensor, by the first rule that fits; else None.
+
+    >>> _by_rule("resnet.encoder.stages.0.layers.1.layer.0.convolution.weight", _HUGGING_FACE["resnet."])
+    'layer1.1.conv1.weight'
+    """
     module, _, role = key.rpartition(".")
     for pattern, name in rules:
         if match := re.fullmatch(pattern, module):

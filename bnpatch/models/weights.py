@@ -182,9 +182,9 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     """Return the part of a state dict that is a known architecture, and a note on what was left out.
 
     Checkpoints of whole training programs have more than the model: losses, metrics, and copies of the model
-    such as a teacher or an average. A part is the tensors under one prefix; it is an architecture if their
-    names without the prefix are. Among several such parts, the model comes before a teacher or an average,
-    and a larger part before a smaller one.
+    such as a teacher or an average. A part is the tensors under one prefix, such as ``student.backbone.``.
+    The function looks for parts whose names without the prefix are those of an architecture. Among several,
+    the model comes before a teacher or an average, and a larger part before a smaller one.
 
     Args:
         state_dict: the weights.
@@ -192,7 +192,8 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
         path: the file, for messages.
 
     Raises:
-        BnpatchError: an architecture has weights beside it that may belong to the model.
+        BnpatchError: besides an architecture's weights there are others that may belong to the model, and the
+            user named no architecture.
     """
     known = _names_of(arch) if arch else None
     if known is None and architecture.by_tensor_names(state_dict):

@@ -222,7 +222,7 @@ def uncalibrated(model: nn.Module) -> dict[str, nn.Module]:
     These are Group Norm, and Batch Norm that keeps no running statistics.
     """
     modules = dict(model.named_modules())
-    return {left.name: modules[left.name] for left in inventory(model).skipped_norms if left.is_uncalibrated}
+    return {norm.name: modules[norm.name] for norm in inventory(model).skipped_norms if norm.is_uncalibrated}
 
 
 def calibrated(model: nn.Module, moments: Mapping[str, Moments[Tensor]]) -> nn.Module:
@@ -339,7 +339,7 @@ def _by_name(
     }
     if unknown := [name for name in weight if name not in names]:
         remedy = f"its norm layers are {_enumerate(norm_layers)}"
-        if any(left.name == unknown[0] and left.is_uncalibrated for left in found.skipped_norms):
+        if any(norm.name == unknown[0] and norm.is_uncalibrated for norm in found.skipped_norms):
             remedy = CALIBRATE
         raise BnpatchError(f"the model has no norm layer {unknown[0]!r}", remedy)
     return {names[name]: check_weight(kind, float(value), name) for name, value in weight.items()}
@@ -359,9 +359,9 @@ def _nothing_to_patch(model: nn.Module, found: Inventory[TorchNormLayer]) -> tup
                 "before, or add --recover-fused (bnpatch.recover_fused in Python)"
             )
         return problem, "it has neither norms nor convolutions with a bias: take another model"
-    if waiting := [left for left in found.skipped_norms if left.is_uncalibrated]:
+    if waiting := [norm for norm in found.skipped_norms if norm.is_uncalibrated]:
         return f"the model's norms have no running statistics: {_enumerate(waiting)}", CALIBRATE
-    kinds = {left.kind: left.reason for left in found.skipped_norms}
+    kinds = {norm.kind: norm.reason for norm in found.skipped_norms}
     kind, reason = next(iter(kinds.items()))
     return (
         f"the model has {counted(len(found.skipped_norms), 'norm')}, and none can be patched",

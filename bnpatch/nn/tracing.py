@@ -165,7 +165,7 @@ def _norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return, by name, the modules that normalize their input by moments: norm layers and skipped norms."""
     found = inventory(model)
     names = {norm_layer.name for norm_layer in found.norm_layers}
-    names |= {left.name for left in found.skipped_norms if not _NOT_NORMALIZING.search(left.kind)}
+    names |= {norm.name for norm in found.skipped_norms if not _NOT_NORMALIZING.search(norm.kind)}
     return {name: module for name, module in model.named_modules() if name in names}
 
 
@@ -235,7 +235,7 @@ def functional_norms(model: nn.Module, run: Callable[[], Any]) -> tuple[SkippedN
     """
     found = inventory(model)
     known = {norm_layer.name for norm_layer in found.norm_layers} | {
-        left.name for left in found.skipped_norms
+        norm.name for norm in found.skipped_norms
     }
     calls: Counter[tuple[str, str, str]] = Counter()
     running: list[str] = []  # names of the modules whose forward is running, the innermost last

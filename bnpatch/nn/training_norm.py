@@ -279,7 +279,7 @@ class _PooledNorm(torch.autograd.Function):
         products = torch.bmm(d_rows[:, None], rows[:, :, None]).view_as(mean)
         d_scale = (products - mean * d_shift) * rstd  # sums of dy * x^
 
-        def over_group(sums: Tensor) -> Tensor:  # the mean of w v over each group, from sums of v
+        def over_group(sums: Tensor) -> Tensor:  # the mean of w * v over a group, from sums of v per channel
             size, _, _, channels = ctx.groups
             total = (weight.to(rstd) * sums).view(ctx.groups).sum((0, 3), keepdim=True)
             spread: Tensor = (
