@@ -195,7 +195,8 @@ def choose(
     if not outputs:
         shapes = ", ".join(str(tuple(y.shape)) for y in tensors.values()) or "no tensor"
         raise BnpatchError(
-            f"{model} returns {shapes} for {PROBES} images", "give a model that returns a tensor"
+            f"{model} returns {shapes} for {PROBES} images",
+            "give a model that returns a tensor with a row per image",
         )
     distinct = [output for output in outputs if not output.repeats]
     some = ", ".join(map(str, outputs[:8])) + (", ..." if len(outputs) > 8 else "")

@@ -6,13 +6,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from torch import nn
 
 from bnpatch.models import architecture
 from bnpatch.models.load import load
 from bnpatch.models.renamed import check_hugging_face
 from bnpatch.models.torch_export import program_to_graph
 from tests.onnx.build import bn_model
-from tests.remedies.world import cases, followed, onnx_file
+from tests.remedies.world import SIDE, cases, followed, net, onnx_file
 
 
 def graph(w, change=lambda proto: None):
@@ -66,7 +67,29 @@ def size_of_graph(w, size):
     load(onnx_file(w, bn_model(x=("n", 6, 5, 4)))).predict(torch.zeros(1, 6, *size))
 
 
+def with_running_mean(value):
+    module = net()
+    nn.init.constant_(module.norm.running_mean, value)
+    load(module)
+
+
+def returning(result):
+    load(net(result=result), preprocessing={"img_size": SIDE}).num_outputs()
+
+
 CASES = {
+    "statistics that diverged": (
+        lambda w: with_running_mean(float("inf")),
+        "running_mean of norm layer 'norm' is not finite",
+        "take a checkpoint from before training diverged",
+        lambda w: with_running_mean(1.0),
+    ),
+    "one number for all images": (
+        lambda w: returning(torch.mean),
+        r"returns \(\) for 3 images",
+        "give a model that returns a tensor with a row per image",
+        lambda w: returning(torch.exp),
+    ),
     "a graph of nothing": (
         lambda w: load(w.file("model.onnx", onnx.ModelProto(producer_name="other").SerializeToString())),
         "is not an ONNX model",

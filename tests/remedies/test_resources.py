@@ -187,7 +187,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@cases(CASES, slow=("weights to download", "a database that is none"))
+@cases(CASES, slow=("weights to download", "a study of another search", "a database that is none"))
 def test_resources(name, world):
     fails, problem, remedy, follow = CASES[name]
     followed(lambda: fails(world), problem, remedy, lambda _: follow(world))
