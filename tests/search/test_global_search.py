@@ -235,7 +235,7 @@ def test_optuna_calls_the_same_trial_best_even_among_equals(tmp_path):
     result = run(Problem(20, steepness=1.0), ACCURACY, study, max_passes=float("inf"), max_trials=7)
     best = optuna.load_study(study_name="bnpatch", storage=url).best_trial
     assert (best.params, best.value) == (result.best.params, result.mean(result.best))
-    assert sum(result.mean(trial) == best.value for trial in result.trials) > 1
+    assert sum(result.mean(trial) == best.value for trial in result.trials if trial.blocks) > 1
 
 
 class Interrupted(Problem):
