@@ -30,6 +30,8 @@ _LARGEST = 1e9
 def in_checkpoint(about: Mapping[str, Any], args: Mapping[str, Any], path: Path) -> tuple[Values, str]:
     """Return the values in a checkpoint, and their place. Training arguments override configurations.
 
+    Ultralytics' ``train_args`` count only where there is nothing else.
+
     Raises:
         BnpatchError: a value is of another type, or out of range.
     """
@@ -176,6 +178,7 @@ def of_ultralytics(size: Any, channels: int) -> Preprocessing:
 
 
 def _of_ultralytics(size: Any, where: str) -> Values:
+    """Return the values that ultralytics uses for all its classifiers, with the size of this one."""
     normalization = {"mean": (0.0,), "std": (1.0,), "interpolation": "bilinear", "crop_pct": 1.0}
     return {"input_size": _size(size, where), **normalization}
 
