@@ -11,6 +11,12 @@ from tests.nn.norms import images
 X = images(6, 1, 32, 32) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1)  # at many distances
 
 
+def assert_agree(copy, model):
+    """Rounding grows with the largest output: single outputs near 0 have errors of the size of that."""
+    expected = model.predict(X)
+    torch.testing.assert_close(copy.predict(X), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
 def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
     model = bnpatch.load(exported)
     copy = model.with_gradients(X)
@@ -26,7 +32,7 @@ def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
     copy.set_state(model.state)
     for one in (model, copy):
         one.set_weights(weights)
-    torch.testing.assert_close(copy.predict(X), model.predict(X), rtol=1e-4, atol=1e-4)
+    assert_agree(copy, model)
     layer = copy.module.get_submodule(names[1])
     layer.alpha = torch.tensor(0.2, requires_grad=True)
     copy.forward(X).square().sum().backward()
@@ -40,7 +46,7 @@ def test_norm_layers_that_were_recovered_are_in_the_copy(folded):
     copy = model.with_gradients(X)
     for one in (model, copy):
         one.set_alphas(0.3)
-    torch.testing.assert_close(copy.predict(X), model.predict(X), rtol=1e-4, atol=1e-4)
+    assert_agree(copy, model)
 
 
 @pytest.mark.parametrize("problem", ["cannot", "other outputs", "other norm layers"])
