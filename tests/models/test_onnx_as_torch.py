@@ -14,7 +14,7 @@ X = images(6, 1, 32, 32) * torch.tensor([0.2, 0.5, 1, 2, 3, 4]).view(-1, 1, 1, 1
 def assert_agree(copy, model):
     """Rounding grows with the largest output: single outputs near 0 have errors of the size of that."""
     expected = model.predict(X)
-    torch.testing.assert_close(copy.predict(X), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(copy.predict(X), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_copy_in_torch_computes_the_same_and_has_gradients(exported):
