@@ -110,7 +110,8 @@ def _as_arrays(*tensors: Tensor) -> list[NDArray[Any]] | None:
     For some hundred numbers an operation of NumPy takes half the time of one of torch. In inference mode
     torch keeps no record of operations, neither for gradients nor for forward derivatives.
     """
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    # The compiler must not reach the second question, which it could not trace.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return None
     if torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # type: ignore[attr-defined, no-untyped-call]
         return None
