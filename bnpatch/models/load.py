@@ -18,7 +18,7 @@ from bnpatch.models.architecture import Architecture, is_optional
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.foreign import reading
 from bnpatch.models.labels import choose, labels_of, labels_of_module, read_names
-from bnpatch.models.onnx_file import load_onnx
+from bnpatch.models.onnx_file import load_onnx, onnx_device
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.published import default_preprocessing, published_weights, tagged_weights
 from bnpatch.models.stored_preprocessing import HUB_CONFIG, applied, beside, hub_config, in_checkpoint
@@ -72,7 +72,7 @@ def load(
         return load_onnx(
             model,
             output=output,
-            device=_onnx_device(device),
+            device=onnx_device(device),
             preprocessing=preprocessing,
             include_1x1=include_1x1,
         )
@@ -115,6 +115,7 @@ def apply(model: nn.Module, recipe: str | os.PathLike[str] | Recipe) -> nn.Modul
 
 
 def _load(model: str, arch: str | None, use_ema: bool, unsafe: bool) -> TorchModel:
+    """Load a model by its name in a library or on the hub, from a folder of the hub, or from a file."""
     source, colon, name = model.partition(":")
     path = Path(model)
     if colon and source in ("timm", "torchvision", "hf-hub", "hf_hub") and not path.exists():
@@ -354,16 +355,6 @@ def _of_module(module: nn.Module, name: str = "") -> TorchModel:
         device=_device_of(module),
         notes=notes,
     )
-
-
-def _onnx_device(name: str | None) -> torch.device:
-    """Resolve a device for onnxruntime; the default is the GPU if onnxruntime has its provider."""
-    import onnxruntime
-
-    if name is not None:
-        return torch.device(name) if name.split(":")[0] in ("cpu", "cuda") else pick_device(name)
-    has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and torch.cuda.is_available()
-    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def _device_of(module: nn.Module) -> torch.device:

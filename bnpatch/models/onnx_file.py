@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.io import pick_device
 from bnpatch.core.patch import PatchState
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import check_kind, reading
@@ -86,6 +87,16 @@ def load_onnx(
             "tune-alpha --recover-fused makes them norm layers"
         )
     return model
+
+
+def onnx_device(name: str | None) -> torch.device:
+    """Resolve a device for onnxruntime; the default is the GPU if onnxruntime has its provider."""
+    import onnxruntime
+
+    if name is not None:
+        return torch.device(name) if name.split(":")[0] in ("cpu", "cuda") else pick_device(name)
+    has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and torch.cuda.is_available()
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def _of_imagenet(channels: int, height: int, width: int) -> Preprocessing:
