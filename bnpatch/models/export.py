@@ -201,12 +201,11 @@ def _compare(
                 batches.append(x)
         pairs = zip(expected, map(exported.predict, batches), strict=True)
         deviations = [_deviation(y.cpu().double(), got.double()) for y, got in pairs]
-    if isinstance(source, OnnxModel) and not source.weights.is_baseline(source.baseline_alphas()):
+    if source.runs_onnx and not source.weights.is_baseline(source.baseline_alphas()):
         # The source's predictions come from the same rewrite, so they can't show an error in it. The baseline
         # needs no such check, because it is the file as it was read.
-        for part, wanted, found in compared_by_norm_layer(
-            source, graph, batches[1] if images is None else images
-        ):
+        x = batches[1] if images is None else images
+        for part, wanted, found in compared_by_norm_layer(source, exported, x):
             _refuse(_deviation(wanted, found)[0], part, max(NORM_TOLERANCE, TOLERANCE[source.dtype]))
     return deviations, [tuple(x.shape) for x in batches]
 

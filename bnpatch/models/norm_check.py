@@ -27,6 +27,7 @@ from torch import Tensor
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import ExampleWeight, Moments, mix_example, pool
 from bnpatch.core.patch import as_arrays
+from bnpatch.models.base import Model
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.onnx.fused_conv import insert_norms
 from bnpatch.onnx.inference import Array
@@ -39,29 +40,29 @@ _MOST_BYTES = 5e8  # kept for two images; if they need more, only one is compare
 Triple = tuple[str, Tensor, Tensor]
 
 
-def compared_by_norm_layer(source: OnnxModel, patched: ir.Model, x: Tensor) -> Iterator[Triple]:
+def compared_by_norm_layer(source: Model[Any], exported: OnnxModel, x: Tensor) -> Iterator[Triple]:
     """Yield pairs of tensors that must be equal but for rounding.
 
     Nothing is yielded if a norm layer lies in a branch or a loop, whose values can't be outputs of the graph.
 
     Args:
-        source: the model, with its state.
-        patched: the graph that was made of it.
+        source: a model of a graph, with its state.
+        exported: the patched graph that was made of it.
         x: inputs (N, ...), of which the first two are used, or the first alone if they are large.
     """
-    original = source.graph.clone()
+    original, _ = source.unpatched_graph()
     fused = {name: as_arrays(part) for name, part in source.state.running.items() if name.endswith(FUSED)}
     insert_norms(original, {name.removesuffix(FUSED): part for name, part in fused.items()})
     norms = [norm for norm in inventory(original).norm_layers if norm.module_name in source.weights.alphas]
     if any(norm.node.graph is not original.graph for norm in norms):
         return
-    x, names = _first_images(source, x), [norm.output.name or "" for norm in norms]
-    shown = _shown(patched := patched.clone(), names)
+    x, names = _first_images(source, exported, x), [norm.output.name or "" for norm in norms]
+    shown = _shown(patched := exported.graph.clone(), names)
     last = source.output_for(x).name
-    *found, y = source.run(open_session(patched, source.device), [*shown, last], x)
+    *found, y = exported.run(open_session(patched, exported.device), [*shown, last], x)
     shown, inputs = _cut(original, norms)
     feeds = dict(zip(inputs, found, strict=True))
-    *values, expected = source.run(open_session(original, source.device), [*shown, last], x, feeds)
+    *values, expected = exported.run(open_session(original, exported.device), [*shown, last], x, feeds)
     inputs_of_norms, unpatched = values[: len(norms)], values[len(norms) :]
     facts, in_use = source.facts(), source.statistics_in_use()
     for norm, *arrays in zip(norms, inputs_of_norms, unpatched, found, strict=True):
@@ -101,11 +102,11 @@ def _normalized(x: Tensor, norm: OnnxNormLayer, running: Moments[Any], weight: E
     return y.reshape(x.shape)
 
 
-def _first_images(source: OnnxModel, x: Tensor) -> Tensor:
+def _first_images(source: Model[Any], exported: OnnxModel, x: Tensor) -> Tensor:
     """Return the first images: as many as the graph takes, or two, or one if norm layers return much."""
     sizes, norms = source.norm_shapes(x), source.inventory().norm_layers
     values = sum(norm.num_channels * math.prod(sizes.get(norm.name, (1,))) for norm in norms)
-    count = source.signature.batch or (2 if 2 * 4 * 4 * values <= _MOST_BYTES else 1)
+    count = exported.signature.batch or (2 if 2 * 4 * 4 * values <= _MOST_BYTES else 1)
     return x[torch.arange(count) % len(x)]
 
 

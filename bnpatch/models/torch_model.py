@@ -24,21 +24,14 @@ from bnpatch.models.outputs import Sigmoids, tensors_of
 from bnpatch.models.torch_export import unpatched_graph
 from bnpatch.models.torch_file import save_checkpoint
 from bnpatch.models.torch_state import buffers_of, state_of, with_norm_layers, with_state
+from bnpatch.nn import hooks
 from bnpatch.nn.fused_conv import find_fused_convs
-from bnpatch.nn.hooks import accurate_moments, at_inputs, at_outputs, in_evaluation_mode, joined, pooled_rows
 from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, patched_layers, swap, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
 
 # How many input values a CPU of up to seven threads takes at a time: those of four images of 224 pixels.
 # Sixty-four at a time took three times as long (EfficientNet-Lite0).
 _CPU_VALUES = 4 * 3 * 224 * 224
-
-
-class _Reached(Exception):  # noqa: N818 - no error
-    """Ends a forward pass at a norm layer, with the moments of its input."""
-
-    def __init__(self, name: str, moments: Moments[Tensor]) -> None:
-        self.name, self.moments = name, moments
 
 
 @dataclass
@@ -167,11 +160,10 @@ class TorchModel(Model[TorchNormLayer]):
 
         @torch.inference_mode()
         def watch(x: Tensor) -> dict[str, Moments[Tensor]]:
-            seen: dict[str, list[Moments[Tensor]]] = {}
-            modules = {name: self.module.get_submodule(name) for name in names}
-            with at_outputs(modules, lambda name, y: seen.setdefault(name, []).append(accurate_moments(y))):
+            seen = hooks.SeenMoments()
+            with hooks.at_outputs({name: self.module.get_submodule(name) for name in names}, seen.add):
                 self._returned(x)
-            return {name: joined(parts) for name, parts in seen.items()}
+            return seen.joined()
 
         return watch if names else None
 
@@ -267,47 +259,38 @@ class TorchModel(Model[TorchNormLayer]):
 
     @override
     def observe(self, x: Tensor, gradients: bool = False) -> tuple[Tensor, dict[str, Moments[Tensor]]]:
-        seen: dict[str, list[Moments[Tensor]]] = {}
+        seen = hooks.SeenMoments()
         norms = {norm.name: norm.module for norm in self.inventory().norm_layers}
         norms |= uncalibrated(self.module)
         self.output_for(x)  # before the hooks are there, because it runs inputs of its own
-        watch = at_inputs(norms, lambda name, x: seen.setdefault(name, []).append(accurate_moments(x)))
-        with torch.inference_mode(not gradients), watch:
+        with torch.inference_mode(not gradients), hooks.at_inputs(norms, seen.add):
             outputs = self.forward(x)
-        return outputs, {name: joined(parts) for name, parts in seen.items()}
+        return outputs, seen.joined()
 
     @override
     @torch.inference_mode()
     def first_moments(self, x: Tensor, names: Collection[str]) -> tuple[str, Moments[Tensor]] | None:
-        def stop(name: str, x: Tensor) -> None:
-            raise _Reached(name, accurate_moments(x))
-
         norms = {norm.name: norm.module for norm in self.inventory().norm_layers if norm.name in names}
-        try:
-            with at_inputs(norms, stop):
-                self._run(x)
-        except _Reached as reached:
-            return reached.name, reached.moments
-        return None
+        reached = hooks.first_input(norms, lambda: self._run(x))
+        return None if reached is None else (reached[0], hooks.accurate_moments(reached[1]))
 
     @override
     @torch.inference_mode()
     def moments_by_batch(self, x: Tensor) -> dict[str, Moments[Tensor]]:
-        seen: dict[str, list[Moments[Tensor]]] = {}
+        seen = hooks.SeenMoments()
 
         def normalize_by(name: str, x: Tensor) -> None:
             if not x.shape[0]:
                 return
-            parts = accurate_moments(x)
-            seen.setdefault(name, []).append(parts)
+            parts = seen.add(name, x)
             if (layer := layers[name]).baseline_alpha == 0:
-                layer.running = pooled_rows(parts)
+                layer.running = hooks.pooled_rows(parts)
 
         with self.in_state(self.baseline()):
             layers = patched_layers(self.module)
-            with at_inputs(layers, normalize_by):
+            with hooks.at_inputs(layers, normalize_by):
                 self._returned(x)
-        return {name: pooled_rows(joined(parts)) for name, parts in seen.items()}
+        return {name: hooks.pooled_rows(moments) for name, moments in seen.joined().items()}
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Return mean and std for bytes, on the device; they are cached until the preprocessing changes."""
@@ -321,7 +304,7 @@ class TorchModel(Model[TorchNormLayer]):
     def norm_shapes(self, example: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         layers = {norm_layer.name: norm_layer.module for norm_layer in self.inventory().norm_layers}
-        with at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
+        with hooks.at_inputs(layers, lambda name, x: shapes.setdefault(name, tuple(x.shape[2:]))):
             self._run_one(example)
         return shapes
 
@@ -348,7 +331,7 @@ class TorchModel(Model[TorchNormLayer]):
 
     @override
     def evaluating(self) -> AbstractContextManager[None]:
-        return in_evaluation_mode(self.module)
+        return hooks.in_evaluation_mode(self.module)
 
     @override
     @contextmanager

@@ -44,6 +44,27 @@ def at_inputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]
             handle.remove()
 
 
+class _Reached(Exception):  # noqa: N818 - no error
+    """Ends a forward pass at a module, with the module's input."""
+
+    def __init__(self, name: str, x: Tensor) -> None:
+        self.name, self.x = name, x
+
+
+def first_input(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> tuple[str, Tensor] | None:
+    """Run a model until it reaches one of its modules; return the name and the input of that one, or None."""
+
+    def stop(name: str, x: Tensor) -> None:
+        raise _Reached(name, x)
+
+    try:
+        with at_inputs(modules, stop):
+            run()
+    except _Reached as reached:
+        return reached.name, reached.x
+    return None
+
+
 @contextmanager
 def at_outputs(modules: Mapping[str, nn.Module], do: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """Call ``do(name, output)`` after each of the modules has run, until the context ends."""
@@ -87,3 +108,20 @@ def pooled_rows(moments: Moments[Tensor]) -> Moments[Tensor]:
 def joined(parts: Sequence[Moments[Tensor]]) -> Moments[Tensor]:
     """Concatenate moments of shape (N_i, C) into moments of shape (N_1 + N_2 + ..., C)."""
     return Moments(torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))
+
+
+class SeenMoments:
+    """Collects the moments of tensors by name; a module that runs several times adds examples each time."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Moments[Tensor]]] = {}
+
+    def add(self, name: str, x: Tensor) -> Moments[Tensor]:
+        """Add a tensor (N, C, *spatial); return its moments (N, C)."""
+        moments = accurate_moments(x)
+        self._parts.setdefault(name, []).append(moments)
+        return moments
+
+    def joined(self) -> dict[str, Moments[Tensor]]:
+        """Return the moments of all examples by name."""
+        return {name: joined(parts) for name, parts in self._parts.items()}
