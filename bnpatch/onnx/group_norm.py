@@ -73,7 +73,11 @@ def find_exported_group_norm(node: ir.Node, dims: Dims) -> ExportedGroupNorm | N
         parameters.append(operand)
     known = dims[1] if len(dims) > 2 and isinstance(dims[1], int) else 1
     channels = max(known, *(constant.size for constant in constants))
-    if channels % ones.size or any(constant.size not in (1, channels) for constant in constants):
+    if (
+        not ones.size
+        or channels % ones.size
+        or any(constant.size not in (1, channels) for constant in constants)
+    ):
         return None
     weight, bias = (np.broadcast_to(constant, channels) for constant in constants)
     eps = node.attributes.get("epsilon")

@@ -91,3 +91,18 @@ def test_group_norm_of_opset_18_has_its_scale_per_group():
         result, _ = rewritten(proto, {"bn": alpha}, running={"bn": running})
         expected = reference.weighted_norm(x, running.mean, running.var, weight, bias, 1e-5, alpha, 3)
         np.testing.assert_allclose(run(result, x), expected, rtol=1e-4, atol=2e-5)  # float32
+
+
+def test_a_damaged_group_norm_of_no_groups_is_none():
+    arrays = {
+        "split": np.array([0, 0, -1]),
+        "ones": np.zeros(0, np.float32),
+        "zeros": np.zeros(0, np.float32),
+    }
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Reshape", ["x", "split"], ["split_x"]),
+        helper.make_node("InstanceNormalization", ["split_x", "ones", "zeros"], ["normalized"]),
+        helper.make_node("Reshape", ["normalized", "shape"], ["y"]),
+    ]
+    assert not inventory(from_proto(model(nodes, arrays))).norm_layers
