@@ -26,6 +26,8 @@ NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization")
 #: The most elements of a constant that is computed. No parameter of a norm and no shape is larger, but a
 #: damaged file may ask for any amount of memory.
 _MOST_ELEMENTS = 1 << 24
+#: The most axes that an array of numpy has.
+_MOST_AXES = 64
 #: The longest chain of operators that is followed.
 _DEEPEST = 32
 
@@ -136,6 +138,8 @@ def _divide(node: ir.Node, operands: list[Array]) -> Array:
 
 def _unsqueeze(node: ir.Node, operands: list[Array]) -> Array:
     axes = operands[1].tolist() if len(operands) > 1 else list(node.attributes["axes"].as_ints())
+    if len(axes) > _MOST_AXES:  # numpy would count them for minutes before it says so
+        raise ValueError(f"{len(axes)} axes")
     return np.expand_dims(operands[0], tuple(axes))
 
 
