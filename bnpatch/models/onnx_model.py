@@ -158,7 +158,7 @@ class OnnxModel(Model[OnnxNormLayer]):
         elif skipped:
             remedy = f"its norms are skipped: {skipped[0].reason}"
         else:
-            remedy = "it has neither norms nor convolutions with a bias: take another model"
+            remedy = "it has neither norms nor convolutions with a bias other than 0: take another model"
         raise BnpatchError(f"{self.name} has no norm that could be patched", remedy)
 
     @override

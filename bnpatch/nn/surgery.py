@@ -358,7 +358,7 @@ def _nothing_to_patch(model: nn.Module, found: Inventory[TorchNormLayer]) -> tup
                 "if it had Batch Norm once, that was fused into the convolutions: patch the model from "
                 "before, or add --recover-fused (bnpatch.recover_fused in Python)"
             )
-        return problem, "it has neither norms nor convolutions with a bias: take another model"
+        return problem, "it has neither norms nor convolutions with a bias other than 0: take another model"
     if waiting := [norm for norm in found.skipped_norms if norm.is_uncalibrated]:
         return f"the model's norms have no running statistics: {_enumerate(waiting)}", CALIBRATE
     kinds = {norm.kind: norm.reason for norm in found.skipped_norms}

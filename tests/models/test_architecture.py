@@ -8,6 +8,7 @@ import torchvision
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models import architecture
 from bnpatch.models.architecture import Architecture, fit, identify, names_hash, parse_name
+from bnpatch.models.published import tagged_weights
 
 
 def state(library, name, **kwargs):
@@ -128,3 +129,22 @@ def test_the_index_is_of_the_installed_libraries():
     for entry in ("timm:test_resnet", "torchvision:regnet_y_400mf", "timm:tf_efficientnet_lite0"):
         library, _, name = entry.partition(":")
         assert entry in index[names_hash(Architecture(library, name).sketch().state_dict())]
+
+
+@pytest.mark.parametrize("library", architecture.LIBRARIES)
+def test_a_name_is_known_if_and_only_if_it_is_listed(library):
+    """So tags, deprecated names, and those of the other library are not."""
+    others = [
+        *timm.models.get_deprecated_models(),
+        *timm.list_pretrained(),
+        *torchvision.models.list_models(),
+    ]
+    names = {*others, *timm.list_models(), *architecture.known_names("timm"), "resnt50", ""}
+    known = {name for name in names if architecture.is_known(library, name)}
+    assert known == set(architecture.known_names(library))
+
+
+def test_only_a_tag_names_published_weights():
+    assert tagged_weights("timm:resnet18.a1_in1k")["name"] == "resnet18.a1_in1k"
+    for arch in ("timm:resnet18", "timm:resnet18.nobody", "torchvision:resnet18", "", None):
+        assert tagged_weights(arch) is None

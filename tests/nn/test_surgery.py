@@ -236,6 +236,10 @@ def test_where_chooses_sites():
 def test_refuses_plainly():
     with pytest.raises(BnpatchError, match="no normalization layer"):
         patch(nn.Linear(2, 2))
+    untrained = nn.Conv2d(2, 2, 1)
+    nn.init.zeros_(untrained.bias)
+    with pytest.raises(BnpatchError, match="nor convolutions with a bias other than 0: take another"):
+        patch(nn.Sequential(untrained))
     with pytest.raises(
         BnpatchError,
         match=r"the model has 1 norm, and none can be patched; skipped: LayerNorm \(not this kind",
