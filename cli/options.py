@@ -103,8 +103,8 @@ class Loading:
     def open(self, model: str, recipe: "Recipe | None" = None) -> "TorchModel | OnnxModel":
         """Load a model, and say what there is to know about it.
 
-        A recipe was found with a certain preprocessing and output, which are used unless options ask for
-        others.
+        A recipe was found with a certain preprocessing, or size of inputs, and output, which are used unless
+        options ask for others.
         """
         from bnpatch.data.preprocessing import Preprocessing
 
@@ -128,8 +128,11 @@ class Loading:
         )
         asked = (self.img_size, self.mean, self.std, self.crop_pct, self.interpolation)
         stored = provenance.get("preprocessing")
-        if stored and all(value is None for value in asked):
-            loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
+        if all(value is None for value in asked):
+            if stored:
+                loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
+            elif shape := (provenance.get("data") or {}).get("input_shape"):
+                loaded.preprocessing = loaded.preprocessing.for_inputs(shape, "the recipe's data")
         say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
         for note in loaded.notes:
             say(f"               {note}")

@@ -1,7 +1,7 @@
 """How an image becomes an input of a model: resize, crop and normalize, as the model was trained."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -124,6 +124,18 @@ class Preprocessing:
         height, width = (size, size) if isinstance(size, int) else size
         size = (channels or self.input_size[0], height, width)
         return replace(self, **values, input_size=size, source=source)
+
+    def for_inputs(self, shape: Sequence[int], whose: str) -> "Preprocessing":
+        """Return this preprocessing with the size of floating-point inputs, which are not resized.
+
+        Args:
+            shape: shape of an input; only (C, H, W) with the channels of this preprocessing counts.
+            whose: what has inputs of this size, for :attr:`source`.
+        """
+        size = tuple(shape)
+        if size == self.input_size or len(size) != 3 or size[0] != self.input_size[0]:
+            return self
+        return replace(self, input_size=size, source=f"{self.source}, but the size of {whose}")
 
     @property
     def image_mode(self) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,8 +101,8 @@ def open_examples(
         )
     first = _first(source)
     x = first[None] if isinstance(first, Tensor) else None
-    if x is not None and x.is_floating_point() and x.ndim == 4:
-        _take_size(model, x)
+    if x is not None and x.is_floating_point():
+        model.preprocessing = model.preprocessing.for_inputs(x.shape[1:], "the data")
     transform = model.preprocessing.transform()
     if targets is not None:
         if classes and targets.ndim == 2 and targets.shape[1] == 1:  # a column
@@ -213,14 +213,6 @@ def _check_targets(
             else "use the data set that the model was trained for",
         )
     return True
-
-
-def _take_size(model: ImageModel, x: Tensor) -> None:
-    """Set the size of the model's preprocessing to that of floating-point inputs, which are not resized."""
-    size = tuple(map(int, x.shape[1:]))
-    if size != model.preprocessing.input_size and size[0] == model.preprocessing.input_size[0]:
-        source = f"{model.preprocessing.source}, but the size of the data"
-        model.preprocessing = replace(model.preprocessing, input_size=size, source=source)  # type: ignore[arg-type]
 
 
 def _count(targets: Array) -> int | None:

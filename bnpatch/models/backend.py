@@ -161,8 +161,13 @@ class Backend(ABC, Generic[NormLayerT]):
         """
 
     @abstractmethod
-    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
+    def save(self, path: str | os.PathLike[str], recipe: Recipe, images: Tensor | None = None) -> bool:
         """Write a file of the model, patched with a recipe, for :func:`bnpatch.load`.
+
+        Args:
+            path: the file.
+            recipe: the patch.
+            images: a real batch (N, ...) on which an ONNX file is compared, besides random ones.
 
         Returns:
             Whether the file loads without ``unsafe_load``. The file of a torch model needs it if building the

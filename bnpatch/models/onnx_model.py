@@ -287,11 +287,11 @@ class OnnxModel(Model[OnnxNormLayer]):
         return watch if convs else None
 
     @override
-    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
+    def save(self, path: str | os.PathLike[str], recipe: Recipe, images: Tensor | None = None) -> bool:
         from bnpatch.models.export import export_onnx  # imported here because it imports this module
 
         with self.in_state(recipe.state):
-            export_onnx(self, path)
+            export_onnx(self, path, images=images)
         return True
 
     @override

@@ -344,5 +344,5 @@ class TorchModel(Model[TorchNormLayer]):
             self.module = unpatch(self.module, where=lambda norm: norm.name not in patched)
 
     @override
-    def save(self, path: str | os.PathLike[str], recipe: Recipe) -> bool:
+    def save(self, path: str | os.PathLike[str], recipe: Recipe, images: Tensor | None = None) -> bool:
         return save_checkpoint(self, path, recipe)

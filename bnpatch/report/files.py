@@ -89,7 +89,7 @@ def write_results(
     write_trials(result.trials, folder / _TRIALS_SO_FAR)
     model.apply(result.recipe)
     with writing_to(folder), temporary_folder(folder) as made:
-        is_pickled = not model.save(made / patched.name, result.recipe)
+        is_pickled = not model.save(made / patched.name, result.recipe, result.inputs)
         curves = [curve] if write_curves(result, made / curve.name) else []
         page = report_page(result, model, Written(recipe, patched, is_pickled), training)
         write_text(made / report.name, page)

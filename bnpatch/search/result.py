@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from bnpatch import __version__
 from bnpatch.core.patch import PatchWeights
 from bnpatch.core.recipe import Recipe
@@ -42,6 +44,8 @@ class TuneResult:
         interrupted: whether the user stopped the search early.
         trade_off: gain and latency of ever more norm layers, the baseline first, if there was a limit.
         samples: small pictures of some held-out examples.
+        inputs: up to four inputs (N, ...) of tuning examples, bytes or floats; a file that is written with
+            the result is compared on them. None if they can't be read.
         seconds: wall time.
         recipe: the recommended weights and their provenance, to keep and to apply.
         is_recommended: whether held-out examples support the chosen candidate, so that ``recipe`` applies it.
@@ -64,6 +68,7 @@ class TuneResult:
     interrupted: bool = False
     trade_off: list[Point] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples, repr=False)
+    inputs: Tensor | None = field(default=None, repr=False)
     seconds: float = 0.0
     num_tuning_groups: int | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(()))
@@ -121,6 +126,7 @@ def provenance(result: TuneResult, task: Task, sources: Mapping[str, Any]) -> di
             "test_name": _name(sources["test_data"]),
             "keep_name": _name(sources["keep"]),
             "fingerprint": task.seen.fingerprint(),
+            "input_shape": None if result.inputs is None else list(result.inputs.shape[1:]),
             "tuning_examples": result.num_tuning,
             "held_out_examples": result.num_held_out,
             **_group_counts(result),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.core.text import counted
@@ -113,6 +114,12 @@ class Task:
             notes.append(f"the running statistics of {norms} without any were taken from {source}")
         return notes
 
+    def some_inputs(self) -> Tensor | None:
+        """Return up to four inputs (N, ...) of tuning examples; None if they can't be read."""
+        some = self.tuning[:: -(-len(self.tuning) // 4)]
+        batch = next(self.examples.batches(4, some), None)
+        return None if batch is None else batch.x
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what the trials of a study depend on: the model, the data, the metric and settings."""
         norm_layers = json.dumps(self.model.fingerprints(), sort_keys=True)
@@ -178,11 +185,12 @@ def open_task(
             f"tune for one of {', '.join(METRICS)}, or leave out the images to keep",
         )
     examples = opened("data", spec.needs_labels)
+    preprocessing = model.preprocessing  # with the size of the data to tune on
     test = None if sources["test_data"] is None else opened("test_data", spec.needs_labels)
     judging = examples if test is None else test
     if test is not None and callable(rule := options.get("groups")):
         warn_of_shared_groups(rule, examples.source, test.source)
-    return Task(
+    task = Task(
         model,
         spec,
         examples,
@@ -194,6 +202,8 @@ def open_task(
         plan,
         None if sources["keep"] is None else opened("keep", False),
     )
+    model.preprocessing = preprocessing
+    return task
 
 
 def parts_of(

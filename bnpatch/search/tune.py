@@ -104,7 +104,9 @@ def tune_alpha(
         patchable.set_alphas(0.0)  # raises, with the reasons
     sources = {"data": data, "test_data": test_data, "calib_data": calib_data, "keep": keep}
     task = open_task(patchable, spec, Plan.of(config, granularity, timeout, seed), sources, options)
+    inputs = task.some_inputs()
     result = _run(task, Progress(progress), on_trial)
+    result.inputs = inputs
     result.seconds = time.monotonic() - started
     about, is_recommended = provenance(result, task, sources), result.is_recommended
     result.recipe.provenance.update({**about, "recommended": is_recommended, "applied": is_recommended})

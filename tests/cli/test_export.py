@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 
+import onnx
 import pytest
 
 import bnpatch
 from tests.command_line import QUICK, one_line
+from tests.models.onnx_graph import graph
 
 
 def cross_entropy(cli, *args):
@@ -78,3 +80,16 @@ def test_one_input_for_alphas_that_differ_is_refused_and_one_for_each_is_not(cli
     assert code == 2
     assert "the alphas differ; leave one adjustable for each: --alpha-input per-site" in one_line(err)
     assert cli(*command, "per-site")[0] == 0
+
+
+def test_a_recipe_found_with_floats_is_exported_at_their_size(cli, tmp_path):
+    """They are not resized, so the recipe has no preprocessing, but their shape."""
+    onnx.save(graph(["n", 3, "h", "w"], last="flat"), tmp_path / "model.onnx")
+    recipe = bnpatch.load(tmp_path / "model.onnx").recipe(
+        provenance={"preprocessing": None, "data": {"input_shape": [3, 4, 6]}}
+    )
+    recipe.save(tmp_path / "recipe.json")
+    args = ("export", "model.onnx", "--recipe", "recipe.json", "-o", "patched.onnx", "--json")
+    content = json.loads(cli(*args)[1])
+    assert content["sizes"] == [[3, 4, 6], [3, 36, 38]]
+    assert json.loads(cli(*args, "--img-size", 8)[1])["sizes"][0] == [3, 8, 8]
