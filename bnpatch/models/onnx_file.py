@@ -42,8 +42,7 @@ def load_onnx(
         BnpatchError: the file can't be read, or its input is not one batch of images.
     """
     path = Path(path)
-    if path.exists():
-        check_kind(path)
+    check_kind(path)
     graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
     signature = read_signature(graph)
     wanted = dict(preprocessing or {})

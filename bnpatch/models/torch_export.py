@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -53,11 +52,8 @@ def program_to_graph(path: str | os.PathLike[str]) -> ir.Model:
     """Read a file of torch.export (``.pt2``) and export the program with its own shapes.
 
     Raises:
-        BnpatchError: the file can't be read, or torch can't export the program.
+        BnpatchError: the file is no such program, or torch can't export the program.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BnpatchError(f"cannot read {path}: no such file", "check the path")
     try:
         with _quiet():  # the loader logs a traceback before it raises
             program = torch.export.load(path)

@@ -171,15 +171,10 @@ def _save_in_one_file(model: ir.Model, file: Path) -> None:
 def _read(file: Path) -> onnx.ModelProto:
     try:
         check_regular(file)
-        if not file.stat().st_size:
-            raise BnpatchError(f"{file} is empty", "fetch or export it again")
         proto = onnx.load(file, format="protobuf", load_external_data=False)
-    except FileNotFoundError as error:
-        raise BnpatchError(f"{file} does not exist", "check the path") from error
-    except OSError as error:
-        raise BnpatchError(f"{file} cannot be read: {first_line(error)}", "check the path") from error
-    except BnpatchError:
-        raise
+    except OSError as error:  # the file does not exist, is something else, or may not be read
+        reason = (error.strerror or str(error)).lower()
+        raise BnpatchError(f"cannot read {file}: {reason}", "check the path") from error
     except Exception as error:  # DecodeError of google.protobuf, whose class depends on the installation
         if _is_of_torch(file):
             raise BnpatchError(

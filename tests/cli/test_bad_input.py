@@ -34,7 +34,7 @@ MODELS = {
     "pickled.pt": (lambda path: torch.save(torch.nn.BatchNorm2d(3), path), "add --unsafe-load if you trust"),
     "model.onnx": (lambda path: path.touch(), "model.onnx is empty"),
     "text.onnx": (lambda path: path.write_text("hello"), "is not an ONNX model"),
-    "missing.onnx": (None, "missing.onnx does not exist"),
+    "missing.onnx": (None, "missing.onnx: no such file"),
     "bad.pt2": (lambda path: path.write_text("hello"), "damaged or not a torch.export program"),
     "timm:resnt50": (None, "did you mean"),
 }

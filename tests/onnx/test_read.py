@@ -69,7 +69,7 @@ def test_functions_with_norms_are_inlined(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "is empty"),
+        (b"", "not an ONNX model"),
         (b"\x89PNG\r\n\x1a\n" * 9, "not an ONNX model"),
         (b"hello", "not an ONNX model"),
         (bn_model().SerializeToString()[:-40], "truncated"),
@@ -88,9 +88,9 @@ def test_bad_files(tmp_path, content, expected):
 
 
 def test_no_file_and_a_folder(tmp_path):
-    with pytest.raises(BnpatchError, match="does not exist"):
+    with pytest.raises(BnpatchError, match=r"cannot read .*none\.onnx: no such file"):
         load(tmp_path / "none.onnx")
-    with pytest.raises(BnpatchError, match="cannot be read"):
+    with pytest.raises(BnpatchError, match=r"cannot read .*: not a regular file"):
         load(tmp_path)
 
 

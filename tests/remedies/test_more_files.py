@@ -11,7 +11,6 @@ from torch import nn
 from bnpatch.models import architecture
 from bnpatch.models.load import load
 from bnpatch.models.renamed import check_hugging_face
-from bnpatch.models.torch_export import program_to_graph
 from tests.onnx.build import bn_model
 from tests.remedies.world import SIDE, cases, followed, net, onnx_file
 
@@ -156,12 +155,6 @@ CASES = {
         "config.json says hidden_act = 'gelu'",
         "call bnpatch.tune_alpha",
         lambda w: hugging_face(),
-    ),
-    "a program that is not there": (
-        lambda w: program_to_graph(w.folder / "model.pt2"),
-        "no such file",
-        "check the path",
-        lambda w: load(w.checkpoint),
     ),
 }
 
