@@ -47,7 +47,8 @@ class NotEnoughMemoryError(BnpatchError):
     """
 
     def __init__(self, device: object, batch_size: int) -> None:
-        super().__init__(f"{device} has not enough memory for a batch of {batch_size}", "lower --batch-size")
+        remedy = "lower --batch-size" if batch_size > 1 else "choose --device cpu, or a smaller --img-size"
+        super().__init__(f"{device} has not enough memory for a batch of {batch_size}", remedy)
 
 
 class InvalidWeightError(BnpatchError, ValueError):

@@ -67,7 +67,7 @@ def global_search(
         BnpatchError: nothing limits the global search, or the tuned metric is not a finite number.
     """
     if config.max_trials is None and not np.isfinite(config.max_passes):
-        raise BnpatchError("nothing bounds the search", "bound its passes or its trials")
+        raise BnpatchError("nothing bounds the search", "set --trials, or a finite --max-passes")
     try:
         with study.at_work():
             _search(study, evaluate_blocks, config, timeout, on_trial)

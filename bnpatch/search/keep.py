@@ -266,10 +266,11 @@ def _warn_if_few(count: int, groups: Indices | None, margin: float) -> None:
         size = int(np.unique(groups, return_counts=True)[1].max())
         fewest = math.ceil((count + 2 * size) * least / margin)
     units = "" if groups is None else f" in about {2 * len(np.unique(groups)):,} groups"
+    possible = math.floor(1e4 * least + 1) / 1e4
     warnings.warn(
         f"{2 * count:,} images to keep{units} are too few to show that a patch loses at most "
-        f"{100 * margin:g} points on them, even if no answer changes: at least {2 * fewest:,} are needed, "
-        f"or a margin of {math.floor(1e4 * least + 1) / 1e4:g}",
+        f"{100 * margin:g} points on them, even if no answer changes: at least {2 * fewest:,} are needed"
+        + (f", or a margin of {possible:g}" if possible < 1 else ""),
         BnpatchWarning,
         stacklevel=2,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bnpatch.core.errors import NotEnoughMemoryError
+from bnpatch.core.errors import BnpatchError, NotEnoughMemoryError
 from bnpatch.core.moments import Moments, mix_example
 from bnpatch.core.patch import BESIDE_ALPHA, PatchWeights
 from bnpatch.data.dataset import Indices
@@ -277,9 +277,12 @@ class LayerSearch:
             )
             try:
                 return learn(problem, starts, partial(self._cost, label), course)
-            except NotEnoughMemoryError:  # gradients need more memory than scoring does
+            except NotEnoughMemoryError as error:  # gradients need more memory than scoring does
                 if part_size == 1:
-                    raise
+                    raise BnpatchError(
+                        f"{model.device} has not enough memory for the gradients of one example",
+                        "choose --granularity global, which needs none",
+                    ) from error
             part_size //= 2
 
     def _cost(self, label: str, weights: PatchWeights) -> float:

@@ -23,12 +23,12 @@ from tests.remedies.world import X, Y, cases, followed, loaded, opened
 MANY = (X.repeat(10, 1, 1, 1), np.tile(Y, 10))
 
 
-def predict(count):
-    """Run a module that has memory for three examples."""
+def predict(count, room=3):
+    """Run a module that has memory for three examples, or for another number."""
     found = loaded()
 
     def crowded(module, inputs):
-        if len(inputs[0]) > 3:
+        if len(inputs[0]) > room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     found.module.register_forward_pre_hook(crowded)
@@ -104,6 +104,12 @@ CASES = {
         "not enough memory for a batch of 6",
         "lower --batch-size",
         lambda w: predict(2),
+    ),
+    "one example": (
+        lambda w: predict(1, room=0),
+        "not enough memory for a batch of 1",
+        "choose --device cpu, or a smaller --img-size",
+        lambda w: loaded().predict(X[:1]),  # on the CPU
     ),
     "an archive": (
         lambda w: archive(w, MemoryError()),
