@@ -260,7 +260,7 @@ def test_external_data_that_is_no_file(tmp_path, what):
 
 def test_a_pipe_is_no_graph(tmp_path):
     os.mkfifo(tmp_path / "m.onnx")
-    with pytest.raises(BnpatchError, match="cannot be read: not a regular file"):
+    with pytest.raises(BnpatchError, match=r"cannot read .*: not a regular file"):
         io.load(tmp_path / "m.onnx")
 
 
