@@ -196,8 +196,11 @@ class TensorType:
 
     @property
     def least_size(self) -> int:
-        """Number of elements, where each dimension that is not known counts as 1."""
-        return math.prod(size for size in self.dims if isinstance(size, int))
+        """Number of elements, where each dimension that is not known counts as 1, and so does 0.
+
+        Some tools write 0 for a size that is open.
+        """
+        return math.prod(max(size, 1) for size in self.dims if isinstance(size, int))
 
 
 def check_sizes(model: ir.Model) -> None:

@@ -33,11 +33,12 @@ def test_an_open_image_size_is_said(tmp_path):
     assert model.preprocessing.input_size == (3, 224, 224)
 
 
-def test_an_input_of_too_many_channels_is_refused(tmp_path):
+@pytest.mark.parametrize(("open_axis", "large_axis"), [(0, 1), (0, 2), (1, 2), (1, 3)])
+def test_an_input_of_too_many_numbers_is_refused_where_another_size_is_0(tmp_path, open_axis, large_axis):
     model = graph(["n", 3, 8, 8])
-    batch, channels, *_ = model.graph.input[0].type.tensor_type.shape.dim
-    batch.dim_value, channels.dim_value = 0, 2**62  # no values at all, as it stands
-    with pytest.raises(BnpatchError, match=r"an input of 4611686018427387904 channels is no image"):
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims[open_axis].dim_value, dims[large_axis].dim_value = 0, 2**62  # no numbers at all, as it stands
+    with pytest.raises(BnpatchError, match=r"the graph has a value of [\d,]+ numbers"):
         opened(tmp_path, model)
 
 
