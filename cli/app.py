@@ -2,6 +2,7 @@
 
 import _thread
 import logging
+import os
 import platform
 import signal
 import sys
@@ -81,6 +82,9 @@ def run() -> None:
 
     SIGTERM does what Ctrl-C does, and then the exit code is 143.
     """
+    # torch asks Linux for large pages then, so that large feature maps cost fewer page faults. It reads this
+    # before its first large tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with _terminable() as came:
         try:
             _run()

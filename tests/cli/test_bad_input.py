@@ -1,5 +1,6 @@
 """Bad models, data, options and usage: one line, exit code 2, and nothing written."""
 
+import os
 import subprocess
 import sys
 
@@ -170,3 +171,12 @@ def test_debug_shows_the_traceback():
 def test_debug_may_stand_anywhere(cli, capsys):
     with pytest.raises(bnpatch.BnpatchError):
         cli("inspect", "nope.pt", "--debug")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_torch_uses_large_pages_unless_the_environment_says_otherwise(cli, monkeypatch, given):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "0")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert cli("--version")[0] == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (given or "1")
