@@ -16,13 +16,12 @@ import numpy as np
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import given, of_files
-from bnpatch.data.class_maps import SYNSET, composed, read_class_map
+from bnpatch.data.class_maps import composed, read_class_map
+from bnpatch.data.class_names import SAY_WHICH, check_names, outputs_by_name, outputs_by_synset
 from bnpatch.data.dataset import Indices
 from bnpatch.data.image_files import FoundImages, find_images
 from bnpatch.data.images import FileImages
 from bnpatch.data.preprocessing import ImageModel
-
-_SAY_WHICH = "say which is which with --class-map FILE: the folders, one a line, in the order of the outputs"
 
 
 class ClassOrder(Enum):
@@ -68,11 +67,12 @@ def targets_of_folders(
     Raises:
         BnpatchError: the folders can't be matched with certainty.
     """
+    known = outputs_by_name(folders, num_outputs, class_names)
+    if len(known) == len(folders) or (partial and known):
+        return known
+    if not partial:
+        check_names(folders, class_names or ())
     by_name = {composed(name): index for index, name in enumerate(class_names or ())}
-    if class_names and len(class_names) == num_outputs:
-        known = {name: by_name[composed(name)] for name in folders if composed(name) in by_name}
-        if len(known) == len(folders) or (partial and known):
-            return known
     if sure:
         strange = next(
             (f"no {name!r}" for name in folders if composed(name) not in by_name),
@@ -83,13 +83,13 @@ def targets_of_folders(
             f"{counted(num_outputs, 'output')}",
             "list every class folder once, in the order of the outputs",
         )
-    if all(SYNSET.fullmatch(name) for name in folders) and (synsets := _imagenet_synsets(num_outputs)):
+    if (synsets := outputs_by_synset(folders, num_outputs)) is not None:
         if unknown := [name for name in folders if name not in synsets]:
             raise BnpatchError(
                 f"{where} has the class {unknown[0]}, which is not among the model's {num_outputs}",
                 "name the right classes with --class-map",
             )
-        return {name: synsets[name] for name in folders}
+        return synsets
     if partial and class_names:
         return {}
     if len(folders) == num_outputs:
@@ -106,7 +106,7 @@ def targets_of_folders(
     raise BnpatchError(
         f"{where} has {counted(len(folders), 'class folder')}, the model has "
         f"{counted(num_outputs, 'output')}",
-        _SAY_WHICH,
+        SAY_WHICH,
     )
 
 
@@ -122,7 +122,7 @@ def _by_order(
         raise BnpatchError(
             f"none of the class folders of {where} ({folders[0]!r}, ...) has the name of a class of the "
             f"model ({class_names[0]!r}, ...)",
-            _SAY_WHICH,
+            SAY_WHICH,
         )
     in_order = {name: index for index, name in enumerate(order.sort(folders))}
     if class_names:
@@ -134,15 +134,6 @@ def _by_order(
 
 def _are_numbers(folders: Sequence[str]) -> bool:
     return all(name.isdecimal() for name in folders)
-
-
-def _imagenet_synsets(num_outputs: int) -> dict[str, int]:
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset({"num_classes": num_outputs})
-    if subset is None:
-        return {}
-    return {name: index for index, name in enumerate(ImageNetInfo(subset).label_names())}
 
 
 def _check_other_names(
@@ -157,9 +148,7 @@ def _check_other_names(
     problem = f"the class folder {strange!r} is not among the model's class names"
     for name, index in in_order.items():
         if by_name.get(composed(name), index) != index:
-            raise BnpatchError(
-                f"{problem}, and by order {name!r} would be {class_names[index]!r}", _SAY_WHICH
-            )
+            raise BnpatchError(f"{problem}, and by order {name!r} would be {class_names[index]!r}", SAY_WHICH)
     warnings.warn(
         f"{problem}; folders are taken in order, --class-map FILE says otherwise",
         BnpatchWarning,

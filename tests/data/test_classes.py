@@ -24,6 +24,43 @@ def test_imagenet_folders_by_synset_even_if_few():
         targets(["n99999999"], 1000)
 
 
+def test_an_output_for_the_background_comes_before_imagenets_classes():
+    assert targets(["n01443537", "n01440764"], 1001) == {"n01440764": 1, "n01443537": 2}
+
+
+def test_a_name_that_two_outputs_have_is_refused():
+    """ImageNet has two cranes, a bird and a machine."""
+    names = ("crane", "dog", "crane", "fox")
+    with pytest.raises(BnpatchError, match=r"'crane' is the name of outputs 0 and 2; .* --class-map"):
+        targets(["crane", "dog"], 4, names)
+    assert targets(["fox", "dog"], 4, names) == {"fox": 3, "dog": 1}
+    assert targets(["crane", "dog"], 4, names, partial=True) == {"dog": 1}
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["Red Fox", "Tench"],
+        ["red_fox", "tench"],
+        ["red-fox ", "TENCH"],
+        ["red fox", "tench,_Tinca_tinca"],
+    ],
+)
+def test_case_separators_and_further_names_do_not_matter(folders):
+    names = ("tench, Tinca tinca", "dog", "red fox, Vulpes vulpes")
+    assert targets(folders, 3, names) == {folders[0]: 2, folders[1]: 0}
+
+
+def test_names_that_are_like_two_classes_are_not_matched():
+    for folders, names in (
+        (["a_b", "c"], ("a b", "a-b", "c", "d")),  # like both
+        (["a b", "A_b"], ("a b", "c", "d")),  # both like one
+        (["x"], ("x, y", "x, z", "c")),  # the first name of both
+    ):
+        with pytest.raises(BnpatchError, match=r"class folders?, the model has"):
+            targets(folders, len(names), names)
+
+
 @pytest.mark.parametrize(
     ("order", "expected"), [(ClassOrder.PLAIN, ["1", "10", "2"]), (ClassOrder.NATURAL, ["1", "2", "10"])]
 )
