@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Subset
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
@@ -22,6 +23,10 @@ Array = npt.NDArray[Any]
 
 ORIENTATION = 0x0112  #: EXIF tag of the orientation
 _SAMPLE = 16  # images that are decoded to find their bit depth
+
+# Keys of an image and of its class in examples that are dictionaries, as those of Hugging Face's data sets.
+_IMAGES = ("image", "img", "pixel_values", "images", "x", "input", "inputs")
+_TARGETS = ("label", "labels", "target", "targets", "fine_label", "y", "class")
 
 
 class FileImages:
@@ -104,10 +109,7 @@ class ArrayInputs:
         """Return an image made of the bytes, whose channels may be first or last; or the floats."""
         if self.mode is None:
             return torch.as_tensor(self.x[index])
-        image = np.asarray(self.x[index])
-        if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
-            image = image.transpose(1, 2, 0)
-        return as_mode(Image.fromarray(np.ascontiguousarray(image.squeeze())), self.mode)
+        return as_mode(_image_of(self.x[index]), self.mode)
 
     def name(self, index: int) -> str:
         """Return the position."""
@@ -139,12 +141,12 @@ class IndexedImages:
         return len(self.dataset)
 
     def read(self, index: int) -> Image.Image | Tensor:
-        """Return the image, converted to the mode; a tensor is returned as it is."""
-        image, _ = _parts(self.dataset[index])
+        """Return the image, converted to the mode; or floats as a tensor, as they are."""
+        image = _opened(self.dataset[index])
         if isinstance(image, Tensor):
             return image
-        with image if isinstance(image, Image.Image) else Image.open(image) as opened:
-            return as_mode(opened, self.preprocessing.image_mode, self.bit_depth)
+        with image:
+            return as_mode(image, self.preprocessing.image_mode, self.bit_depth)
 
     def find_bit_depth(self) -> None:
         """Find how many bits the values of 16- and 32-bit images have, if the first image is one."""
@@ -154,11 +156,11 @@ class IndexedImages:
                 self.bit_depth = of_sample([functools.partial(self._values, i) for i in some], "the data set")
 
     def _values(self, index: int) -> Array | None:
-        image, _ = _parts(self.dataset[index])
+        image = _opened(self.dataset[index])
         if isinstance(image, Tensor):
             return None
-        with image if isinstance(image, Image.Image) else Image.open(image) as opened:
-            return deep_values(opened)
+        with image:
+            return deep_values(image)
 
     def targets(self, budget: int) -> Array | None:
         """Return the target of each example, of shape (N, ...); None for a data set of images alone.
@@ -182,6 +184,27 @@ class IndexedImages:
             used += parts[-1].nbytes
             _check_budget(used, budget)
         return _joined(parts, "targets").numpy()
+
+    def classes(self) -> dict[str, int]:
+        """Return the targets by the names that the data set has for its classes, as far as it tells.
+
+        The result is empty if a transform changes the targets.
+        """
+        dataset = self.dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        if getattr(dataset, "target_transform", None):
+            return {}
+        for key in ("wnid_to_idx", "class_to_idx"):  # of torchvision, whose ImageNet also has names in words
+            if isinstance(by_name := getattr(dataset, key, None), Mapping) and by_name:
+                return {str(name): int(target) for name, target in by_name.items()}
+        features = getattr(dataset, "features", None)  # of Hugging Face
+        columns = features if isinstance(features, Mapping) else {}
+        names = getattr(columns.get(next((k for k in _TARGETS if k in columns), "")), "names", None)
+        names = names or getattr(dataset, "classes", None)
+        is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        by_name = {name: target for target, name in enumerate(names)} if names and is_list else {}
+        return by_name if names and len(by_name) == len(names) else {}
 
     def name(self, index: int) -> str:
         """Return the position."""
@@ -247,12 +270,36 @@ def as_mode(image: Image.Image, mode: str, bit_depth: BitDepth = STANDARD) -> Im
 def _parts(item: Any) -> tuple[Any, Any]:
     """Return the image and the target (None if there is none) of an example or of a batch."""
     if isinstance(item, Mapping):
-        raise BnpatchError(
-            f"the data gives dictionaries ({', '.join(map(str, item))})", "give pairs (image, target)"
-        )
+        image, target = (next((k for k in keys if k in item), None) for keys in (_IMAGES, _TARGETS))
+        if image is None or (target is None and len(item) > 1):
+            raise BnpatchError(
+                f"the data gives dictionaries ({', '.join(map(str, item))})",
+                "call the parts image and label, or give pairs (image, target)",
+            )
+        return item[image], None if target is None else item[target]
     if isinstance(item, (tuple, list)):
         return item[0], item[1] if len(item) > 1 else None
     return item, None
+
+
+def _opened(item: Any) -> Image.Image | Tensor:
+    """Return the image of an example; or floats as a tensor, which are inputs as the model takes them."""
+    image, _ = _parts(item)
+    if isinstance(image, (np.ndarray, Tensor)):
+        values = torch.as_tensor(image)
+        return values if values.is_floating_point() else _image_of(image)
+    return image if isinstance(image, Image.Image) else Image.open(image)
+
+
+def _image_of(values: Array | Tensor) -> Image.Image:
+    """Make an image of an array of bytes, or of deeper gray, whose channels may be first or last."""
+    image = np.asarray(values)
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = image.transpose(1, 2, 0)
+    try:
+        return Image.fromarray(np.ascontiguousarray(image.squeeze()))
+    except TypeError as error:
+        raise ValueError(f"an image of {image.dtype} and shape {image.shape}, not of bytes") from error
 
 
 def _copied(values: Any) -> Tensor:

@@ -19,6 +19,7 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning, first_line
 from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import given
 from bnpatch.data.class_folders import WITHOUT_LABELS, open_folder
+from bnpatch.data.class_names import outputs_by_name, outputs_by_synset
 from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
 from bnpatch.data.groups import GroupsOf, number_groups
@@ -59,8 +60,10 @@ def open_examples(
     Args:
         data: a folder with one folder of images per class; an ``.npz`` file with ``x`` and ``y``, or in
             MedMNIST's layout; one of timm's names (``torch/cifar10``, ``hfds/imagenet-1k``); a pair of arrays
-            (x, y); a torch data set of (image, target) pairs; or a ``DataLoader`` or other iterable of
-            batches (x, y), which is read once, into memory. If labels are optional, y may be missing.
+            (x, y); a torch or Hugging Face data set of pairs (image, target) or dictionaries of ``image`` and
+            ``label``, whose names for its classes are matched with the model's; or a ``DataLoader`` or other
+            iterable of batches (x, y), which is read once, into memory. If labels are optional, y may be
+            missing.
         model: the model; the data set gets its preprocessing, and its class names if it has them.
         labels: "required" or "optional". If optional, an example without a label has the target -1: in a
             folder, the images outside class folders, and those in folders that aren't named after a class,
@@ -107,6 +110,8 @@ def open_examples(
     if targets is not None:
         if classes and targets.ndim == 2 and targets.shape[1] == 1:  # a column
             targets = targets[:, 0]
+        if classes and isinstance(source, IndexedImages):
+            targets = _as_outputs(targets, source.classes(), model, x)
         classes = _check_targets(targets, len(source), model, x, classes, optional)
         if targets.ndim > 2 and isinstance(first, Image.Image) and _changes(transform, first):
             raise BnpatchError(
@@ -213,6 +218,29 @@ def _check_targets(
             else "use the data set that the model was trained for",
         )
     return True
+
+
+def _as_outputs(targets: Array, classes: Mapping[str, int], model: ImageModel, x: Tensor | None) -> Array:
+    """Return targets that a data set numbers in its own way as outputs of the model.
+
+    That is done where all names that the data set has for its classes are certainly classes of the model.
+    """
+    if not classes or targets.ndim != 1 or targets.dtype.kind not in "iu":
+        return targets
+    num_outputs = model.num_outputs(x, _count(targets))
+    found = outputs_by_synset(list(classes), num_outputs)
+    found = found or outputs_by_name(list(classes), num_outputs, model.class_names)
+    outputs = {target: found[name] for name, target in classes.items() if name in found}
+    other = [name for name in found if found[name] != classes[name]]
+    if not other or len(found) < len(classes) or len(outputs) < len(classes):
+        return targets
+    warnings.warn(
+        f"the data set and the model number classes differently ({other[0]!r} is {classes[other[0]]} there, "
+        f"and output {found[other[0]]} here): the names decide",
+        BnpatchWarning,
+        stacklevel=3,
+    )
+    return np.array([outputs.get(target, target) for target in targets.tolist()], dtype=np.int64)
 
 
 def _count(targets: Array) -> int | None:

@@ -212,7 +212,7 @@ def test_loaders_that_do_not_do(model):
     list(spent)
     for batches, message in (
         (spent, "gives no batches; .* a generator gives them only once"),
-        (iter([{"image": x, "label": y}]), r"gives dictionaries \(image, label\); give pairs"),
+        (iter([{"scan": x, "finding": y}]), r"gives dictionaries \(scan, finding\); call the parts image"),
         (iter([(x, y), (x,)]), "some batches have targets"),
         (iter([(x, y), (x[:, :, :9], y)]), r"inputs differ in shape or type \(\(1, 32, 32\) of .*float32"),
         (iter([("names", y)]), "gives a str where numbers are needed"),

@@ -98,12 +98,16 @@ def test_a_damaged_npz(w):
     return lambda: opened(path), follow
 
 
-@case("the data gives dictionaries", r"give pairs \(image, target\)")
+@case("the data gives dictionaries", r"call the parts image and label, or give pairs \(image, target\)")
 def test_dictionaries(w):
-    return (
-        lambda: opened([{"image": x[None], "label": y} for x, y in zip(X, Y, strict=True)]),
-        lambda _: opened([(x, y) for x, y in zip(X, Y, strict=True)]),
-    )
+    def named(*keys):
+        return [dict(zip(keys, pair, strict=True)) for pair in zip(X, Y, strict=True)]
+
+    def follow(_):
+        opened(named("image", "label"))
+        opened([(x, y) for x, y in zip(X, Y, strict=True)])
+
+    return lambda: opened(named("scan", "finding")), follow
 
 
 @case("the loader gives no batches", "a generator gives them only once")
