@@ -102,8 +102,8 @@ def inline_norms(model: ir.Model) -> ir.Model:
         InlinePass(criteria=lambda function: function.identifier() in containing)(model)
     except Exception as error:  # the pass raises errors of many types for a function that is damaged
         raise BnpatchError(
-            f"the model-local functions of the model cannot be inlined: {error}",
-            "inline them with onnx.inliner before patching",
+            f"the model-local functions of the model cannot be inlined: {first_line(error)}",
+            "export it again without functions, or with the model's opset in all of them",
         ) from error
     return model
 
@@ -273,18 +273,18 @@ def _open_external_data(file: Path, model: ir.Model, tensors: list[ir.ExternalTe
         name = f"the external data {str(tensor.location)!r} of {file}"
         try:
             check_regular(Path(tensor.path))
-            available = os.stat(tensor.path).st_size
-            tensor.numpy()
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            is_short = end > os.stat(tensor.path).st_size
+            if not is_short:
+                tensor.numpy()
         except FileNotFoundError as error:
             raise BnpatchError(f"{name} does not exist", "put it beside the model") from error
-        except (
-            Exception
-        ) as error:  # onnx-ir raises errors of many types, for a link or a file that is cut off
+        except Exception as error:  # onnx-ir raises errors of many types, for a link for example
             raise BnpatchError(
                 f"{name} cannot be used: {first_line(error)}",
                 _WITHOUT_LINKS if _is_link(tensor) else "fetch it again",
             ) from error
-        if (tensor.offset or 0) + (tensor.length or tensor.nbytes) > available:
+        if is_short:
             raise BnpatchError(f"{name} is too short", "fetch it again")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for key, attribute in node.attributes.items():  # saving would not copy these into the new file

@@ -1,5 +1,6 @@
 """Files of models: others than those of test_files.py and test_onnx.py, in one table."""
 
+import shutil
 import zipfile
 
 import onnx
@@ -8,10 +9,12 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from bnpatch.core.limits import VALUES
 from bnpatch.models import architecture
 from bnpatch.models.load import load
 from bnpatch.models.renamed import check_hugging_face
-from tests.onnx.build import bn_model
+from bnpatch.onnx import io
+from tests.onnx.build import bn_model, from_proto, in_function
 from tests.remedies.world import SIDE, cases, followed, net, onnx_file
 
 
@@ -31,6 +34,12 @@ def sparse(proto):
     proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4]))
 
 
+def graph_of_many_values(w, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VALUES.name, limit)
+        graph(w)
+
+
 def not_utf8(w, change):
     whole = bn_model().SerializeToString()
     return load(w.file("model.onnx", whole.replace(b"norm", b"n\xffrm") if change else whole))
@@ -44,6 +53,37 @@ def external(w, cut):
         whole = (w.folder / "w.bin").read_bytes()
         (w.folder / "w.bin").write_bytes(whole[: len(whole) - 8])
     load(w.folder / "m.onnx")
+
+
+def linked(w, copied):
+    """A graph whose weights are a link into another folder, as in a cache."""
+    proto = bn_model()
+    (w.folder / "cache").mkdir(exist_ok=True)
+    onnx.save(
+        proto, w.folder / "cache" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    (folder := w.folder / ("copied" if copied else "linked")).mkdir()
+    for name in ("m.onnx", "w.bin"):
+        if copied:
+            shutil.copy(w.folder / "cache" / name, folder / name)
+        else:
+            (folder / name).symlink_to(w.folder / "cache" / name)
+    load(folder / "m.onnx")
+
+
+def with_function(w, opset):
+    """A graph with a function that is of another opset, or of the same."""
+    proto = in_function(opset=20)
+    proto.functions[0].opset_import[0].version = opset
+    return load(onnx_file(w, proto))
+
+
+def unsaved(w, damaged):
+    """Write a graph that has a name which UTF-8 has not."""
+    graph = from_proto(bn_model())
+    if damaged:
+        graph.graph.name = "\ud800"
+    io.save(graph, w.folder / "out.onnx")
 
 
 def keras(w):
@@ -115,9 +155,39 @@ CASES = {
     ),
     "short external data": (
         lambda w: external(w, cut=True),
-        "is too short|cannot be used",
+        "is too short",
         "fetch it again",
         lambda w: external(w, cut=False),
+    ),
+    "external data that are links": (
+        lambda w: linked(w, copied=False),
+        "external data 'w.bin' of .* cannot be used",
+        r"copy the model and its data as plain files into one folder \(cp -L\)",
+        lambda w: linked(w, copied=True),
+    ),
+    "functions of another opset": (
+        lambda w: with_function(w, opset=17),
+        "functions of the model cannot be inlined: Opset mismatch",
+        "export it again without functions, or with the model's opset in all of them",
+        lambda w: [graph(w), with_function(w, opset=20)],
+    ),
+    "a graph that cannot be written": (
+        lambda w: unsaved(w, damaged=True),
+        "out.onnx cannot be written",
+        "the original file is damaged: fetch it again",
+        lambda w: unsaved(w, damaged=False),
+    ),
+    "a graph that vanishes": (
+        lambda w: io.load(w.folder / "model.onnx"),
+        "cannot read .*: no such file",
+        "check the path",
+        graph,
+    ),
+    "values that fill the memory": (
+        lambda w: graph_of_many_values(w, "1"),
+        "a value of .* numbers",
+        "set the environment variable BNPATCH_MAX_VALUES",
+        lambda w: graph_of_many_values(w, "1000"),
     ),
     "a size of a graph": (
         lambda w: size_of_graph(w, (7, 4)),
