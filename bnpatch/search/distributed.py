@@ -104,14 +104,19 @@ class Processes:
             raise BnpatchError(
                 "several processes need accelerate", "pip install 'bnpatch[distributed]', or start one"
             ) from error
-        # If the user has initialized the process group before, its timeout stays.
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-        self.rank, self.count = int(state.process_index), int(state.num_processes)
-        if self.count != int(os.environ["WORLD_SIZE"]):
+        wanted, remedy = int(os.environ["WORLD_SIZE"]), "start them with torchrun or accelerate launch"
+        try:
+            # If the user has initialized the process group before, its timeout stays.
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+        # ValueError: an address is missing; RuntimeError: nobody answers there. Other programs than torchrun
+        # set WORLD_SIZE, too.
+        except (ValueError, RuntimeError) as error:
             raise BnpatchError(
-                f"accelerate sees {self.count} of {os.environ['WORLD_SIZE']} processes",
-                "start them with torchrun or accelerate launch",
-            )
+                f"{wanted} processes can't be connected: {first_line(error)}", remedy
+            ) from error
+        self.rank, self.count = int(state.process_index), int(state.num_processes)
+        if self.count != wanted:
+            raise BnpatchError(f"accelerate sees {self.count} of {wanted} processes", remedy)
 
     def tell(self, message: Any) -> Any:
         """Broadcast the message of the first process; all return it."""
