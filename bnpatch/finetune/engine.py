@@ -17,6 +17,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.norm_decay import decay_norms, parameter_groups
 from bnpatch.models.torch_model import TorchModel
+from bnpatch.search.distributed import connecting
 
 
 class Engine:
@@ -165,7 +166,8 @@ def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
     """Make an ``accelerate.Accelerator``, which finds other processes of ``accelerate launch``.
 
     Raises:
-        BnpatchError: accelerate isn't installed, or the device doesn't support the precision.
+        BnpatchError: accelerate isn't installed, the device doesn't support the precision, or there are other
+            processes that can't be reached.
     """
     if settings.precision == "fp16" and device.type == "cpu":  # accelerate would continue in float32
         raise BnpatchError("a CPU does not train in fp16", "choose --precision bf16 or no")
@@ -175,7 +177,9 @@ def new_accelerator(settings: FineTuneSettings, device: torch.device) -> Any:
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise BnpatchError("fine-tuning needs accelerate", "pip install 'bnpatch[fine-tune]'") from error
-    if PartialState(cpu=True if device.type == "cpu" else None).num_processes == 1:
+    with connecting():
+        processes = PartialState(cpu=True if device.type == "cpu" else None)
+    if processes.num_processes == 1:
         # accelerate keeps device and precision until the process ends, but runs may differ in both.
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(

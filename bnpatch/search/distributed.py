@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 # How long the other processes wait while the first works alone: longer than any search.
 _LONGEST_WAIT = timedelta(days=30)
 
+_LAUNCH = "start them with torchrun or accelerate launch"
+
 
 def is_first() -> bool:
     """Tell whether this is the process that searches, prints and writes; a single process is."""
@@ -48,6 +50,16 @@ def start() -> "Processes | None":
         BnpatchError: there are several, and accelerate is not installed.
     """
     return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Turn errors of a process that finds no other into a BnpatchError."""
+    try:
+        yield
+    # ValueError: an address is missing, because something else set WORLD_SIZE; RuntimeError: nobody answers.
+    except (ValueError, RuntimeError) as error:
+        raise BnpatchError(f"the processes can't be connected: {first_line(error)}", _LAUNCH) from error
 
 
 def on_all_processes(
@@ -104,19 +116,14 @@ class Processes:
             raise BnpatchError(
                 "several processes need accelerate", "pip install 'bnpatch[distributed]', or start one"
             ) from error
-        wanted, remedy = int(os.environ["WORLD_SIZE"]), "start them with torchrun or accelerate launch"
-        try:
+        with connecting():
             # If the user has initialized the process group before, its timeout stays.
             state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
-        # ValueError: an address is missing; RuntimeError: nobody answers there. Other programs than torchrun
-        # set WORLD_SIZE, too.
-        except (ValueError, RuntimeError) as error:
-            raise BnpatchError(
-                f"{wanted} processes can't be connected: {first_line(error)}", remedy
-            ) from error
         self.rank, self.count = int(state.process_index), int(state.num_processes)
-        if self.count != wanted:
-            raise BnpatchError(f"accelerate sees {self.count} of {wanted} processes", remedy)
+        if self.count != int(os.environ["WORLD_SIZE"]):
+            raise BnpatchError(
+                f"accelerate sees {self.count} of {os.environ['WORLD_SIZE']} processes", _LAUNCH
+            )
 
     def tell(self, message: Any) -> Any:
         """Broadcast the message of the first process; all return it."""

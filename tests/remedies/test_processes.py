@@ -7,7 +7,10 @@ from unittest import mock
 import accelerate
 import numpy as np
 import pytest
+import torch
 
+from bnpatch.finetune.config import FineTuneSettings
+from bnpatch.finetune.engine import new_accelerator
 from bnpatch.search.distributed import Processes
 from tests.remedies.world import followed
 from tests.two_processes import in_two_processes
@@ -24,14 +27,19 @@ def together(checkpoint, foggy, tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+def train():
+    new_accelerator(FineTuneSettings(), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
-    ("on_gpu", "problem"),
+    ("use", "on_gpu", "problem"),
     [
-        (False, "2 processes can't be connected: .*MASTER_ADDR"),
-        (True, "accelerate sees 1 of 2 processes"),
+        (Processes, False, "the processes can't be connected: .*MASTER_ADDR"),
+        (Processes, True, "accelerate sees 1 of 2 processes"),
+        (train, False, "the processes can't be connected: .*MASTER_ADDR"),
     ],
 )
-def test_a_process_that_is_alone(together, monkeypatch, on_gpu, problem):
+def test_a_process_that_is_alone(together, monkeypatch, use, on_gpu, problem):
     """Something set WORLD_SIZE, and nothing started the other process."""
 
     def follow(_):
@@ -40,7 +48,7 @@ def test_a_process_that_is_alone(together, monkeypatch, on_gpu, problem):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: on_gpu)
     monkeypatch.setattr(accelerate.PartialState, "_shared_state", {})
     with mock.patch.dict(os.environ, WORLD_SIZE="2"):  # accelerate sets more
-        followed(Processes, problem, "start them with torchrun or accelerate launch", follow)
+        followed(use, problem, "start them with torchrun or accelerate launch", follow)
 
 
 @pytest.mark.parametrize(

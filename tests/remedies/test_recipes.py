@@ -1,6 +1,7 @@
 """Recipes that are not for this model, or damaged, or elsewhere."""
 
 import json
+import types
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,26 @@ def re_estimated(found):
 def with_statistics(recipe, part):
     (layer,) = recipe.norm_layers
     return replace(recipe, norm_layers=(replace(layer, re_estimated=part),))
+
+
+class Hub:
+    """As much of the hub as takes a commit of somebody who is logged in."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def create_repo(self, *_, **__):
+        if self.token != "of an account":
+            raise OSError("401 Client Error: Unauthorized")
+
+    def create_commit(self, repository, *_, **__):
+        return types.SimpleNamespace(commit_url=f"https://hub/{repository}/commit/c")
+
+
+def pushed(token):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi", Hub)
+        assert loaded().recipe().push_to_hub("org/name", token=token).endswith("org/name/commit/c")
 
 
 CASES = {
@@ -93,6 +114,12 @@ CASES = {
         "model.pt is patched already",
         "leave out --recipe, or give the model as it was",
         lambda w: check_unpatched(loaded(), "model.pt"),
+    ),
+    "without an account": (
+        lambda w: pushed(None),
+        "cannot write to hf-hub:org/name: .*Unauthorized",
+        r"that you are logged in \(hf auth login\) and may write",
+        lambda w: pushed("of an account"),
     ),
     "elsewhere": (
         lambda w: Recipe.load("hf-hub:org/name"),  # no test may reach for the network

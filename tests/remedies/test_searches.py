@@ -82,6 +82,29 @@ def test_few_images_to_keep(count, margin, size):
         assert not few_to_keep(count, SearchConfig(margin=float(needed[2])).margin, size)
 
 
+def interrupted(again):
+    """Interrupt the search after its first trial, and perhaps the judging of what it found."""
+    came = []
+
+    def on_trial(trial, is_best):
+        came.append(trial)
+        raise KeyboardInterrupt
+
+    def progress(label, done, total):
+        if came and again:
+            raise KeyboardInterrupt
+
+    return tuned(on_trial=on_trial, progress=progress, trials=3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupt_and_another():
+    with pytest.warns(BnpatchWarning, match=r"interrupted: .* judged now \(interrupt again to end sooner\)"):
+        assert interrupted(again=False).interrupted
+    with pytest.warns(BnpatchWarning, match="interrupted"), pytest.raises(KeyboardInterrupt):
+        interrupted(again=True)
+
+
 CASES = {
     "a metric of sets": (
         lambda w: tuned(metric=CALIBRATION_ERROR),
