@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.core.text import counted
 from bnpatch.models import architecture
 from bnpatch.models.labels import as_mapping
+from bnpatch.models.reparametrized import computed
 
 StateDict = dict[str, Tensor]
 
@@ -23,6 +25,8 @@ _DEPTH = 3  # the EMA of some projects is a dictionary with its own state dict
 
 # Words in the keys of averaged weights, such as state_dict_ema, model_ema, ema_weights, averaged_model.
 _AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?|averaging|shadow)([^a-z]|$)", re.IGNORECASE)
+# The same, and the teacher of self-supervised learning, which is an average of the student.
+_COPY = re.compile(rf"{_AVERAGED.pattern}|^teacher", re.IGNORECASE)
 # First components of keys that don't belong to the model: losses, metrics, and copies of the model.
 _NOT_THE_MODEL = re.compile(
     r"(^|_)(criterion|loss(es)?|loss_fn|metrics?|acc(uracy)?\d?|auroc|f1|teacher|ema|swa|averaged|momentum|target|encoder_k|"
@@ -41,14 +45,17 @@ def find_weights(content: Mapping[str, Any], path: Path, use_ema: bool) -> tuple
     Raises:
         BnpatchError: there are no weights, or no averaged ones with ``use_ema``.
     """
-    averaged = [key for key in content if isinstance(key, str) and _AVERAGED.search(key)]
+    content = _with_tensors(content)
     if use_ema:
+        averaged = [key for key in content if isinstance(key, str) and _COPY.search(key)]
         return _find_averaged(content, path, averaged)
-    for key in (*_WEIGHTS, *averaged):
+    for key in _WEIGHTS:
         if (found := _weights_in(content.get(key))) is not None:
             return found, key
     if is_state_dict(content):
         return content, ""
+    if (elsewhere := _under_other_keys(content)) is not None:
+        return elsewhere
     keys = ", ".join(str(key)[:40] for key in list(content)[:8])
     raise BnpatchError(
         f"{path} has no weights that bnpatch can find among its keys {keys}", "save a state dict"
@@ -87,9 +94,43 @@ def _averaged_part(weights: Any) -> Any:
         return None
     for group in dict.fromkeys(key.split(".")[0] for key in weights):
         inside = {k.removeprefix(f"{group}."): v for k, v in weights.items() if k.startswith(f"{group}.")}
-        if _AVERAGED.search(group) and is_state_dict(inside):
+        if _COPY.search(group) and is_state_dict(inside):
             return inside
     return None
+
+
+def _with_tensors(content: Mapping[str, Any], depth: int = _DEPTH) -> Mapping[str, Any]:
+    """Return weights that are NumPy arrays as tensors, for the most part of a mapping; all else as it is."""
+    arrays = {key: value for key, value in content.items() if _is_number_array(value)}
+    if len(arrays) > len(content) / 2:
+        return {**content, **{key: torch.as_tensor(value) for key, value in arrays.items()}}
+    inside = {key: value for key, value in content.items() if isinstance(value, Mapping) and depth}
+    changed = {key: new for key, old in inside.items() if (new := _with_tensors(old, depth - 1)) is not old}
+    return {**content, **changed} if changed else content
+
+
+def _is_number_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative
+
+
+def _under_other_keys(content: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """Return the weights under a key of the project's own, and the key.
+
+    The weights under several keys, such as "student" and "teacher", become one state dict in which the keys
+    are prefixes, so that :func:`part_of` tells which are the model.
+    """
+    inside = {key: _weights_in(value) for key, value in content.items() if isinstance(key, str)}
+    found = {key: value for key, value in inside.items() if value is not None and _has_weights(value)}
+    if len(found) > 1 and not any(isinstance(value, nn.Module) for value in found.values()):
+        return {f"{key}.{name}": t for key, value in found.items() for name, t in value.items()}, ""
+    return next(((value, key) for key, value in found.items()), None)
+
+
+def _has_weights(value: Any) -> bool:
+    """Tell whether there are weights in a state dict, and not only random states and counters."""
+    return isinstance(value, nn.Module) or any(
+        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim for tensor in value.values()
+    )
 
 
 def _weights_in(value: Any, depth: int = _DEPTH) -> Any:
@@ -133,6 +174,7 @@ def strip_prefixes(state_dict: Mapping[str, Any]) -> StateDict:
     state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", key): value for key, value in state.items()}
     while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = computed(state)
     # torchvision's published DenseNet weights still have the tensor names of 2017.
     return {
         re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
@@ -219,7 +261,12 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     left = [key for key in state_dict if key.removeprefix(f"{prefix}." if prefix else "") not in chosen]
     head = sorted(heads.get(prefix, ()))
     left = [key for key in left if key.removeprefix(f"{prefix}." if prefix else "") not in head]
-    unknown = [k for k in left if not any(map(_is_extra, k.split("."))) and not k.startswith(tuple(copies))]
+    unknown = [
+        key
+        for key in left
+        if not any(map(_is_extra, key.split("."))) and not key.startswith(tuple(copies))
+        and (state_dict[key].is_floating_point() or state_dict[key].numel() > 1)  # else a counter
+    ]  # fmt: skip
     where = f"the weights under {prefix}. are" if prefix else "most weights are"
     if unknown and arch is None:
         some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")

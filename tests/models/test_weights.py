@@ -90,6 +90,33 @@ def test_a_head_beside_the_model_is_not_left_out_in_silence(tmp_path):
     assert "left out 2 tensors beside the model: head.*" in loaded.notes
 
 
+ELSEWHERE = {
+    "a key of its own": {"network": STATE, "epoch": 3},
+    "a key of its own, in a dictionary": {"best": {"model": STATE}},
+    "a student": {"student": under("module"), "teacher": OTHER, "optimizer": {"state": {}}},
+    "a student with a head": {
+        "teacher": {**under("backbone", OTHER), "head.mlp.weight": torch.ones(2, 3)},
+        "student": under("module.backbone"),
+    },
+    "parts": {
+        "encoder": {key: t for key, t in STATE.items() if not key.startswith("fc.")},
+        "classifier": {"weight": STATE["fc.weight"], "bias": STATE["fc.bias"]},
+        "random": {"cpu": torch.zeros(9, dtype=torch.uint8)},
+    },
+    "averaged weights alone": {"weights_ema": STATE},
+    "arrays": {key: tensor.numpy() for key, tensor in STATE.items()},
+    "arrays in a dictionary": {"model": {key: tensor.numpy() for key, tensor in STATE.items()}, "epoch": 3},
+    "counters": {**under("online_model"), "initted": torch.tensor([True]), "step": torch.tensor(7)},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_weights_may_be_anywhere(name, tmp_path):
+    loaded = load(tmp_path, ELSEWHERE[name])
+    assert takes(loaded)
+    assert any("left out" in note and "teacher" in note for note in loaded.notes) == ("student" in name)
+
+
 AVERAGES = {
     "timm": {"state_dict": STATE, "state_dict_ema": OTHER},
     "ema": {"model": STATE, "ema": OTHER},
@@ -116,6 +143,7 @@ AVERAGES = {
         "current_model_state": under("model"),
     },
     "beside the model": {"state_dict": {**under("model"), **under("ema_model.module", OTHER)}},
+    "a teacher": {"student": under("module"), "teacher": OTHER},
 }
 
 
