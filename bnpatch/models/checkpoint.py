@@ -11,6 +11,7 @@ from torch import nn
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.foreign import reading
 from bnpatch.models.labels import Labels, as_mapping, labels_of
+from bnpatch.models.normalizers import Normalizer, split_off
 from bnpatch.models.unpickle import read_content
 from bnpatch.models.weights import StateDict, check_weights, find_weights, strip_prefixes
 
@@ -23,7 +24,7 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        state_dict: the weights, without the prefixes that wrappers add.
+        state_dict: the weights, without the prefixes that wrappers add and without ``normalizer``.
         module: the model itself, if the file has a pickled one (only with ``unsafe``).
         arch: name of the architecture, if the file has it.
         library: the library whose training script wrote the file, timm or torchvision, if the layout tells.
@@ -31,6 +32,7 @@ class Checkpoint:
         labels: lists of names of the classes, those at the top level of the file first.
         about: all that the file has beside the weights.
         bnpatch: recipe and preprocessing that bnpatch stored, or None.
+        normalizer: a layer before the model that normalizes images, if the weights have one.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Checkpoint:
     labels: tuple[Labels, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
     bnpatch: Mapping[str, Any] | None = None
+    normalizer: Normalizer | None = None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -81,6 +84,10 @@ def _of_content(content: Any, path: Path, use_ema: bool) -> Checkpoint:
     module = weights if isinstance(weights, nn.Module) else None
     state_dict = strip_prefixes(module.state_dict() if module is not None else weights)
     check_weights(state_dict, path)
+    normalizer = None
+    if module is None:
+        state_dict, normalizer = split_off(state_dict)
+        state_dict = strip_prefixes(state_dict)
     names = (about.get("arch"), args.get("model"), args.get("arch"), args.get("model_name"))
     return Checkpoint(
         path,
@@ -92,6 +99,7 @@ def _of_content(content: Any, path: Path, use_ema: bool) -> Checkpoint:
         labels=tuple(labels_of(about)),
         about=about,
         bnpatch=as_mapping(about.get("bnpatch")) or None,
+        normalizer=normalizer,
     )
 
 

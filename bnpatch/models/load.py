@@ -21,7 +21,14 @@ from bnpatch.models.labels import choose, labels_of, labels_of_module, read_name
 from bnpatch.models.onnx_file import load_onnx, onnx_device
 from bnpatch.models.onnx_model import OnnxModel
 from bnpatch.models.published import default_preprocessing, published_weights, tagged_weights
-from bnpatch.models.stored_preprocessing import HUB_CONFIG, applied, beside, hub_config, in_checkpoint
+from bnpatch.models.stored_preprocessing import (
+    HUB_CONFIG,
+    applied,
+    beside,
+    hub_config,
+    in_checkpoint,
+    of_module,
+)
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.models.weights import StateDict, part_of, without_extras
 from bnpatch.nn.surgery import inventory
@@ -263,10 +270,11 @@ def _build(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     # strict=False is for counters of batches, which old checkpoints lack; fit() compared all other tensors.
     usable = {name: value for name, value in state.items() if not is_optional(name) or value.shape == ()}
     module.load_state_dict(usable, strict=False)
+    known = _preprocessing(found, module, arch, published, checkpoint)
     model = TorchModel(
         module,
         name=checkpoint.path.stem,
-        preprocessing=_preprocessing(found, module, arch, published, checkpoint),
+        preprocessing=checkpoint.normalizer.in_place_of(known) if checkpoint.normalizer else known,
         class_order="plain" if found.library == "torchvision" else "natural",
         arch=replace(found, also=()),
     )
@@ -334,15 +342,7 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:
     """Wrap a module of the user's own, with the preprocessing in its pretrained_cfg if it has one."""
-    cfg = getattr(module, "pretrained_cfg", None)
     label = name or type(module).__name__
-    if isinstance(cfg, Mapping) and cfg.get("input_size"):
-        preprocessing = Preprocessing.of_timm(module, f"the pretrained_cfg of {label}")
-    else:
-        source = "ImageNet's values, for want of better (--mean, --std, --img-size)"
-        preprocessing = Preprocessing(
-            (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", source=source
-        )
     outputs = getattr(module, "num_classes", None)
     names, notes = choose(
         labels_of_module(module), outputs if isinstance(outputs, int) else None, f"the module {label}"
@@ -350,7 +350,7 @@ def _of_module(module: nn.Module, name: str = "") -> TorchModel:
     return TorchModel(
         module,
         name=label,
-        preprocessing=preprocessing,
+        preprocessing=of_module(module, label),
         class_names=names,
         device=_device_of(module),
         notes=notes,

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import read_json
 from bnpatch.models.labels import as_mapping
+from bnpatch.models.normalizers import inside
 
 Values = dict[str, Any]  # arguments of Preprocessing, as far as a file gives them
 
@@ -25,6 +26,26 @@ _HUGGING_FACE = "preprocessor_config.json"
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 _LARGEST_SIDE = 1 << 16
 _LARGEST = 1e9
+
+
+def of_module(module: nn.Module, label: str) -> Preprocessing:
+    """Return the preprocessing in a module's ``pretrained_cfg``; else ImageNet's.
+
+    A module that normalizes images itself gets values in [0, 1], or bytes.
+
+    Args:
+        module: a module of the user's own.
+        label: what to call the module.
+    """
+    cfg = getattr(module, "pretrained_cfg", None)
+    if isinstance(cfg, Mapping) and cfg.get("input_size"):
+        return Preprocessing.of_timm(module, f"the pretrained_cfg of {label}")
+    source = "ImageNet's values, for want of better (--mean, --std, --img-size)"
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if (own := inside(module)) is not None:
+        mean, std = (0.0, 0.0, 0.0), (1 / own.scale,) * 3
+        source = f"values up to {own.scale:g}, because the module normalizes images itself ({own.name})"
+    return Preprocessing((3, 224, 224), mean, std, "bilinear", source=source)
 
 
 def in_checkpoint(about: Mapping[str, Any], args: Mapping[str, Any], path: Path) -> tuple[Values, str]:
