@@ -45,7 +45,9 @@ def labels_of(content: Mapping[Any, Any], depth: int = _DEPTH) -> Iterator[Label
     for key in _NAMES:
         value = content.get(key)
         if isinstance(value, (list, tuple, np.ndarray, Mapping)) and len(value):
-            yield Labels(read_names(value) or (), key)
+            names = _read(value)
+            if not _are_placeholders(names):
+                yield Labels(names, key)
     for key in _INSIDE if content and depth else ():
         for labels in labels_of(as_mapping(content.get(key)), depth - 1):
             yield Labels(labels.names, f"{key}.{labels.source}")
@@ -95,7 +97,16 @@ def choose(
 
 
 def read_names(value: Any) -> tuple[str, ...] | None:
-    """Return names from a list, or from a dictionary by index (a number or text) or by name; else None."""
+    """Return names from a list, or from a dictionary by index (a number or text) or by name; else None.
+
+    Hugging Face's placeholders, LABEL_0 and so on, are no names.
+    """
+    names = _read(value)
+    return None if _are_placeholders(names) else names or None
+
+
+def _read(value: Any) -> tuple[str, ...]:
+    """Return what a value has in the place of names; empty if it can't be read as names."""
     names: list[Any] = []
     if isinstance(value, Mapping):
         by_name = all(isinstance(key, str) and _is_index(index) for key, index in value.items())
@@ -103,9 +114,12 @@ def read_names(value: Any) -> tuple[str, ...] | None:
     elif isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1):
         names = list(value)
     if not 0 < len(names) <= _MOST or not all(isinstance(n, str) or _is_index(n) for n in names):
-        return None
-    read = tuple(map(str, names))
-    return None if all(map(_PLACEHOLDER.fullmatch, read)) else read
+        return ()
+    return tuple(map(str, names))
+
+
+def _are_placeholders(names: tuple[str, ...]) -> bool:
+    return bool(names) and all(map(_PLACEHOLDER.fullmatch, names))
 
 
 def _is_index(value: Any) -> bool:

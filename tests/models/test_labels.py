@@ -89,8 +89,14 @@ def test_modules_know_names():
     loaded = bnpatch.load(module)
     assert loaded.class_names == NAMES
     assert "from config.id2label of" in loaded.notes[0]
-    module.config = types.SimpleNamespace(id2label={i: f"LABEL_{i}" for i in range(3)})
-    assert bnpatch.load(module).class_names is None
+    placeholders = {"id2label": {i: f"LABEL_{i}" for i in range(3)}}
+    placeholders["label2id"] = {name: i for i, name in placeholders["id2label"].items()}
+    module.config = types.SimpleNamespace(**placeholders)
+    loaded = bnpatch.load(module)
+    assert loaded.class_names is None
+    assert not loaded.notes  # as without names: nobody gave some that could be used
+    module.config = types.SimpleNamespace(**placeholders, classes=NAMES)
+    assert bnpatch.load(module).class_names == NAMES
 
 
 def onnx_file(path, size=("h", "w"), **metadata):
