@@ -129,3 +129,14 @@ def test_a_class_map_of_two_columns_of_numbers(w):
         assert opened(data, class_map=w.file("classes.txt", "1\n2\n0\n")).targets.tolist() == [2, 0, 1]
 
     return lambda: opened(data, class_map=w.file("classes.txt", "0,1\n1,2\n2,0\n")), follow
+
+
+@case("'crane' is the name of outputs 0 and 2", "say which is which with --class-map FILE")
+def test_a_class_name_of_two_outputs(w):
+    data = w.images("bird/1.png", "crane/1.png", "dog/1.png")
+    names = w.file("classes.txt", "bird\ndog\ncrane\n")
+
+    def follow(_):
+        assert opened(data, ("crane", "dog", "crane"), class_map=names).targets.tolist() == [0, 2, 1]
+
+    return lambda: opened(data, ("crane", "dog", "crane")), follow

@@ -6,6 +6,7 @@ import torch
 
 import bnpatch
 from bnpatch.evaluation.permutation import warn_if_permuted
+from bnpatch.models.doctor import warn_of_preprocessing
 from bnpatch.models.load import load
 from tests.remedies.world import SIDE, X, Y, cases, loaded, net, warned
 
@@ -100,6 +101,22 @@ CASES = {
         lambda w: [outputs(output="logits"), outputs(output="features")],
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_preprocessing(checkpoint, clean):
+    """The images fit the mean and the deviation that the warning names."""
+    options = {"mean": (0.449,), "std": (0.226,)}
+
+    def evaluated():
+        model = load(checkpoint, preprocessing=options)
+        warn_of_preprocessing(model, bnpatch.open_examples(clean, model))
+
+    def follow():
+        options.update(mean=(0.5,), std=(0.5,))
+        evaluated()
+
+    warned(evaluated, r"whether the model was trained so, and give --mean 0\.5 --std 0\.5 if it was", follow)
 
 
 @pytest.mark.filterwarnings("ignore")
