@@ -1,11 +1,11 @@
 import re
 
-import numpy as np
+import timm
 import torch
 
 import bnpatch
 from bnpatch.models.load import load
-from tests.remedies.world import SIDE, X, Y, case, net
+from tests.remedies.world import MANY, SIDE, case, net
 
 
 @case("there is no architecture 'test_resnett'", "did you mean test_resnet")
@@ -14,6 +14,12 @@ def test_a_misspelled_architecture(w):
         load(w.checkpoint, arch=re.search(r"did you mean (\w+)", remedy)[1])
 
     return lambda: load(w.checkpoint, arch="test_resnett"), follow
+
+
+@case("there is no architecture 'qqqq'", r"see timm\.list_models\(\)")
+def test_an_architecture_that_is_like_no_other(w):
+    (name,) = timm.list_models("test_resnet")
+    return lambda: load(w.checkpoint, arch="qqqq"), lambda _: load(w.checkpoint, arch=name)
 
 
 @case("'mine:resnet' names no library", "write one of .*timm:NAME")
@@ -32,6 +38,19 @@ def test_the_wrong_architecture(w):
     return lambda: load(w.checkpoint, arch="resnet18"), follow
 
 
+@case("the weights do not fit .*resnet18", "they fit no other architecture either: .* bnpatch.tune_alpha")
+def test_an_architecture_for_a_model_of_ones_own(w):
+    path = w.saved(net().state_dict())
+    return lambda: load(path, arch="resnet18"), lambda _: tuned_in_python(path)
+
+
+@case("cannot load local-dir:", "give the file of the weights in it")
+def test_a_folder_of_an_architecture_that_timm_has_not(w):
+    path = w.saved(w.state_dict, "mine/model.pt")
+    w.file("mine/config.json", '{"architecture": "of my own"}')
+    return lambda: load(path.parent), lambda _: load(path)
+
+
 @case("but beside them are decoder.weight", "--arch timm:test_resnet leaves these out")
 def test_weights_beside_the_model(w):
     path = w.saved({**{f"encoder.{k}": t for k, t in w.state_dict.items()}, "decoder.weight": torch.ones(2)})
@@ -41,15 +60,11 @@ def test_weights_beside_the_model(w):
 @case("fit no architecture of timm or torchvision", r"call bnpatch.tune_alpha\(module, data\) from Python")
 def test_a_model_of_ones_own(w):
     path = w.saved(net().state_dict())
-
-    def follow(_):
-        module = net()
-        module.load_state_dict(torch.load(path, weights_only=True))
-        bnpatch.tune_alpha(
-            load(module, preprocessing={"img_size": SIDE}), DATA, granularity="global", trials=1
-        )
-
-    return lambda: load(path), follow
+    return lambda: load(path), lambda _: tuned_in_python(path)
 
 
-DATA = (torch.cat([X] * 10), np.tile(Y, 10))
+def tuned_in_python(path):
+    module = net()
+    module.load_state_dict(torch.load(path, weights_only=True))
+    model = load(module, preprocessing={"img_size": SIDE})
+    bnpatch.tune_alpha(model, MANY, granularity="global", trials=1)

@@ -87,6 +87,18 @@ def test_other_arrays(w):
     return lambda: opened(w.folder / "data.npz"), follow
 
 
+@case("has the arrays x", "name the images x and the classes y, or search without labels")
+def test_images_alone(w):
+    np.savez(w.folder / "data.npz", x=X.numpy())
+
+    def follow(_):
+        opened(w.folder / "data.npz", labels="optional")
+        np.savez(w.folder / "data.npz", x=X.numpy(), y=Y)
+        opened(w.folder / "data.npz")
+
+    return lambda: opened(w.folder / "data.npz"), follow
+
+
 @case("is damaged or not an .npz file", "write it again")
 def test_a_damaged_npz(w):
     path = w.file("data.npz", b"PK")

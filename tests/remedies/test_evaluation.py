@@ -16,10 +16,9 @@ from bnpatch.evaluation.robustness_scores import CLEAN, ScoreFile
 from bnpatch.models.load import load
 from bnpatch.models.running_stats import calibrate
 from bnpatch.nn.tracing import norm_paths
-from tests.remedies.world import SIDE, X, Y, cases, followed, loaded, net, opened
+from tests.remedies.world import MANY, SIDE, X, Y, cases, followed, loaded, net, opened
 
 BYTES = (X * 40 + 100).clip(0, 255).byte()
-MANY = (X.repeat(10, 1, 1, 1), np.tile(Y, 10))
 SMALL = {"granularity": "global", "trials": 1, "holdout": 0.5}
 UNKNOWN = np.array([0, 1, 2, 0, 1, -1])
 ERRORS = [np.zeros(6)]
@@ -50,8 +49,10 @@ def infinite(weight):
     evaluate(model, bnpatch.open_examples((X, Y), model))
 
 
-def kept_scores(w, fingerprint="one", indices=range(6), errors=ERRORS, fresh=False, damage=None):
-    path = w.folder / "scores.npz"
+def kept_scores(
+    w, fingerprint="one", indices=range(6), errors=ERRORS, fresh=False, damage=None, name="scores.npz"
+):
+    path = w.folder / name
     if fresh:
         path.unlink()
     if damage is not None:
@@ -186,19 +187,19 @@ CASES = {
         of_another_run,
         "keeps the scores of another run: model changed",
         "delete it, or choose another --output",
-        lambda w: kept_scores(w, "two", fresh=True),
+        lambda w: [kept_scores(w, "two", name="other.npz"), kept_scores(w, "two", fresh=True)],
     ),
     "damaged scores": (
         lambda w: kept_scores(w, damage=b"PK"),
         "has no scores that can be read",
         "delete it, or choose another --output",
-        lambda w: kept_scores(w, fresh=True),
+        lambda w: [kept_scores(w, name="other.npz"), kept_scores(w, fresh=True)],
     ),
     "images that are gone": (
         with_fewer_images,
         "6 images could be read before, now 5",
         "start again with another --output",
-        lambda w: kept_scores(w, indices=range(5), errors=[np.zeros(5)], fresh=True),
+        lambda w: kept_scores(w, indices=range(5), errors=[np.zeros(5)], name="other.npz"),
     ),
     "severity": (
         lambda w: robust(w, severities=(9,)),

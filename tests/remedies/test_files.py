@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bnpatch.core.recipe import Recipe
+from bnpatch.models import foreign
 from bnpatch.models.architecture import parse_name
 from bnpatch.models.load import load
 from tests.onnx.build import bn_model
-from tests.remedies.world import X, case, loaded, onnx_file
+from tests.remedies.world import X, case, followed, loaded, onnx_file
 
 
 @case("is a folder, not a checkpoint", "name the file inside it")
@@ -40,6 +41,21 @@ def test_a_gzip_archive(w):
 def test_an_xz_archive(w):
     packed = w.file("model.pt", lzma.compress(w.checkpoint.read_bytes(), preset=0))
     return lambda: load(packed), lambda _: load(w.file("inside.pt", lzma.decompress(packed.read_bytes())))
+
+
+@pytest.mark.parametrize("start", foreign._OTHERS)
+def test_files_of_other_kinds(world, start):
+    """What torch has not written is told by its first bytes."""
+    kind, remedy = foreign._OTHERS[start]
+    path = world.file("model.pt", start + b" and so on")
+
+    def follow(said):
+        if said == foreign.TO_ONNX:
+            load(onnx_file(world, bn_model()))
+        else:
+            load(world.file("model.pt", world.checkpoint.read_bytes()))
+
+    followed(lambda: load(path), f"is {kind}", re.escape(remedy), follow)
 
 
 @case("is a zip archive that torch.save did not write", "unpack it, and give the file inside")

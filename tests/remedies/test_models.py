@@ -15,7 +15,7 @@ from bnpatch.finetune.norm_decay import NormDecay, parameter_groups
 from bnpatch.models.load import load
 from bnpatch.models.running_stats import calibrate, recover_fused
 from bnpatch.nn.training_norm import convert_norms
-from tests.remedies.world import SIDE, X, Y, case, loaded, net
+from tests.remedies.world import MANY, SIDE, X, Y, case, loaded, net
 
 SMALL = {"granularity": "global", "trials": 1}
 
@@ -107,7 +107,7 @@ def test_group_norm(w):
     found = loaded(norm=nn.GroupNorm(2, 4))
 
     def follow(_):
-        bnpatch.tune_alpha(loaded(norm=nn.GroupNorm(2, 4)), (X.repeat(10, 1, 1, 1), np.tile(Y, 10)), **SMALL)
+        bnpatch.tune_alpha(loaded(norm=nn.GroupNorm(2, 4)), MANY, **SMALL)
         calibrate(found, X)
         bnpatch.patch(found.module, 0.1)
 
@@ -130,10 +130,10 @@ def test_too_much_weight(w):
     return lambda: bnpatch.patch(net(), 2), lambda _: [bnpatch.patch(net(), alpha) for alpha in (0, 1)]
 
 
-@case("var_offset = 9.0 at 'bn' is out of range", r"must lie in \[-8, 8\]")
-def too_far_apart(w):
+@case("var_offset = 9.0 at 'norm' is out of range", r"must lie in \[-8, 8\]")
+def test_too_far_apart(w):
     return (
-        lambda: bnpatch.patch(net(), 0.1, var_offset={"bn": 9}),
+        lambda: bnpatch.patch(net(), 0.1, var_offset={"norm": 9}),
         lambda _: [bnpatch.patch(net(), 0.1, var_offset=offset) for offset in (-8, 8)],
     )
 
@@ -153,20 +153,48 @@ def test_a_misspelled_norm_layer(w):
     )
 
 
-@case("the recipe is for another model", "")
+@case("the model has no norm layer '0.norm'", r"bnpatch\.calibrate\(model, images\) in Python")
+def test_a_weight_for_group_norm(w):
+    module = nn.Sequential(net(norm=nn.GroupNorm(2, 4)), nn.BatchNorm1d(3)).eval()
+
+    def follow(_):
+        calibrate(module, X)
+        bnpatch.patch(module, {"0.norm": 0.1})
+
+    return lambda: bnpatch.patch(module, {"0.norm": 0.1}), follow
+
+
+@case("no norm layer of the model was chosen", "let where accept one of norm")
+def test_a_choice_of_no_norm_layer(w):
+    def patched(*names):
+        bnpatch.patch(net(), 0.1, where=lambda layer: layer.name in names)
+
+    return patched, lambda remedy: patched(remedy.split()[-1])
+
+
+@case(
+    "the recipe is for another model: the parameters of .* differ",
+    "the model that it was tuned on, or tune this one",
+)
 def test_a_recipe_of_another_model(w):
     recipe = loaded().recipe()
     other = net()
     nn.init.constant_(other.norm.bias, 3)
-    return lambda: bnpatch.apply(other, recipe), lambda _: bnpatch.apply(net(), recipe)
+
+    def follow(_):
+        bnpatch.apply(net(), recipe)
+        model = load(other, preprocessing={"img_size": SIDE})
+        bnpatch.apply(other, bnpatch.tune_alpha(model, MANY, **SMALL).recipe)
+
+    return lambda: bnpatch.apply(other, recipe), follow
 
 
-@case("is not a recipe", "")
+@case("is not a recipe", "make one with bnpatch tune-alpha")
 def test_no_recipe(w):
     path = w.file("recipe.json", "[]")
 
     def follow(_):
-        loaded().recipe().save(path)
+        bnpatch.tune_alpha(loaded(), MANY, **SMALL).recipe.save(path)
         Recipe.load(path)
 
     return lambda: Recipe.load(path), follow

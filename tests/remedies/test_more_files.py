@@ -9,13 +9,14 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+import bnpatch
 from bnpatch.core.limits import VALUES
 from bnpatch.models import architecture
 from bnpatch.models.load import load
 from bnpatch.models.renamed import check_hugging_face
 from bnpatch.onnx import io
 from tests.onnx.build import bn_model, from_proto, in_function
-from tests.remedies.world import SIDE, cases, followed, net, onnx_file
+from tests.remedies.world import MANY, SIDE, cases, followed, loaded, net, onnx_file
 
 
 def graph(w, change=lambda proto: None):
@@ -138,8 +139,8 @@ CASES = {
     "no opset": (
         lambda w: graph(w, without_opset),
         "does not say which opset it uses",
-        "nothing to patch",
-        graph,
+        "it holds no standard operators: nothing to patch",
+        lambda w: graph(w).inventory().norm_layers[0],
     ),
     "sparse": (
         lambda w: graph(w, sparse),
@@ -149,8 +150,8 @@ CASES = {
     ),
     "not UTF-8": (
         lambda w: not_utf8(w, True),
-        "is not a valid ONNX model|is not an ONNX model",
-        "fetch (or export )?it again",
+        "is not a valid ONNX model: its field 'name' is not UTF-8 text",
+        "fetch or export it again",
         lambda w: not_utf8(w, False),
     ),
     "short external data": (
@@ -224,7 +225,7 @@ CASES = {
         lambda w: hugging_face(hidden_act="gelu"),
         "config.json says hidden_act = 'gelu'",
         "call bnpatch.tune_alpha",
-        lambda w: hugging_face(),
+        lambda w: [hugging_face(), bnpatch.tune_alpha(loaded(), MANY, granularity="global", trials=1)],
     ),
 }
 

@@ -18,9 +18,7 @@ from bnpatch.onnx.runtime import open_session
 from bnpatch.search.storages import connect, usable
 from tests.onnx.build import bn_model, from_proto
 from tests.other_processes import start_of
-from tests.remedies.world import X, Y, cases, followed, loaded, opened
-
-MANY = (X.repeat(10, 1, 1, 1), np.tile(Y, 10))
+from tests.remedies.world import MANY, X, Y, cases, followed, loaded, opened
 
 
 def predict(count, room=3):
@@ -90,6 +88,14 @@ def without_network(name):
 
         patch.setattr("torch.hub.download_url_to_file", fails)
         patch.setattr("torch.hub.get_dir", lambda: "/nowhere")
+        load(name)
+
+
+def with_network(name):
+    """Load weights that are downloaded from a stand-in."""
+    weights = torchvision.models.resnet18().state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
         load(name)
 
 
@@ -187,7 +193,7 @@ CASES = {
         lambda w: without_network("torchvision:resnet18.v9"),
         "torchvision has no weights 'v9' of resnet18",
         "choose IMAGENET1K_V1",
-        lambda w: torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"],
+        lambda w: with_network("torchvision:resnet18.IMAGENET1K_V1"),
     ),
 }
 

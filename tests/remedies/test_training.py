@@ -90,6 +90,14 @@ def on_a_graph(w):
     app(["fine-tune", str(path), "--data", str(data), "--val", str(data)], standalone_mode=False)
 
 
+def on_a_checkpoint(w):
+    data = folders(w, *(str(number) for number in range(10)))
+    few = ("--epochs", "1", "--batch-size", "2", "--output", str(w.folder / "out"))
+    app(
+        ["fine-tune", str(w.checkpoint), "--data", str(data), "--val", str(data), *few], standalone_mode=False
+    )
+
+
 CASES = {
     "another run": (
         lambda w: once_more(w, lr=0.02),
@@ -158,7 +166,7 @@ CASES = {
         lambda w: run(optimizer="sdg"),
         "timm has no optimizer 'sdg'",
         r"see timm\.optim\.list_optimizers\(\)",
-        lambda w: [run(optimizer=name) for name in timm.optim.list_optimizers() if name == "sgd"],
+        lambda w: run(optimizer=timm.optim.list_optimizers(filter="sg*")[0]),
     ),
     "diverged": (
         lambda w: run(lr=1e38),
@@ -200,7 +208,7 @@ CASES = {
         on_a_graph,
         "is an ONNX file, which can't be trained",
         "give the torch checkpoint",
-        lambda w: run(),
+        on_a_checkpoint,
     ),
     "renorm with groups": (
         lambda w: NormSpec(examples_per_group=2, renorm=Renorm()),
@@ -230,7 +238,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@cases(CASES, slow=("another search", "diverged, all of them"))
+@cases(CASES, slow=("a graph", "another search", "diverged, all of them"))
 def test_training(name, world):
     fails, problem, remedy, follow = CASES[name]
     followed(lambda: fails(world), problem, remedy, lambda _: follow(world))

@@ -116,6 +116,7 @@ def loaded(names=None, img_size=SIDE, **options):
 
 X = torch.randn(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 Y = np.arange(6) % 3
+MANY = (X.repeat(10, 1, 1, 1), np.tile(Y, 10))
 
 
 def opened(data, names=None, **options):
