@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.core.module_names import as_named_in
 from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.patch import PatchState, PatchWeights, Statistics
 from bnpatch.core.recipe import Recipe
@@ -158,6 +159,7 @@ class Model(Backend[NormLayerT]):
             BnpatchError: the recipe was made for another model, or has statistics of another size; the
                 message names the first norm layer that differs.
         """
+        recipe = as_named_in([*self.baseline_alphas(), *self.uncalibrated()], recipe)
         state, before = recipe.state, self._state
         recipe.check_fits(self.fingerprints(state.running))
         self.set_state(state)

@@ -1,11 +1,14 @@
 """The weights of a model: set, refused, kept in a recipe, and taken back."""
 
 import copy
+import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
@@ -103,6 +106,32 @@ def test_recipes_carry_all_that_was_found(tmp_path):
     again.apply(read)  # its moments replace those
     assert torch.equal(again.predict(INPUTS), expected)
     assert again.recipe().to_json() == recipe.to_json()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "norm"),
+    [
+        (nn.DataParallel, nn.BatchNorm2d),
+        (nn.DataParallel, group_norm),
+        (AveragedModel, nn.BatchNorm2d),
+        (partial(torch.compile, backend="eager"), nn.BatchNorm2d),
+    ],
+    ids=["parallel", "parallel, groups", "averaged", "compiled"],
+)
+def test_a_recipe_fits_a_model_with_and_without_a_wrapper(wrap, norm):
+    """The wrapper adds a prefix to the name of every norm layer."""
+    plain = opened(small(norm))
+    wrapped = opened(wrap(small(norm)))
+    for (model, examples), (other, _) in ((plain, wrapped), (wrapped, plain)):
+        calibrate(model, examples)
+        model.set_alphas(0.3)
+        recipe = model.recipe()
+        model.set_alphas(0.9)
+        other.apply(recipe)
+        assert set(other.alphas().values()) == {0.3}
+        assert other.recipe().state.running.keys() == set(other.alphas() if norm is group_norm else ())
+    names = (next(iter(model.alphas())) for model, _ in (plain, wrapped))
+    assert re.fullmatch(r"norm1 (module|_orig_mod)\.norm1", " ".join(names))
 
 
 def test_a_recipe_that_does_not_fit_changes_nothing():
