@@ -62,7 +62,7 @@ def read_foreign_metadata(
         BnpatchError: the size can't be read.
     """
     values = {key: _literal(text) for key, text in graph.metadata_props.items()}
-    names, notes = choose(labels_of(values), _num_outputs(graph), "the file's metadata")
+    names, notes = choose(labels_of(values), num_outputs(graph), "the file's metadata")
     is_ultralytics = "imgsz" in values and "stride" in values
     return of_ultralytics(values["imgsz"], channels) if is_ultralytics else None, names, notes
 
@@ -78,7 +78,7 @@ def _literal(text: str) -> Any:
     return None
 
 
-def _num_outputs(graph: ir.Model) -> int | None:
+def num_outputs(graph: ir.Model) -> int | None:
     """Return the last dimension of the only output, or None if the file leaves it open."""
     shape = graph.graph.outputs[0].shape if len(graph.graph.outputs) == 1 else None
     return shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None

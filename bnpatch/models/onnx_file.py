@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bnpatch.core.errors import BnpatchError
@@ -13,10 +14,13 @@ from bnpatch.core.io import pick_device
 from bnpatch.core.patch import PatchState
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.models.foreign import check_kind, reading
-from bnpatch.models.metadata import read_foreign_metadata, read_metadata, stored_output
+from bnpatch.models.labels import choose, labels_of
+from bnpatch.models.metadata import num_outputs, read_foreign_metadata, read_metadata, stored_output
 from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.stored_preprocessing import HUB_CONFIG, Values, applied, beside, hub_config
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
+from bnpatch.onnx.own_normalization import largest_value
 from bnpatch.onnx.runtime import learn_ranks, read_signature
 
 
@@ -50,14 +54,23 @@ def load_onnx(
     with reading(path, "a file whose metadata can be read", "export it again"):
         base, class_names = read_metadata(graph)
         foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
+    values, source, names_beside, notes_beside = _beside(path, num_outputs(graph))
     if class_names is not None:
         notes.clear()
-    class_names = class_names or foreign_names
+    elif foreign_names is None:
+        notes += notes_beside
+    class_names = class_names or foreign_names or names_beside
+    if base is None and foreign is None and values:
+        default = _of_imagenet(channels or 3, height or 224, width or 224)
+        foreign = applied(values, default, channels or 3, source)
     if base is None and foreign is not None:
         size = foreign.input_size
         base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
     if base is None:
         base = _of_imagenet(channels or 3, height or 224, width or 224)
+        if signature.dtype != np.uint8 and (largest := largest_value(graph, signature.input)) is not None:
+            source = f"values up to {largest:g}, because the graph normalizes images itself"
+            base = replace(base, mean=(0.0,), std=(1 / largest,), source=source)
         if len(signature.size) != 3:
             notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
         elif height is None and wanted.get("img_size") is None:
@@ -86,6 +99,25 @@ def load_onnx(
             "tune-alpha --recover-fused makes them norm layers"
         )
     return model
+
+
+def _beside(path: Path, outputs: int | None) -> tuple[Values, str, tuple[str, ...] | None, list[str]]:
+    """Return what the files beside a graph say, as those of Hugging Face's hub.
+
+    Where the graph lies in a folder "onnx", they may be in the folder above.
+
+    Returns:
+        Values of the preprocessing, and their place; the names of the classes or None, and notes on them.
+    """
+    folders = (path.parent, path.parent.parent) if path.absolute().parent.name == "onnx" else (path.parent,)
+    for folder in folders:
+        checkpoint = folder / path.name
+        config = hub_config(checkpoint)
+        values, source = beside(checkpoint, str(config.get("architecture") or ""))
+        names, notes = choose(labels_of(config), outputs, HUB_CONFIG)
+        if values or names:
+            return values, source.replace("the checkpoint", "the file"), names, notes
+    return {}, "", None, []
 
 
 def onnx_device(name: str | None) -> torch.device:

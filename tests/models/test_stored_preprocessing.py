@@ -2,6 +2,7 @@ import json
 from argparse import Namespace
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -9,6 +10,7 @@ import torch
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models.stored_preprocessing import of_hugging_face
+from tests.models.onnx_graph import graph
 
 STATE = timm.create_model("test_resnet", num_classes=3).state_dict()
 CFG = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 1.0}
@@ -37,6 +39,35 @@ def test_a_configuration_beside_the_weights(key, tmp_path):
     assert (known.input_size, known.mean, known.std) == ((3, 32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (known.interpolation, known.crop_pct) == ("bilinear", 1.0)
     assert known.source == f"the checkpoint's {key}"
+
+
+@pytest.mark.parametrize("folder", ["", "onnx"])
+def test_a_configuration_beside_a_graph(folder, tmp_path):
+    """As the hub of Hugging Face has them; the graph may lie in a folder of its own."""
+    (place := tmp_path / folder).mkdir(exist_ok=True)
+    onnx.save(graph(["n", 3, 8, 8], last="flat"), place / "model.onnx")
+    plain = bnpatch.load(place / "model.onnx")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(VIT))
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": dict(enumerate("abcd"))}))
+    model = bnpatch.load(place / "model.onnx")
+    known = model.preprocessing
+    assert (known.mean, known.std, known.crop_mode) == ((0.5,) * 3, (0.25,) * 3, "squash")
+    assert known.input_size == (3, 8, 8)  # the graph knows it better
+    assert known.source == "preprocessor_config.json beside the file"
+    assert (plain.class_names, model.class_names) == (None, tuple("abcd"))
+    assert model.notes == ["names of the classes from id2label of config.json"]
+    bnpatch.export_onnx(model, place / "again.onnx")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**VIT, "image_mean": [0.1] * 3}))
+    again = bnpatch.load(place / "again.onnx")  # which has its own
+    assert again.preprocessing.mean == (0.5,) * 3
+    assert not again.notes
+
+
+def test_a_configuration_in_the_folder_above_a_graph_is_of_something_else(tmp_path):
+    (place := tmp_path / "models").mkdir()
+    onnx.save(graph(["n", 3, 8, 8], last="flat"), place / "model.onnx")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(VIT))
+    assert bnpatch.load(place / "model.onnx").preprocessing.mean != (0.5,) * 3
 
 
 def test_who_is_believed(tmp_path):
