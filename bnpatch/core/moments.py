@@ -103,7 +103,9 @@ class ExampleWeight(NamedTuple):
         """
         share = Share(self.alpha, 1 - self.alpha)
         if not is_zero(self.slope):
-            share = share.with_odds((distance.clip(None, LARGEST_DISTANCE) + SMALLEST_DISTANCE) ** self.slope)
+            is_number = isinstance(distance, float)
+            near = min(distance, LARGEST_DISTANCE) if is_number else distance.clip(None, LARGEST_DISTANCE)
+            share = share.with_odds((near + SMALLEST_DISTANCE) ** self.slope)
         return share, share if is_zero(self.var_offset) else share.with_odds(_exp(self.var_offset))
 
 
@@ -211,7 +213,8 @@ def distance(example: Moments[Any], running: Moments[Any], eps: Any) -> Any:
         The distances, of shape (N, 1, ...).
     """
     eps = eps + _TINY
-    return _distance(example.mean - running.mean, example.var + eps, running.var + eps)
+    far = _distance(example.mean - running.mean, example.var + eps, running.var + eps)
+    return np.full_like(example.mean[:, :1], far) if isinstance(far, float) else far
 
 
 def _mixed(
@@ -226,8 +229,14 @@ def _mixed(
 
 
 def _distance(between: Any, total: Any, running_total: Any) -> Any:
-    """Compute the distance from the difference of the means, and the variances with eps."""
+    """Compute the distance from the difference of the means, and the variances with eps.
+
+    For an array of one example it is a number, with which Python computes ten times as fast as NumPy.
+    """
     log_ratio = _log(total / running_total)
+    if isinstance(between, np.ndarray) and len(between) == 1:
+        twice = np.vdot(between, between / running_total) + np.vdot(log_ratio, log_ratio)
+        return float(twice) * (0.5 / between.size)
     return _half_mean(between * between / running_total + log_ratio * log_ratio)
 
 

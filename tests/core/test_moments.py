@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnpatch.core.moments import ExampleWeight, Moments, mix, mix_example, pool
+from bnpatch.core.moments import ExampleWeight, Moments, distance, mix, mix_example, pool
 from tests import reference
 from tests.reference import weighted_moments
 
@@ -115,6 +115,21 @@ def test_a_weight_by_distance_is_exact_at_the_ends_and_a_weight_everywhere(dtype
             if is_alpha:
                 assert (found == alphas).all()
         assert (mixed.total >= 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e3, 1e15])
+def test_one_example_in_numpy_weighs_as_it_does_among_others(scale):
+    rng = np.random.default_rng(0)
+    several = Moments(*(scale * part for part in (rng.normal(size=(3, 4, 1)), rng.random((3, 4, 1)))))
+    running = Moments(rng.normal(size=(4, 1)), rng.random((4, 1)))
+    weight = ExampleWeight(0.1, slope=1.5, var_offset=0.5)
+    expected = mix_example(weight, several, running, 1e-5)
+    far = distance(several, running, 1e-5)
+    for row in range(3):
+        one = Moments(several.mean[row : row + 1], several.var[row : row + 1])
+        for found, among in zip(mix_example(weight, one, running, 1e-5), expected, strict=True):
+            np.testing.assert_allclose(np.squeeze(found), among[row].squeeze(), rtol=1e-12)  # of 15 digits
+        np.testing.assert_allclose(distance(one, running, 1e-5), far[row : row + 1], rtol=1e-12, strict=True)
 
 
 def test_an_offset_of_zero_is_not_computed(monkeypatch):
