@@ -7,7 +7,7 @@ in which the user can give the match.
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import numpy as np
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import given, of_files
-from bnpatch.data.class_maps import composed, read_class_map
+from bnpatch.data.class_maps import SYNSET, composed, read_class_map
 from bnpatch.data.class_names import SAY_WHICH, check_names, outputs_by_name, outputs_by_synset
 from bnpatch.data.dataset import Indices
-from bnpatch.data.image_files import FoundImages, find_images
+from bnpatch.data.image_files import FoundImages, class_folders, find_images
 from bnpatch.data.images import FileImages
 from bnpatch.data.preprocessing import ImageModel
 
@@ -232,6 +232,8 @@ def open_folder(
     if not by_class and not outside:
         raise BnpatchError(f"{folder} has no images", "give a folder that has some")
     names = read_class_map(class_map) if class_map else model.class_names
+    if by_class:
+        _warn_of_empty(folder, by_class, names, class_map is not None)
     _check_parts(folder, by_class, names, optional)
     targets = (
         _targets(folder, list(by_class), model, names, class_map is not None, optional) if by_class else {}
@@ -273,6 +275,33 @@ def _warn_of_left_out(folder: Path, found: FoundImages) -> None:
             BnpatchWarning,
             stacklevel=5,
         )
+
+
+def _warn_of_empty(folder: Path, others: Collection[str], known: Sequence[str] | None, sure: bool) -> None:
+    """Warn of folders without images, and say whether they count as classes.
+
+    Args:
+        folder: the folder that they are in.
+        others: names of the folders with images.
+        known: names of the classes, if they are known; otherwise numbers and synsets may be names.
+        sure: the user gave the class names, so that folders of other names are certainly no classes.
+    """
+    empty = [name for name in class_folders(folder) if name not in others]
+    classes = set(map(composed, known or ()))
+    if not classes and _are_numbers(list(others)):
+        classes = set(filter(str.isdecimal, empty))
+    unknown = [name for name in empty if composed(name) not in classes and not SYNSET.fullmatch(name)]
+    for names, taken in (
+        (sorted({*empty} - {*unknown}), "taken for classes by their names"),
+        ([] if sure else unknown, "not taken for classes; --class-map FILE says otherwise"),
+    ):
+        if names:
+            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            warnings.warn(
+                f"{folder} has {counted(len(names), 'folder')} without images ({some}), {taken}",
+                BnpatchWarning,
+                stacklevel=5,
+            )
 
 
 def _check_class_folders(folder: Path, count: int, outside: int) -> None:

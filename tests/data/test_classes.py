@@ -2,7 +2,9 @@ import os
 import unicodedata
 
 import pytest
+from PIL import Image
 
+import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.data.class_folders import ClassOrder, targets_of_folders
 from bnpatch.data.class_maps import read_class_map
@@ -204,6 +206,32 @@ def test_says_what_is_wrong_with_a_class_map(tmp_path, text, message):
     with pytest.raises(BnpatchError, match=message) as error:
         read_class_map(tmp_path / "map.txt")
     assert "map.txt" in str(error.value)
+
+
+def test_folders_without_images_are_mentioned(tmp_path, checkpoint):
+    """Once, and with what they count as: names decide, where they are known."""
+    model = bnpatch.load(checkpoint)
+    for name in "0123456789":
+        (tmp_path / name).mkdir()
+        if name not in "38":
+            Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no image")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in "0123456789"))
+    taken = f"{tmp_path} has 2 folders without images ('3', '8'), taken for classes by their names"
+    others = f"{tmp_path} has 1 folder without images ('notes'), not taken for classes; --class-map FILE says"
+    for names, file, expected in (
+        (tuple("0123456789"), None, [taken, f"{others} otherwise"]),
+        (None, None, [taken, f"{others} otherwise"]),
+        (None, tmp_path / "names.txt", [taken]),
+    ):
+        model.class_names = names
+        with pytest.warns(BnpatchWarning) as found:
+            examples = bnpatch.open_examples(tmp_path, model, class_map=file)
+        said = [str(each.message) for each in found]
+        assert [text for text in said if "without images" in text] == expected
+        assert sorted(examples.targets) == [0, 1, 2, 4, 5, 6, 7, 9]
 
 
 def test_a_pipe_is_no_class_map(tmp_path):

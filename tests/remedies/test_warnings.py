@@ -26,6 +26,12 @@ def folders(w, *names, class_names=None, text=None, outputs=None):
     bnpatch.open_examples(data, tiny(outputs or len(names), class_names), **options)
 
 
+def with_an_empty_folder(w, class_names=None, outputs=2, text=None):
+    """Folders a and c with an image each, and b without any."""
+    (w.folder / "a-c" / "b").mkdir(parents=True, exist_ok=True)
+    folders(w, "a", "c", class_names=class_names, outputs=outputs, text=text)
+
+
 def parts(w, split=None):
     arrays = {"train_images": X.numpy(), "train_labels": Y, "val_images": X.numpy(), "val_labels": Y}
     np.savez(w.folder / "medical.npz", **arrays)
@@ -79,6 +85,14 @@ CASES = {
         lambda w: folders(w, "c1", "c10", "c2"),
         "sort differently in torchvision and in timm.*--class-map FILE says otherwise",
         lambda w: folders(w, "c1", "c10", "c2", text="c1\nc2\nc10\n"),
+    ),
+    "an empty folder": (
+        with_an_empty_folder,
+        r"a-c has 1 folder without images \('b'\), not taken for classes; --class-map FILE says otherwise",
+        lambda w: [
+            with_an_empty_folder(w, text="a\nc\n"),
+            with_an_empty_folder(w, outputs=3, text="a\nb\nc\n"),
+        ],
     ),
     "an archive of several parts": (
         parts,
