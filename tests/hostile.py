@@ -322,7 +322,7 @@ CASES = {
     ".npz of 3 GiB deflated": Case(npz(3 * GIB), read_all, True),
     ".npz of 464 MiB deflated": Case(npz(464 << 20), read_all, False),
     "3 JPEG of 144 megapixels": Case(images(".jpg"), read_all, False),
-    "3 JPEG of 144 megapixels, rotated": Case(images(".jpg", exif=6), read_all, False),
+    "3 JPEG of 144 megapixels, to be turned by EXIF": Case(images(".jpg", exif=6), read_all, False),
     "3 PNG of 144 megapixels": Case(images(".png"), read_all, False),
     "3 PNG of 144 megapixels, RGBA": Case(images(".png", "RGBA"), read_all, False),
     "2 PNG of 44 megapixels, 16 bits": Case(deep_png(6650), read_all, False),

@@ -1,7 +1,7 @@
 """A data set that is decoded once and read in batches any number of times, and random splits of it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class Examples:
         groups: number of the group of each example, of shape (N,); None if all are independent, see
             :mod:`bnpatch.data.groups`.
         sketches: sketches of the examples read so far, to find near-copies.
+        after_reading: called after each pass over examples.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Examples:
         self.in_memory = False
         self.groups: Indices | None = None
         self.sketches = Sketches()
+        self.after_reading: Callable[[], None] = lambda: None
         self._cache = Cache(int(cache_gb * 1e9))
 
     def __len__(self) -> int:
@@ -193,6 +195,7 @@ class Examples:
             self._cache.offer(index, x)
             self.sketches.add(index, x)
             yield index, x
+        self.after_reading()
 
     def _skip(self, index: int, problem: str) -> None:
         name = self.source.name(index)

@@ -29,7 +29,7 @@ Item = tuple[Tensor | None, str]
 _AHEAD = 32
 
 # The most pixels that all threads together hold at a time; an image that has more is decoded alone. Pillow
-# takes 4 bytes for a pixel, and as many again while it converts or rotates the image.
+# takes 4 bytes for a pixel, and as many again while it converts the image.
 _MOST_PIXELS = 128_000_000
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from bnpatch.core.errors import BnpatchError
+from bnpatch.core.errors import BnpatchError, BnpatchWarning
+from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
 from bnpatch.data.decoding import ROOM
 from bnpatch.data.image_files import open_image
@@ -21,7 +23,7 @@ from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
-ORIENTATION = 0x0112  #: EXIF tag of the orientation
+_ORIENTATION = 0x0112  # EXIF tag: how to turn the image until it is upright; 1 for not at all
 _SAMPLE = 16  # images that are decoded to find their bit depth
 
 # Keys of an image and of its class in examples that are dictionaries, as those of Hugging Face's data sets.
@@ -30,7 +32,10 @@ _TARGETS = ("label", "labels", "target", "targets", "fine_label", "y", "class")
 
 
 class FileImages:
-    """A source of images in files.
+    """A source of images in files, which are read as they are stored.
+
+    An image whose EXIF says that it must be turned is not turned, because torchvision and timm don't turn it
+    either where they train and evaluate.
 
     Args:
         paths: the files.
@@ -53,12 +58,14 @@ class FileImages:
         self.paths, self.mode, self.root, self.bit_depth = paths, mode, root, bit_depth
         self.problems = dict(problems or {})
         self.left_out: dict[str, str] = {}  # what else is there, and why it is none of the images
+        self._on_their_sides: set[int] = set()
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> Image.Image:
-        """Open the image, decode it completely, rotate it as its EXIF says, and convert it to the mode.
+        """Open the image, decode it completely, and convert it to the mode.
 
         Raises:
             OSError: the path is no file, or not one that Pillow can read.
@@ -72,13 +79,28 @@ class FileImages:
             ROOM.take(image.width * image.height * (2 if deep else 1))
             colors = deep_colors(path, image) if deep else None
             if colors is None:
-                ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what it need not rotate
-                return as_mode(image, self.mode, self.bit_depth)
-            shallow = Image.fromarray(self.bit_depth.to_bytes(colors))
-            del colors  # of a large image, a gigabyte
-            shallow.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-            ImageOps.exif_transpose(shallow, in_place=True)
-            return as_mode(shallow, self.mode)
+                read = as_mode(image, self.mode, self.bit_depth)
+            else:
+                shallow = Image.fromarray(self.bit_depth.to_bytes(colors))
+                del colors  # of a large image, a gigabyte
+                read = as_mode(shallow, self.mode)
+            with contextlib.suppress(Exception):  # EXIF may be damaged; the image has been read all the same
+                if image.getexif().get(_ORIENTATION, 1) != 1:
+                    self._on_their_sides.add(index)
+            return read
+
+    def warn_of_orientation(self) -> None:
+        """Warn, once, if images that were read have an EXIF orientation."""
+        if self._on_their_sides and not self._warned:
+            self._warned = True
+            images, first = counted(len(self._on_their_sides), "image"), self.name(min(self._on_their_sides))
+            warnings.warn(
+                f"{images}, such as {first}, must be turned to be upright, as EXIF says, and are read as "
+                "stored, as torchvision and timm read them; if the model is used on upright images, turn the "
+                "files (PIL.ImageOps.exif_transpose)",
+                BnpatchWarning,
+                stacklevel=4,
+            )
 
     def name(self, index: int) -> str:
         """Return the path below the root."""

@@ -52,7 +52,8 @@ def open_examples(
     """Open a data set for a model.
 
     Bytes are images, which the model's preprocessing resizes and crops. Floating-point values are inputs as
-    the model takes them.
+    the model takes them. Image files are read as they are stored: an orientation in their EXIF is not
+    applied, as torchvision and timm don't apply it.
 
         model = bnpatch.load("timm:resnet18")
         examples = bnpatch.open_examples("val/", model)
@@ -122,7 +123,8 @@ def open_examples(
         model.num_outputs(x)  # raises an error if the model is no classifier
     examples = Examples(source, targets, transform, classes=classes, cache_gb=cache_gb, **options)
     examples.as_they_are = isinstance(first, Tensor) and first.is_floating_point()
-    examples.left_out = source.left_out if isinstance(source, FileImages) else {}
+    if isinstance(source, FileImages):
+        examples.left_out, examples.after_reading = source.left_out, source.warn_of_orientation
     examples.in_memory = isinstance(source, ArrayInputs) and source.mode is None
     if groups is not None:
         examples.groups = number_groups(groups, source)

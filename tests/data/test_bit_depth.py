@@ -167,7 +167,7 @@ def test_a_torch_data_set_of_12_bits(model, digits):
     assert np.array_equal(next(data.batches(20)).x[:, 0], images[:20] >> 4)
 
 
-def test_rotation_holds_for_deep_colors(tmp_path):
+def test_deep_colors_are_not_turned_either(tmp_path):
     values = np.random.default_rng(0).integers(0, 4096, (4, 8, 3)).astype(np.uint16)
     write_png(tmp_path / "a.png", values)
     exif = Image.new("L", (1, 1)).getexif()
@@ -176,6 +176,7 @@ def test_rotation_holds_for_deep_colors(tmp_path):
     block = exif.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
     (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
-    read = FileImages([tmp_path / "a.png"], "RGB", tmp_path, BitDepth(12, "given")).read(0)
-    assert read.size == (4, 8)
-    assert np.array_equal(np.asarray(read), np.rot90(values >> 4, -1))
+    source = FileImages([tmp_path / "a.png"], "RGB", tmp_path, BitDepth(12, "given"))
+    assert np.array_equal(np.asarray(source.read(0)), values >> 4)
+    with pytest.warns(BnpatchWarning, match="1 image, such as a.png, must be turned"):
+        source.warn_of_orientation()

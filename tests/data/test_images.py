@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import timm
+import torchvision
 from PIL import Image
 
 from bnpatch.data.images import FileImages, as_mode
@@ -28,9 +30,14 @@ def test_16_bit_values_in_32_bit_images_are_scaled():
     assert np.asarray(as_mode(image, "L")).tolist() == [[0, 255]]
 
 
-def test_rotated_images_stand_upright(tmp_path):
-    image = Image.new("RGB", (8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "image.jpg", exif=exif)
-    assert FileImages([tmp_path / "image.jpg"], "RGB", tmp_path).read(0).size == (4, 8)
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_images_are_read_as_torchvision_and_timm_read_them(tmp_path, suffix):
+    """Whatever EXIF says of their orientation."""
+    image, about = gradient("RGB").resize((8, 4)), Image.Exif()
+    about[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / f"0.{suffix}", exif=about)
+    read = np.asarray(FileImages([tmp_path / "a" / f"0.{suffix}"], "RGB", tmp_path).read(0))
+    assert read.shape == (4, 8, 3)
+    assert np.array_equal(read, torchvision.datasets.ImageFolder(tmp_path)[0][0])
+    assert np.array_equal(read, timm.data.create_dataset("", tmp_path)[0][0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import bnpatch
 from bnpatch.evaluation.permutation import warn_if_permuted
@@ -32,6 +33,21 @@ def with_an_empty_folder(w, class_names=None, outputs=2, text=None):
     folders(w, "a", "c", class_names=class_names, outputs=outputs, text=text)
 
 
+def with_orientation(w, turned=False):
+    """Images of which two are on their sides, unless somebody turned the files."""
+    for number, name in enumerate(("a/1.jpg", "b/1.jpg", "c/1.jpg", "c/2.jpg")):
+        about = Image.Exif()
+        about[0x0112] = (6, 1, 3, 1)[number]
+        image = Image.linear_gradient("L").resize((SIDE, SIDE))
+        image.save(w.file(f"photos/{name}"), exif=about)
+        if turned:
+            with Image.open(w.folder / "photos" / name) as stored:
+                ImageOps.exif_transpose(stored).save(w.folder / "photos" / name)
+    examples = bnpatch.open_examples(w.folder / "photos", loaded(), cache_gb=0.0)
+    for _ in range(2):
+        list(examples.batches(2))
+
+
 def parts(w, split=None):
     arrays = {"train_images": X.numpy(), "train_labels": Y, "val_images": X.numpy(), "val_labels": Y}
     np.savez(w.folder / "medical.npz", **arrays)
@@ -48,8 +64,6 @@ def answered(order):
 
 def deep(w, **options):
     """Images in 16 bits whose values need 12."""
-    from PIL import Image
-
     for number, name in enumerate("abc"):
         path = w.file(f"deep/{name}/1.png")
         Image.fromarray(np.full((SIDE, SIDE), 4000 - number, np.uint16)).save(path)
@@ -93,6 +107,11 @@ CASES = {
             with_an_empty_folder(w, text="a\nc\n"),
             with_an_empty_folder(w, outputs=3, text="a\nb\nc\n"),
         ],
+    ),
+    "images on their sides": (
+        with_orientation,
+        r"2 images, such as a/1.jpg, must be turned .* turn the files \(PIL.ImageOps.exif_transpose\)$",
+        lambda w: with_orientation(w, turned=True),
     ),
     "an archive of several parts": (
         parts,
