@@ -70,7 +70,9 @@ def bnpatch(
 
     Example: [bold]bnpatch tune-alpha model.pt --data val/[/bold]
     """
-    if not debug:
+    if debug:
+        logging.basicConfig()
+    else:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)  # hides what libraries log, such as a hub's retries without network
     warnings.simplefilter("always", BnpatchWarning)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import bnpatch
 from tests.command_line import one_line
+from tests.onnx.build import bn_model
 
 
 def write_net_without_norm(path):
@@ -161,11 +162,15 @@ def test_help_has_examples_and_is_quick(cli):
 
 
 @pytest.mark.slow
-def test_debug_shows_the_traceback():
-    command = [sys.executable, "-m", "bnpatch_cli", "--debug", "inspect", "nope.pt"]
+def test_debug_shows_the_traceback_and_what_libraries_log(tmp_path):
+    proto = bn_model()
+    proto.graph.node[0].input[0] = "nowhere"
+    (tmp_path / "damaged.onnx").write_bytes(proto.SerializeToString())
+    command = [sys.executable, "-m", "bnpatch_cli", "--debug", "inspect", tmp_path / "damaged.onnx"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+    assert "onnx_ir.serde:Input 'nowhere' of node" in done.stderr
 
 
 def test_debug_may_stand_anywhere(cli, capsys):

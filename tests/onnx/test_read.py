@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -85,6 +86,28 @@ def test_bad_files(tmp_path, content, expected):
         load(write(tmp_path / "m.onnx", content))
     assert "m.onnx" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_libraries_print_nothing_of_a_damaged_graph(tmp_path, monkeypatch, capsys, caplog):
+    """Where nobody has set up logging; where somebody has, as pytest does, the records are there."""
+
+    def fails(*args, **options):
+        raise RuntimeError("no shapes today")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fails)
+    proto = bn_model()
+    file = write(tmp_path / "m.onnx", proto)
+    proto.graph.node[0].input[0] = "nowhere"
+    damaged = write(tmp_path / "damaged.onnx", proto)
+    for handlers in ([], logging.root.handlers):
+        with monkeypatch.context() as patch:
+            patch.setattr(logging.root, "handlers", handlers)
+            inventory(load(file))
+            with pytest.raises(BnpatchError, match="not a valid ONNX model"):
+                load(damaged)
+        assert capsys.readouterr().err == ""
+    for text in ("Shape inference failed", "no shapes today", "cannot be found in any scope"):
+        assert caplog.text.count(text) > 0
 
 
 def test_no_file_and_a_folder(tmp_path):
