@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,13 +96,34 @@ def known_names(library: str) -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
+def current_name(name: str) -> str:
+    """Return the name that timm has today for what the hub or an earlier timm called otherwise.
+
+    >>> current_name("tf_efficientnet_b0_ns")
+    'timm:tf_efficientnet_b0.ns_jft_in1k'
+    """
+    from timm.models import get_deprecated_models
+
+    rest = re.sub(r"^(timm:)?((hf[-_]hub:)?timm/)?", "", name)
+    renamed: str = get_deprecated_models().get(rest, rest)
+    return renamed if renamed == name else f"timm:{renamed}"
+
+
+def recognized(name: str) -> str | None:
+    """Return an architecture that a text names, as ``name`` or ``library:name``; None if it names none."""
+    library, colon, rest = current_name(name).rpartition(":")
+    rest = rest.split(".")[0]
+    is_one = any(is_known(lib, rest) for lib in LIBRARIES if library in ("", lib))
+    return f"{library}{colon}{rest}" if is_one else None
+
+
 def parse_name(name: str) -> tuple[str | None, str]:
     """Split ``library:name``. The library is None if the name has none; a tag of timm is dropped.
 
     Raises:
         BnpatchError: there is no such architecture; the message suggests the closest names.
     """
-    library, colon, rest = name.partition(":")
+    library, colon, rest = (name := current_name(name)).partition(":")
     if not colon:
         library, rest = "", name
     elif library not in LIBRARIES:

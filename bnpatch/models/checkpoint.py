@@ -1,7 +1,7 @@
 """Read a checkpoint file: the weights, and what the file says of their model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.models.architecture import recognized
 from bnpatch.models.foreign import reading
 from bnpatch.models.labels import Labels, as_mapping, labels_of
 from bnpatch.models.normalizers import Normalizer, split_off
 from bnpatch.models.unpickle import read_content
-from bnpatch.models.weights import StateDict, check_weights, find_weights, strip_prefixes
+from bnpatch.models.weights import StateDict, check_weights, find_weights, is_extra, strip_prefixes
 
+_DEPTH, _SHORT = 3, 100  # how deep names of architectures are looked for, and how long they may be
 SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors")
 
 
@@ -88,12 +90,11 @@ def _of_content(content: Any, path: Path, use_ema: bool) -> Checkpoint:
     if module is None:
         state_dict, normalizer = split_off(state_dict)
         state_dict = strip_prefixes(state_dict)
-    names = (about.get("arch"), args.get("model"), args.get("arch"), args.get("model_name"))
     return Checkpoint(
         path,
         state_dict,
         module=module,
-        arch=next((name for name in names if isinstance(name, str) and name), None),
+        arch=_architecture(about, args),
         library=_library(about),
         args=args,
         labels=tuple(labels_of(about)),
@@ -101,6 +102,25 @@ def _of_content(content: Any, path: Path, use_ema: bool) -> Checkpoint:
         bnpatch=as_mapping(about.get("bnpatch")) or None,
         normalizer=normalizer,
     )
+
+
+def _architecture(about: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
+    """Return the name of the architecture, from the usual places or any other text beside the weights."""
+    usual = (about.get("arch"), args.get("model"), args.get("arch"), args.get("model_name"))
+    named = [name for name in usual if isinstance(name, str) and name]
+    known = (found for text in (*named, *_texts(about)) if (found := recognized(text)) is not None)
+    return next(known, named[0] if named else None)
+
+
+def _texts(content: Mapping[Any, Any], depth: int = _DEPTH) -> Iterator[str]:
+    """Yield the short texts in a dictionary and in those inside it, without what is said of a teacher."""
+    for key, value in content.items():
+        if is_extra(str(key)):
+            continue
+        if isinstance(value, str) and 0 < len(value) < _SHORT:
+            yield value
+        elif depth:
+            yield from _texts(as_mapping(value), depth - 1)
 
 
 def _library(about: Mapping[str, Any]) -> str | None:

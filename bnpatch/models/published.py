@@ -39,7 +39,7 @@ def tagged_weights(arch: str | None) -> dict[str, Any] | None:
     """Return timm's values for weights with a tag, as in ``timm:resnet50.tv_in1k``, or None."""
     import timm
 
-    name = (arch or "").removeprefix("timm:")
+    name = architecture.current_name(arch or "").removeprefix("timm:")
     return _timm_values(name) if "." in name and timm.models.is_model_pretrained(name) else None
 
 

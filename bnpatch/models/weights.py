@@ -205,7 +205,7 @@ def check_weights(state_dict: Mapping[str, Tensor], path: Path) -> None:
                 "save it after .contiguous()",
             )
         # What doesn't belong to the model, such as a metric, may well be nan.
-        if tensor.is_floating_point() and not any(map(_is_extra, name.split("."))) and not _is_finite(tensor):
+        if tensor.is_floating_point() and not any(map(is_extra, name.split("."))) and not _is_finite(tensor):
             raise BnpatchError(
                 f"{path}: the weights {name} are not finite",
                 "take a checkpoint from before training diverged",
@@ -247,13 +247,13 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
             chosen = _only(part, {key.split(".")[0] for key in known})
             fits = known <= {key for key in chosen if not architecture.is_optional(key)}
         else:
-            chosen = _only(part, {key.split(".")[0] for key in part if not _is_extra(key.split(".")[0])})
+            chosen = _only(part, {key.split(".")[0] for key in part if not is_extra(key.split(".")[0])})
             chosen = part if architecture.by_tensor_names(part) else chosen
             fits = bool(architecture.by_tensor_names(chosen))
         if not fits and (body := _without_head(chosen, known)) is not None:
             heads[prefix], chosen, fits = chosen.keys() - body.keys(), body, True
         if fits:
-            parts.append((any(map(_is_extra, prefix.split("."))), -len(chosen), prefix, chosen))
+            parts.append((any(map(is_extra, prefix.split("."))), -len(chosen), prefix, chosen))
     if not parts:
         return state_dict, ""
     _, _, prefix, chosen = min(parts, key=lambda part: part[:3])
@@ -264,7 +264,7 @@ def part_of(state_dict: StateDict, arch: str | None, path: Path) -> tuple[StateD
     unknown = [
         key
         for key in left
-        if not any(map(_is_extra, key.split("."))) and not key.startswith(tuple(copies))
+        if not any(map(is_extra, key.split("."))) and not key.startswith(tuple(copies))
         and (state_dict[key].is_floating_point() or state_dict[key].numel() > 1)  # else a counter
     ]  # fmt: skip
     where = f"the weights under {prefix}. are" if prefix else "most weights are"
@@ -306,7 +306,7 @@ def _without_head(state_dict: StateDict, known: Collection[str] | None) -> State
 
 def without_extras(state_dict: StateDict) -> StateDict:
     """Return the tensors that are not, by their names, losses, metrics or copies of the model."""
-    return {key: t for key, t in state_dict.items() if not any(map(_is_extra, key.split(".")))}
+    return {key: t for key, t in state_dict.items() if not any(map(is_extra, key.split(".")))}
 
 
 def _group(key: str, prefix: str) -> str:
@@ -335,7 +335,7 @@ def _only(state_dict: StateDict, groups: Collection[str]) -> StateDict:
     return {key: tensor for key, tensor in state_dict.items() if key.split(".")[0] in groups}
 
 
-def _is_extra(component: str) -> bool:
+def is_extra(component: str) -> bool:
     """Tell whether a component of a tensor's name shows that the tensor doesn't belong to the model."""
     return bool(_NOT_THE_MODEL.search(component))
 

@@ -7,7 +7,7 @@ import torchvision
 
 from bnpatch.core.errors import BnpatchError
 from bnpatch.models import architecture
-from bnpatch.models.architecture import Architecture, fit, identify, names_hash, parse_name
+from bnpatch.models.architecture import Architecture, fit, identify, names_hash, parse_name, recognized
 from bnpatch.models.published import tagged_weights
 
 
@@ -116,6 +116,24 @@ def test_names():
         parse_name("resnt50")
     with pytest.raises(BnpatchError, match="names no library"):
         parse_name("keras:resnet50")
+    with pytest.raises(BnpatchError, match="names no library"):
+        parse_name("hf-hub:org/resnet50")
+
+
+@pytest.mark.parametrize("prefix", ["", "timm:", "timm/", "hf-hub:timm/", "hf_hub:timm/"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_b0_ap", "tf_efficientnet_b0.ap_in1k"])
+def test_names_of_the_hub_and_of_an_earlier_timm(prefix, name):
+    """timm gave names such as tf_efficientnet_b0_ap up, and makes tags of their ends."""
+    is_plain = prefix + name == "tf_efficientnet_b0.ap_in1k"
+    library = None if is_plain else "timm"
+    assert parse_name(prefix + name) == (library, "tf_efficientnet_b0")
+    assert recognized(prefix + name) == ("" if is_plain else "timm:") + "tf_efficientnet_b0"
+    assert tagged_weights(prefix + name)["name"] == "tf_efficientnet_b0.ap_in1k"
+
+
+@pytest.mark.parametrize("text", ["", "adam", "keras:resnet18", "torchvision:tf_efficientnet_b0", "a\nb"])
+def test_other_texts_name_no_architecture(text):
+    assert recognized(text) is None
 
 
 def test_the_index_is_of_the_installed_libraries():

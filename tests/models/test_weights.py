@@ -1,4 +1,5 @@
 import itertools
+from argparse import Namespace
 
 import pytest
 import timm
@@ -235,3 +236,26 @@ def test_names_that_are_no_strings(tmp_path):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(BnpatchError, match="no weights that bnpatch can find among its keys 1, "):
         read_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"model_name": "tf_efficientnet_b0"},
+        {"arch": "own_net", "config": {"model": {"name": "timm/tf_efficientnet_b0.ns_jft_in1k"}}},
+        {"hyper_parameters": {"encoder_name": "tf_efficientnet_b0_ns", "optimizer": "adam"}},
+        {"args": Namespace(backbone="tf_efficientnet_b0", teacher="resnet50")},
+        {"teacher": {"arch": "resnet50"}, "student": {"arch": "tf_efficientnet_b0"}},
+        {"args": {"model": "tf_efficientnet_b0"}, "pretrained": "resnet50"},
+    ],
+)
+def test_the_architecture_is_named_anywhere(about, tmp_path):
+    """It decides between architectures with the same tensors, which compute otherwise."""
+    torch.save({"model": {"w": torch.ones(1)}, **about}, tmp_path / "model.pt")
+    arch = read_checkpoint(tmp_path / "model.pt").arch
+    assert arch.removeprefix("timm:") == "tf_efficientnet_b0"
+
+
+def test_a_name_that_no_library_has_stays_where_nothing_else_is_said(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "arch": "own_net", "loss": "resnet50"}, tmp_path / "model.pt")
+    assert read_checkpoint(tmp_path / "model.pt").arch == "own_net"
