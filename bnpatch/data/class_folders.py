@@ -21,6 +21,7 @@ from bnpatch.data.class_names import SAY_WHICH, check_names, outputs_by_name, ou
 from bnpatch.data.dataset import Indices
 from bnpatch.data.image_files import FoundImages, class_folders, find_images
 from bnpatch.data.images import FileImages
+from bnpatch.data.label_files import classes_beside
 from bnpatch.data.preprocessing import ImageModel
 
 
@@ -225,14 +226,16 @@ def open_folder(
         path, problem = next(iter(found.problems.items()))
         raise BnpatchError(f"cannot read {path}: {problem}", "make it readable, or leave out --strict")
     _warn_of_left_out(folder, found)
+    names = read_class_map(class_map) if class_map else model.class_names
+    if len(by_class.keys() - {""}) < 2 and not set(by_class) & set(names or ()):
+        by_class = _by_table(folder, by_class)
     outside = by_class.pop("", [])
     if not optional:
         _check_class_folders(folder, len(by_class), len(outside))
         outside = []
     if not by_class and not outside:
         raise BnpatchError(f"{folder} has no images", "give a folder that has some")
-    names = read_class_map(class_map) if class_map else model.class_names
-    if by_class:
+    if by_class and by_class is found.by_class:
         _warn_of_empty(folder, by_class, names, class_map is not None)
     _check_parts(folder, by_class, names, optional)
     targets = (
@@ -247,6 +250,23 @@ def open_folder(
     source = FileImages([path for path, _ in pairs], mode, folder, depth, found.problems)
     source.left_out = found.left_out
     return source, np.array([target for _, target in pairs], dtype=np.int64) if targets else None
+
+
+def _by_table(folder: Path, by_class: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Return images by class as a table beside them says, with a warning; or as they are, without one."""
+    paths = [path for images in by_class.values() for path in images]
+    if not paths or (found := classes_beside(folder, paths)) is None:
+        return by_class
+    table, classes = found
+    warnings.warn(
+        f"the images of {folder} are in no class folders: their classes are those in {table.name}",
+        BnpatchWarning,
+        stacklevel=5,
+    )
+    by_table: dict[str, list[Path]] = {name: [] for name in sorted(set(classes.values()))}
+    for path in paths:
+        by_table.setdefault(classes.get(path, ""), []).append(path)
+    return by_table
 
 
 def _check_parts(

@@ -59,7 +59,8 @@ def open_examples(
         examples = bnpatch.open_examples("val/", model)
 
     Args:
-        data: a folder with one folder of images per class; an ``.npz`` file with ``x`` and ``y``, or in
+        data: a folder with one folder of images per class, or with images whose classes are in a table there
+            (:mod:`bnpatch.data.label_files`); an ``.npz`` file with ``x`` and ``y``, or in
             MedMNIST's layout; one of timm's names (``torch/cifar10``, ``hfds/imagenet-1k``); a pair of arrays
             (x, y); a torch or Hugging Face data set of pairs (image, target) or dictionaries of ``image`` and
             ``label``, whose names for its classes are matched with the model's; or a ``DataLoader`` or other
