@@ -133,7 +133,7 @@ CASES = {
     "a graph of nothing": (
         lambda w: load(w.file("model.onnx", onnx.ModelProto(producer_name="other").SerializeToString())),
         "is not an ONNX model",
-        "export one",
+        "export one, with torch.onnx.export",
         graph,
     ),
     "no opset": (
@@ -199,10 +199,10 @@ CASES = {
     "TensorFlow Lite": (
         lambda w: load(w.file("model.pt", b"\0\0\0\0TFL3" + bytes(40))),
         "is a TensorFlow Lite file",
-        "ONNX",
+        "convert the model to ONNX, with tf2onnx for example",
         graph,
     ),
-    "Keras": (keras, "is a Keras archive", "ONNX", graph),
+    "Keras": (keras, "is a Keras archive", "convert the model to ONNX, with tf2onnx", graph),
     "a name that no file has": (
         lambda w: load("a\0b.pt"),
         "cannot read",

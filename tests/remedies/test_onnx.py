@@ -72,7 +72,7 @@ def test_two_inputs(w):
     return lambda: load(onnx_file(w, more)), lambda _: load(onnx_file(w, bn_model()))
 
 
-@case("has no output 'logits'", "choose --output-name among y")
+@case("the graph has no output 'logits'", "choose --output-name among y")
 def test_another_output_of_a_graph(w):
     path = onnx_file(w, bn_model())
     return lambda: load(path, output="logits"), lambda _: load(path, output="y")
@@ -184,7 +184,7 @@ def test_a_misspelled_norm_layer_of_a_graph(w):
     )
 
 
-@case("differ", "--alpha-input per-site")
+@case("one alpha input for all norm layers has one default", "adjustable for each: --alpha-input per-site")
 def test_one_input_for_alphas_that_differ(w):
     weights = PatchWeights({"bn": 0.1, "bn2": 0.2})
     graph = from_proto(two_norms())

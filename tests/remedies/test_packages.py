@@ -16,33 +16,63 @@ from bnpatch.search.trackers import tracker
 from bnpatch_cli.demo import digits
 from tests.remedies.world import cases, followed, loaded
 
-CASES = {  # what fails, the module that is missing, and the package that has it
-    "corruptions": (lambda path: check_installed(), "imagecorruptions", "imagecorruptions-imaug"),
+CASES = {  # what fails, the module that is missing, the package that has it, and what is said
+    "corruptions": (
+        lambda path: check_installed(),
+        "imagecorruptions",
+        "imagecorruptions-imaug",
+        "the standard corruptions need",
+        "pip install 'bnpatch[robustness]'",
+    ),
     "training": (
         lambda path: new_accelerator(FineTuneSettings(), loaded().device),
         "accelerate",
         "accelerate",
+        "fine-tuning needs accelerate",
+        "pip install 'bnpatch[fine-tune]'",
     ),
-    "processes": (lambda path: Processes(), "accelerate", "accelerate"),
-    "demo": (lambda path: digits(), "sklearn.datasets", "scikit-learn"),
+    "processes": (
+        lambda path: Processes(),
+        "accelerate",
+        "accelerate",
+        "several processes need accelerate",
+        "pip install 'bnpatch[distributed]', or start one",
+    ),
+    "demo": (
+        lambda path: digits(),
+        "sklearn.datasets",
+        "scikit-learn",
+        "the demo needs scikit-learn",
+        "pip install 'bnpatch[demo]'",
+    ),
     "tensorboard": (
         lambda path: tracker("tensorboard", "accuracy", path),
         "torch.utils.tensorboard",
         "tensorboard",
+        "tensorboard is not installed",
+        "pip install 'bnpatch[tensorboard]'",
     ),
-    "wandb": (lambda path: tracker("wandb", "accuracy", path), "wandb", "wandb"),
+    "wandb": (
+        lambda path: tracker("wandb", "accuracy", path),
+        "wandb",
+        "wandb",
+        "wandb is not installed",
+        "pip install 'bnpatch[wandb]'",
+    ),
 }
 
 
 @cases(CASES, slow=("wandb", "processes"))
 def test_a_package_that_is_not_installed(name, tmp_path, monkeypatch):
-    use, module, package = CASES[name]
+    use, module, package, problem, remedy = CASES[name]
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, module, None)
         with pytest.raises(BnpatchError) as error:
             use(tmp_path)
+    assert error.value.problem.startswith(problem)
+    assert error.value.remedy == remedy
     extra = re.search(r"pip install 'bnpatch\[(.+)\]'", error.value.remedy)[1]
     assert any(re.match(rf"{package}\b.*extra == .{extra}.$", wanted) for wanted in requires("bnpatch"))
     use(tmp_path)

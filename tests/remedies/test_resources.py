@@ -125,7 +125,7 @@ CASES = {
     ),
     "an archive with a password": (
         lambda w: archive(w, RuntimeError("File 'x.npy' is encrypted, password required")),
-        "is encrypted",
+        "cannot read .*File 'x.npy' is encrypted",
         "write it with numpy.savez",
         archive,
     ),
@@ -167,7 +167,7 @@ CASES = {
     ),
     "a text for a database": (
         lambda w: stored("study"),
-        "'study' is no database",
+        "'study' is no database, and nothing else shows whether a search was killed",
         "give a database such as sqlite:///study.db",
         lambda w: stored(f"sqlite:///{w.folder}/study.db"),
     ),
