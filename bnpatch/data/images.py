@@ -19,16 +19,13 @@ from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
 from bnpatch.data.decoding import ROOM
 from bnpatch.data.image_files import open_image
+from bnpatch.data.items import TARGETS, image_of, opened, parts
 from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
 _ORIENTATION = 0x0112  # EXIF tag: how to turn the image until it is upright; 1 for not at all
 _SAMPLE = 16  # images that are decoded to find their bit depth
-
-# Keys of an image and of its class in examples that are dictionaries, as those of Hugging Face's data sets.
-_IMAGES = ("image", "img", "pixel_values", "images", "x", "input", "inputs")
-_TARGETS = ("label", "labels", "target", "targets", "fine_label", "y", "class")
 
 
 class FileImages:
@@ -131,7 +128,7 @@ class ArrayInputs:
         """Return an image made of the bytes, whose channels may be first or last; or the floats."""
         if self.mode is None:
             return torch.as_tensor(self.x[index])
-        return as_mode(_image_of(self.x[index]), self.mode)
+        return as_mode(image_of(self.x[index]), self.mode)
 
     def name(self, index: int) -> str:
         """Return the position."""
@@ -158,13 +155,16 @@ class IndexedImages:
         self.dataset, self.preprocessing = getattr(dataset, "reader", dataset), preprocessing
         self.bit_depth = STANDARD
         self.thread_safe = thread_safe
+        self.problems: dict[int, str] = {}  # why examples can't be read, found while reading the targets
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> Image.Image | Tensor:
         """Return the image, converted to the mode; or floats as a tensor, as they are."""
-        image = _opened(self.dataset[index])
+        if problem := self.problems.get(index):
+            raise OSError(problem)
+        image = opened(self.dataset[index])
         if isinstance(image, Tensor):
             return image
         with image:
@@ -178,7 +178,7 @@ class IndexedImages:
                 self.bit_depth = of_sample([functools.partial(self._values, i) for i in some], "the data set")
 
     def _values(self, index: int) -> Array | None:
-        image = _opened(self.dataset[index])
+        image = opened(self.dataset[index])
         if isinstance(image, Tensor):
             return None
         with image:
@@ -196,16 +196,25 @@ class IndexedImages:
                 listed = np.asarray(getattr(self.dataset, "targets", None))
                 if listed.shape[:1] == (len(self),) and listed.dtype.kind in "biuf":
                     return listed
-        if not len(self) or _parts(self.dataset[0])[1] is None:
-            return None
-        parts: list[Tensor] = []
+        found: dict[int, Tensor] = {}
         used = 0
         for index in range(len(self)):
-            target = _parts(self.dataset[index])[1]
-            parts.append(_copied(np.asarray(target) if isinstance(target, Image.Image) else target)[None])
-            used += parts[-1].nbytes
+            try:
+                target = parts(self.dataset[index])[1]
+            except BnpatchError:
+                raise
+            except Exception as error:  # the user's data set may raise any error for a damaged image
+                self.problems[index] = f"{type(error).__name__}: {error}"
+                continue
+            if target is None and not found:
+                return None
+            found[index] = _copied(np.asarray(target) if isinstance(target, Image.Image) else target)[None]
+            used += found[index].nbytes
             _check_budget(used, budget)
-        return _joined(parts, "targets").numpy()
+        if not found:
+            return None
+        blank = torch.zeros_like(next(iter(found.values())))  # nobody sees the target of a damaged image
+        return _joined([found.pop(index, blank) for index in range(len(self))], "targets").numpy()
 
     def classes(self) -> dict[str, int]:
         """Return the targets by the names that the data set has for its classes, as far as it tells.
@@ -222,7 +231,7 @@ class IndexedImages:
                 return {str(name): int(target) for name, target in by_name.items()}
         features = getattr(dataset, "features", None)  # of Hugging Face
         columns = features if isinstance(features, Mapping) else {}
-        names = getattr(columns.get(next((k for k in _TARGETS if k in columns), "")), "names", None)
+        names = getattr(columns.get(next((k for k in TARGETS if k in columns), "")), "names", None)
         names = names or getattr(dataset, "classes", None)
         is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         by_name = {name: target for target, name in enumerate(names)} if names and is_list else {}
@@ -254,7 +263,7 @@ def read_loader(loader: Iterable[Any], budget: int) -> tuple[Tensor, Array | Non
     ys: list[Tensor] = []
     used = 0
     for batch in loader:
-        x, y = _parts(batch)
+        x, y = parts(batch)
         xs.append(_copied(x))
         if y is not None:
             ys.append(_copied(y))
@@ -287,41 +296,6 @@ def as_mode(image: Image.Image, mode: str, bit_depth: BitDepth = STANDARD) -> Im
     shallow = image if values is None else Image.fromarray(bit_depth.to_bytes(values))
     shallow.load()  # the file may be closed when the caller looks at the values
     return shallow if shallow.mode == mode else shallow.convert(mode)
-
-
-def _parts(item: Any) -> tuple[Any, Any]:
-    """Return the image and the target (None if there is none) of an example or of a batch."""
-    if isinstance(item, Mapping):
-        image, target = (next((k for k in keys if k in item), None) for keys in (_IMAGES, _TARGETS))
-        if image is None or (target is None and len(item) > 1):
-            raise BnpatchError(
-                f"the data gives dictionaries ({', '.join(map(str, item))})",
-                "call the parts image and label, or give pairs (image, target)",
-            )
-        return item[image], None if target is None else item[target]
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
-
-
-def _opened(item: Any) -> Image.Image | Tensor:
-    """Return the image of an example; or floats as a tensor, which are inputs as the model takes them."""
-    image, _ = _parts(item)
-    if isinstance(image, (np.ndarray, Tensor)):
-        values = torch.as_tensor(image)
-        return values if values.is_floating_point() else _image_of(image)
-    return image if isinstance(image, Image.Image) else Image.open(image)
-
-
-def _image_of(values: Array | Tensor) -> Image.Image:
-    """Make an image of an array of bytes, or of deeper gray, whose channels may be first or last."""
-    image = np.asarray(values)
-    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
-        image = image.transpose(1, 2, 0)
-    try:
-        return Image.fromarray(np.ascontiguousarray(image.squeeze()))
-    except TypeError as error:
-        raise ValueError(f"an image of {image.dtype} and shape {image.shape}, not of bytes") from error
 
 
 def _copied(values: Any) -> Tensor:

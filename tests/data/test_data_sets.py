@@ -125,3 +125,39 @@ def test_names_of_hugging_face(model):
 def test_targets_stay_where_names_do_not_say_otherwise(model, data):
     model.class_names = tuple("abcdefghij")
     assert bnpatch.open_examples(data, model).targets.tolist() == [0, 1]
+
+
+class Damaged(list):
+    """Examples of which some can't be read, as a random split of a folder may have them."""
+
+    def __getitem__(self, index):
+        if (item := super().__getitem__(index)) is None:
+            raise OSError("image file is truncated")
+        return item
+
+
+@pytest.mark.parametrize("damaged", [{0}, {2}, {0, 3}])
+def test_damaged_examples_are_left_out_also_where_the_targets_are_read(model, pictures, damaged):
+    pairs = [(Image.fromarray(x), n) for n, x in enumerate(pictures)]
+    data = bnpatch.open_examples(Damaged(None if n in damaged else p for n, p in enumerate(pairs)), model)
+    (batch,) = data.batches(6)
+    assert batch.targets.tolist() == [n for n in range(6) if n not in damaged]
+    assert torch.equal(batch.x, bytes_of(pairs, model)[batch.targets])
+    assert data.skipped == dict.fromkeys(damaged, "OSError: OSError: image file is truncated")
+    alone = Damaged(None if n in damaged else pair[:1] for n, pair in enumerate(pairs))
+    alone = bnpatch.open_examples(alone, model, labels="optional")
+    assert sum(len(batch.indices) for batch in alone.batches(6)) == 6 - len(damaged)
+
+
+def test_a_data_set_of_which_nothing_can_be_read_is_said(model):
+    data = bnpatch.open_examples(Damaged([None] * 3), model, labels="optional")
+    with pytest.raises(BnpatchError, match=r"none of the images can be read, example 0 .* truncated"):
+        data.readable(np.arange(3))
+
+
+def test_images_that_are_not_decoded_yet(model, pictures, tmp_path):
+    """As Hugging Face's data sets give them if asked not to decode."""
+    Image.fromarray(pictures[0]).save(path := tmp_path / "a.png")
+    forms = {"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}, path.read_bytes()
+    expected = bytes_of([(Image.fromarray(pictures[0]), 0)] * 3, model)
+    assert torch.equal(bytes_of([{"image": form, "label": 1} for form in forms], model), expected)
