@@ -14,9 +14,10 @@ RUN = 16  # characters that stand side by side
 
 
 def nodes(*folders):
-    """All nodes of each file."""
-    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
-    return {path: list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) for path in paths}
+    """Yield each file with all nodes of its tree."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def fixed(node, names=()):
@@ -39,13 +40,13 @@ def runs(parts):
 
 def messages():
     """Yield the place of each message with a remedy, and runs of characters of its problem and its remedy."""
-    by_file = nodes("bnpatch", "cli")
-    assigned = defaultdict(lambda: defaultdict(list))
-    bases = {}
-    for path, found in by_file.items():
+    calls, bases, assigned = [], {}, defaultdict(lambda: defaultdict(list))
+    for path, found in nodes("bnpatch", "cli"):
         for node in found:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {getattr(base, "id", "") for base in node.bases}
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error"):
+                calls.append((path, node))
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id
                 for scope in (path, "everywhere") if name.isupper() else (path,):
@@ -53,18 +54,17 @@ def messages():
     classes = {"BnpatchError"}
     while more := {name for name, of in bases.items() if of & classes} - classes:
         classes |= more
-    for path, found in by_file.items():
-        names = assigned["everywhere"] | assigned[path]
-        for node in found:
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in classes and len(node.args) > 1:
-                problem, remedy = (runs(fixed(part, names)) for part in node.args[:2])
-                if remedy:
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", problem, remedy
+    for path, node in calls:
+        if node.func.id in classes and len(node.args) > 1:
+            names = assigned["everywhere"] | assigned[path]
+            problem, remedy = (runs(fixed(part, names)) for part in node.args[:2])
+            if remedy:
+                yield f"{path}:{node.lineno}", problem, remedy
 
 
 def cases():
     """Yield the texts of each row of a table, each call and each test."""
-    for found in nodes("tests/remedies").values():
+    for _, found in nodes("tests/remedies"):
         for node in found:
             parts = getattr(node, "elts", None) or getattr(node, "args", None)
             if isinstance(node, ast.FunctionDef):
