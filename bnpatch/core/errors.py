@@ -47,7 +47,10 @@ class NotEnoughMemoryError(BnpatchError):
     """
 
     def __init__(self, device: object, batch_size: int) -> None:
-        remedy = "lower --batch-size" if batch_size > 1 else "choose --device cpu, or a smaller --img-size"
+        remedy = "lower --batch-size"
+        if batch_size == 1:
+            elsewhere = "" if str(device) == "cpu" else "choose --device cpu, or "
+            remedy = f"{elsewhere}set a smaller --img-size"
         super().__init__(f"{device} has not enough memory for a batch of {batch_size}", remedy)
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import bnpatch
+from bnpatch.core.errors import NotEnoughMemoryError
 from bnpatch.core.io import check_writable, claimed
 from bnpatch.core.leftovers import RUNNING
 from bnpatch.data import npz
@@ -18,19 +20,24 @@ from bnpatch.onnx.runtime import open_session
 from bnpatch.search.storages import connect, usable
 from tests.onnx.build import bn_model, from_proto
 from tests.other_processes import start_of
-from tests.remedies.world import MANY, X, Y, cases, followed, loaded, opened
+from tests.remedies.world import MANY, SIDE, X, Y, cases, followed, loaded, opened
 
 
-def predict(count, room=3):
-    """Run a module that has memory for three examples, or for another number."""
-    found = loaded()
+def predict(count, side=SIDE, room=3 * 3 * SIDE**2):
+    """Run a module that has memory for three examples, or for so many numbers."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = load(layers.eval(), preprocessing={"img_size": side})
 
     def crowded(module, inputs):
-        if len(inputs[0]) > room:
+        if inputs[0].numel() > room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     found.module.register_forward_pre_hook(crowded)
-    found.predict(X[:count])
+    found.predict(X[:count, :, :side, :side])
+
+
+def on_the_gpu():
+    raise NotEnoughMemoryError("cuda:0", 1)
 
 
 def claim(folder, until_it_ends=False):
@@ -55,11 +62,11 @@ def saved(w, *full):
         io.save(from_proto(bn_model()), w.folder / "model.onnx")
 
 
-def tuned(w, name, trials=1, **options):
+def tuned(w, name, trials=1, file="study.db", **options):
     """Search in a study on disk."""
     bnpatch.tune_alpha(
         loaded(), MANY, granularity="global", trials=trials, holdout=0.5,
-        storage=f"sqlite:///{w.folder}/study.db", study=name, **options,
+        storage=f"sqlite:///{w.folder}/{file}", study=name, **options,
     )  # fmt: skip
 
 
@@ -112,10 +119,16 @@ CASES = {
         lambda w: predict(2),
     ),
     "one example": (
-        lambda w: predict(1, room=0),
-        "not enough memory for a batch of 1",
-        "choose --device cpu, or a smaller --img-size",
-        lambda w: loaded().predict(X[:1]),  # on the CPU
+        lambda w: predict(1, room=150),
+        "cpu has not enough memory for a batch of 1",
+        "^set a smaller --img-size",
+        lambda w: predict(1, side=4, room=150),
+    ),
+    "one example on a GPU": (
+        lambda w: on_the_gpu(),
+        "cuda:0 has not enough memory for a batch of 1",
+        "choose --device cpu, or set a smaller --img-size",
+        lambda w: predict(1),  # on the CPU
     ),
     "an archive": (
         lambda w: archive(w, MemoryError()),
@@ -163,7 +176,7 @@ CASES = {
         lambda w: [tuned(w, "one"), tuned(w, "one", seed=5)],
         "the study 'one' was made with another",
         "choose another name for this one, or another storage",
-        lambda w: tuned(w, "two", seed=5),
+        lambda w: [tuned(w, "two", seed=5), tuned(w, "one", seed=5, file="other.db")],
     ),
     "a text for a database": (
         lambda w: stored("study"),
