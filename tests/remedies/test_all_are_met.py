@@ -9,6 +9,10 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import typer
+
+from bnpatch_cli.app import app
+
 ROOT = Path(__file__).parents[2]
 RUN = 16  # characters that stand side by side
 
@@ -90,3 +94,22 @@ def test_every_remedy_is_in_a_case():
         if not (having(remedy) & having(problem) if problem else having(remedy))
     ]
     assert not unmet
+
+
+def options(command):
+    """All options of a command and of the commands in it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union({"--help"}, *map(options, getattr(command, "commands", {}).values()))
+
+
+def test_every_option_that_the_code_names_is_known():
+    known = options(typer.main.get_command(app))
+    named = {
+        option: f"{path}:{node.lineno}"
+        for path, found in nodes("bnpatch", "cli")
+        for node in found
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", node.value)
+    }
+    assert len(named) > 50
+    assert not {option: place for option, place in named.items() if option not in known}
