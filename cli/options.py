@@ -107,6 +107,7 @@ class Loading:
         options ask for others.
         """
         from bnpatch.data.preprocessing import Preprocessing
+        from bnpatch.models.foreign import reading
 
         provenance = recipe.provenance if recipe is not None else {}
         loaded = bnpatch.load(
@@ -127,12 +128,13 @@ class Loading:
             },
         )
         asked = (self.img_size, self.mean, self.std, self.crop_pct, self.interpolation)
-        stored = provenance.get("preprocessing")
         if all(value is None for value in asked):
-            if stored:
-                loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
-            elif shape := (provenance.get("data") or {}).get("input_shape"):
-                loaded.preprocessing = loaded.preprocessing.for_inputs(shape, "the recipe's data")
+            with reading(Path("the recipe"), "one of bnpatch", "make it again with bnpatch tune-alpha"):
+                if stored := provenance.get("preprocessing"):
+                    loaded.preprocessing = Preprocessing.from_json(stored, "the recipe")
+                elif shape := (provenance.get("data") or {}).get("input_shape"):
+                    taken = loaded.preprocessing.for_inputs(shape, "the recipe's data")
+                    loaded.preprocessing = taken.checked()
         say(f"model          {loaded.name}" + (f" ({loaded.arch})" if loaded.arch else ""))
         for note in loaded.notes:
             say(f"               {note}")

@@ -70,7 +70,7 @@ class Preprocessing:
         cfg = resolve_model_data_config(
             module, args={k: v for k, v in (stored or {}).items() if v is not None}
         )
-        return cls(**cfg, source=source)._checked()
+        return cls(**cfg, source=source).checked()
 
     @classmethod
     def of_torchvision(cls, weights: Any, channels: int = 3) -> "Preprocessing":
@@ -190,9 +190,9 @@ class Preprocessing:
         """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         first = str(values.get("source", "unknown origin")).rsplit(", as of ", 1)[-1]
-        return cls(**{**plain, "source": f"{where}, as of {first}"})._checked()
+        return cls(**{**plain, "source": f"{where}, as of {first}"}).checked()
 
-    def _checked(self) -> "Preprocessing":
+    def checked(self) -> "Preprocessing":
         """Return this preprocessing; raise ValueError if a file gave it a value of another kind."""
         fits = {
             "input_size": len(self.input_size) == 3

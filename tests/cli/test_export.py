@@ -93,3 +93,23 @@ def test_a_recipe_found_with_floats_is_exported_at_their_size(cli, tmp_path):
     content = json.loads(cli(*args)[1])
     assert content["sizes"] == [[3, 4, 6], [3, 36, 38]]
     assert json.loads(cli(*args, "--img-size", 8)[1])["sizes"][0] == [3, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"data": "text"},
+        {"data": {"input_shape": 5}},
+        {"data": {"input_shape": [3, "a", 2]}},
+        {"data": {"input_shape": [3, 10**9, 2]}},
+        {"preprocessing": {"a": 1}},
+        {"preprocessing": [1]},
+    ],
+)
+def test_a_recipe_of_a_damaged_shape_or_preprocessing_is_said(cli, provenance, tmp_path):
+    onnx.save(graph(["n", 3, "h", "w"], last="flat"), tmp_path / "model.onnx")
+    bnpatch.load(tmp_path / "model.onnx").recipe(provenance=provenance).save(tmp_path / "recipe.json")
+    code, _, err = cli("export", "model.onnx", "--recipe", "recipe.json", "-o", "patched.onnx")
+    assert code == 2
+    assert "the recipe is damaged or not one of bnpatch (" in one_line(err)
+    assert "make it again with bnpatch tune-alpha" in one_line(err)
