@@ -94,6 +94,7 @@ def test_libraries_print_nothing_of_a_damaged_graph(tmp_path, monkeypatch, capsy
     def fails(*args, **options):
         raise RuntimeError("no shapes today")
 
+    caplog.set_level(logging.WARNING)  # also after a test of the command line, which disables warnings
     monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fails)
     proto = bn_model()
     file = write(tmp_path / "m.onnx", proto)
