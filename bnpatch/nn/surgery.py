@@ -350,10 +350,8 @@ def _nothing_to_patch(model: nn.Module, found: Inventory[TorchNormLayer]) -> tup
     from bnpatch.nn.fused_conv import may_be_fused  # imported here because it imports this module
 
     if found.norm_layers:
-        return (
-            "no norm layer of the model was chosen",
-            f"let where accept one of {_enumerate(found.norm_layers)}",
-        )
+        remedy = f"let where accept one of {_enumerate(found.norm_layers)}"
+        return "no norm layer of the model was chosen", remedy
     if not found.skipped_norms:
         problem = "the model has no normalization layer that bnpatch could patch"
         if any(map(may_be_fused, model.modules())):

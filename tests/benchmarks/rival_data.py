@@ -119,7 +119,11 @@ def fine_tune(name: str, folder: Path, fashion: Path, device: str, epochs: int, 
     train = bnpatch.open_examples((x[:count], labels[:count]), model)
     val = bnpatch.open_examples((x[count:], labels[count : count + VALIDATION]), model)
     settings = FineTuneSettings(
-        epochs=epochs, lr=0.03, augmentation=Augmentation(min_scale=0.7), workers=4 if epochs > 1 else 0
+        epochs=epochs,
+        batch_size=16,  # some thousand images make few steps otherwise
+        lr=0.02,
+        augmentation=Augmentation(min_scale=0.7),
+        workers=4 if epochs > 1 else 0,
     )
     if name == "techniques":
         settings = techniques.by_guidance(model, settings).settings(settings)
