@@ -38,6 +38,9 @@ class BnpatchError(Exception):
         return " ".join(text.split())  # one line, whatever was quoted in it
 
 
+_FEW = 3
+
+
 class NotEnoughMemoryError(BnpatchError):
     """A batch does not fit into the memory of a device.
 
@@ -48,7 +51,7 @@ class NotEnoughMemoryError(BnpatchError):
 
     def __init__(self, device: object, batch_size: int) -> None:
         remedy = "lower --batch-size"
-        if batch_size == 1:
+        if batch_size <= _FEW:  # a model is probed with so many, whatever --batch-size
             elsewhere = "" if str(device) == "cpu" else "choose --device cpu, or "
             remedy = f"{elsewhere}set a smaller --img-size"
         super().__init__(f"{device} has not enough memory for a batch of {batch_size}", remedy)

@@ -141,8 +141,8 @@ class Checkup:
             return "settle the preprocessing first: it decides more than any patch"
         if not self.is_unusual:
             return (
-                "to all norm layers the images together look like those of training: expect little of a patch, "
-                "unless each image is shifted in another way, or the model was trained with small batches"
+                "to all norm layers the images together look like those of training: expect little of a "
+                "patch unless each is shifted in another way, or the model was trained with small batches"
             )
         if self.common_share >= _COMMON:
             return (

@@ -47,9 +47,13 @@ def start() -> "Processes | None":
     """Return the processes of this run; None where there is only one.
 
     Raises:
-        BnpatchError: there are several, and accelerate is not installed.
+        BnpatchError: there are several, and accelerate is not installed; or the variable that counts them is
+            no number.
     """
-    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise BnpatchError(f"the environment variable WORLD_SIZE is {count!r}", "set a number, or unset it")
+    return Processes() if int(count) > 1 else None
 
 
 @contextmanager

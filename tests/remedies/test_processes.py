@@ -11,7 +11,7 @@ import torch
 
 from bnpatch.finetune.config import FineTuneSettings
 from bnpatch.finetune.engine import new_accelerator
-from bnpatch.search.distributed import Processes
+from bnpatch.search.distributed import Processes, start
 from tests.remedies.world import followed
 from tests.two_processes import in_two_processes
 
@@ -49,6 +49,17 @@ def test_a_process_that_is_alone(together, monkeypatch, use, on_gpu, problem):
     monkeypatch.setattr(accelerate.PartialState, "_shared_state", {})
     with mock.patch.dict(os.environ, WORLD_SIZE="2"):  # accelerate sets more
         followed(use, problem, "start them with torchrun or accelerate launch", follow)
+
+
+def test_a_number_of_processes_that_is_none(monkeypatch):
+    def follow(_):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert start() is None
+        monkeypatch.delenv("WORLD_SIZE")
+        assert start() is None
+
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    followed(start, "the environment variable WORLD_SIZE is 'two'", "set a number, or unset it", follow)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ CASES = {
         "lower --batch-size",
         lambda w: predict(2),
     ),
+    "the three images of a probe": (
+        lambda w: predict(3, room=2 * 3 * SIDE**2),
+        "cpu has not enough memory for a batch of 3",
+        "^set a smaller --img-size",
+        lambda w: predict(3, side=4, room=2 * 3 * SIDE**2),
+    ),
     "one example": (
         lambda w: predict(1, room=150),
         "cpu has not enough memory for a batch of 1",

@@ -145,8 +145,8 @@ CASES = {
         lambda w: with_one_value_per_channel(2),
     ),
     "no memory": (
-        lambda w: without_memory(3),
-        "not enough memory for a batch of 3",
+        lambda w: without_memory(5),
+        "not enough memory for a batch of 5",
         "lower --batch-size",
         lambda w: without_memory(2),
     ),
