@@ -1,5 +1,7 @@
 """The methods that bnpatch is compared with, against their formulas in float64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import bnpatch
 from tests.benchmarks import rival_methods as rivals
+from tests.benchmarks import rival_tables
 
 EPS = 0.1
 
@@ -114,3 +117,12 @@ def test_aug_bn(model, images):
 def test_no_answer_depends_on_other_images(model, images, predict):
     alone = torch.cat([predict(model, image[None]) for image in images])
     np.testing.assert_allclose(predict(model, images).numpy(), alone.numpy(), rtol=1e-9)
+
+
+def test_the_page_has_the_tables_of_the_stored_results():
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "rivals.md").read_text()
+    *networks, _ = rival_tables.tables(docs / "results" / "rivals.jsonl").split("### ")[1:]
+    assert [section.split()[0] for section in networks] == ["Lite0", "Lite0-plain", "Lite0-techniques"]
+    for section in networks:
+        assert section.split("\n\n", 1)[1].strip() in page
