@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from bnpatch.core.errors import BnpatchError
@@ -21,7 +22,7 @@ from bnpatch.models.stored_preprocessing import HUB_CONFIG, Values, applied, bes
 from bnpatch.models.torch_export import program_to_graph
 from bnpatch.onnx import io
 from bnpatch.onnx.own_normalization import largest_value
-from bnpatch.onnx.runtime import learn_ranks, read_signature
+from bnpatch.onnx.runtime import Signature, learn_ranks, read_signature
 
 
 def load_onnx(
@@ -49,33 +50,7 @@ def load_onnx(
     check_kind(path)
     graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
     signature = read_signature(graph)
-    wanted = dict(preprocessing or {})
-    channels, height, width = signature.size if len(signature.size) == 3 else (signature.size[0], None, None)
-    with reading(path, "a file whose metadata can be read", "export it again"):
-        base, class_names = read_metadata(graph)
-        foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
-    values, source, names_beside, notes_beside = _beside(path, num_outputs(graph))
-    if class_names is not None:
-        notes.clear()
-    elif foreign_names is None:
-        notes += notes_beside
-    class_names = class_names or foreign_names or names_beside
-    if base is None and foreign is None and values:
-        default = _of_imagenet(channels or 3, height or 224, width or 224)
-        foreign = applied(values, default, channels or 3, source)
-    if base is None and foreign is not None:
-        size = foreign.input_size
-        base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
-    if base is None:
-        base = _of_imagenet(channels or 3, height or 224, width or 224)
-        if signature.dtype != np.uint8 and (largest := largest_value(graph, signature.input)) is not None:
-            source = f"values up to {largest:g}, because the graph normalizes images itself"
-            base = replace(base, mean=(0.0,), std=(1 / largest,), source=source)
-        if len(signature.size) != 3:
-            notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
-        elif height is None and wanted.get("img_size") is None:
-            notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
-    base = base.override(channels=channels, **wanted)
+    base, class_names, notes = _known(path, graph, signature, preprocessing or {})
     learn_ranks(graph, signature, base.input_size)
     model = OnnxModel(
         graph,
@@ -99,6 +74,42 @@ def load_onnx(
             "tune-alpha --recover-fused makes them norm layers"
         )
     return model
+
+
+def _known(
+    path: Path, graph: ir.Model, signature: Signature, wanted: Mapping[str, Any]
+) -> tuple[Preprocessing, tuple[str, ...] | None, list[str]]:
+    """Return the preprocessing, the names of the classes or None, and notes.
+
+    They come from the file's metadata, else from files beside it, else from what the graph computes first,
+    else they are ImageNet's. What the user wants replaces values of the preprocessing.
+    """
+    channels, height, width = signature.size if len(signature.size) == 3 else (signature.size[0], None, None)
+    with reading(path, "a file whose metadata can be read", "export it again"):
+        base, class_names = read_metadata(graph)
+        foreign, foreign_names, notes = read_foreign_metadata(graph, channels or 3)
+    values, source, names_beside, notes_beside = _beside(path, num_outputs(graph))
+    if class_names is not None:
+        notes.clear()
+    elif foreign_names is None:
+        notes += notes_beside
+    if base is None:
+        default = _of_imagenet(channels or 3, height or 224, width or 224)
+        if foreign is None and values:
+            foreign = applied(values, default, channels or 3, source)
+        if foreign is not None:
+            size = foreign.input_size
+            base = replace(foreign, input_size=(size[0], height or size[1], width or size[2]))
+    if base is None:
+        base = default
+        if signature.dtype != np.uint8 and (largest := largest_value(graph, signature.input)) is not None:
+            source = f"values up to {largest:g}, because the graph normalizes images itself"
+            base = replace(base, mean=(0.0,), std=(1 / largest,), source=source)
+        if len(signature.size) != 3:
+            notes.append(f"takes inputs of {1 + len(signature.size)} axes: give arrays of floats, not images")
+        elif height is None and wanted.get("img_size") is None:
+            notes.append("the file leaves the image size open; 224 is taken, --img-size says otherwise")
+    return base.override(channels=channels, **wanted), class_names or foreign_names or names_beside, notes
 
 
 def _beside(path: Path, outputs: int | None) -> tuple[Values, str, tuple[str, ...] | None, list[str]]:
