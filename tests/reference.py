@@ -45,7 +45,7 @@ def weights(x, running_mean, running_var, eps, alpha, channels_per_group=1, slop
         moved = (np.mean(own) - np.mean(points)) ** 2 / (np.var(points) + eps)
         scaled = np.log((np.var(own) + eps) / (np.var(points) + eps)) ** 2
         distances.append((moved + scaled) / 2)
-    logit = np.log(alpha / (1 - alpha)) + slope * np.log(np.mean(distances) + 1e-4)
+    logit = np.log(alpha / (1 - alpha)) + slope * np.log(min(np.mean(distances), 1e9) + 1e-4)
     return tuple(1 / (1 + np.exp(-logit - offset)) for offset in (0.0, var_offset))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 #: A constant operand, which is known when the graph is written.
 Constant = int | float | NDArray[Any] | np.generic
 
-#: The first opset whose ReduceMean takes its axes as an input.
+#: The first opset whose reductions take their axes as an input.
 _AXES_ARE_AN_INPUT = 18
 
 #: The first opset whose Clip takes its bounds as inputs.
@@ -42,18 +42,27 @@ class Tape:
         self._taken = taken
         self._memo: dict[Any, ir.Value] = {}
 
-    def op(self, op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attrs: Any) -> ir.Value:
+    def op(
+        self,
+        op_type: str,
+        x: ir.Value,
+        *others: ir.Value | None,
+        dtype: ir.DataType | None = None,
+        **attrs: Any,
+    ) -> ir.Value:
         """Append a node with one output, and return the output. An equal node on the tape is reused.
 
         Args:
             op_type: name of the operator in the default domain.
-            inputs: inputs of the node.
-            dtype: type of the output; that of the first input by default.
+            x: first input of the node.
+            others: its other inputs; None leaves out an optional one.
+            dtype: type of the output; that of ``x`` by default.
             attrs: attributes of the node.
         """
+        inputs = (x, *others)
         key = (op_type, *(id(value) for value in inputs), *sorted((k, repr(v)) for k, v in attrs.items()))
         if key not in self._memo:
-            self._memo[key] = self._append(op_type, inputs, dtype or inputs[0].dtype, attrs)
+            self._memo[key] = self._append(op_type, inputs, dtype or x.dtype, attrs)
         return self._memo[key]
 
     def constant(self, value: Constant, dtype: ir.DataType) -> ir.Value:
@@ -68,20 +77,26 @@ class Tape:
             self._memo[key] = output
         return self._memo[key]
 
-    def reduce_mean(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
-        """Append a ``ReduceMean`` that keeps the axes with size 1."""
+    def reduce(self, op_type: str, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Append a node such as ``ReduceMean`` that keeps the axes with size 1."""
         if self._opset < _AXES_ARE_AN_INPUT:
-            return self.op("ReduceMean", x, axes=list(axes), keepdims=1)
-        return self.op("ReduceMean", x, self.constant(np.array(axes), ir.DataType.INT64), keepdims=1)
+            return self.op(op_type, x, axes=list(axes), keepdims=1)
+        return self.op(op_type, x, self.constant(np.array(axes), ir.DataType.INT64), keepdims=1)
 
-    def clip(self, x: ir.Value, low: float, high: float, dtype: ir.DataType) -> ir.Value:
-        """Append a ``Clip`` to the range from ``low`` to ``high``."""
+    def clip(self, x: ir.Value, low: float | None, high: float, dtype: ir.DataType) -> ir.Value:
+        """Append a ``Clip`` to the range from ``low``, or from minus infinity, to ``high``."""
         if self._opset < _BOUNDS_ARE_INPUTS:
-            return self.op("Clip", x, min=low, max=high)
-        return self.op("Clip", x, self.constant(low, dtype), self.constant(high, dtype))
+            bounds: dict[str, Any] = {"max": high} if low is None else {"min": low, "max": high}
+            return self.op("Clip", x, **bounds)
+        lower = None if low is None else self.constant(low, dtype)
+        return self.op("Clip", x, lower, self.constant(high, dtype))
 
     def _append(
-        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType | None, attrs: dict[str, Any]
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType | None,
+        attrs: dict[str, Any],
     ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attrs, name=self._new_name(op_type))
         output = node.outputs[0]
@@ -147,7 +162,15 @@ class Value:
         if not keepdims:
             raise ValueError("keepdims must be True")
         axes = (axes,) if isinstance(axes, int) else axes
-        return Value(self.tape, self.tape.reduce_mean(self.value, axes), self.dtype)
+        return Value(self.tape, self.tape.reduce("ReduceMean", self.value, axes), self.dtype)
+
+    def sum_of_squares(self, axis: int) -> "Value":
+        """Return the sum of the squares over ``axis``, which stays with size 1."""
+        return Value(self.tape, self.tape.reduce("ReduceSumSquare", self.value, (axis,)), self.dtype)
+
+    def join(self, other: "Value", axis: int) -> "Value":
+        """Return these elements and those of ``other``, one after the other on ``axis``."""
+        return Value(self.tape, self.tape.op("Concat", self.value, other.value, axis=axis), self.dtype)
 
     def global_average_pool(self) -> "Value":
         """Return the mean over all axes but the first two; the axes stay with size 1."""
@@ -169,8 +192,17 @@ class Value:
         """Return ``1 / (1 + exp(-x))`` of each element."""
         return self._op("Sigmoid", self)
 
-    def clip(self, low: float, high: float) -> "Value":
-        """Return the elements, moved into the range from ``low`` to ``high``."""
+    def hard_sigmoid(self, scale: float, shift: float) -> "Value":
+        """Return ``min(max(scale x + shift, 0), 1)`` of each element.
+
+        The operator HardSigmoid does it in one node; onnxruntime's CPU provider has it for float32 alone.
+        """
+        if self.dtype != ir.DataType.FLOAT:
+            return (self * scale + shift).clip(0.0, 1.0)
+        return Value(self.tape, self.tape.op("HardSigmoid", self.value, alpha=scale, beta=shift), self.dtype)
+
+    def clip(self, low: float | None, high: float) -> "Value":
+        """Return the elements, moved into the range from ``low``, or from minus infinity, to ``high``."""
         return Value(self.tape, self.tape.clip(self.value, low, high, self.dtype), self.dtype)
 
     def clamp_min_0(self) -> "Value":

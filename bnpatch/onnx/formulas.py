@@ -37,16 +37,19 @@ alpha.
 
 With a slope, the weight a of an example depends on the moments of u, so the scale of u has to be 1. The fused
 form then starts from the normalized coordinates and writes :class:`bnpatch.core.moments.ExampleWeight` for
-them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus what replaces eps,
+them. With p = m^2, v = q - p and t = v + 1 - rho, the variance of u plus what replaces eps, with the smallest
+and the largest distance d and L, and for C channels
 
-    2 D = mean over channels of p + ln^2(t)
-    a   = sigmoid(slope ln(2 D + 2e-4) + ln(alpha / (1 - alpha)) - slope ln 2)
-    w   = a v + (1 - a) rho + a (1 - a) p + 1 - rho = (1 - a) + a (t + (1 - a) p)
-    s   = g / sqrt(w),  y = u s + (b - (a m) s)
+    2 C D = sum over channels of m^2 + ln^2(t)
+    h     = min(2 C D + 2 C d, 2 C (L + d)) / (2 C (L + d))
+    a     = sigmoid(slope ln h + ln(alpha / (1 - alpha)) + slope ln(L + d))
+    w     = a v + (1 - a) rho + a (1 - a) p + 1 - rho = (1 - a) + a (t + (1 - a) p)
+    s     = g / sqrt(w),  y = u s + (b - (a m) s)
 
-This adds 16 operators to the 8 on (N, C), 7 of them on (N, 1), and no pass over u. In onnxruntime the
-logarithm and the sigmoid are faster than a power. If the variance has a weight a' of its own, that is a
-sigmoid, too, and w = (1 - a') + a' t + a (1 - a) p.
+This adds 14 operators to the 8 on (N, C), 6 of them on (N, 1), and no pass over u: 2 C D is one sum of
+squares, and h, a scaled and clipped sum, is one HardSigmoid. In onnxruntime the logarithm and the sigmoid are
+faster than a power. If the variance has a weight a' of its own, that is a sigmoid, too, and
+w = (1 - a') + a' t + a (1 - a) p.
 
 For half-precision input, moments and affine map are computed in float32 (squares of values above 256 overflow
 float16), and always by the direct form, because u could overflow where the running variance is tiny.
@@ -257,9 +260,13 @@ def _fused_with_slope(
     mean, mean_square = _means(u, len(norm_layer.dims), blocked=_is_blocked(norm_layer))
     square = mean * mean
     var = (mean_square - square).clamp_min_0() + eps
-    log = var.log()
-    twice = (square + log * log).mean(1).clip(0.0, 2 * LARGEST_DISTANCE) + 2 * SMALLEST_DISTANCE
-    logit = twice.log() * slope + (math.log(alpha / (1 - alpha)) - slope * math.log(2))
+    largest = LARGEST_DISTANCE + SMALLEST_DISTANCE
+    part = (
+        mean.join(var.log(), axis=1)
+        .sum_of_squares(axis=1)
+        .hard_sigmoid(0.5 / (norm_layer.num_channels * largest), SMALLEST_DISTANCE / largest)
+    )
+    logit = part.log() * slope + (math.log(alpha / (1 - alpha)) + slope * math.log(largest))
     share = logit.sigmoid()
     rest: Value = 1.0 - share
     if var_offset:

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.patch import PatchWeights
@@ -96,6 +97,26 @@ def test_opsets(opset, form):
         proto = patched(bn_model(opset=opset), 0.3, FORMS[form], slope, offset)
         assert proto.opset_import[0].version == opset
         assert largest(run(proto, x), expected(x, 0.3, slope=slope, offset=offset)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize("opset", [15, 18, 21])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_runtime_that_takes_the_specification_by_its_word(form, opset):
+    x = example(3, 6, 5, 4)
+    proto = patched(bn_model(opset=opset), 0.3, FORMS[form], slope=0.7, offset=1.5)
+    (y,) = ReferenceEvaluator(proto).run(None, {"x": x})
+    assert largest(y, expected(x, 0.3, slope=0.7, offset=1.5)) < 1e-5  # float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("slope", [0.7, -0.3, 0.01])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_from_the_smallest_to_beyond_the_largest_distance(form, slope, dtype):
+    x = np.concatenate([example(1, 6, 5, 4, dtype=dtype) * s for s in (0, 1, 1e2, 1e4, 1e6)])
+    y = run(patched(bn_model(dtype=dtype), 0.3, FORMS[form], slope), x)
+    for mine, one in zip(y, x, strict=True):
+        reference = expected(one[None], 0.3, dtype, slope)[0]
+        assert largest(mine, reference) < 1e-4  # float32, after a difference of large means
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4, 1.0])
