@@ -1,10 +1,12 @@
 """Patched ONNX files in other runtimes, and quantized."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 import bnpatch
 from bnpatch.core.patch import PatchWeights
@@ -39,6 +41,22 @@ def test_openvino_computes_what_onnxruntime_does(patched, foggy):
         expected = outputs(patched, foggy[0][:count])
         found = compiled(inputs(foggy[0][:count]).numpy())[0]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_opencv_computes_what_onnxruntime_does(patched, foggy, tmp_path):
+    """With a fixed number of images, and what follows from that folded: its importer needs both."""
+    cv2 = pytest.importorskip("cv2")
+    proto = onnx.load(patched)
+    make_dim_param_fixed(proto.graph, proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param, 3)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "fixed.onnx")
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    network = cv2.dnn.readNetFromONNX(options.optimized_model_filepath)
+    network.setInput(inputs(foggy[0][:3]).numpy())
+    expected = outputs(patched, foggy[0][:3])
+    np.testing.assert_allclose(network.forward(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 class _Images(CalibrationDataReader):
