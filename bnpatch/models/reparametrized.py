@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-Parts = tuple[Tensor, ...]
-
 # How weight_norm's parametrization names its parts, and what the older function calls the same.
 _PARAMETRIZED = re.compile(r"^(.*?)(?:^|(?<=\.))parametrizations\.(\w+)\.original([01])$")
 _NORMALIZED = {"0": "_g", "1": "_v"}

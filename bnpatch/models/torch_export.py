@@ -44,7 +44,7 @@ def module_to_graph(
             (example_input,),
             input_names=["input"],
             output_names=list(output_names),
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamic_shapes=({0: "batch"},),
         )
 
 

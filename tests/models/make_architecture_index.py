@@ -1,4 +1,4 @@
-"""Write bnpatch/architectures.json: the architectures of timm and torchvision by their tensor names.
+"""Write bnpatch/models/architectures.json: the architectures of timm and torchvision by their tensor names.
 
 Run it after an update of either library (some minutes): ``python -m tests.models.make_architecture_index``.
 """
