@@ -146,8 +146,9 @@ def _print_ranges(ranges: "Sequence[OutputRange]", list_sites: bool) -> None:
 
 def _range_as_json(found: "OutputRange") -> dict[str, Any]:
     bound = found.inference_bound
+    # None replaces infinity, which JSON does not have
     values = {
         **asdict(found),
         "inference_bound": None if math.isinf(bound) else bound,
-    }  # None replaces infinity, which JSON does not have
+    }
     return {**values, "is_beyond_training": found.is_beyond_training}

@@ -202,9 +202,8 @@ def append_by_batch(tape: Tape, norm_layer: OnnxNormLayer) -> tuple[ir.Value, Mo
     moments = centred_moments(x, (0, *range(2, len(norm_layer.dims))))
     found = Moments(moments.mean.value, moments.var.value)
     if norm_layer.baseline_alpha == 1:
-        ignored = Moments(
-            np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels)
-        )  # alpha = 1 gives the running statistics the weight 0
+        # Alpha = 1 gives the running statistics the weight 0.
+        ignored = Moments(np.zeros(norm_layer.num_channels), np.ones(norm_layer.num_channels))
         return append_norm(tape, norm_layer, ignored, ExampleWeight(1.0), "direct"), found
     columns = (-1, *(1,) * (len(norm_layer.dims) - 2))
     weight, bias = (

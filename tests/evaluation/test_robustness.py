@@ -125,9 +125,8 @@ def test_the_interval_of_the_mean_corruption_error_is_that_of_resampled_images()
         chosen = rng.integers(0, 400, 400)
         ratios = [both[1][chosen].mean() / both[0][chosen].mean() for both in draws.values()]
         samples.append(np.mean(ratios))
-    assert estimate.reach / 1.96 == pytest.approx(
-        np.std(samples), rel=0.08
-    )  # 4,000 samples know it within 2%
+    # 4,000 samples know it within 2%
+    assert estimate.reach / 1.96 == pytest.approx(np.std(samples), rel=0.08)
 
 
 def test_a_kind_without_errors_has_no_corruption_error(model, data, monkeypatch):

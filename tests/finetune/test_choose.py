@@ -107,9 +107,8 @@ def _score(spec, rate):
         pytest.param(1, KeyboardInterrupt, marks=pytest.mark.slow),
         pytest.param(2, OSError, marks=pytest.mark.slow),
         pytest.param(4, RuntimeError, marks=pytest.mark.slow),
-        pytest.param(
-            7, SystemExit, marks=pytest.mark.slow
-        ),  # Optuna notes no end, as of a process that is killed
+        # Optuna notes no end, as of a process that is killed
+        pytest.param(7, SystemExit, marks=pytest.mark.slow),
         pytest.param(7, KeyboardInterrupt, marks=pytest.mark.slow),
         *(pytest.param(number, SystemExit, marks=pytest.mark.slow) for number in (1, 2, 4)),
     ],

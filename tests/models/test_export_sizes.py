@@ -29,9 +29,8 @@ def any_size(tmp_path):
 def test_a_file_for_images_of_any_size_is_compared_at_two(any_size, tmp_path):
     done = export_onnx(any_size, tmp_path / "model.onnx")
     assert (done.batches, done.sizes) == ((1, 2, 5, 2), ((3, 5, 4), (3, 37, 36)))
-    done = export_onnx(
-        any_size, tmp_path / "model.onnx", images=images(4, 3, 9, 9)
-    )  # and at that of the data
+    # It is compared at that of the data, too.
+    done = export_onnx(any_size, tmp_path / "model.onnx", images=images(4, 3, 9, 9))
     assert (done.batches, done.sizes) == ((1, 2, 5, 4, 2), ((3, 5, 4), (3, 9, 9), (3, 37, 36)))
 
 

@@ -37,9 +37,8 @@ def test_torchvision_preprocessing_is_torchvisions(tmp_path):
         255 * torch.tensor(v).view(1, 3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std)
     )
     normalized = (x.float() - mean) / std
-    torch.testing.assert_close(
-        normalized[0], weights.transforms()(image), rtol=0, atol=1e-5
-    )  # float32 rounding
+    # float32 rounding
+    torch.testing.assert_close(normalized[0], weights.transforms()(image), rtol=0, atol=1e-5)
 
 
 def test_a_published_timm_file_name(tmp_path):

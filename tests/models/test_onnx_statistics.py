@@ -32,9 +32,8 @@ def exported_small(tmp_path_factory):
 def assert_same_moments(found, expected):
     assert found.keys() == expected.keys()
     for name, moments in expected.items():
-        np.testing.assert_allclose(
-            found[name].mean, moments.mean, rtol=1e-4, atol=1e-5, err_msg=name
-        )  # float32
+        # float32
+        np.testing.assert_allclose(found[name].mean, moments.mean, rtol=1e-4, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(found[name].var, moments.var, rtol=1e-4, atol=1e-5, err_msg=name)
 
 

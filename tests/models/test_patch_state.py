@@ -59,9 +59,8 @@ def test_new_targets_count_at_once():
     model.set_state(
         model.state.with_re_estimated({"norm1": Moments(targets["norm1"].mean + 1, targets["norm1"].var)})
     )
-    np.testing.assert_allclose(
-        model.statistics_in_use()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5
-    )  # float32
+    # float32
+    np.testing.assert_allclose(model.statistics_in_use()["norm1"].mean, targets["norm1"].mean + 1, rtol=1e-5)
     assert model.weights.lambdas == {"norm1": 1.0, "norm2": 0.0, "norm3": 0.0}
 
 

@@ -61,9 +61,8 @@ def test_calibrated_norms_are_sites(case):
             x, running.mean, running.var, weight, bias, norm.eps, alpha, channels_per_group
         )
         y = bare(x)
-        torch.testing.assert_close(
-            y.double().detach(), torch.from_numpy(expected), rtol=0, atol=2e-5
-        )  # float32
+        # float32
+        torch.testing.assert_close(y.double().detach(), torch.from_numpy(expected), rtol=0, atol=2e-5)
         assert torch.equal(nn.Sequential(*tail)(y), model(x))  # what followed the norm still follows it
     model = unpatch(model)
     assert type(model[1]) is type(make())

@@ -71,9 +71,8 @@ def test_the_baseline_is_exact_and_a_weight_counts(name):
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         before, keys = tensors(model(x)), list(model.state_dict())
-        backbone = getattr(
-            model, "backbone", model
-        )  # an untrained detector may find nothing, before and after
+        # An untrained detector may find nothing, before and after
+        backbone = getattr(model, "backbone", model)
         features = tensors(backbone(x))
         bnpatch.patch(model)
         assert [norm_layer.name for norm_layer in bnpatch.inventory(model).norm_layers] == expected_sites

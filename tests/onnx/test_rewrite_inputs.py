@@ -86,9 +86,8 @@ def test_running_moments_as_inputs_with_defaults(conv, opset):
         for alpha in (0.0, 0.3, 1.0):
             baked, _ = rewritten(proto, {"bn": alpha}, running={"bn": running})
             feeds = {alpha_input: np.float32(alpha), mean: running.mean, var: running.var}
-            np.testing.assert_allclose(
-                run(result, x, **feeds), run(baked, x), rtol=5e-5, atol=5e-5
-            )  # float32
+            # float32
+            np.testing.assert_allclose(run(result, x, **feeds), run(baked, x), rtol=5e-5, atol=5e-5)
 
 
 def test_running_moments_as_inputs_of_single_values_and_of_sites_without_an_alpha_input():

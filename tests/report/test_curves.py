@@ -57,10 +57,11 @@ def test_a_curve_has_each_weight_once():
     assert [point.weight for point in accuracy.points] == [0.0, 0.01, 0.25, 1.0]
     assert [point.examples for point in accuracy.points] == [100, 100, 100, 20]
     assert accuracy.baseline.value == 0.5
+    # Where the global search ended, not the highest
     assert (accuracy.best.weight, accuracy.best.value) == (
         0.25,
         0.6,
-    )  # where the global search ended, not the highest
+    )
     assert (entropy.best.weight, entropy.best.value) == (0.25, pytest.approx(0.4))
 
 

@@ -88,9 +88,8 @@ def test_an_interrupt_ends_a_cross_fit_where_the_search_was(tiny, dim):
     assert result.interrupted
     assert [candidate.name for candidate in result.candidates] == ["baseline", "alpha"]
     assert result.num_held_out == 100
-    assert (
-        result.passes < 6 * 4
-    )  # six global searches, of one or two passes more than three, as blocks are few
+    # Six global searches, of one or two passes more than three, as blocks are few
+    assert result.passes < 6 * 4
 
 
 def test_an_interrupt_while_learning_ends_a_cross_fit_where_the_search_was(tiny, dim, monkeypatch):
