@@ -46,6 +46,7 @@ def targets_of_folders(
     num_outputs: int,
     class_names: Sequence[str] | None,
     order: ClassOrder,
+    indices: bool = False,
     sure: bool = False,
     partial: bool = False,
     where: str = "the data",
@@ -61,6 +62,8 @@ def targets_of_folders(
         num_outputs: K, the number of outputs.
         class_names: names of the outputs, if known.
         order: how to sort the folders if their order decides.
+        indices: whether names that are the numbers of all outputs are these, whatever the order of folders;
+            true for a table.
         sure: the user gave the class names, so nothing but these names may decide.
         partial: if the class names are known, leave out folders that aren't named after a class.
         where: the folder that has the class folders, for messages.
@@ -93,6 +96,8 @@ def targets_of_folders(
         return synsets
     if partial and class_names:
         return {}
+    if indices and {*map(int, folders)} == {*range(num_outputs)}:
+        return {name: int(name) for name in folders}
     if len(folders) == num_outputs:
         return _by_order(folders, class_names, by_name, order, where)
     if all(name.isdecimal() and int(name) < num_outputs for name in folders):
@@ -239,7 +244,17 @@ def open_folder(
         _warn_of_empty(folder, by_class, names, class_map is not None)
     _check_parts(folder, by_class, names, optional)
     targets = (
-        _targets(folder, list(by_class), model, names, class_map is not None, optional) if by_class else {}
+        _targets(
+            folder,
+            list(by_class),
+            model,
+            names,
+            class_map is not None,
+            optional,
+            by_class is not found.by_class,
+        )
+        if by_class
+        else {}
     )
     if model.class_names is None and targets and len(targets) == model.num_outputs(None, len(targets)):
         model.class_names = tuple(sorted(targets, key=lambda name: targets[name]))
@@ -346,14 +361,17 @@ def _targets(
     class_names: Sequence[str] | None,
     sure: bool,
     optional: bool,
+    in_table: bool,
 ) -> dict[str, int]:
     """Return outputs by name of folder; if classes are optional, folders that are no classes are left out."""
+    numbers = in_table and _are_numbers(names)
     try:
         targets = targets_of_folders(
             names,
             num_outputs=model.num_outputs(None, len(class_names) if sure and class_names else len(names)),
             class_names=class_names,
-            order=ClassOrder(model.class_order),
+            order=ClassOrder.NATURAL if numbers else ClassOrder(model.class_order),
+            indices=numbers,
             sure=sure,
             partial=optional,
             where=str(folder),

@@ -1,8 +1,10 @@
 """Images outside class folders, whose classes are in a table beside them."""
 
-import numpy as np
+import json
+
 import pytest
 from PIL import Image
+from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
@@ -16,6 +18,9 @@ TABLES = {
     "labels.csv": "id;other;breed\n" + "".join(f"images/{n}.png;x;{c}\n" for n, c in CLASSES.items()),
     "list.txt": "".join(f"val/{n}.png {c}\n" for n, c in CLASSES.items()),
     "class first.tsv": "".join(f"{c}\t{n}\n" for n, c in CLASSES.items()),
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": f"{n}.png", "text": None, "label": c}) + "\n" for n, c in CLASSES.items()
+    ),
 }
 
 
@@ -38,16 +43,54 @@ def test_classes_are_read_from_a_table(model, name, below, above, tmp_path):
     assert found == CLASSES
 
 
-def test_names_of_several_words_and_images_without_a_class(model, tmp_path):
+def opened(folder, model, **options):
+    """Return the targets of the images of a folder by their paths in it."""
+    with pytest.warns(BnpatchWarning, match="their classes are those in"):
+        data = bnpatch.open_examples(folder, model, **options)
+    return {data.source.name(index): int(data.targets[index]) for index in range(len(data))}
+
+
+@pytest.mark.parametrize("row", ["{}.png,{}", "{}.png  {}", "{1} {0}.png", "{}.png,{},2"])
+@pytest.mark.parametrize("last", ["", "-1"])
+def test_names_of_several_words_and_images_without_a_class(model, row, last, tmp_path):
     names = [f"{n:02}" for n in range(20)]
     write(tmp_path, names)
-    model.class_names = ("red fox", "dog", *"cdefghij")
-    rows = (f"{name}.png,{('Red Fox', 'dog')[n % 2]}" for n, name in enumerate(names[:19]))
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    with pytest.warns(BnpatchWarning, match=r"labels\.csv"):
-        data = bnpatch.open_examples(tmp_path, model, labels="optional")
-    order = np.argsort([path.name for path in data.source.paths])
-    assert data.targets[order].tolist() == [0, 1] * 9 + [0, -1]
+    model.class_names = ("red fox", "red deer", *"cdefghij")
+    rows = [row.format(name, ("Red Fox", "red deer")[n % 2]) for n, name in enumerate(names[:19])]
+    (tmp_path / "labels.csv").write_text("\n".join([*rows, row.format(names[19], last)]))
+    found = opened(tmp_path, model, labels="optional")
+    assert [found[f"{name}.png"] for name in names] == [0, 1] * 9 + [0, -1]
+
+
+@pytest.mark.parametrize("order", ["plain", "natural"])
+def test_numbers_in_a_table_are_those_of_outputs_in_any_order_of_folders(model, order, tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(model.preprocessing.input_size[1] ** 2, 12))
+    model = bnpatch.TorchModel(net, name="net", preprocessing=model.preprocessing)
+    model.class_order = order  # by which "10" would come before "2"
+    names = [str(n) for n in range(24)]
+    write(tmp_path, names)
+    (tmp_path / "labels.csv").write_text("label,id\n" + "".join(f"{n % 12},{n}\n" for n in range(24)))
+    assert opened(tmp_path, model) == {f"{n}.png": n % 12 for n in range(24)}
+
+
+def test_folders_tell_images_of_one_name_apart(model, tmp_path):
+    classes = {f"all/{folder}/{n}.png": n + folder for folder in range(3) for n in range(3)}
+    for folder in range(3):
+        write(tmp_path / "all" / str(folder), range(3))
+    (tmp_path / "labels.txt").write_text("".join(f"data/{name} {c}\n" for name, c in classes.items()))
+    assert opened(tmp_path, model) == classes
+    (tmp_path / "labels.txt").write_text("".join(f"{name[6:]} {c}\n" for name, c in classes.items()))
+    with pytest.raises(BnpatchError, match="1 class folder"):
+        bnpatch.open_examples(tmp_path, model)
+
+
+@pytest.mark.parametrize(("one", "none"), [("1", "0"), ("1.0", "0.0")])
+def test_columns_may_be_the_classes(model, one, none, tmp_path):
+    write(tmp_path)
+    model.class_names = tuple("abcdefghij")
+    rows = (f"{n}," + ",".join(one if c == k else none for k in (0, 3, 7)) for n, c in CLASSES.items())
+    (tmp_path / "truth.csv").write_text("\n".join(["image,A,D,H", *rows]))
+    assert opened(tmp_path, model) == {f"{name}.png": c for name, c in CLASSES.items()}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +101,9 @@ def test_names_of_several_words_and_images_without_a_class(model, tmp_path):
         "".join(f"{name}.png\n" for name in CLASSES),
         "b1,3\nb2,4\n",
         'a1.png,"3\n\0',
+        "".join(f"{name}.png,{c}\n{name}.png,{c + 1}\n" for name, c in CLASSES.items()),  # several classes
+        "name,split,of\n" + "".join(f"{name}.png,{c},1\n" for name, c in CLASSES.items()),
+        "name,d,h\n" + "".join(f"{name}.png,1,1\n" for name in CLASSES),
     ],
 )
 def test_what_is_no_table_of_classes_is_not_read(model, text, tmp_path):
