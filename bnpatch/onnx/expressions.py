@@ -188,10 +188,6 @@ class Value:
         """Return e to the power of each element."""
         return self._op("Exp", self)
 
-    def sigmoid(self) -> "Value":
-        """Return ``1 / (1 + exp(-x))`` of each element."""
-        return self._op("Sigmoid", self)
-
     def hard_sigmoid(self, scale: float, shift: float) -> "Value":
         """Return ``min(max(scale x + shift, 0), 1)`` of each element.
 

@@ -109,14 +109,31 @@ def test_a_runtime_that_takes_the_specification_by_its_word(form, opset):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("slope", [0.7, -0.3, 0.01])
+@pytest.mark.parametrize(
+    ("alpha", "slope", "offset"),
+    [(0.3, 0.7, 0), (0.3, -0.3, 0), (0.3, 0.01, 0), (0.3, -1.5, 0), (1e-7, 4, 8), (1e-30, -4, -8)],
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_from_the_smallest_to_beyond_the_largest_distance(form, slope, dtype):
+def test_from_the_smallest_to_beyond_the_largest_distance(form, alpha, slope, offset, dtype):
     x = np.concatenate([example(1, 6, 5, 4, dtype=dtype) * s for s in (0, 1, 1e2, 1e4, 1e6)])
-    y = run(patched(bn_model(dtype=dtype), 0.3, FORMS[form], slope), x)
+    y = run(patched(bn_model(dtype=dtype), alpha, FORMS[form], slope, offset), x)
     for mine, one in zip(y, x, strict=True):
-        reference = expected(one[None], 0.3, dtype, slope)[0]
+        reference = expected(one[None], alpha, dtype, slope, offset)[0]
         assert largest(mine, reference) < 1e-4  # float32, after a difference of large means
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("slope", "offset"), [(-1.5, 0), (-3, 2), (2, 0), (4, -4)])
+@pytest.mark.parametrize("scale", [0, 1e-3, 1e3])
+def test_running_variances_of_another_size_than_those_of_the_example(form, slope, offset, scale):
+    """The weights of examples that are so far away are near 0 or 1, where 1e-7 is not too little."""
+    x, proto = example(3, 6, 5, 4), bn_model()
+    (initializer,) = (i for i in proto.graph.initializer if i.name == "bn.running_var")
+    arrays = parameters() | {"bn.running_var": parameters()["bn.running_var"] * np.float32(scale**2)}
+    initializer.CopyFrom(onnx.numpy_helper.from_array(arrays["bn.running_var"], "bn.running_var"))
+    order = (arrays[f"bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+    wanted = oracle(x, *order, 1e-5, 0.05, slope=slope, var_offset=offset)
+    assert largest(run(patched(proto, 0.05, FORMS[form], slope, offset), x), wanted) < 1e-4  # float32
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.4, 1.0])
