@@ -273,12 +273,29 @@ def unpatch(
 
 
 def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace modules, given by ``id``, in every place of the model where they are used."""
+    """Replace modules, given by ``id``, in every place of the model where they are used.
+
+    Some models also keep their modules in lists, tuples or dictionaries, and run them from there.
+    """
+    seen: set[int] = set()
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in swaps:
-                parent._modules[name] = swaps[id(child)]
+        _swap_in(vars(parent), swaps, seen)
     return swaps.get(id(model), model)
+
+
+def _swap_in(values: Any, swaps: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """Return what replaces a value; lists and dictionaries, however deep, are changed in place."""
+    if isinstance(values, nn.Module):
+        return swaps.get(id(values), values)
+    if type(values) is tuple:
+        swapped = tuple(_swap_in(value, swaps, seen) for value in values)
+        return swapped if any(a is not b for a, b in zip(swapped, values, strict=True)) else values
+    if isinstance(values, (dict, list)) and id(values) not in seen:
+        seen.add(id(values))
+        for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
+            if (new := _swap_in(value, swaps, seen)) is not value:
+                values[key] = new
+    return values
 
 
 def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

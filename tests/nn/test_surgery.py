@@ -194,6 +194,37 @@ def test_a_shared_module_is_one_site_in_both_places():
     assert model["b"].alpha == 0.2
 
 
+class FromLists(nn.Module):
+    """Runs its norms from where no module looks for its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.listed = [self.first]
+        self.named = {"norms": (self.second, None, self.listed)}
+        self.__dict__["hidden"] = self.third
+        self.listed.append(self.named)
+
+    def forward(self, x):
+        return self.hidden(self.named["norms"][0](self.listed[0](x)))
+
+
+def test_norms_that_a_model_runs_from_a_list_are_patched():
+    model, x = settle(FromLists()), images(2, 8, 4, 4)
+    before = model(x)
+    for name in ("first", "second", "third"):
+        patch(model, {"first": 0.0, "second": 0.0, "third": 0.0, name: 0.3})
+        assert not torch.equal(model(x), before)
+    expected = model.third(model.second(model.first(x)))
+    assert torch.equal(model(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    unpatch(model)
+    assert torch.equal(model(x), before)
+    assert [type(norm) for norm in (model.hidden, model.listed[0], model.named["norms"][0])] == [
+        nn.BatchNorm2d
+    ] * 3
+
+
 def test_a_root_that_is_a_norm_is_returned():
     root = patch(settle(nn.BatchNorm2d(8)), 0.2)
     assert isinstance(root, ExampleWeightedNorm)
