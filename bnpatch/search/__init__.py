@@ -10,7 +10,8 @@
 5. *Layer search* (``layer_search``): a weight per norm layer or stage, by ``gradient_search`` or, for ONNX
    files that can't be converted to torch, by ``coordinate_search``.
 6. *Candidates and selection*: ``candidates`` lists what is tried; ``selection`` chooses by examples that the
-   weights were not learned from, within a ``latency_limit`` and without harm to the images to ``keep``.
+   weights were not learned from, within a ``latency_limit`` and without harm to the images to ``keep``. Where
+   answers are too coarse, a cross-entropy guides it, whatever the ``temperature`` of the logits.
 7. *Held-out evaluation* (``held_out``): what the choice does on examples that had no say in it; without
    labels, whatever the ``class_shares``. Where images are few, parts of them take turns in being held out
    (``cross_fit``).

@@ -25,6 +25,7 @@ from bnpatch.search.score_cache import ScoreCache, blocks_of
 from bnpatch.search.selection import Selection
 from bnpatch.search.studies import Study, open_study
 from bnpatch.search.task import Task
+from bnpatch.search.temperature import without_scaled
 from bnpatch.search.trials import GlobalSearchConfig, StoredTrial, Trials, as_trial
 
 #: Fraction of the tuning examples on which candidates are compared; they also decide when learning stops.
@@ -269,7 +270,8 @@ class CandidateSearch:
         passes, trials = self._limits
 
         def evaluate_blocks(params: Mapping[str, float], blocks: range) -> Sequence[Mapping[str, Values]]:
-            return self._cache.by_block(weights(params), blocks, name)
+            scored = self._cache.by_block(weights(params), blocks, name)
+            return [without_scaled(scores) for scores in scored]
 
         def report(ended: StoredTrial, so_far: Trials) -> None:
             trial = as_trial(name, ended, so_far)

@@ -33,6 +33,7 @@ from bnpatch.search.objective import groups_of_scores, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
 from bnpatch.search.selection import Selection
+from bnpatch.search.temperature import values_of
 
 if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel
@@ -333,7 +334,7 @@ class LayerSearch:
         guide, label = self._selection.guide, "changing one weight at a time"
         sets = in_sets(indices, self._objective.set_size)
         return guide.sign * np.concatenate(
-            [self._cache.of(part, weights, label)[guide.name] for part in sets]
+            [values_of(guide.name, self._cache.of(part, weights, label)) for part in sets]
         )
 
 

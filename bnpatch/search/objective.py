@@ -32,6 +32,7 @@ from bnpatch.models.base import Model
 from bnpatch.nn.hooks import joined
 from bnpatch.search import label_free
 from bnpatch.search.label_free import LabelFreeLoss, Seen
+from bnpatch.search.temperature import SCALED, TEMPERED, guide_of
 
 #: Label-free objectives score a set of examples, of at least this many, and of this many per class.
 SET_SIZE, _PER_CLASS = 250, 2
@@ -285,6 +286,8 @@ class ObjectiveSpec:
         if self.needs_labels:
             beside = STANDARD_METRICS if self.classes else ()
             metrics = [self.metric, *(m for m in beside if m.name != self.metric.name)]
+            if guide_of(self.metric) is TEMPERED:
+                metrics += SCALED
             return LabelledObjective(self.metric, metrics, self.batch_size)
         readable = examples.readable(indices)  # or an error that says why not
         num_outputs = model.num_outputs(next(examples.batches(1, readable)).x)

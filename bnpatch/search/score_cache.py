@@ -12,6 +12,7 @@ from bnpatch.data.groups import cut
 from bnpatch.evaluation.metrics import Values
 from bnpatch.models.base import Model
 from bnpatch.search.objective import Objective, groups_of_scores, in_sets
+from bnpatch.search.temperature import values_of
 
 # With fewer blocks than this, successive halving is pointless.
 _LEAST_BLOCKS = 4
@@ -95,7 +96,8 @@ class ScoreCache:
         Raises:
             OutputsNotFiniteError: the model returns infinities or NaN for an example.
         """
-        return np.concatenate([scores[metric] for scores in self.by_block(weights, blocks, label)])
+        parts = self.by_block(weights, blocks, label)
+        return values_of(metric, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
     def by_block(self, weights: PatchWeights, blocks: range, label: str) -> list[dict[str, Values]]:
         """Return scores of each block by name of metric.

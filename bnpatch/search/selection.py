@@ -15,10 +15,11 @@ import numpy as np
 from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
-from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
+from bnpatch.evaluation.metrics import Z95, Metric, Values, paired_difference
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, chosen_of
 from bnpatch.search.objective import FEW_SETS
 from bnpatch.search.score_cache import ScoreCache
+from bnpatch.search.temperature import guide_of
 
 # Number of examples, roughly, by which steps of learning are compared.
 _CHECKED = 300
@@ -33,12 +34,12 @@ class Selection:
     Weights are not learned from the selection examples, but these decide when learning stops.
 
     The baseline is kept unless a candidate has a better mean and is significantly better. If the metric is a
-    rate, a significantly better cross-entropy is enough, because a rate says little on few examples. One
-    weight for all norm layers hardly overfits, so it is tested on all tuning examples.
+    rate, it is enough to be significantly better by the guide, a cross-entropy, because a rate says little on
+    few examples. One weight for all norm layers hardly overfits, so it is tested on all tuning examples.
 
     If a candidate passes this test, the one with the best mean is chosen. Rates within a standard error of
-    the best count as equal. Of these, the first candidate is chosen whose cross-entropy is within a standard
-    error of the best.
+    the best count as equal. Of these, the first candidate is chosen that is within a standard error of the
+    best by the guide.
 
     Selection biases the score of the chosen candidate a little; the verdict comes from other examples.
     """
@@ -61,12 +62,8 @@ class Selection:
 
     @property
     def guide(self) -> Metric:
-        """The metric that compares small steps: the cross-entropy for classes, whatever metric is tuned.
-
-        A rate is discrete: on a few hundred examples it can't tell whether a small step was an improvement.
-        """
-        metric = self._objective.metric
-        return CROSS_ENTROPY if metric.of_classes else metric
+        """The metric that compares small steps, see :func:`bnpatch.search.temperature.guide_of`."""
+        return guide_of(self._objective.metric)
 
     def scores(self, weights: PatchWeights) -> Values:
         """Return scores of the selection examples, or of sets of them, by the tuned metric.
@@ -121,11 +118,11 @@ class Selection:
         return [replace(candidate, chosen=candidate is best) for candidate in candidates]
 
     def _best_of(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Return the candidate with the best mean; where it is a rate, cross-entropy decides between equals.
+        """Return the candidate with the best mean; where it is a rate, the guide decides between equals.
 
-        Rates within a standard error of their paired difference are equal. By the cross-entropy, the first
-        candidate within a standard error of the best is taken, because later ones have more freedom and cost
-        latency (the one-standard-error rule of Breiman et al., "Classification and Regression Trees").
+        Rates within a standard error of their paired difference are equal. By the guide, the first candidate
+        within a standard error of the best is taken, because later ones have more freedom and cost latency
+        (the one-standard-error rule of Breiman et al., "Classification and Regression Trees").
         """
         metric, guide = self._objective.metric, self.guide
         if guide is metric:

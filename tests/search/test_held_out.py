@@ -7,7 +7,7 @@ from bnpatch.core.errors import BnpatchWarning
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
 from bnpatch.evaluation.evaluate import evaluate
-from bnpatch.evaluation.metrics import CROSS_ENTROPY
+from bnpatch.evaluation.metrics import CONFIDENCE, CROSS_ENTROPY
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search import tune
 from bnpatch.search.cross_fit import Searches
@@ -23,7 +23,7 @@ class Used:
         scores, loss = LabelledObjective.scores, LabelledObjective.loss
 
         def spy_scores(objective, model, examples, indices):
-            if len(objective.metrics) > 3:  # the verdict scores confidence, too
+            if CONFIDENCE in objective.metrics:  # only the verdict scores it
                 self.judged.append(set(indices.tolist()))
                 assert not self.judged[-1] & (self.seen | self.learned)  # by the search that is judged
             else:
