@@ -126,3 +126,8 @@ def test_the_page_has_the_tables_of_the_stored_results():
     assert [section.split()[0] for section in networks] == ["Lite0", "Lite0-plain", "Lite0-techniques"]
     for section in networks:
         assert section.split("\n\n", 1)[1].strip() in page
+
+
+def test_the_page_has_the_table_of_the_lines_of_text():
+    docs = Path(__file__).parents[1] / "docs"
+    assert rival_tables.of_lines(docs / "results" / "rivals_text.jsonl") in (docs / "rivals.md").read_text()

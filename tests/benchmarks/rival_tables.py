@@ -32,6 +32,17 @@ ROWS: Mapping[str, tuple[str, str | None]] = {
     "**bnpatch, labels**": ("search", None),
     "**bnpatch, no labels**": ("unlabelled-search", None),
 }
+# The same for lines of text, where a record has a number per name.
+LINES: Mapping[str, str] = {
+    "source": "source",
+    "AdaBN (lambda = 1)": "AdaBN",
+    "one alpha, labels": "alpha",
+    "alpha-BN, 0.1": "alpha-BN, 0.1",
+    "soft shrinkage, 4": "soft shrinkage, 4",
+    "lambda": "lambda",
+    "lambda, alpha": "lambda, alpha",
+    "**bnpatch, labels**": "chosen",
+}
 SEARCHED = "**bnpatch, labels**"  # the mean is of the kinds for which this row is there
 GAINS = {
     "AdaBN": "AdaBN (lambda = 1)",
@@ -83,6 +94,17 @@ def tables(path: Path) -> str:
     parts = [f"### {name}\n\n" + "\n".join(_accuracies(results, name)) for name in names]
     parts += ["### What predicts a gain\n\n" + "\n".join(_predictors(results, names))]
     return "\n\n".join(parts)
+
+
+def of_lines(path: Path) -> str:
+    """Return the table of what :mod:`tests.benchmarks.rival_text` wrote, in percent of lines."""
+    records = {record["condition"]: record for record in map(json.loads, path.read_text().splitlines())}
+    conditions = sorted(records, key=[CLEAN, *KINDS, MIXTURE].index)
+    rows = (
+        [row, *(f"{100 * records[condition][name]:.1f}" for condition in conditions)]
+        for row, name in LINES.items()
+    )
+    return "\n".join(_table(["method", *(condition.replace("_", " ") for condition in conditions)], rows))
 
 
 def _table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Rivals on the text recognizer of the package rapidocr-onnxruntime, an ONNX file, by its own metric.
 
     python -m tests.benchmarks.rival_text ch_PP-OCRv4_rec_infer.onnx --out text.jsonl
+    python -m tests.benchmarks.rival_text --table text.jsonl
 
 A line counts as right if it is read exactly. The lines are rendered here, with the fonts that Matplotlib
 brings, and are unlike the recognizer's training data. Most of its Batch Norm is fused into convolutions, from
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,6 +31,7 @@ from bnpatch.data.standard_corruptions import corrupt
 from bnpatch.models.base import Model
 from bnpatch.models.running_stats import re_estimate_statistics
 from tests.benchmarks import rival_methods as methods
+from tests.benchmarks import rival_tables
 from tests.benchmarks.rival_data import CLEAN, MIXTURE
 from tests.benchmarks.text_orientation import WORDS
 
@@ -86,9 +89,7 @@ def rate(model: Model, x: Tensor, y: Tensor) -> float:
         return float(torch.cat([exactly(model.predict(a), b) for a, b in parts]).mean())
 
 
-def scores(
-    path: Path, condition: str, images: np.ndarray, targets: np.ndarray, count: int
-) -> dict[str, float]:
+def scores(path: Path, condition: str, images: np.ndarray, targets: np.ndarray, count: int) -> dict[str, Any]:
     """Return the rate of each method on the lines after the first ``count``, which tune."""
     model = bnpatch.load(path, preprocessing=VALUES, device="cpu")
     bnpatch.recover_fused(model, images[:CALIBRATION], limit=CALIBRATION)
@@ -125,17 +126,22 @@ def scores(
         )
     ):
         found["AdaBN"] = rate(model, x, y)
-    return {**found, "is chosen": result.chosen.name, "passes": result.passes}
+    about = {"is chosen": result.chosen.name, "is recommended": result.is_recommended}
+    return {**found, **about, "passes": result.passes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--table", type=Path, help="print the table of these results")
     parser.add_argument("--tuning", type=int, default=100)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--conditions", nargs="+", default=(CLEAN, MIXTURE, *KINDS))
     parser.add_argument("--out", type=Path, default=Path("text.jsonl"))
     args = parser.parse_args()
+    if args.table:
+        print(rival_tables.of_lines(args.table))
+        return
     warnings.simplefilter("ignore", BnpatchWarning)
     import onnx
 
@@ -145,7 +151,9 @@ def main() -> None:
     for condition in args.conditions:
         started = time.monotonic()
         found = scores(args.model, condition, images, targets, args.tuning)
-        record = {"condition": condition, **found, "seconds": round(time.monotonic() - started)}
+        counts = {"tuning": args.tuning, "held_out": args.held_out}
+        seconds = round(time.monotonic() - started)
+        record = {"condition": condition, **counts, **found, "seconds": seconds}
         print(record, flush=True)
         with args.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
