@@ -42,18 +42,18 @@ and the largest distance d and L, and for C channels
 
     2 C D = sum over channels of m^2 + ln^2(t)
     h     = min(2 C D + 2 C d, 2 C (L + d)) / (2 C (L + d))
-    o     = exp(-slope ln h - ln(alpha / (1 - alpha)) - slope ln(L + d)),  a = 1 / (1 + o),  1 - a = o a
-    w     = a v + (1 - a) rho + a (1 - a) p + 1 - rho = (t + o + (1 - a) p) a
+    o     = h^-slope (L + d)^-slope (1 - alpha) / alpha,  a = 1 / (1 + o)
+    w     = a v + (1 - a) rho + a (1 - a) p + 1 - rho = (t + o + o (a m) m) / (1 + o)
     s     = g / sqrt(w),  y = u s + (b - (a m) s)
 
-This adds 16 operators to the 8 on (N, C), 8 of them on (N, 1), and no pass over u: 2 C D is one sum of
-squares, and h, a scaled and clipped sum, is one HardSigmoid. In onnxruntime the logarithm and the exponential
-are faster than a power. If the variance has a weight a' of its own, with odds o' = o exp(-offset), then
-w = (t + o') a' + a (1 - a) p.
+This adds 13 operators to the 8 on (N, C), 4 of them on (N, 1), and no pass over u: 2 C D is one sum of
+squares, and h, a scaled and clipped sum, is one HardSigmoid. If the variance has a weight a' of its own, with
+odds o' = o exp(-offset), then w = (t + o') / (1 + o') + o (a m) m / (1 + o). Where o, or a factor of it,
+could leave the range of float32, the normalized form is used.
 
-The operator Sigmoid would make a in one step instead of three. onnxruntime's is exact to 1e-7 in absolute
-terms, and 0 where it should be 1e-8. That is not enough: t and p are as large as the distance, which is 1e5
-where the running variance of a channel is 0, and w can be as small as 1e-6 where the example's variance is.
+The operator Sigmoid would make a of its logit. onnxruntime's is exact to 1e-7 in absolute terms, and 0 where
+it should be 1e-8. That is not enough: t and p are as large as the distance, which is 1e5 where the running
+variance of a channel is 0, and w can be as small as 1e-6 where the example's variance is.
 
 For half-precision input, moments and affine map are computed in float32 (squares of values above 256 overflow
 float16), and always by the direct form, because u could overflow where the running variance is tiny.
@@ -82,9 +82,9 @@ Form = Literal["direct", "normalized", "fused"]
 #: The largest factor of m_u^2 in w (see above) for the fused form. Up to it, four digits are to spare.
 _LARGEST_FUSED_FACTOR = 0.99
 
-#: The largest exponent of the odds against an example: exp(88.8) is infinite in float32. Beyond it the weight
-#: of the example makes no difference.
-_LARGEST_EXPONENT = 70.0
+#: The largest logarithm of the odds against an example, and of their factors, for the fused form. The
+#: exponential of 88.8 is infinite in float32, and an offset adds up to 8.
+_LARGEST_LOG = 75.0
 
 #: Operators into which a runtime can fuse a BatchNormalization that follows.
 _FUSING = ("Conv", "ConvTranspose", "Gemm")
@@ -105,8 +105,19 @@ def best_form(norm_layer: OnnxNormLayer, running: Moments[Array], constant: Exam
     fuses = producer is not None and producer.op_type in _FUSING and len(norm_layer.input.uses()) == 1
     if not fuses or norm_layer.input.is_graph_output():
         return "direct"
-    can_fuse = constant is not None and constant.alpha > 0 and _factor(constant) <= _LARGEST_FUSED_FACTOR
-    return "fused" if can_fuse and norm_layer.channels_per_group == 1 else "normalized"
+    if constant is None or constant.alpha == 0 or norm_layer.channels_per_group > 1:
+        return "normalized"
+    is_accurate = _factor(constant) <= _LARGEST_FUSED_FACTOR and _odds_fit(constant)
+    return "fused" if is_accurate else "normalized"
+
+
+def _odds_fit(weight: ExampleWeight) -> bool:
+    """Tell whether the odds against an example, and their factors, are far from the ends of float32."""
+    if not weight.slope:
+        return True
+    at_1 = math.log((1 - weight.alpha) / weight.alpha)
+    logs = [at_1 - weight.slope * math.log(d) for d in (SMALLEST_DISTANCE, LARGEST_DISTANCE)]
+    return all(abs(log) <= _LARGEST_LOG for log in (*logs, logs[0] - logs[1]))
 
 
 def _factor(weight: ExampleWeight) -> float:
@@ -273,20 +284,17 @@ def _fused_with_slope(
         .sum_of_squares(axis=1)
         .hard_sigmoid(0.5 / (norm_layer.num_channels * largest), SMALLEST_DISTANCE / largest)
     )
-    offset = math.log(alpha / (1 - alpha)) + slope * math.log(largest)
-    exponent = part.log() * -slope - offset
-    if max(-offset, -offset - slope * math.log(SMALLEST_DISTANCE / largest)) > _LARGEST_EXPONENT:
-        exponent = exponent.clip(None, _LARGEST_EXPONENT)
-    odds = exponent.exp()  # of the running statistics
-    share: Value = 1.0 / (odds + 1.0)
-    between = square * (odds * share)
+    odds = part**-slope * ((1 - alpha) / alpha * largest**-slope)  # of the running statistics
+    total_odds = odds + 1.0
+    toward = mean / total_odds
+    between = toward * mean * odds
     if var_offset:
         odds_of_var = odds * math.exp(-var_offset)
-        total_var = (var + odds_of_var) / (odds_of_var + 1.0) + between * share
+        total_var = (var + odds_of_var) / (odds_of_var + 1.0) + between / total_odds
     else:
-        total_var = (var + odds + between) * share
+        total_var = (var + odds + between) / total_odds
     scale: Value = weight / total_var.sqrt()
-    y: Value = u * scale + (bias - mean * share * scale)
+    y: Value = u * scale + (bias - toward * scale)
     return y
 
 

@@ -23,6 +23,8 @@ from tests.reference import weighted_norm as oracle
 SHAPES = [(2, 6, 7), (3, 6, 5, 4), (2, 6, 3, 4, 5)]
 # The last step rounds to the type of the model; sums over up to 60 values in float32 before it.
 TOLERANCE = {np.float16: 4e-3, np.float32: 1e-5, np.float64: 1e-11}
+WEIGHTS = [(0.3, 0.7, 0), (0.3, -0.3, 0), (0.3, 0.01, 0), (0.3, -1.5, 0), (1e-7, 2.4, 2), (1e-12, -2, -8)]
+EXTREME = [(1e-7, 4, 8), (1e-30, -4, -8), (1e-30, 2, 0)]  # not for the fused form
 FORMS = {form: partial(append_norm, form=form) for form in ("direct", "normalized", "fused")}
 
 
@@ -80,13 +82,20 @@ def test_a_constant_weight_of_the_variance(form, alpha, offset):
 
 
 @pytest.mark.parametrize(
-    ("alpha", "offset", "form"),
-    [(0.3, 0, "fused"), (0.992, 0, "normalized"), (0.992, -8, "fused"), (0.003, 8, "normalized")],
+    ("weight", "form"),
+    [
+        ((0.3, 0, 0), "fused"),
+        ((0.992, 0, 0), "normalized"),
+        ((0.992, 0, -8), "fused"),
+        ((0.003, 0, 8), "normalized"),
+        *((weight, "fused") for weight in WEIGHTS),
+        *((weight, "normalized") for weight in EXTREME),
+    ],
 )
-def test_the_form_keeps_away_from_a_difference_of_nearly_equal_squares(alpha, offset, form):
+def test_the_form_keeps_away_from_differences_of_equal_squares_and_the_ends_of_float32(weight, form):
     norm = inventory(from_proto(bn_model(conv=True))).norm_layers[0]
     running = Moments(norm.running_mean, norm.running_var)
-    assert best_form(norm, running, ExampleWeight(alpha, 0.0, float(offset))) == form
+    assert best_form(norm, running, ExampleWeight(*weight)) == form
 
 
 @pytest.mark.parametrize("opset", [7, 8, 9, 12, 13, 14, 15, 17, 18, 20, 21, newest_opset()])
@@ -108,13 +117,13 @@ def test_a_runtime_that_takes_the_specification_by_its_word(form, opset):
     assert largest(y, expected(x, 0.3, slope=0.7, offset=1.5)) < 1e-5  # float32
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("alpha", "slope", "offset"),
-    [(0.3, 0.7, 0), (0.3, -0.3, 0), (0.3, 0.01, 0), (0.3, -1.5, 0), (1e-7, 4, 8), (1e-30, -4, -8)],
+    ("form", "weight"),
+    [*itertools.product(FORMS, WEIGHTS), *itertools.product(["direct", "normalized"], EXTREME)],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_from_the_smallest_to_beyond_the_largest_distance(form, alpha, slope, offset, dtype):
+def test_from_the_smallest_to_beyond_the_largest_distance(form, weight, dtype):
+    alpha, slope, offset = weight
     x = np.concatenate([example(1, 6, 5, 4, dtype=dtype) * s for s in (0, 1, 1e2, 1e4, 1e6)])
     y = run(patched(bn_model(dtype=dtype), alpha, FORMS[form], slope, offset), x)
     for mine, one in zip(y, x, strict=True):
@@ -122,8 +131,13 @@ def test_from_the_smallest_to_beyond_the_largest_distance(form, alpha, slope, of
         assert largest(mine, reference) < 1e-4  # float32, after a difference of large means
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("slope", "offset"), [(-1.5, 0), (-3, 2), (2, 0), (4, -4)])
+@pytest.mark.parametrize(
+    ("form", "slope", "offset"),
+    [
+        *((form, *weight) for form in FORMS for weight in ((-1.5, 0), (-2.4, 2), (2, 0))),
+        *((form, 4, -4) for form in ("direct", "normalized")),
+    ],
+)
 @pytest.mark.parametrize("scale", [0, 1e-3, 1e3])
 def test_running_variances_of_another_size_than_those_of_the_example(form, slope, offset, scale):
     """The weights of examples that are so far away are near 0 or 1, where 1e-7 is not too little."""
