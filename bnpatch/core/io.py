@@ -146,9 +146,9 @@ def check_regular(path: Path) -> None:
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``target`` atomically, in UTF-8."""
+    """Write ``text`` to ``target`` atomically, in UTF-8; bytes of file names that are no text are escaped."""
     with atomic_path(target) as path:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _umask() -> int:

@@ -1,6 +1,7 @@
 """A data set that is decoded once and read in batches any number of times, and random splits of it."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,7 +170,7 @@ class Examples:
         digest.update(self.targets.tobytes())
         digest.update(self.labelled.tobytes())
         for index in range(len(self)):
-            digest.update(self.source.name(index).encode())
+            digest.update(os.fsencode(self.source.name(index)))  # a name on disk need not be text
             digest.update(self.source.content(index))
         return digest.hexdigest()[:16]
 

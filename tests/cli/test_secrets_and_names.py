@@ -1,5 +1,6 @@
 """What the commands never print: passwords, and names that act on a terminal."""
 
+import os
 import shutil
 import sys
 
@@ -23,6 +24,25 @@ def test_a_password_reaches_neither_the_terminal_nor_a_recipe(cli, checkpoint, f
             assert "geheim" not in recipes.command(storage)
             assert "me:***@host/db" in recipes.command(storage)
             assert recipes.command(storage).startswith("tune-alpha 'a b' ")
+
+
+def test_names_of_files_and_classes_need_not_be_text(cli, checkpoint, folder, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    del content["class_names"]
+    torch.save(content, "model.pt")
+    shutil.copytree(folder, "val")
+    try:
+        os.rename(b"val/9", b"val/n\xffne")
+        (tmp_path / "val" / "3" / os.fsdecode(b"\xfe.png")).write_bytes(b"nothing")
+        for path in (tmp_path / "val" / "4").iterdir():
+            path.rename(path.with_name(os.fsdecode(b"\xfd") + path.name))
+    except OSError:
+        pytest.skip("the file system has names of text only")
+    code, _, err = cli("tune-alpha", "model.pt", "--data", "val", *QUICK)
+    assert code == 0, err
+    assert r"left out, because they can't be read: 1 (3/\udcfe.png)" in err
+    assert "report.html" in {path.name for path in (tmp_path / "bnpatch-out").iterdir()}
+    assert cli("evaluate", "bnpatch-out/patched.pt", "--data", "val", "-j", 0)[0] == 0
 
 
 @pytest.mark.slow
