@@ -21,6 +21,7 @@ _TOOL_NAMES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
     *("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "__pycache__", "lost+found"),
     *("$recycle.bin", "system volume information"),
+    *("bnpatch-out", "alpha-curve.png"),  # results that an earlier run wrote among the images
 }
 
 # Suffixes of images that not every version of Pillow can read; such files are reported as unreadable.

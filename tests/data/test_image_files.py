@@ -145,6 +145,16 @@ def test_what_tools_leave_and_is_no_image_is_not_worth_a_warning(model, tmp_path
     assert len(data.left_out) == 5
 
 
+def test_results_of_an_earlier_run_among_the_images_are_no_images(model, tmp_path):
+    write(tmp_path, "3/a.png", "5/b.png", "bnpatch-out/alpha-curve.png", "mine/alpha-curve.png")
+    with pytest.warns(BnpatchWarning) as said:
+        data = bnpatch.open_examples(tmp_path, model)
+    assert sorted(data.targets) == [3, 5]
+    told = sorted(str(warning.message).split("; ")[0] for warning in said)
+    assert "1 folder without images ('mine'), not taken for classes" in told[0]
+    assert "hidden or made by a tool: 2 (bnpatch-out, mine/alpha-curve.png), with 2 images" in told[1]
+
+
 def test_a_root_in_a_hidden_folder_is_read(model, tmp_path):
     write(tmp_path / ".cache" / "val", "3/a.png")
     assert len(bnpatch.open_examples(tmp_path / ".cache" / "val", model)) == 1
