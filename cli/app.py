@@ -19,6 +19,7 @@ from bnpatch.core.errors import BnpatchError, BnpatchWarning
 from bnpatch.core.text import visible
 
 from . import bench, demo, evaluate, export, fine_tune, inspect, robustness, tune
+from .console import WARNED
 
 app = typer.Typer(
     name="bnpatch",
@@ -70,6 +71,7 @@ def bnpatch(
 
     Example: [bold]bnpatch tune-alpha model.pt --data val/[/bold]
     """
+    WARNED.clear()
     if debug:
         logging.basicConfig()
     else:
@@ -173,5 +175,6 @@ def _fail(message: str, debug: bool, code: int = 2) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     ours = issubclass(category, BnpatchWarning)
+    WARNED.append(str(message))
     line = visible(str(message), keep="" if ours else "\n")
     typer.echo(f"warning: {line}" if ours else f"{category.__name__}: {line}", err=True)

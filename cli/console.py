@@ -7,6 +7,9 @@ import typer
 
 from bnpatch.core.text import visible
 
+#: The warnings that this command printed.
+WARNED: list[str] = []
+
 
 def say(text: str) -> None:
     """Tell a person something that is not the result, in one line; once, however many processes run."""

@@ -13,7 +13,7 @@ from bnpatch.core.text import counted
 
 from . import options as opt
 from . import recipes
-from .console import put, say, skipped
+from .console import WARNED, put, say, skipped
 from .tune_options import Judging, Searching
 
 if TYPE_CHECKING:
@@ -141,5 +141,6 @@ def _show(result: "TuneResult", model: "Model[Any]", files: list[Path]) -> None:
     verdict_table(result.held_out, shown(result.held_out.all_comparisons, model, result.metric))
     put(f"\n{verdict_sentence(result)}\n")
     for note in result.notes:
-        put(f"note: {note}")
+        if not note.endswith(tuple(WARNED)):  # a warning said it
+            put(f"note: {note}")
     put(f"wrote {', '.join(str(f) for f in files)}")

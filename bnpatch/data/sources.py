@@ -159,7 +159,7 @@ def _open(data: Any, model: ImageModel, settings: _Options, strict: bool) -> tup
         if path.exists():
             raise BnpatchError(f"{path} is not a data set", "give a folder with a folder of images per class")
         raise BnpatchError(
-            f"there is no {path}", "give a folder with a folder of images per class, or an .npz file"
+            f"there is no {str(path)!r}", "give a folder with a folder of images per class, or an .npz file"
         )
     if isinstance(data, (np.ndarray, Tensor)):
         return _pair(data, None, model)

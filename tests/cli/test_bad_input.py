@@ -80,7 +80,7 @@ def write_only_broken(path):
 
 
 DATA = {
-    "missing": (None, "there is no missing"),
+    "missing": (None, "there is no 'missing'"),
     "empty": (lambda path: path.mkdir(), "empty has no images"),
     "mismatch": (write_other_classes, "has 3 class folders, the model has 10 outputs"),
     "one": (write_one_class, "all examples are of one class"),
@@ -108,7 +108,7 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--max-passes", "0"], "0.0 passes find nothing"),
         (["--class-prior", "1,2"], "a class prior is for tuning without labels"),
         (["--augment", "rain"], "no augmentation 'rain'"),
-        (["--keep-data", "nope"], "there is no nope"),
+        (["--keep-data", "nope"], "there is no 'nope'"),
         (["--margin", "1"], "a margin of 1 is not a fraction"),
         (["--storage", "nope/x"], "is no database"),
         (["--mean", "a,b"], "--mean 'a,b' is not a list of numbers"),
@@ -120,7 +120,7 @@ def test_bad_data(cli, name, checkpoint, tmp_path):
         (["--device", "tpu9"], "no device 'tpu9'"),
         (["--class-map", "nope.txt"], "cannot read the class map nope.txt"),
         (["--use-ema"], "no averaged weights"),
-        (["--test-data", "nope"], "there is no nope"),
+        (["--test-data", "nope"], "there is no 'nope'"),
         (["-o", "/dev/null/out"], "cannot write /dev/null/out"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 import bnpatch
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import PatchWeights
-from tests.command_line import one_line
+from tests.command_line import QUICK, one_line
 
 
 def test_the_patched_checkpoint_scores_as_the_recipe_does(cli, checkpoint, folder, tuned):
@@ -120,6 +120,8 @@ def test_near_copies_without_groups_give_a_warning(cli, checkpoint, folder):
     err = cli("evaluate", checkpoint, "--data", "val", "-j", 0)[2]
     assert "near-copies of each other: they make about 40 groups" in err.replace("\n", " ")
     assert "near-copies" not in cli("evaluate", checkpoint, "--data", folder, "-j", 0)[2]
+    _, out, err = cli("tune-alpha", checkpoint, "--data", "val", *QUICK)
+    assert (out + err).replace("\n", " ").count("near-copies of each other") == 1  # and not again as a note
 
 
 @pytest.mark.parametrize("class_map", [False, True])

@@ -131,7 +131,7 @@ def bad(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("nothing there", "there is no .*nothing there; give a folder"),
+        ("nothing there", "there is no '.*nothing there'; give a folder"),
         ("empty folder", "has no images; it needs a folder of images per class"),
         ("images without classes", "are in no class folders; make one folder per class"),
         ("too many classes", "has 12 class folders, the model has 10 outputs; .*--class-map"),
