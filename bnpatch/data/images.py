@@ -19,7 +19,7 @@ from bnpatch.core.text import counted
 from bnpatch.data.bit_depth import STANDARD, BitDepth, deep_colors, deep_values, of_sample
 from bnpatch.data.decoding import ROOM
 from bnpatch.data.image_files import open_image
-from bnpatch.data.items import TARGETS, image_of, opened, parts
+from bnpatch.data.items import TARGETS, as_tensor, image_of, opened, parts
 from bnpatch.data.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -119,7 +119,7 @@ class ArrayInputs:
     thread_safe = True
 
     def __init__(self, x: Array | Tensor, mode: str | None) -> None:
-        self.x, self.mode = torch.as_tensor(x) if mode is None else x, mode
+        self.x, self.mode = as_tensor(x) if mode is None else x, mode
 
     def __len__(self) -> int:
         return len(self.x)
@@ -127,7 +127,7 @@ class ArrayInputs:
     def read(self, index: int) -> Image.Image | Tensor:
         """Return an image made of the bytes, whose channels may be first or last; or the floats."""
         if self.mode is None:
-            return torch.as_tensor(self.x[index])
+            return as_tensor(self.x[index])
         return as_mode(image_of(self.x[index]), self.mode)
 
     def name(self, index: int) -> str:
@@ -136,7 +136,7 @@ class ArrayInputs:
 
     def content(self, index: int) -> bytes:
         """Return a few hundred of the values, evenly spaced."""
-        values = torch.as_tensor(self.x[index]).reshape(-1)
+        values = as_tensor(self.x[index]).reshape(-1)
         return values[:: max(1, len(values) // 256)].contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -305,7 +305,7 @@ def _copied(values: Any) -> Tensor:
     write the next batch into the same memory.
     """
     try:
-        return torch.as_tensor(values).detach().cpu().clone()
+        return as_tensor(values).detach().cpu().clone()
     # torch raises all three: for objects, for lists of unequal length, and for texts.
     except (TypeError, ValueError, RuntimeError) as error:
         raise BnpatchError(

@@ -32,6 +32,22 @@ def parts(item: Any) -> tuple[Any, Any]:
     return item, None
 
 
+def are_batches(data: Any) -> bool:
+    """Tell whether a list has batches (x, y), and not examples: as many targets as inputs in each."""
+    pairs = [tuple(batch) for batch in data if isinstance(batch, (tuple, list)) and len(batch) in (2, 3)]
+    return 0 < len(data) == len(pairs) and all(
+        hasattr(x, "shape") and len(x.shape) > 3 and hasattr(y, "shape") and y.shape[:1] == x.shape[:1]
+        for x, y, *_ in pairs
+    )
+
+
+def as_tensor(values: Any) -> Tensor:
+    """Return values as a tensor, and copy arrays that torch refuses: reversed ones, as BGR made RGB."""
+    if isinstance(values, np.ndarray) and (min(values.strides, default=0) < 0 or not values.dtype.isnative):
+        values = np.array(values, values.dtype.newbyteorder("="))
+    return torch.as_tensor(values)
+
+
 def opened(item: Any) -> Image.Image | Tensor:
     """Return the image of an example; or floats as a tensor, which are inputs as the model takes them."""
     image, _ = parts(item)
@@ -40,7 +56,7 @@ def opened(item: Any) -> Image.Image | Tensor:
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if isinstance(image, (np.ndarray, Tensor)):
-        values = torch.as_tensor(image)
+        values = as_tensor(image)
         return values if values.is_floating_point() else image_of(image)
     return image if isinstance(image, Image.Image) else Image.open(image)
 

@@ -24,6 +24,7 @@ from bnpatch.data.dataset import Examples, subset
 from bnpatch.data.decoding import Source
 from bnpatch.data.groups import GroupsOf, number_groups
 from bnpatch.data.images import Array, ArrayInputs, FileImages, IndexedImages, read_loader
+from bnpatch.data.items import are_batches, as_tensor
 from bnpatch.data.npz import array_names, read_arrays
 from bnpatch.data.preprocessing import ImageModel
 
@@ -152,7 +153,7 @@ def _open(data: Any, model: ImageModel, settings: _Options, strict: bool) -> tup
         path = Path(data)
         if path.is_dir():
             return open_folder(path, model, settings.class_map, settings.optional, settings.bit_depth, strict)
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return _pair(*_read_npz(path, settings), model)
         if _NAMED.fullmatch(str(data)):
             return _open_named(str(data), model, settings)
@@ -163,6 +164,8 @@ def _open(data: Any, model: ImageModel, settings: _Options, strict: bool) -> tup
         )
     if isinstance(data, (np.ndarray, Tensor)):
         return _pair(data, None, model)
+    if isinstance(data, (tuple, list)) and are_batches(data):
+        return _pair(*read_loader(data, settings.budget), model)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _pair(data[0], data[1], model)
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, Mapping)):
@@ -283,7 +286,7 @@ def _read_npz(path: Path, settings: _Options) -> tuple[Array, Array | None]:
 def _pair(x: Any, y: Any, model: ImageModel) -> tuple[Source, Array | None]:
     try:
         x = np.asarray(x) if isinstance(x, (list, tuple)) else x
-        dtype = torch.as_tensor(x[:0]).dtype
+        dtype = as_tensor(x[:0]).dtype
     except (TypeError, ValueError, IndexError) as error:  # texts, records, a single number, several shapes
         shape = f" and shape {x.shape}" if hasattr(x, "shape") else " of several shapes"
         raise BnpatchError(

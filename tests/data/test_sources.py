@@ -192,7 +192,9 @@ def test_a_loader_is_drained_once_in_its_order(model):
 def test_loaders_of_many_kinds(model, segmenter, foggy):
     x, y = floats(6, 32), torch.arange(6)
     with_processes = DataLoader(TensorDataset(x, y), batch_size=4, num_workers=1)
-    for source in (with_processes, ((x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4))):
+    batches = [(x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4)]
+    halves = [(x[:3], y[:3], "and more"), (x[3:], y[3:], "and more")]
+    for source in (with_processes, iter(batches), batches, halves, tuple(halves)):
         data = bnpatch.open_examples(source, model)
         assert data.targets.tolist() == list(range(6))
         assert torch.equal(next(data.batches(6)).x, x)
@@ -201,6 +203,30 @@ def test_loaders_of_many_kinds(model, segmenter, foggy):
     alone = DataLoader(TensorDataset(x), batch_size=4)
     assert not bnpatch.open_examples(alone, model, labels="optional").labelled.any()
     assert not bnpatch.open_examples(alone, segmenter, labels="optional", classes=False).labelled.any()
+
+
+@pytest.mark.parametrize("turn", [lambda a: a[..., ::-1], lambda a: a.astype(a.dtype.newbyteorder(">"))])
+def test_arrays_that_torch_refuses_are_copied(model, foggy, turn):
+    """Reversed ones, as where OpenCV's order of colors is turned round, and those of another byte order."""
+    images, inputs, y = foggy[0][:6, None], floats(6, 32).numpy(), np.arange(6)
+
+    class Turned(Dataset):
+        def __init__(self, x):
+            self.x = x
+
+        def __len__(self):
+            return len(y)
+
+        def __getitem__(self, index):
+            return turn(self.x[index]), index
+
+    for x in (images, inputs):
+        expected = next(bnpatch.open_examples((np.ascontiguousarray(turn(x)), y), model).batches(6)).x
+        for source in ((turn(x), y), Turned(x), [(turn(x[i : i + 2]), y[i : i + 2]) for i in (0, 2, 4)]):
+            data = bnpatch.open_examples(source, model)
+            assert torch.equal(next(data.batches(6)).x, expected)
+            assert data.targets.tolist() == y.tolist()
+            assert data.fingerprint()
 
 
 def test_loaders_that_do_not_do(model):
