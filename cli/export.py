@@ -41,7 +41,7 @@ def export(
 
     bnpatch export model.onnx --recipe bnpatch-out/recipe.json -o patched.onnx --alpha-input global
     """
-    if output.suffix != ".onnx":
+    if output.suffix.lower() != ".onnx":
         raise BnpatchError(f"{output} does not end in .onnx", "name a file that does")
     if Path(model).exists() and output.exists() and output.samefile(model):
         raise BnpatchError(f"{output} is the model itself", "choose another --output")

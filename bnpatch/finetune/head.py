@@ -24,7 +24,7 @@ def classes_of(data: str | os.PathLike[str], order: ClassOrder) -> tuple[str, ..
     path = Path(data)
     if path.is_dir():
         return tuple(order.sort(class_folders(path)))
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         for labels in read_arrays(path, [("y",), ("labels",), ("targets",), ("train_labels",)]).values():
             return tuple(map(str, range(int(labels.max()) + 1)))
     raise BnpatchError(f"cannot count the classes of {data}", "give a folder with a folder per class")

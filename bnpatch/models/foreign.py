@@ -94,7 +94,7 @@ def is_safetensors(path: Path) -> bool:
     """
     start = start_of(path)
     by_torch = start.startswith((b"PK", b"\x80"))
-    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not by_torch)
+    return start[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and not by_torch)
 
 
 def start_of(path: Path) -> bytes:

@@ -75,7 +75,7 @@ def load(
     Raises:
         BnpatchError: there is no such model, or it can't be loaded.
     """
-    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in (".onnx", ".pt2"):
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() in (".onnx", ".pt2"):
         return load_onnx(
             model,
             output=output,

@@ -48,7 +48,7 @@ def load_onnx(
     """
     path = Path(path)
     check_kind(path)
-    graph = io.inline_norms(program_to_graph(path)) if path.suffix == ".pt2" else io.load(path)
+    graph = io.inline_norms(program_to_graph(path)) if path.suffix.lower() == ".pt2" else io.load(path)
     signature = read_signature(graph)
     base, class_names, notes = _known(path, graph, signature, preprocessing or {})
     learn_ranks(graph, signature, base.input_size)

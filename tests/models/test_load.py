@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,6 +106,15 @@ def test_names_that_need_a_download_say_so_in_one_line(name, monkeypatch):
     ) as error:
         bnpatch.load(name)
     assert "\n" not in str(error.value)
+
+
+def test_suffixes_in_capitals(exported, foggy, tmp_path):
+    shutil.copy(exported, tmp_path / "MODEL.ONNX")
+    np.savez(tmp_path / "DATA.npz", x=foggy[0][:4], y=foggy[1][:4])
+    (tmp_path / "DATA.npz").rename(tmp_path / "DATA.NPZ")
+    model = bnpatch.load(tmp_path / "MODEL.ONNX")
+    assert model.runs_onnx
+    assert len(bnpatch.open_examples(tmp_path / "DATA.NPZ", model)) == 4
 
 
 def test_refuses_what_is_not_there(tmp_path):
