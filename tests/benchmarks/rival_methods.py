@@ -85,7 +85,8 @@ def normalizing(model: TorchModel, rule: Rule) -> Iterator[None]:
 
     def normalized(layer, x):  # type: ignore[no-untyped-def]
         if not layer.weighs(x):  # one value per channel: bnpatch leaves it alone, and so do the others here
-            return type(layer).forward(layer, x)
+            origin = layer.as_origin()  # has this function as its forward, too
+            return type(origin).forward(origin, x)
         weight, bias, mean, var = layer.parameters_of_norm()
         moments = rule(example_moments(x), Moments(mean, var), layer.eps, math.prod(x.shape[2:]))
         scale = weight * torch.rsqrt(moments.var + layer.eps)
