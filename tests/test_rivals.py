@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import bnpatch
+from tests.benchmarks import rival_data, rival_tables
 from tests.benchmarks import rival_methods as rivals
-from tests.benchmarks import rival_tables
 
 EPS = 0.1
 
@@ -109,6 +109,15 @@ def test_aug_bn(model, images):
     check(model, images, rivals.augmented(0.3), mean_and_var)
 
 
+def test_maps_of_a_single_value_are_left_alone(images):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 5)).eval()
+    module.pretrained_cfg = {"input_size": (3, 6, 6), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model = bnpatch.load(module)
+    found = rivals.by_rule(rivals.alpha_bn(0.5))(model, images)
+    assert torch.equal(found, rivals.probabilities(model, images))
+
+
 @pytest.mark.parametrize(
     "predict",
     [rivals.by_rule(rivals.soft_shrinkage(4.0)), rivals.intent(), rivals.augmented(0.3)],
@@ -122,9 +131,10 @@ def test_no_answer_depends_on_other_images(model, images, predict):
 def test_the_page_has_the_tables_of_the_stored_results():
     docs = Path(__file__).parents[1] / "docs"
     page = (docs / "rivals.md").read_text()
-    *networks, _ = rival_tables.tables(docs / "results" / "rivals.jsonl").split("### ")[1:]
-    assert [section.split()[0] for section in networks] == ["Lite0", "Lite0-plain", "Lite0-techniques"]
-    for section in networks:
+    sections = rival_tables.tables(docs / "results" / "rivals.jsonl").split("### ")[1:]
+    names = [section.partition("\n")[0] for section in sections]
+    assert names == [*(network.name for network in rival_data.NETWORKS), "What predicts a gain"]
+    for section in sections:
         assert section.split("\n\n", 1)[1].strip() in page
 
 
