@@ -37,6 +37,9 @@ _CHECK_ACCURACY = "check that the accuracy is what you know it to be"
 # Names of the weights in folders of Hugging Face's library.
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 
+# Classes of wrappers of a module, by name because some take long to import.
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel", "OptimizedModule")
+
 
 def load(
     model: str | os.PathLike[str] | nn.Module,
@@ -342,15 +345,18 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 def _of_module(module: nn.Module, name: str = "") -> TorchModel:
     """Wrap a module of the user's own, with the preprocessing in its pretrained_cfg if it has one."""
-    label = name or type(module).__name__
-    outputs = getattr(module, "num_classes", None)
+    inner = module  # which knows its preprocessing and its classes, where a wrapper does not
+    while type(inner).__name__ in _WRAPPERS:
+        inner = next(inner.children())
+    label = name or type(inner).__name__
+    outputs = getattr(inner, "num_classes", None)
     names, notes = choose(
-        labels_of_module(module), outputs if isinstance(outputs, int) else None, f"the module {label}"
+        labels_of_module(inner), outputs if isinstance(outputs, int) else None, f"the module {label}"
     )
     return TorchModel(
         module,
         name=label,
-        preprocessing=of_module(module, label),
+        preprocessing=of_module(inner, label),
         class_names=names,
         device=_device_of(module),
         notes=notes,

@@ -1,5 +1,7 @@
+import copy
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -106,6 +108,19 @@ def test_names_that_need_a_download_say_so_in_one_line(name, monkeypatch):
     ) as error:
         bnpatch.load(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, partial(torch.compile, backend="eager")]
+)
+def test_a_wrapped_module_is_preprocessed_as_what_it_wraps(wrap):
+    module = timm.create_model("test_resnet", num_classes=7).eval()
+    module.pretrained_cfg = {**module.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    model = bnpatch.load(wrap(module))
+    assert model.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert (model.name, model.num_outputs()) == ("ResNet", 7)
+    patched = bnpatch.apply(wrap(module), bnpatch.load(copy.deepcopy(module)).recipe())
+    assert bnpatch.inventory(patched).norm_layers
 
 
 def test_suffixes_in_capitals(exported, foggy, tmp_path):
