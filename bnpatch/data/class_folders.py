@@ -267,6 +267,21 @@ def open_folder(
     return source, np.array([target for _, target in pairs], dtype=np.int64) if targets else None
 
 
+def classes_in(folder: Path, order: ClassOrder) -> list[str]:
+    """Name the class folders of a folder; or the classes in a table beside its images, in their order.
+
+    Raises:
+        BnpatchError: the folder can't be listed.
+    """
+    names = class_folders(folder)
+    if len(names) < 2:
+        paths = [path for images in find_images(folder).by_class.values() for path in images]
+        if paths and (found := classes_beside(folder, paths)) is not None:
+            names = sorted(set(found[1].values()))
+            order = ClassOrder.NATURAL if _are_numbers(names) else order
+    return order.sort(names)
+
+
 def _by_table(folder: Path, by_class: dict[str, list[Path]]) -> dict[str, list[Path]]:
     """Return images by class as a table beside them says, with a warning; or as they are, without one."""
     paths = [path for images in by_class.values() for path in images]

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnpatch.core.errors import BnpatchError
+from bnpatch.data.class_folders import ClassOrder, classes_in
 from bnpatch.data.class_maps import composed
 from bnpatch.data.dataset import Examples, Indices
-from bnpatch.data.image_files import class_folders
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.finetune.config import Augmentation
 from bnpatch.finetune.workers import loaded
@@ -169,7 +169,7 @@ def check_same_folders(train: str | os.PathLike[str], val: str | os.PathLike[str
     """
     if not (Path(train).is_dir() and Path(val).is_dir()):
         return
-    names = [set(map(composed, class_folders(Path(folder)))) for folder in (train, val)]
+    names = [set(map(composed, classes_in(Path(folder), ClassOrder.PLAIN))) for folder in (train, val)]
     if only_one := sorted(names[0] ^ names[1]):
         has, lacks = (train, val) if only_one[0] in names[0] else (val, train)
         raise BnpatchError(

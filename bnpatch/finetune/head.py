@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.class_folders import ClassOrder
-from bnpatch.data.image_files import class_folders
+from bnpatch.data.class_folders import ClassOrder, classes_in
 from bnpatch.data.npz import read_arrays
 from bnpatch.models.torch_model import TorchModel
 
@@ -23,7 +22,7 @@ def classes_of(data: str | os.PathLike[str], order: ClassOrder) -> tuple[str, ..
     """
     path = Path(data)
     if path.is_dir():
-        return tuple(order.sort(class_folders(path)))
+        return tuple(classes_in(path, order))
     if path.suffix.lower() == ".npz":
         for labels in read_arrays(path, [("y",), ("labels",), ("targets",), ("train_labels",)]).values():
             return tuple(map(str, range(int(labels.max()) + 1)))

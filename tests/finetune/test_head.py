@@ -2,11 +2,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
 from bnpatch.data.class_folders import ClassOrder
+from bnpatch.finetune.data import check_same_folders
 from bnpatch.finetune.head import classes_of, new_head
 
 
@@ -50,3 +52,19 @@ def test_classes_of_a_folder(tmp_path):
     assert classes_of(tmp_path, ClassOrder.PLAIN) == ("1", "10", "2")
     with pytest.raises(BnpatchError, match="cannot count the classes"):
         classes_of("torch/cifar10", ClassOrder.NATURAL)
+
+
+@pytest.mark.parametrize("names", [("1", "2", "10"), ("cat", "dog", "fox")])
+def test_classes_in_a_table(names, tmp_path):
+    rows = []
+    for index in range(6):
+        Image.new("L", (8, 8)).save(tmp_path / f"i{index}.png")
+        rows.append(f"i{index}.png,{names[index % 3]}\n")
+    (tmp_path / "labels.csv").write_text("".join(rows))
+    assert classes_of(tmp_path, ClassOrder.PLAIN) == names  # numbers in their order, not in that of folders
+    for name in names:
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    check_same_folders(tmp_path, tmp_path / "folders")
+    (tmp_path / "folders" / "new").mkdir()
+    with pytest.raises(BnpatchError, match="has the class folder 'new'"):
+        check_same_folders(tmp_path, tmp_path / "folders")
