@@ -183,5 +183,7 @@ def as_arrays(moments: Moments[Any]) -> Moments[Any]:
 
     A recipe stores float32, so rounding makes it exact. Later arithmetic on the arrays is in float64.
     """
-    parts = (p.detach().cpu().numpy() if hasattr(p, "detach") else p for p in (moments.mean, moments.var))
+    parts = (
+        p.detach().cpu().double().numpy() if hasattr(p, "detach") else p for p in (moments.mean, moments.var)
+    )
     return Moments(*(np.asarray(part, np.float32).astype(np.float64) for part in parts))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from bnpatch.core.inventory import NormFacts
@@ -120,7 +121,10 @@ def doubles(moments: Moments[Any]) -> Moments[npt.NDArray[np.float64]]:
 
 def on_host(values: Any) -> npt.NDArray[Any]:
     """Return a tensor or an array as an array."""
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # NumPy has no such type
+    return np.asarray(values)
 
 
 def _common_share(moments: Moments[Any], facts: NormFacts) -> float:

@@ -350,7 +350,7 @@ def _is_full(byte_range: float | None) -> bool:
 
 
 def _byte_range(x: Tensor) -> float:
-    low, high = np.quantile(x.numpy(), (0.001, 0.999))
+    low, high = np.quantile(on_host(x), (0.001, 0.999))
     return float(high - low) / 255
 
 

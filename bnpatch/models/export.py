@@ -25,6 +25,7 @@ from bnpatch.core.io import temporary_folder, writing_to
 from bnpatch.core.moments import Moments
 from bnpatch.core.patch import as_arrays
 from bnpatch.models.base import Model
+from bnpatch.models.distances import on_host
 from bnpatch.models.load import load
 from bnpatch.models.norm_check import compared_by_norm_layer
 from bnpatch.models.onnx_model import OnnxModel
@@ -162,7 +163,7 @@ def patched_graph(
 
 def _unrounded(moments: Moments[Any]) -> Moments[Any]:
     """Convert moments to arrays of the same type; ``as_arrays`` would round them to float32."""
-    return Moments(*(torch.as_tensor(part).cpu().numpy() for part in (moments.mean, moments.var)))
+    return Moments(*(on_host(part) for part in (moments.mean, moments.var)))
 
 
 def _compare(

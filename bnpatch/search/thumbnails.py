@@ -14,7 +14,7 @@ from bnpatch.core.errors import BnpatchError
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.evaluation.confusion import class_changes, most_changed
 from bnpatch.models.base import Model
-from bnpatch.models.distances import example_distances
+from bnpatch.models.distances import example_distances, on_host
 from bnpatch.search.held_out import HeldOutEvaluation
 
 #: Longest side of a picture in pixels, and the number of pictures of each kind.
@@ -166,7 +166,7 @@ def _pixels(examples: Examples, indices: Indices) -> tuple[dict[int, Pixels], bo
 
 def small(x: Tensor) -> Pixels:
     """Reduce an input (C, H, W), bytes or floats, to a picture of at most :data:`SIDE` pixels a side."""
-    values = x.cpu().numpy()
+    values = on_host(x)
     if values.dtype != np.uint8:
         values = values.astype(np.float64)
         low, high = values.min(), values.max()

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -189,6 +190,17 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
         bnpatch.tune_alpha(tiny, some, **run | {"metric": "entropy"})
     with pytest.raises(BnpatchError, match="made with another data"):
         bnpatch.tune_alpha(tiny, (dim[0][:250], dim[1][:250]), **run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision(tiny_module, dim, dtype, tmp_path):
+    module = copy.deepcopy(tiny_module).to(dtype)
+    result = bnpatch.tune_alpha(module, dim, granularity="global", recalibrate=True, trials=3)
+    found = result.candidate_recipe or result.recipe
+    assert any(found.state.weights.lambdas.values())  # the shift is one that all images share
+    patched = bnpatch.apply(copy.deepcopy(tiny_module).to(dtype), found).to(dtype)  # its statistics, too
+    export = bnpatch.export_onnx(patched, tmp_path / "patched.onnx", torch.zeros(2, 1, 8, 8))
+    assert export.patched
 
 
 @pytest.mark.filterwarnings("ignore:of .* near-copies")  # they are eight images with some noise
