@@ -23,7 +23,7 @@ from bnpatch.models.fingerprints import of_module
 from bnpatch.models.outputs import Sigmoids, tensors_of
 from bnpatch.models.torch_export import unpatched_graph
 from bnpatch.models.torch_file import save_checkpoint
-from bnpatch.models.torch_state import buffers_of, state_of, with_norm_layers, with_state
+from bnpatch.models.torch_state import buffers_of, make_learnable, state_of, with_norm_layers, with_state
 from bnpatch.nn import hooks
 from bnpatch.nn.fused_conv import find_fused_convs
 from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, patched_layers, swap, uncalibrated, unpatch
@@ -55,7 +55,7 @@ class TorchModel(Model[TorchNormLayer]):
     train_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        self.module.to(self.device)
+        make_learnable(self.module.to(self.device))
         self._normalization: tuple[Preprocessing, Tensor, Tensor] | None = None
         # By id of moments: the moments, and their copy on the device.
         self._statistics: dict[int, tuple[Moments[Any], Moments[Tensor]]] = {}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnpatch.core.inventory import FUSED
@@ -14,6 +15,22 @@ from bnpatch.nn.surgery import TorchNormLayer, calibrated, inventory, patch, unp
 
 #: Returns statistics as tensors on the device of a module.
 OnDevice = Callable[[Moments[Any]], Moments[Tensor]]
+
+
+def make_learnable(module: nn.Module) -> None:
+    """Copy, in place, tensors made in ``torch.inference_mode``, of which torch computes no gradients."""
+    copies: dict[Tensor, Tensor] = {}  # tensors are equal as keys if they are the same object
+    with torch.inference_mode(False), torch.no_grad():
+        for part in module.modules():
+            for kept in (part._parameters, part._buffers):
+                for name, tensor in kept.items():
+                    if tensor is None or not tensor.is_inference():
+                        continue
+                    if tensor not in copies:
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        copy = tensor.clone()
+                        copies[tensor] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                    kept[name] = copies[tensor]  # type: ignore[assignment]
 
 
 def state_of(norm_layers: Iterable[TorchNormLayer], given: PatchState) -> PatchState:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
@@ -44,6 +45,7 @@ LATENCY_SECONDS = 10.0
 _FEW = 30
 
 
+@torch.inference_mode(False)  # in which nothing could be learned
 def tune_alpha(
     model: str | os.PathLike[str] | nn.Module | Model[Any],
     data: Any,

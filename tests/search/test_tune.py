@@ -11,6 +11,7 @@ from bnpatch.evaluation.evaluate import evaluate
 from bnpatch.evaluation.metrics import ACCURACY, CROSS_ENTROPY
 from bnpatch.models.running_stats import re_estimate_statistics
 from bnpatch.search.gradient_search import Course
+from tests import closed_form
 from tests.search.tiny import Opposites, of_one_norm, small
 
 
@@ -190,6 +191,18 @@ def test_a_study_goes_on_where_it_was(tiny, dim, tmp_path):
         bnpatch.tune_alpha(tiny, some, **run | {"metric": "entropy"})
     with pytest.raises(BnpatchError, match="made with another data"):
         bnpatch.tune_alpha(tiny, (dim[0][:250], dim[1][:250]), **run)
+
+
+def test_a_search_in_inference_mode_learns_as_any_other(tiny_module, dim):
+    inputs = closed_form.as_inputs(dim[0]), torch.as_tensor(dim[1])
+    expected = bnpatch.tune_alpha(copy.deepcopy(tiny_module), inputs, granularity="layer", trials=3)
+    with torch.inference_mode():
+        module = copy.deepcopy(tiny_module)
+        module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+        data = tuple(part.clone() for part in inputs)
+        found = bnpatch.tune_alpha(module, data, granularity="layer", trials=3)
+    assert found.weights == expected.weights
+    assert found.passes == expected.passes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
