@@ -161,7 +161,8 @@ def patch(
     Weights, hooks, submodules, state-dict keys, flags and training stay as they are. At the baseline
     (``alpha = 0``; for Group Norm ``alpha = 1``) a layer computes as before, bit for bit. Patching a
     patched model sets new weights. Group Norm can be patched once it has running statistics, see
-    :func:`bnpatch.calibrate`.
+    :func:`bnpatch.calibrate`. What looks for torch's Batch Norm by its class, such as
+    ``torch.optim.swa_utils.update_bn``, doesn't find patched layers: unpatch the model before.
 
         >>> model = patch(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), alpha=0.02)
         >>> model = patch(model, alpha=0.1, slope=0.5)  # more weight for examples that are far away
