@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments, mix
@@ -24,7 +25,7 @@ def make_learnable(module: nn.Module) -> None:
         for part in module.modules():
             for kept in (part._parameters, part._buffers):
                 for name, tensor in kept.items():
-                    if tensor is None or not tensor.is_inference():
+                    if tensor is None or is_lazy(tensor) or not tensor.is_inference():
                         continue
                     if tensor not in copies:
                         is_parameter = isinstance(tensor, nn.Parameter)
