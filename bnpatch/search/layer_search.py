@@ -33,7 +33,6 @@ from bnpatch.search.objective import groups_of_scores, in_sets
 from bnpatch.search.progress import Budget
 from bnpatch.search.score_cache import ScoreCache
 from bnpatch.search.selection import Selection
-from bnpatch.search.temperature import values_of
 
 if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel
@@ -331,10 +330,10 @@ class LayerSearch:
 
     def _scores(self, weights: PatchWeights, indices: Indices) -> Values:
         """Return scores that compare small steps, one per example or per set of them; higher is better."""
-        guide, label = self._selection.guide, "changing one weight at a time"
+        metric, label = self._selection.step_metric, "changing one weight at a time"
         sets = in_sets(indices, self._objective.set_size)
-        return guide.sign * np.concatenate(
-            [values_of(guide.name, self._cache.of(part, weights, label)) for part in sets]
+        return metric.sign * np.concatenate(
+            [self._cache.of(part, weights, label)[metric.name] for part in sets]
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from bnpatch.core.patch import PatchWeights
 from bnpatch.data.dataset import Indices
 from bnpatch.evaluation.evaluate import if_finite
-from bnpatch.evaluation.metrics import Z95, Metric, Values, paired_difference
+from bnpatch.evaluation.metrics import CROSS_ENTROPY, Z95, Metric, Values, paired_difference
 from bnpatch.search.config import GLOBAL_CANDIDATES, Candidate, chosen_of
 from bnpatch.search.objective import FEW_SETS
 from bnpatch.search.score_cache import ScoreCache
@@ -61,8 +61,17 @@ class Selection:
         return sum(len(self._cache.blocks[block]) for block in self._checked)
 
     @property
+    def step_metric(self) -> Metric:
+        """The metric that compares starts and steps of learning: for classes the loss, the cross-entropy.
+
+        A rate is discrete: on a few hundred examples it can't tell whether a small step was an improvement.
+        """
+        metric = self._objective.metric
+        return CROSS_ENTROPY if metric.of_classes else metric
+
+    @property
     def guide(self) -> Metric:
-        """The metric that compares small steps, see :func:`bnpatch.search.temperature.guide_of`."""
+        """The metric that decides where rates don't, see :func:`bnpatch.search.temperature.guide_of`."""
         return guide_of(self._objective.metric)
 
     def scores(self, weights: PatchWeights) -> Values:
@@ -83,12 +92,12 @@ class Selection:
 
         It is a mean over a few hundred selection examples only, because learning needs it often.
         """
-        scores = if_finite(partial(self._on, self._checked, weights, self.guide, label))
-        return math.inf if scores is None else -self.guide.sign * float(np.mean(scores))
+        scores = if_finite(partial(self._on, self._checked, weights, self.step_metric, label))
+        return math.inf if scores is None else -self.step_metric.sign * float(np.mean(scores))
 
     def at_once_worse(self, weights: PatchWeights, than: PatchWeights) -> bool:
         """Whether the first block of examples is enough to show that weights are worse than others."""
-        return self._is_better(self._checked[:1], weights, than, self.guide)
+        return self._is_better(self._checked[:1], weights, than, self.step_metric)
 
     def choose(self, found: Mapping[str, PatchWeights]) -> list[Candidate]:
         """Score all candidates, and mark one as chosen.

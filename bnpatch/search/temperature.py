@@ -63,10 +63,10 @@ def without_scaled(scores: Mapping[str, Values]) -> dict[str, Values]:
 
 
 def guide_of(metric: Metric) -> Metric:
-    """Return the metric that compares small steps: for classes a cross-entropy, whatever metric is tuned.
+    """Return the metric that decides among candidates: for classes a cross-entropy, whatever metric is tuned.
 
-    A rate is discrete: on a few hundred examples it can't tell whether a small step was an improvement. It
-    does not depend on the temperature, and its guide doesn't either.
+    A rate is discrete: on a few hundred examples it says little. It does not depend on the temperature, and
+    its guide doesn't either.
     """
     if not metric.of_classes:
         return metric
