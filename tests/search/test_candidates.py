@@ -296,6 +296,6 @@ def test_without_gradients_an_onnx_file_gets_slopes_by_coordinates(tiny_onnx, di
 @pytest.mark.parametrize("metric", [ACCURACY, CROSS_ENTROPY])
 def test_weights_are_changed_by_scores_of_which_the_higher_is_better(metric):
     search = LayerSearch.__new__(LayerSearch)
-    search._objective, search._selection = SimpleNamespace(set_size=1), SimpleNamespace(guide=metric)
+    search._objective, search._selection = SimpleNamespace(set_size=1), SimpleNamespace(step_metric=metric)
     search._cache = SimpleNamespace(of=lambda indices, weights, label: {metric.name: indices + 1.0})
     assert search._scores(PatchWeights(), np.arange(2)).tolist() == [metric.sign, 2 * metric.sign]
