@@ -175,6 +175,7 @@ def _fail(message: str, debug: bool, code: int = 2) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     ours = issubclass(category, BnpatchWarning)
-    WARNED.append(str(message))
+    if ours:
+        WARNED.append(str(message))
     line = visible(str(message), keep="" if ours else "\n")
     typer.echo(f"warning: {line}" if ours else f"{category.__name__}: {line}", err=True)

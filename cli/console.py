@@ -7,7 +7,7 @@ import typer
 
 from bnpatch.core.text import visible
 
-#: The warnings that this command printed.
+#: The warnings of ours that this command printed, so that it does not say them again as notes.
 WARNED: list[str] = []
 
 

@@ -107,7 +107,7 @@ def _opened_model(
     loading: opt.Loading, model: str, folders: tuple[str, str], new_head: bool, seed: int
 ) -> "TorchModel":
     """Load a model for training and validation images in these folders, which have the same classes."""
-    from bnpatch.data.class_folders import ClassOrder
+    from bnpatch.data.class_targets import ClassOrder
     from bnpatch.finetune import head
     from bnpatch.finetune.data import check_same_folders
     from bnpatch.models.torch_model import TorchModel

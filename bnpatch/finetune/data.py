@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.class_folders import ClassOrder, classes_in
+from bnpatch.data.class_folders import classes_in
 from bnpatch.data.class_maps import composed
+from bnpatch.data.class_targets import ClassOrder
 from bnpatch.data.dataset import Examples, Indices
 from bnpatch.data.preprocessing import Preprocessing
 from bnpatch.finetune.config import Augmentation

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.class_folders import ClassOrder, classes_in
+from bnpatch.data.class_folders import classes_in
+from bnpatch.data.class_targets import ClassOrder
 from bnpatch.data.npz import read_arrays
 from bnpatch.models.torch_model import TorchModel
 

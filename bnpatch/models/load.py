@@ -17,9 +17,10 @@ from bnpatch.models import architecture, renamed
 from bnpatch.models.architecture import Architecture, is_optional
 from bnpatch.models.checkpoint import SUFFIXES, Checkpoint, read_checkpoint
 from bnpatch.models.foreign import reading
-from bnpatch.models.labels import choose, labels_of, labels_of_module, read_names
+from bnpatch.models.labels import choose, labels_of, read_names
 from bnpatch.models.onnx_file import load_onnx, onnx_device
 from bnpatch.models.onnx_model import OnnxModel
+from bnpatch.models.own_module import device_of, wrap
 from bnpatch.models.published import default_preprocessing, published_weights, tagged_weights
 from bnpatch.models.stored_preprocessing import (
     HUB_CONFIG,
@@ -27,7 +28,6 @@ from bnpatch.models.stored_preprocessing import (
     beside,
     hub_config,
     in_checkpoint,
-    of_module,
 )
 from bnpatch.models.torch_model import TorchModel
 from bnpatch.models.weights import StateDict, part_of, without_extras
@@ -36,9 +36,6 @@ from bnpatch.nn.surgery import inventory
 _CHECK_ACCURACY = "check that the accuracy is what you know it to be"
 # Names of the weights in folders of Hugging Face's library.
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
-
-# Classes of wrappers of a module, by name because some take long to import.
-_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel", "OptimizedModule")
 
 
 def load(
@@ -87,8 +84,8 @@ def load(
             include_1x1=include_1x1,
         )
     if isinstance(model, nn.Module):
-        loaded = _of_module(model)
-        device = device or str(_device_of(model))
+        loaded = wrap(model)
+        device = device or str(device_of(model))
     else:
         loaded = _load(str(model), arch, use_ema, unsafe_load)
         loaded.module.eval()
@@ -119,7 +116,7 @@ def apply(model: nn.Module, recipe: str | os.PathLike[str] | Recipe) -> nn.Modul
     Raises:
         BnpatchError: the recipe can't be read, or was made for another model.
     """
-    target = _of_module(model)
+    target = wrap(model)
     target.apply(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe))
     return target.module
 
@@ -216,7 +213,7 @@ def _load_file(checkpoint: Checkpoint, arch: str | None) -> TorchModel:
     if checkpoint.module is not None:
         if arch:
             raise BnpatchError(f"{checkpoint.path} holds a whole model", "leave out --arch")
-        model = _of_module(checkpoint.module, checkpoint.path.stem)
+        model = wrap(checkpoint.module, checkpoint.path.stem)
         model.notes.append("a pickled model, run by its own code")
         known, source = _stored(checkpoint)
         if known:
@@ -341,30 +338,6 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """Return the values of the preprocessing in a checkpoint, and their place."""
     with reading(checkpoint.path, "a checkpoint whose preprocessing can be read", "save it without"):
         return in_checkpoint(checkpoint.about, checkpoint.args, checkpoint.path)
-
-
-def _of_module(module: nn.Module, name: str = "") -> TorchModel:
-    """Wrap a module of the user's own, with the preprocessing in its pretrained_cfg if it has one."""
-    inner = module  # which knows its preprocessing and its classes, where a wrapper does not
-    while type(inner).__name__ in _WRAPPERS:
-        inner = next(inner.children())
-    label = name or type(inner).__name__
-    outputs = getattr(inner, "num_classes", None)
-    names, notes = choose(
-        labels_of_module(inner), outputs if isinstance(outputs, int) else None, f"the module {label}"
-    )
-    return TorchModel(
-        module,
-        name=label,
-        preprocessing=of_module(inner, label),
-        class_names=names,
-        device=_device_of(module),
-        notes=notes,
-    )
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _input_channels(module: nn.Module) -> int | None:

@@ -19,7 +19,7 @@ from bnpatch.core.moments import Moments
 from bnpatch.models.metadata import write_metadata
 from bnpatch.nn.frozen_norm import as_batch_norm, is_frozen
 from bnpatch.nn.hooks import in_evaluation_mode
-from bnpatch.nn.surgery import swap
+from bnpatch.nn.places import swap
 
 if TYPE_CHECKING:
     from bnpatch.models.torch_model import TorchModel

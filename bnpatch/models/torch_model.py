@@ -26,7 +26,8 @@ from bnpatch.models.torch_file import save_checkpoint
 from bnpatch.models.torch_state import buffers_of, make_learnable, state_of, with_norm_layers, with_state
 from bnpatch.nn import hooks
 from bnpatch.nn.fused_conv import find_fused_convs
-from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, patched_layers, swap, uncalibrated, unpatch
+from bnpatch.nn.places import swap
+from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, patched_layers, uncalibrated, unpatch
 from bnpatch.nn.tracing import functional_norms
 
 # How many input values a CPU of up to seven threads takes at a time: those of four images of 224 pixels.

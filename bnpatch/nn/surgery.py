@@ -7,7 +7,7 @@ and torchvision only if the model uses them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from bnpatch.core.moments import ExampleWeight, Moments
 from bnpatch.core.text import counted
 from bnpatch.nn.frozen_norm import epsilon_of_frozen_norm, why_not_frozen
 from bnpatch.nn.norm import ExampleWeightedNorm
+from bnpatch.nn.places import modules_by_name, swap
 
 _TORCH = "torch.nn.modules"
 
@@ -134,7 +135,7 @@ def inventory(model: nn.Module) -> Inventory[TorchNormLayer]:
     norm_layers: list[TorchNormLayer] = []
     skipped_norms: list[SkippedNorm] = []
     inside: list[str] = []  # prefixes of the names that modules inside norm layers have (auxiliary norms)
-    for module, (name, *aliases) in _modules_by_name(model):
+    for module, (name, *aliases) in modules_by_name(model):
         found = _classified(module, name, tuple(aliases))
         if isinstance(found, TorchNormLayer) and name.startswith(tuple(inside)):
             reason = "belongs to another norm, which does not use it at inference"
@@ -271,42 +272,6 @@ def unpatch(
     """
     layers = [norm_layer.patched for norm_layer in inventory(model).norm_layers if where(norm_layer)]
     return swap(model, {id(layer): layer.give_back() for layer in layers if layer is not None})
-
-
-def swap(model: nn.Module, swaps: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace modules, given by ``id``, in every place of the model where they are used.
-
-    Some models also keep their modules in lists, tuples or dictionaries, and run them from there.
-    """
-    seen: set[int] = set()
-    for parent in list(model.modules()):
-        _swap_in(vars(parent), swaps, seen)
-    return swaps.get(id(model), model)
-
-
-def _swap_in(values: Any, swaps: Mapping[int, nn.Module], seen: set[int]) -> Any:
-    """Return what replaces a value; lists and dictionaries, however deep, are changed in place."""
-    if isinstance(values, nn.Module):
-        return swaps.get(id(values), values)
-    if type(values) is tuple:
-        swapped = tuple(_swap_in(value, swaps, seen) for value in values)
-        return swapped if any(a is not b for a, b in zip(swapped, values, strict=True)) else values
-    if isinstance(values, (dict, list)) and id(values) not in seen:
-        seen.add(id(values))
-        for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
-            if (new := _swap_in(value, swaps, seen)) is not value:
-                values[key] = new
-    return values
-
-
-def _modules_by_name(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Yield every module once, with all its dotted names."""
-    names: dict[int, list[str]] = {}
-    modules = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-    return ((modules[key], names[key]) for key in names)
 
 
 def _classified(module: Any, name: str, aliases: tuple[str, ...]) -> TorchNormLayer | SkippedNorm | None:

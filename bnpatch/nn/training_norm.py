@@ -22,7 +22,8 @@ from bnpatch.core.norm_spec import NormSpec, Renorm
 from bnpatch.nn.functional import affine, example_moments, pool_channels
 from bnpatch.nn.hooks import pooled_rows
 from bnpatch.nn.norm import ExampleWeightedNorm
-from bnpatch.nn.surgery import TorchNormLayer, inventory, patch, swap
+from bnpatch.nn.places import swap
+from bnpatch.nn.surgery import TorchNormLayer, inventory, patch
 
 
 class GeneralNorm(ExampleWeightedNorm):

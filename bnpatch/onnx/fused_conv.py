@@ -22,8 +22,8 @@ from bnpatch.core.inventory import FUSED
 from bnpatch.core.moments import Moments
 from bnpatch.onnx.decomposed import constant_steps, find_decomposed
 from bnpatch.onnx.expressions import Tape, Value
-from bnpatch.onnx.formulas import centred_moments
 from bnpatch.onnx.inference import Array, Dims, TensorType, constant_of, infer_types, names_of
+from bnpatch.onnx.statistics import centred_moments
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _NORMS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")

@@ -25,10 +25,11 @@ import torch
 from bnpatch.core.moments import Moments, mix
 from bnpatch.core.patch import PatchWeights
 from bnpatch.onnx.expressions import Tape, Value
-from bnpatch.onnx.formulas import append_norm, example_moments
+from bnpatch.onnx.formulas import append_norm
 from bnpatch.onnx.io import save
 from bnpatch.onnx.match import OnnxNormLayer, inventory
 from bnpatch.onnx.rewrite import Append, rewrite
+from bnpatch.onnx.statistics import example_moments
 
 ALPHA = 0.1
 MODELS = {"test_resnet": 160, "mobilenet_v2": 224, "resnet50": 224}

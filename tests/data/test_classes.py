@@ -6,8 +6,8 @@ from PIL import Image
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.data.class_folders import ClassOrder, targets_of_folders
 from bnpatch.data.class_maps import read_class_map
+from bnpatch.data.class_targets import ClassOrder, targets_of_folders
 
 
 def targets(folders, num_outputs, class_names=None, order=ClassOrder.NATURAL, **kwargs):

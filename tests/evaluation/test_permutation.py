@@ -7,7 +7,7 @@ import pytest
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError, BnpatchWarning
-from bnpatch.data.class_folders import ClassOrder, targets_of_folders
+from bnpatch.data.class_targets import ClassOrder, targets_of_folders
 from bnpatch.evaluation.permutation import permutation, warn_if_permuted
 
 

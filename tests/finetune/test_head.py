@@ -7,7 +7,7 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.errors import BnpatchError
-from bnpatch.data.class_folders import ClassOrder
+from bnpatch.data.class_targets import ClassOrder
 from bnpatch.finetune.data import check_same_folders
 from bnpatch.finetune.head import classes_of, new_head
 

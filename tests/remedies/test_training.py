@@ -10,7 +10,7 @@ from torch import nn
 
 import bnpatch
 from bnpatch.core.norm_spec import NormSpec, Renorm
-from bnpatch.data.class_folders import ClassOrder
+from bnpatch.data.class_targets import ClassOrder
 from bnpatch.finetune.config import Augmentation, FineTuneSettings
 from bnpatch.finetune.data import RunExamples, check_same_folders
 from bnpatch.finetune.engine import Engine, new_accelerator

@@ -152,6 +152,18 @@ def test_a_network_that_is_too_sure_is_not_passed_over_for_one_that_doubts(by_lo
     assert chosen_of(by_logits(logits, "cross-entropy").choose(names)).name == "alpha per layer"
 
 
+def test_starts_and_steps_go_by_the_cross_entropy_that_is_learned(by_logits):
+    """At the best temperature both starts are equal, but learning goes on from one that is not too sure."""
+    logits = {"sure": logits_of(1, 4), "doubting": logits_of(1, 1)}
+    selection = by_logits(logits, "accuracy")
+    for name, own in logits.items():
+        checked = own[: selection.num_checked]
+        wanted = scores_of(checked, [CROSS_ENTROPY])[CROSS_ENTROPY.name].mean()
+        assert selection.cost(name, "") == pytest.approx(wanted)
+    assert selection.at_once_worse("sure", "doubting")
+    assert not selection.at_once_worse("doubting", "sure")
+
+
 def test_doubt_alone_supports_no_candidate_where_answers_are_counted(by_logits):
     logits = {"baseline": logits_of(1, 3), "alpha": logits_of(1, 1)}
     logits["alpha"][0, :2] = torch.tensor([9.0, 0.0])  # one more is right
